@@ -1,0 +1,128 @@
+"""Every default, with its reason. Other configs start from `get_config()` and change what they study.
+
+Values marked "paper" are stated in MobileLLM (arXiv 2402.14905), those marked "official code" only in its
+released training script.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product as _product
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+Overrides = dict[str, Any]
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    """Returns a small model on the bundled text; it has no presets."""
+    check_preset(__file__, preset, ("",))
+    config = ConfigDict()
+
+    model = config.model = ConfigDict()
+    model.vocab_size = 2048  # fits the default tokenizer
+    model.depth = 4
+    model.width = 128
+    model.num_heads = 4
+    model.num_kv_heads = placeholder(int)  # None: num_heads, plain multi-head attention
+    model.head_dim = placeholder(int)  # None: width / num_heads
+    model.ffn_kind = "swiglu"  # paper section 2.2.1
+    model.ffn_width = placeholder(int)  # None: 8/3 width up to a multiple of 256; 4 width for relu and gelu
+    model.share_embedding = True  # paper section 2.2.3
+    model.sharing = "none"  # none | immediate | repeat_all | reverse | an explicit plan "0 1 2 1 2 3"
+    model.num_repeats = 1
+    model.rope_base = 10_000.0  # official code
+    model.norm_epsilon = 1e-5  # official code
+    model.init_std = 0.02  # official code: every matrix, no scaling with depth
+    model.compute_dtype = "float32"
+    model.remat = "none"  # none | dots | full: less memory for more recomputation
+    model.scan_unroll = 1
+    model.loss_chunk = 256  # positions; divides the memory of the logits by sequence_length / loss_chunk
+
+    data = config.data = ConfigDict()
+    data.source = "bundled"  # real English that ships with Python: no download
+    data.valid_source = ""  # hold out documents of `source`
+    data.valid_fraction = 0.05
+    data.text_field = "text"
+    data.tokenizer = "bpe:2048"
+    data.sequence_length = 256
+    data.cache_dir = "~/.cache/mobilellm_jax"
+
+    optimizer = config.optimizer = ConfigDict()
+    optimizer.learning_rate = 2e-3  # paper section 3.1
+    optimizer.schedule = "cosine"  # paper section 3.1
+    optimizer.warmup_steps = 50
+    optimizer.final_fraction = 0.1  # official code
+    optimizer.decay_fraction = 0.2  # of the steps, used by "wsd" only
+    optimizer.beta1 = 0.9  # official code
+    optimizer.beta2 = 0.95  # official code
+    optimizer.epsilon = 1e-8  # official code
+    optimizer.weight_decay = 0.1  # paper section 3.1
+    optimizer.clip_norm = 1.0  # official code
+
+    train = config.train = ConfigDict()
+    train.steps = 500
+    train.batch_size = 16
+    train.accumulation_steps = 1
+    train.init_seed = 0
+    train.data_seed = 0
+    train.eval_every = 100
+    train.eval_rows = 0  # all held-out rows
+    train.eval_batch_size = 16
+    train.checkpoint_every = 200
+    train.log_every = 20
+
+    mesh = config.mesh = ConfigDict()
+    mesh.data = -1  # all devices: plain data parallelism
+    mesh.fsdp = 1
+    mesh.tensor = 1
+
+    config.lock()
+    return config
+
+
+def check_preset(file: str, preset: str, presets: Sequence[str]) -> None:
+    """Raises ValueError, naming the presets there are, if `preset` is not one of them."""
+    if preset not in presets:
+        valid = ", ".join(presets) if any(presets) else "none, leave out the colon"
+        raise ValueError(f"{Path(file).name} has no preset {preset!r}; valid presets: {valid}")
+
+
+def use_paper_recipe(config: ConfigDict) -> None:
+    """Sets the vocabulary, batch and schedule of MobileLLM's ablations, for accelerators."""
+    config.model.vocab_size = 32_000  # paper section 2.2.3
+    config.model.compute_dtype = "bfloat16"  # official code
+    config.model.remat = "dots"
+    config.data.sequence_length = 2048  # inferred: 0.25T tokens / 120k steps / 1,024 sequences
+    config.data.tokenizer = "bpe:32000"  # the paper's: the LLaMA SentencePiece model, sentencepiece:<file>
+    config.optimizer.learning_rate = 2e-3  # paper section 3.1
+    config.optimizer.warmup_steps = 1000  # official code
+    config.train.steps = 120_000  # paper section 2.1: 0.25T tokens
+    config.train.batch_size = 1024  # paper section 3.1: 32 GPUs x 32 sequences
+    config.train.eval_every = 2000
+    config.train.eval_batch_size = 1024
+    config.train.checkpoint_every = 1000
+    config.train.log_every = 50
+
+
+def product(**fields: Sequence[Any]) -> Iterator[Overrides]:
+    """Yields every combination of values. `__` in a name stands for the dot: model__depth=(2, 4)."""
+    for values in _product(*fields.values()):
+        yield _dotted(zip(fields, values, strict=True))
+
+
+def zipped(**fields: Sequence[Any]) -> Iterator[Overrides]:
+    """Yields the first values together, then the second values, and so on."""
+    for values in zip(*fields.values(), strict=True):
+        yield _dotted(zip(fields, values, strict=True))
+
+
+def _dotted(pairs: Any) -> Overrides:
+    return {name.replace("__", "."): value for name, value in pairs}
+
+
+def update(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+    """Sets dotted fields in place, and returns the config."""
+    config.update_from_flattened_dict(overrides)
+    return config

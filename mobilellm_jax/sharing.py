@@ -1,0 +1,76 @@
+"""Layer sharing: a model is a stack of blocks (weights) and a layer plan (the order they are applied in).
+
+With `num_repeats` fixed, parameters and FLOPs are equal across the three sharing strategies; only the
+order differs. To add a strategy, add one function to `STRATEGIES`: everything else (parameter counts,
+the forward pass, the sweeps) follows from the plan.
+"""
+
+from mobilellm_jax.errors import UserError, did_you_mean
+
+LayerPlan = tuple[int, ...]
+
+
+def _immediate(depth: int, num_repeats: int) -> LayerPlan:
+    """Each block runs `num_repeats` times in a row: 0 0 1 1 2 2 (the paper: immediate block-wise sharing)."""
+    return tuple(block for block in range(depth) for _ in range(num_repeats))
+
+
+def _repeat_all(depth: int, num_repeats: int) -> LayerPlan:
+    """The whole stack runs `num_repeats` times: 0 1 2 0 1 2 (the paper's repeat-all-over sharing)."""
+    return tuple(range(depth)) * num_repeats
+
+
+def _reverse(depth: int, num_repeats: int) -> LayerPlan:
+    """Every second pass through the stack runs backwards: 0 1 2 2 1 0 (the paper's reverse sharing)."""
+    forward = tuple(range(depth))
+    return tuple(b for i in range(num_repeats) for b in (forward if i % 2 == 0 else forward[::-1]))
+
+
+STRATEGIES = {
+    "none": lambda depth, num_repeats: tuple(range(depth)),
+    "immediate": _immediate,
+    "repeat_all": _repeat_all,
+    "reverse": _reverse,
+}
+
+
+def layer_plan(sharing: str, depth: int, num_repeats: int) -> LayerPlan:
+    """Returns the order in which blocks are applied (MobileLLM section 2.3, figure 6).
+
+    Args:
+      sharing: a name in `STRATEGIES`, or an explicit plan: block indices separated by spaces, "0 1 2 1 2 3".
+      depth: number of distinct blocks.
+      num_repeats: times each block is applied; 1 with "none" and with an explicit plan.
+
+    Returns:
+      Block indices, one for each layer applied; `len(plan)` is the effective depth.
+
+    Raises:
+      UserError: an unknown strategy, repeats where they have no meaning, or an explicit plan that names a
+        block that does not exist or leaves one out.
+    """
+    if sharing in STRATEGIES:
+        if sharing == "none" and num_repeats != 1:
+            raise UserError(
+                f"model.num_repeats: {num_repeats} has no meaning with model.sharing='none'; "
+                f"use num_repeats=1, or one of {', '.join(s for s in STRATEGIES if s != 'none')}"
+            )
+        return STRATEGIES[sharing](depth, num_repeats)
+    words = sharing.split()
+    if not words or not all(word.isdecimal() for word in words):
+        raise UserError(
+            f"model.sharing: unknown strategy {sharing!r}; {did_you_mean(sharing, STRATEGIES)} "
+            "(or an explicit plan of block indices, such as '0 1 2 1 2 3')"
+        )
+    plan = tuple(int(word) for word in words)
+    if num_repeats != 1:
+        raise UserError(
+            f"model.num_repeats: {num_repeats} has no meaning with the explicit plan "
+            f"model.sharing={sharing!r}; write the repeats into the plan and use num_repeats=1"
+        )
+    if set(plan) != set(range(depth)):
+        raise UserError(
+            f"model.sharing: the plan {sharing!r} must use every block from 0 to {depth - 1} "
+            f"(model.depth={depth}) and no other"
+        )
+    return plan

@@ -1,0 +1,44 @@
+"""Packaging. `pip install -e .` is enough to run every study on a CPU."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mobilellm_jax",
+    version="0.1.0",
+    description="Architecture ablations of sub-billion-parameter language models in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mobilellm_jax", "mobilellm_jax.*"]),
+    install_requires=[
+        "absl-py>=2.3",
+        "array_record>=0.8",
+        "etils>=1.13",
+        "filelock>=3.20",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "jaxtyping>=0.3.4",
+        "matplotlib>=3.10",
+        "ml_collections>=1.1",
+        "numpy>=2.1",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.1",
+        "scipy>=1.15",
+        "sentencepiece>=0.2.1",
+        "tensorboardX>=2.6.4",
+        "tensorflow-datasets>=4.9.9",
+        "tokenizers>=0.22",
+        "tqdm>=4.67",
+        "zstandard>=0.25",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "test": ["beartype>=0.22", "pyright>=1.1.400", "pytest>=9.0", "ruff>=0.14"],
+        "dev": ["pre-commit>=4.3"],
+    },
+)
