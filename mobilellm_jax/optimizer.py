@@ -20,8 +20,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=config.final_fraction)
     elif config.schedule == "wsd":
-        decay_steps = max(1, round(config.decay_fraction * steps))
-        after = optax.linear_schedule(peak, final, decay_steps, transition_begin=steps - warmup - decay_steps)
+        decay = max(1, min(round(config.decay_fraction * steps), steps - warmup))
+        after = optax.linear_schedule(peak, final, decay, transition_begin=steps - warmup - decay)
     else:
         after = optax.constant_schedule(peak)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup])
@@ -35,11 +35,14 @@ def is_matrix(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "gain", params)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Returns clipping by the global norm, Adam, and decoupled weight decay on matrices, in this order."""
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Returns clipping by the global norm, Adam, and decoupled weight decay on matrices, in this order.
+
+    Its updates are for a learning rate of 1, still to be subtracted: the learning rate is an argument of
+    `train.train_step`, so that runs which differ in it share one compiled program.
+    """
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=is_matrix),
-        optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
     )

@@ -1,0 +1,95 @@
+"""Depth against width at equal size: MobileLLM figure 4 and table 11.
+
+  python -m experiments.sweep --config=configs/depth_vs_width.py:tiny
+
+`tiny` holds the non-embedding parameters equal, which the paper does not: its models hold the total about
+equal, so that its deep models also spend more of it outside the embedding. It takes about 3 minutes on 2
+CPU cores and trains for a few hundred steps: it shows the machinery, and what depth does to very small models
+at the start of training; it cannot show what the paper's 250 billion tokens show.
+
+`small` asks the same of models of about 3M parameters: hours on a CPU, minutes on a GPU.
+
+`paper_125m` and `paper_350m` are the paper's exact shapes and recipe, for a pod.
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+PRESETS = ("tiny", "small", "paper_125m", "paper_350m")
+
+# depth, num_heads, width
+_PAPER = {
+    "paper_125m": (
+        (4, 20, 1280),
+        (6, 16, 1024),
+        (8, 14, 896),
+        (12, 12, 768),
+        (18, 10, 640),
+        (24, 9, 576),
+        (30, 8, 512),
+        (42, 7, 448),
+        (62, 6, 384),
+    ),
+    "paper_350m": (
+        (5, 32, 2048),
+        (10, 24, 1536),
+        (12, 22, 1408),
+        (15, 20, 1280),
+        (19, 18, 1152),
+        (24, 16, 1024),
+        (28, 15, 960),
+        (32, 14, 896),
+        (46, 12, 768),
+        (66, 10, 640),
+    ),
+}
+# depth, num_heads, width, ffn_width; F is the multiple of 8 that brings the weights of all blocks closest
+# to those of the middle row
+_MATCHED = {
+    "tiny": ((1, 8, 128, 352), (2, 6, 96, 224), (4, 4, 64, 176), (8, 3, 48, 112)),
+    "small": ((2, 8, 256, 688), (4, 6, 192, 432), (8, 4, 128, 344), (16, 3, 96, 216), (32, 2, 64, 168)),
+}
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+    """Returns what all points have in common."""
+    base.check_preset(__file__, preset, PRESETS)
+    config = base.get_config()
+    if preset in _PAPER:
+        base.use_paper_recipe(config)
+        config.model.share_embedding = False  # paper: its parameter counts fit untied embeddings only
+    else:
+        base.use_small_recipe(config, preset)
+    return config
+
+
+def study(preset: str) -> dict[str, object]:
+    """Returns what is asked, and how the answer is read."""
+    if preset in _PAPER:
+        matched = {"matched": "total", "tolerance": 0.25}
+    else:
+        matched = {"matched": "non_embedding", "tolerance": 0.02}
+    return {
+        "question": "Is a deep and thin model better than a shallow and wide one of the same size?",
+        "scientific": ["model.depth", "model.width"],
+        "x": "model.depth",
+        "x_label": "distinct blocks (depth)",
+        "baseline": None,
+        "seeds": 3,
+        **matched,
+    }
+
+
+def sweep(preset: str) -> Iterator[base.Overrides]:
+    """Yields the points."""
+    if preset in _PAPER:
+        depths, heads, widths = zip(*_PAPER[preset], strict=True)
+        yield from base.zipped(model__depth=depths, model__num_heads=heads, model__width=widths)
+    else:
+        depths, heads, widths, ffns = zip(*_MATCHED[preset], strict=True)
+        yield from base.zipped(
+            model__depth=depths, model__num_heads=heads, model__width=widths, model__ffn_width=ffns
+        )

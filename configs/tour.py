@@ -1,0 +1,24 @@
+"""The first look: depth against width, and layer sharing.
+
+  python -m experiments.sweep
+
+This is what the sweep runs when it is not told otherwise. `get_config` has the fields that both studies
+have, so that `--config.train.steps=50` holds for both.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+PRESETS = ("tiny", "small", "paper_125m", "paper_350m")
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+    """Returns the fields there are."""
+    base.check_preset(__file__, preset, PRESETS)
+    return base.get_config()
+
+
+def studies(preset: str) -> list[str]:
+    """Returns the studies, in the order in which they run."""
+    return [f"configs/depth_vs_width.py:{preset}", f"configs/layer_sharing.py:{preset}"]

@@ -1,0 +1,121 @@
+"""What all commands share: config files and their overrides, one-line errors, exit statuses.
+
+Exit statuses: 0 done; 1 some run failed or diverged; 2 bad input; 130 interrupted, resumable.
+"""
+
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from mobilellm_jax.errors import UserError, did_you_mean
+from mobilellm_jax.train import Interrupted
+
+
+def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:
+    """Returns the module, preset and config of "configs/<file>.py:<preset>" (no preset: the file's default).
+
+    Raises:
+      UserError: there is no such file, it is no config, or it has no such preset.
+    """
+    path, _, preset = spec.partition(":")
+    if not Path(path).is_file():
+        there = sorted(str(p) for p in Path("configs").glob("[!_]*.py"))
+        hint = did_you_mean(path, there) if there else "run commands from the folder that holds configs/"
+        raise UserError(f"--config={spec}: there is no file {path}; {hint}")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"--config={spec}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={spec}: {path} has no get_config(preset)")
+    try:
+        return module, preset, module.get_config(*[preset] if preset else [])
+    except ValueError as error:
+        raise UserError(f"--config={spec}: {error}") from None
+
+
+def config_spec() -> str:
+    """Returns the value of `--config`."""
+    return config_flags.get_config_filename(flags.FLAGS["config"])
+
+
+def overrides() -> dict[str, Any]:
+    """Returns the `--config.<field>=<value>` flags of the command line as {"model.width": 64, ...}."""
+    return dict(config_flags.get_override_values(flags.FLAGS["config"]))
+
+
+def _parse(argv: list[str], default_config: str) -> list[str]:
+    """Parses flags; a bad one is a `UserError` that says what would be valid."""
+    if default_config and not any(arg.startswith("--help") for arg in argv):
+        spec = default_config
+        for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+            if arg.lstrip("-") == "config":
+                spec = following
+            elif arg.lstrip("-").startswith("config="):
+                spec = arg.partition("=")[2]
+        config = load_config(spec)[2]
+        for arg in argv[1:]:
+            name = arg.lstrip("-").partition("=")[0].removeprefix("no")
+            if arg.startswith("-") and name.startswith("config."):
+                _check_field(config, name.removeprefix("config."))
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
+    return rest
+
+
+def _check_field(config: ConfigDict, name: str) -> None:
+    group: Any = config
+    for depth, part in enumerate(parts := name.split(".")):
+        if not isinstance(group, ConfigDict) or part not in group:
+            known = group.keys() if isinstance(group, ConfigDict) else ()
+            prefix = "".join(f"{p}." for p in parts[:depth])
+            raise UserError(f"--config.{name}: no such field {prefix}{part}; {did_you_mean(part, known)}")
+        group = group._fields.get(part)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a second run of the same shape starts at once."""
+    jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/mobilellm_jax/xla").expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def run(main: Callable[[], int], default_config: str = "") -> None:
+    """Parses the flags, calls `main` and exits with the status it returns.
+
+    A command with a `default_config` gets `--config` and `--config.<field>=<value>`. Errors that a person
+    can mend, and interruptions, become one line on stderr.
+    """
+    if default_config:
+        text = "config file, with :preset; its fields are set by --config.<group>.<field>=<value>"
+        config_flags.DEFINE_config_file("config", default_config, text, lock_config=True)
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # for --help
+    logging.set_verbosity(logging.WARNING)  # orbax tells of every save at INFO
+    try:
+        app.run(lambda _: main(), flags_parser=functools.partial(_parse, default_config=default_config))
+    except UserError as error:
+        sys.exit(_complain(f"error: {error}", 2))
+    except Interrupted as stop:
+        sys.exit(_complain(f"{stop}\nto go on: the same command again", 130))
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted; to go on: the same command again", 130))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second error at exit
+
+
+def _complain(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return status

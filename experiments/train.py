@@ -1,0 +1,50 @@
+"""Train one model.
+
+  python -m experiments.train --config=configs/base.py --workdir=runs/first
+  python -m experiments.train --config=configs/mobilellm.py:125m --config.train.steps=1000 --workdir=runs/125m
+
+The same command again resumes from the newest intact checkpoint; once finished, it prints the result.
+"""
+
+import functools
+from pathlib import Path
+
+from absl import flags
+
+from experiments import cli
+from mobilellm_jax import results
+from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.run import run
+
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "directory of the run; made if it is not there", required=True
+)
+
+
+def main() -> int:
+    """Trains, and returns the exit status."""
+    config = from_config_dict(flags.FLAGS.config)
+    workdir = Path(_WORKDIR.value)
+    study, _, preset = cli.config_spec().partition(":")
+    describe = functools.partial(
+        results.Record,
+        study=Path(study).stem,
+        preset=preset,
+        point=workdir.name,
+        point_index=0,
+        question=f"What loss does {cli.config_spec()} reach?",
+        matched="nothing: a single run",
+        scientific=[],
+        baseline=None,
+        x=None,
+        overrides=cli.overrides(),
+    )
+    cli.enable_compilation_cache()
+    record = run(config, workdir, describe)
+    results.write(record, workdir / "record.json")
+    print(f"{record.status}: {record.error or ''} {record.final}; see {workdir / 'record.json'}")
+    return 0 if record.status == "finished" else 1
+
+
+if __name__ == "__main__":
+    cli.run(main, default_config="configs/base.py")

@@ -1,0 +1,179 @@
+"""One run, from config to record: check, prepare the data, train, write down what came of it."""
+
+import dataclasses
+import datetime
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mobilellm_jax import accounting, data, partition, results
+from mobilellm_jax.config import Config, from_config_dict, to_dict
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.train import Outcome, train
+
+# Fields that may differ when a run is resumed: they change where and how it is computed, not what.
+_MAY_CHANGE = ("mesh.", "data.cache_dir", "train.log_every", "train.checkpoint_every")
+
+
+def check(config: Config) -> Mesh:
+    """Returns the mesh of a run, after checking that it fits the devices, the model and the batch."""
+    mesh = partition.make_mesh(config.mesh)
+    partition.check_divisible(config, mesh)
+    return mesh
+
+
+def claim_workdir(workdir: Path, config: Config) -> None:
+    """Makes `workdir` and writes `config.json` into it, or checks that it belongs to the same run.
+
+    Raises:
+      UserError: the directory cannot be written, or holds a run with another config.
+    """
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _check_same(path, config)
+        elif any(workdir.glob("checkpoints/*")):
+            raise UserError(f"{workdir}: holds checkpoints but no config.json; use another --workdir")
+        results.write_atomically(path, (json.dumps(to_dict(config), indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from None
+
+
+def _check_same(path: Path, config: Config) -> None:
+    try:
+        there = from_config_dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise UserError(f"{path}: not the config of a run ({error}); use another --workdir") from None
+    old, new = flatten(to_dict(there)), flatten(to_dict(config))
+    differences = [
+        f"{name} is {old[name]!r} there and {new[name]!r} here"
+        for name in new
+        if old[name] != new[name] and not name.startswith(_MAY_CHANGE)
+    ]
+    if differences:
+        raise UserError(
+            f"{path.parent}: holds a run with a different config: {'; '.join(differences)}. "
+            "Use another --workdir, or delete this one"
+        )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {"model.width": 64, ...} for nested dictionaries."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def run(
+    config: Config,
+    workdir: Path,
+    describe: Callable[..., results.Record],
+    say: Callable[[str], None] = print,
+) -> results.Record:
+    """Trains in `workdir`, resuming what is there, and returns the record of the run.
+
+    Args:
+      config: the run.
+      workdir: its own directory; gets config.json, metrics.jsonl, tensorboard/ and checkpoints/.
+      describe: `results.Record` with the fields that only the study knows already set (`functools.partial`).
+      say: gets the progress lines.
+
+    Raises:
+      UserError: bad input, found before anything is compiled.
+      train.Interrupted: on SIGINT or SIGTERM.
+    """
+    mesh = check(config)
+    claim_workdir(workdir, config)
+    prepared = data.prepare(config.data, config.model.vocab_size)
+    outcome = train(config, prepared, mesh, workdir, say)
+    return describe(**measured_fields(config, prepared.card, outcome))
+
+
+def planned_fields(config: Config) -> dict[str, Any]:
+    """Returns the fields of a record that are known before the run."""
+    length = config.data.sequence_length
+    counts = accounting.parameters(config.model)
+    return {
+        "seed": config.train.init_seed,
+        "config": to_dict(config),
+        "layer_plan": list(config.model.plan),
+        "parameters": {
+            **dataclasses.asdict(counts),
+            "total": counts.total,
+            "non_embedding": counts.non_embedding,
+        },
+        "flops_per_token": {
+            "train": accounting.train_flops_per_token(config.model, length),
+            "inference": accounting.forward_flops_per_token(config.model, length),
+        },
+        "git_commit": results.git_commit(),
+        "versions": results.versions(),
+        "device": device(),
+        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def failed_fields(config: Config, error: str) -> dict[str, Any]:
+    """Returns all fields of a record but those of the study, for a run that ended in an error."""
+    return {
+        **planned_fields(config),
+        "status": "failed",
+        "error": error,
+        "data": {},
+        "steps": 0,
+        "tokens_seen": 0,
+        "final": None,
+        "best": None,
+        "evaluations": [],
+        "train_curve": [],
+        "timing": dict.fromkeys(["wall_s", "compile_s", "train_s", "tokens_per_second"]),
+    }
+
+
+def measured_fields(config: Config, card: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
+    """Returns all fields of a record but those of the study."""
+    tokens = outcome.steps * config.train.batch_size * config.data.sequence_length
+    evaluations = outcome.evaluations
+    return {
+        **planned_fields(config),
+        "status": outcome.status,
+        "error": outcome.error,
+        "data": card,
+        "steps": outcome.steps,
+        "tokens_seen": tokens,
+        "final": evaluations[-1] if evaluations else None,
+        "best": min(evaluations, key=lambda e: e["loss"]) if evaluations else None,
+        "evaluations": evaluations,
+        "train_curve": thin(outcome.train_curve, 200),
+        "timing": {
+            "wall_s": outcome.wall_s,
+            "compile_s": outcome.compile_s,
+            "train_s": outcome.train_s,
+            "tokens_per_second": tokens / outcome.train_s,
+        },
+    }
+
+
+def device() -> dict[str, Any]:
+    """Returns platform, kind and number of the devices of all processes."""
+    first = jax.devices()[0]
+    return {"platform": first.platform, "kind": first.device_kind, "count": jax.device_count()}
+
+
+def thin(curve: list[Any], most: int) -> list[Any]:
+    """Returns at most `most` evenly spaced points of a curve, the last one always."""
+    stride = max(1, -(-len(curve) // most))
+    return curve[::-1][::stride][::-1]
+
+
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).name

@@ -1,0 +1,373 @@
+"""Training: the state, one step, and the loop.
+
+`train_step` is a pure function, compiled once per shape and mesh; runs that differ only in seeds or learning
+rate share the program.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from mobilellm_jax import data, model, partition
+from mobilellm_jax.checkpoint import Checkpoints
+from mobilellm_jax.config import Config, ModelConfig, OptimizerConfig
+from mobilellm_jax.metrics import MetricsLog
+from mobilellm_jax.optimizer import learning_rate_schedule, make_optimizer
+
+
+class TrainState(NamedTuple):
+    """All that a step changes. With the seeds in the config it determines the rest of the run."""
+
+    step: Int[Array, ""]
+    params: model.Params
+    opt_state: optax.OptState
+
+
+def init_state(key: PRNGKeyArray, model_config: ModelConfig, optimizer: OptimizerConfig) -> TrainState:
+    """Returns the state before the first step."""
+    params = model.init(key, model_config)
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optimizer).init(params))
+
+
+def gradients(
+    params: model.Params, rows_AMS: Int[Array, "A M S"], config: ModelConfig
+) -> tuple[Float[Array, ""], model.Params]:
+    """Returns the mean loss in nats per token and its gradient over A micro-batches of M rows, S = T + 1."""
+
+    def nats_and_count(params: model.Params, rows_MS: Int[Array, "M S"]) -> Any:
+        return model.loss(params, rows_MS[:, :-1], rows_MS[:, 1:], config)
+
+    def add(total: Any, rows_MS: Int[Array, "M S"]) -> tuple[Any, None]:
+        value = jax.value_and_grad(nats_and_count, has_aux=True)(params, rows_MS)
+        return jax.tree.map(jnp.add, total, value), None
+
+    # The first micro-batch starts the sum, so that a batch in one piece costs no extra gradient buffer.
+    value = jax.value_and_grad(nats_and_count, has_aux=True)(params, rows_AMS[0])
+    if rows_AMS.shape[0] > 1:
+        value, _ = jax.lax.scan(add, value, rows_AMS[1:])
+    (nats, count), grads = value
+    return nats / count, jax.tree.map(lambda g: g / count, grads)
+
+
+def train_step(
+    state: TrainState,
+    rows_BS: Int[Array, "B S"],
+    learning_rate: Float[Array, ""],
+    model_config: ModelConfig,
+    optimizer: OptimizerConfig,
+    accumulation_steps: int,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """Returns the state after one optimizer step on B rows of S = T + 1 tokens, and its metrics.
+
+    Metrics: `loss` in nats per token before the step, `grad_norm` before clipping.
+    """
+    B, S = rows_BS.shape
+    # Micro-batches take every A-th row, which leaves each device with its own rows.
+    rows_AMS = rows_BS.reshape(B // accumulation_steps, accumulation_steps, S).swapaxes(0, 1)
+    loss, grads = gradients(state.params, rows_AMS, model_config)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = make_optimizer(optimizer).update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def eval_step(
+    params: model.Params, rows_BS: Int[Array, "B S"], config: ModelConfig
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Returns the summed loss in nats of a batch of held-out rows, and the number of tokens it is over."""
+    return model.loss(params, rows_BS[:, :-1], rows_BS[:, 1:], config)
+
+
+# --- the compiled programs ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """`init_state`, `train_step` and `eval_step` with their shardings pinned, ready to compile or to run.
+
+    Attributes:
+      init: key -> state.
+      step: (state, rows, learning_rate) -> (state, metrics); the state is donated.
+      evaluate: (params, rows) -> (nats, tokens).
+      state: shapes, dtypes and shardings of the state.
+      rows, eval_rows: the same, of a training and an evaluation batch.
+    """
+
+    init: Any
+    step: Any
+    evaluate: Any
+    state: TrainState
+    rows: jax.ShapeDtypeStruct
+    eval_rows: jax.ShapeDtypeStruct
+
+
+def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> Programs:
+    """Returns the programs of a run. Nothing is compiled; the mesh may be abstract."""
+    m, o, t = config.model, config.optimizer, config.train
+    shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), m, o))
+    shardings = partition.shardings(shapes, mesh)
+    batch, scalar = partition.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+
+    def with_sharding(shape: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    def rows(size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size, config.data.sequence_length + 1), jnp.int32, sharding=batch)
+
+    return Programs(
+        init=jax.jit(lambda key: init_state(key, m, o), out_shardings=shardings),
+        step=jax.jit(
+            lambda state, rows, rate: train_step(state, rows, rate, m, o, t.accumulation_steps),
+            in_shardings=(shardings, batch, scalar),
+            out_shardings=(shardings, scalar),
+            donate_argnums=0,
+        ),
+        evaluate=jax.jit(
+            lambda params, rows: eval_step(params, rows, m),
+            in_shardings=(shardings.params, batch),
+            out_shardings=scalar,
+        ),
+        state=jax.tree.map(with_sharding, shapes, shardings),
+        rows=rows(t.batch_size),
+        eval_rows=rows(t.eval_batch_size),
+    )
+
+
+@functools.lru_cache(maxsize=1)  # the runs of one point follow each other
+def _compile(key: Config, mesh: Mesh) -> tuple[Programs, float]:
+    """Returns compiled programs and the seconds that took; `key` is free of what they do not depend on."""
+    start = time.perf_counter()
+    programs = make_programs(key, mesh)
+    learning_rate = jax.ShapeDtypeStruct((), jnp.float32)
+    compiled = dataclasses.replace(
+        programs,
+        step=programs.step.lower(programs.state, programs.rows, learning_rate).compile(),
+        evaluate=programs.evaluate.lower(programs.state.params, programs.eval_rows).compile(),
+    )
+    return compiled, time.perf_counter() - start
+
+
+def _compile_key(config: Config) -> Config:
+    """Returns `config` with the fields that compiled programs do not depend on set to fixed values."""
+    schedule = {"learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0}
+    once = dict.fromkeys(["steps", "eval_every", "eval_rows", "checkpoint_every", "log_every"], 1)
+    return dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, **schedule),
+        train=dataclasses.replace(config.train, **once, init_seed=0, data_seed=0),
+    )
+
+
+# --- the loop -------------------------------------------------------------------------------------------
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training stopped on SIGINT or SIGTERM, after saving a checkpoint."""
+
+
+class _Diverged(Exception):
+    """The loss is not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a run.
+
+    Attributes:
+      status: "finished", or "diverged" where the loss stopped being finite.
+      error: for "diverged", at which step.
+      steps: steps taken.
+      evaluations: {"step", "loss" (nats per token), "bits_per_byte" (None if unknown)} in order.
+      train_curve: [step, loss in nats per token] at every progress line.
+      train_s, compile_s, wall_s: seconds in training steps (over all sittings), in compilation, and in all.
+    """
+
+    status: str
+    error: str | None
+    steps: int
+    evaluations: list[dict[str, Any]]
+    train_curve: list[list[Any]]
+    train_s: float
+    compile_s: float
+    wall_s: float
+
+
+def train(
+    config: Config, prepared: data.PreparedData, mesh: Mesh, workdir: Path, say: Callable[[str], None]
+) -> Outcome:
+    """Trains from scratch, or from the newest intact checkpoint in `workdir`, to `config.train.steps`.
+
+    Leaves `metrics.jsonl`, TensorBoard events and checkpoints in `workdir`. `say` gets the progress lines.
+
+    Raises:
+      Interrupted: on SIGINT or SIGTERM; a second call goes on where this one stopped.
+      UserError: every checkpoint in `workdir` is damaged.
+    """
+    wall_start = time.perf_counter()
+    t = config.train
+    programs, compile_s = _compile(_compile_key(config), mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    restored = checkpoints.restore_latest(programs.state)
+    if restored is None:
+        start, state = 0, programs.init(jax.random.key(t.init_seed))
+    else:
+        start, state = restored
+        checkpoints.delete_from(start)
+        say(f"resuming after step {start:,}")
+    log = MetricsLog(workdir, start, write=jax.process_index() == 0)
+    learning_rates = _learning_rates(config)
+    batches = data.train_batches(
+        prepared,
+        batch_size=t.batch_size,
+        seed=t.data_seed,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    tokens_per_step = t.batch_size * config.data.sequence_length
+    bytes_per_token = prepared.bytes_per_token("valid")
+    clock = _Clock(start, log.train_s)
+
+    def read(step: int, metrics: dict[str, Array]) -> None:
+        """Waits for the metrics of a step and logs them where due."""
+        loss = float(metrics["loss"])
+        diverged = not math.isfinite(loss)
+        if step % t.log_every == 0 or step == t.steps or diverged:
+            speed = clock.rate(step, tokens_per_step)
+            log.train(step, loss, float(metrics["grad_norm"]), float(learning_rates[step - 1]), clock.total)
+            left = duration((t.steps - step) * tokens_per_step / speed)
+            say(f"step {step:,}/{t.steps:,}  loss {loss:.4f}  {speed:,.0f} tokens/s  {left} left")
+        if diverged:
+            raise _Diverged(f"the loss is not finite at step {step}")
+
+    def evaluate(step: int) -> float:
+        loss = _evaluate(programs, state.params, prepared, config)
+        bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
+        log.evaluation(step, loss, bits)
+        in_bits = f"  {bits:.4f} bits/byte" if bits else ""
+        say(f"step {step:,}/{t.steps:,}  held-out loss {loss:.4f}{in_bits}")
+        return loss
+
+    status, error, step = "finished", None, start
+    pending: tuple[int, dict[str, Array]] | None = None  # metrics that the device may still be computing
+    try:
+        with _signals() as signals:
+            for step in range(start + 1, t.steps + 1):
+                rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(batches))
+                state, metrics = programs.step(state, rows, learning_rates[step - 1])
+                if pending is not None:
+                    read(*pending)  # while the device works on this step
+                pending = (step, metrics)
+                stop = bool(signals) and step < t.steps
+                evaluate_now = step % t.eval_every == 0 or step == t.steps
+                save_now = step % t.checkpoint_every == 0 or step == t.steps or stop
+                if evaluate_now or save_now:
+                    read(*pending)
+                    pending = None
+                    with clock.paused():
+                        loss = evaluate(step) if evaluate_now else None
+                        if save_now:
+                            log.flush()
+                            checkpoints.save(step, state, loss)
+                if stop:
+                    raise Interrupted(f"stopped by {signals[0]} after step {step:,}; a checkpoint was saved")
+                checkpoints.poll()
+    except _Diverged as divergence:
+        status, error = "diverged", str(divergence)
+    finally:
+        checkpoints.close()
+        log.close()
+    return Outcome(
+        status=status,
+        error=error,
+        steps=step,
+        evaluations=log.evaluations,
+        train_curve=log.train_curve,
+        train_s=clock.total,
+        compile_s=compile_s,
+        wall_s=time.perf_counter() - wall_start,
+    )
+
+
+def _learning_rates(config: Config) -> np.ndarray:
+    """Returns the learning rate of every step, float32 [steps]."""
+    schedule = learning_rate_schedule(config.optimizer, config.train.steps)
+    return np.asarray(jax.vmap(schedule)(jnp.arange(config.train.steps)), np.float32)
+
+
+def _evaluate(programs: Programs, params: model.Params, prepared: data.PreparedData, config: Config) -> float:
+    """Returns the held-out loss in nats per token."""
+    batches = data.eval_batches(
+        prepared,
+        batch_size=config.train.eval_batch_size,
+        rows=config.train.eval_rows,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    place = functools.partial(jax.make_array_from_process_local_data, programs.eval_rows.sharding)
+    sums = [programs.evaluate(params, place(rows)) for rows in batches]
+    nats, count = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+    return float(nats / count)
+
+
+class _Clock:
+    """Seconds spent in training steps, without evaluation and checkpoints."""
+
+    def __init__(self, step: int, total: float):
+        self._before, self._start = total, time.perf_counter()
+        self._last = step, total
+
+    @property
+    def total(self) -> float:
+        return self._before + time.perf_counter() - self._start
+
+    def rate(self, step: int, tokens_per_step: int) -> float:
+        """Returns tokens per second since the last call, or since the start."""
+        (last_step, last_total), self._last = self._last, (step, self.total)
+        return (step - last_step) * tokens_per_step / (self.total - last_total)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Yields a list that SIGINT and SIGTERM are added to; a second signal acts as it would without this."""
+    received: list[str] = []
+    previous: dict[int, Any] = {}
+
+    def receive(number: int, _: object) -> None:
+        received.append(signal.Signals(number).name)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,268 @@
+"""The training step against plain references; the loop against kills, signals and divergence."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import SHARING, assert_trees_close, tiny_config
+from jax.sharding import AbstractMesh, AxisType
+
+from configs import base, depth_vs_width, layer_sharing, mobilellm
+from mobilellm_jax import data, partition, train
+from mobilellm_jax.config import MeshConfig, from_config_dict
+from mobilellm_jax.train import init_state, learning_rate_schedule, make_programs, train_step
+
+GOLDENS = Path(__file__).parent / "goldens" / "losses.txt"
+
+
+# Adam's first step is the sign of the gradient, rounding errors included, unless epsilon is large.
+SMOOTH = {"optimizer.epsilon": 1e-2}
+
+init = jax.jit(init_state, static_argnums=(1, 2))
+step = jax.jit(train_step, static_argnums=(3, 4, 5))
+
+
+def rows_of(config, seed=0):
+    shape = (config.train.batch_size, config.data.sequence_length + 1)
+    return np.random.default_rng(seed).integers(0, config.model.vocab_size, shape, dtype=np.int32)
+
+
+def one_step(config, learning_rate=0.1):
+    m, o = config.model, config.optimizer
+    state = init(jax.random.key(0), m, o)
+    rate = jnp.float32(learning_rate)
+    return step(state, jnp.asarray(rows_of(config)), rate, m, o, config.train.accumulation_steps)
+
+
+@pytest.mark.parametrize("accumulation_steps", [2, 8])
+def test_accumulation_changes_nothing(accumulation_steps):
+    whole, whole_metrics = one_step(tiny_config(**SMOOTH))
+    parts, parts_metrics = one_step(tiny_config(**SMOOTH, **{"train.accumulation_steps": accumulation_steps}))
+    assert_trees_close(parts.params, whole.params, tolerance=1e-5)
+    assert parts_metrics["loss"] == pytest.approx(float(whole_metrics["loss"]), rel=1e-6)
+
+
+def test_a_step_is_optax_adamw():
+    """The learning rate as an argument is the same as optax.adamw with the rate inside."""
+    config = tiny_config(**SMOOTH)
+    o = config.optimizer
+    state, _ = one_step(config, learning_rate=0.1)
+    params = init(jax.random.key(0), config.model, o).params
+    rows = jnp.asarray(rows_of(config))
+    grads = jax.grad(lambda p: jnp.divide(*train.model.loss(p, rows[:, :-1], rows[:, 1:], config.model)))(
+        params
+    )
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: "gain" not in str(path), params)
+    reference = optax.chain(
+        optax.clip_by_global_norm(o.clip_norm),
+        optax.adamw(0.1, o.beta1, o.beta2, o.epsilon, weight_decay=o.weight_decay, mask=mask),
+    )
+    updates, _ = reference.update(grads, reference.init(params), params)
+    assert_trees_close(state.params, optax.apply_updates(params, updates), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_a_step_on_8_devices_equals_one_on_1(shape):
+    config = tiny_config(**SMOOTH, **{"model.sharing": "reverse", "model.num_repeats": 2})
+    expected, expected_metrics = one_step(config)
+    mesh = partition.make_mesh(MeshConfig(**dict(zip(partition.AXES, shape, strict=True))))
+    programs = make_programs(config, mesh)
+    rows = jax.device_put(rows_of(config), programs.rows.sharding)
+    state, metrics = programs.step(programs.init(jax.random.key(0)), rows, np.float32(0.1))
+    assert_trees_close(jax.device_get(state), jax.device_get(expected), tolerance=2e-5)
+    assert metrics["loss"] == pytest.approx(float(expected_metrics["loss"]), rel=1e-6)
+    query = state.params["blocks"]["attention"]["query"]
+    assert query.sharding.shard_shape(query.shape)[1] == query.shape[1] // shape[1]
+
+
+def study_configs():
+    for study in (depth_vs_width, layer_sharing):
+        for preset in study.PRESETS:
+            for overrides in study.sweep(preset):
+                yield f"{study.__name__}:{preset}", base.update(study.get_config(preset), overrides)
+    for preset in mobilellm.PRESETS:
+        yield f"mobilellm:{preset}", mobilellm.get_config(preset)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_every_config_lowers_for_accelerators_from_a_cpu(platform):
+    mesh = AbstractMesh((4, 1, 1), partition.AXES, axis_types=(AxisType.Auto,) * 3)
+    seen = set()
+    for name, config_dict in study_configs():
+        config = from_config_dict(config_dict)
+        shape = (
+            name.partition(":")[0],
+            config.data.sequence_length,
+            config.model.sharing,
+            config.model.remat,
+        )
+        if shape in seen:  # other sizes of the same program
+            continue
+        seen.add(shape)
+        programs = make_programs(config, mesh)
+        rate = jax.ShapeDtypeStruct((), jnp.float32)
+        traced = programs.step.trace(programs.state, programs.rows, rate)
+        lowered = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "stablehlo.while" in lowered, name
+        assert "sharding" in lowered, name
+
+
+def test_golden_losses():
+    """20 steps for each strategy. A change that is meant to move them runs with UPDATE_GOLDENS=1 once."""
+    losses = golden_losses()
+    if os.environ.get("UPDATE_GOLDENS"):
+        GOLDENS.write_text("\n".join(f"{name}: {json.dumps(row)}" for name, row in losses.items()) + "\n")
+    lines = (line.split(": ") for line in GOLDENS.read_text().splitlines())
+    expected = {name: json.loads(row) for name, row in lines}
+    assert losses.keys() == expected.keys()
+    for name, row in losses.items():
+        np.testing.assert_allclose(row, expected[name], rtol=2e-5, err_msg=f"{name}; see the docstring")
+
+
+def golden_losses() -> dict[str, list[float]]:
+    result = {}
+    for sharing in SHARING:
+        config = tiny_config(**{f"model.{k}": v for k, v in sharing.items()}, **{"train.steps": 20})
+        m, o = config.model, config.optimizer
+        schedule = learning_rate_schedule(dataclasses.replace(o, learning_rate=0.01), 20)
+        state, losses = init(jax.random.key(0), m, o), []
+        for i in range(20):
+            state, metrics = step(
+                state, jnp.asarray(rows_of(config, i % 3)), jnp.float32(schedule(i)), m, o, 1
+            )
+            losses.append(round(float(metrics["loss"]), 6))
+        result[m.sharing] = losses
+    return result
+
+
+# --- the loop ---
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A corpus of 60 short documents, and the overrides that use it."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"{i}.txt").write_text(" ".join(f"word{(i * j) % 17}" for j in range(40)))
+    return {
+        "model.vocab_size": 264,
+        "data.source": f"files:{folder}/*.txt",
+        "data.tokenizer": "bytes",
+        "data.valid_fraction": 0.2,
+        "data.cache_dir": str(tmp_path / "cache"),
+        "train.steps": 12,
+        "train.eval_every": 4,
+        "train.checkpoint_every": 4,
+        "train.log_every": 1,
+        "train.eval_rows": 16,
+    }
+
+
+def run_loop(config, workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+    prepared = data.prepare(config.data, config.model.vocab_size)
+    mesh = partition.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    lines = []
+    return train.train(config, prepared, mesh, workdir, lines.append), lines
+
+
+def test_the_loop_learns_evaluates_and_logs(tmp_path, corpus):
+    outcome, lines = run_loop(tiny_config(**corpus), tmp_path / "run")
+    assert outcome.status == "finished"
+    assert [e["step"] for e in outcome.evaluations] == [4, 8, 12]
+    assert outcome.evaluations[-1]["loss"] < outcome.evaluations[0]["loss"] < np.log(264) + 0.1
+    assert len(outcome.train_curve) == 12
+    assert lines[0].startswith("step 1/12")
+    assert "held-out loss" in lines[-1]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path, corpus):
+    config = tiny_config(**corpus, **{"optimizer.learning_rate": 1e30, "optimizer.schedule": "constant"})
+    outcome, _ = run_loop(config, tmp_path / "run")
+    assert outcome.status == "diverged"
+    assert "not finite at step" in outcome.error
+    assert outcome.train_curve[-1][1] is None
+
+
+def command(workdir, corpus):
+    overrides = {
+        **{f"model.{k}": v for k, v in {"depth": 2, "width": 16, "num_heads": 2, "ffn_width": 16}.items()},
+        **corpus,
+        "train.steps": 40,
+        "train.batch_size": 4,
+        "train.eval_batch_size": 4,
+        "optimizer.warmup_steps": 2,
+        "data.sequence_length": 32,
+    }
+    flags = [f"--config.{name}={value}" for name, value in overrides.items()]
+    return [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", *flags]
+
+
+def environment(tmp_path):
+    return {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": "."}
+
+
+def interrupted(tmp_path, workdir, corpus, number, after_step):
+    """Starts a run, sends it a signal once its log has reached a step, and returns the finished process."""
+    process = subprocess.Popen(
+        command(workdir, corpus),
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith(f"step {after_step}/"):
+            process.send_signal(number)
+            break
+    _, stderr = process.communicate(timeout=120)
+    return process.returncode, stderr
+
+
+def contents(workdir):
+    """Returns the parameters and optimizer state of the last checkpoint, and the log without times."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("train_s", None)
+    config = from_config_dict(json.loads((workdir / "config.json").read_text()))
+    mesh = partition.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    checkpoints = train.Checkpoints(workdir / "checkpoints")
+    step, state = checkpoints.restore_latest(make_programs(config, mesh).state)
+    checkpoints.close()
+    return step, jax.device_get(state), lines
+
+
+def test_killed_or_interrupted_and_resumed_is_bit_for_bit_the_same(tmp_path, corpus):
+    straight, killed, stopped = (tmp_path / name for name in ("straight", "killed", "stopped"))
+
+    def run(workdir):
+        return subprocess.run(
+            command(workdir, corpus), env=environment(tmp_path), check=True, capture_output=True, text=True
+        )
+
+    run(straight)
+    code, _ = interrupted(tmp_path, killed, corpus, signal.SIGKILL, after_step=11)
+    assert code == -signal.SIGKILL
+    code, stderr = interrupted(tmp_path, stopped, corpus, signal.SIGINT, after_step=7)
+    assert code == 130
+    assert "a checkpoint was saved" in stderr
+    assert "Traceback" not in stderr
+    assert "resuming after step" in run(killed).stdout
+    assert "resuming after step" in run(stopped).stdout
+    step, state, lines = contents(straight)
+    assert step == 40
+    for other in (killed, stopped):
+        other_step, other_state, other_lines = contents(other)
+        assert other_step == 40
+        assert_trees_close(other_state, state, tolerance=0)
+        assert other_lines == lines
