@@ -3,11 +3,10 @@
 Exit statuses: 0 done; 1 some run failed or diverged; 2 bad input; 130 interrupted, resumable.
 """
 
-import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +20,7 @@ from mobilellm_jax.train import Interrupted
 
 
 def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:
-    """Returns the module, preset and config of "configs/<file>.py:<preset>" (no preset: the file's default).
+    """Returns the module, preset and config of "configs/<file>.py:<preset>" (no preset: the file's first).
 
     Raises:
       UserError: there is no such file, it is no config, or it has no such preset.
@@ -39,9 +38,10 @@ def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={spec}: {path} has no get_config(preset)")
     try:
-        return module, preset, module.get_config(*[preset] if preset else [])
+        config = module.get_config(*[preset] if preset else [])
     except ValueError as error:
         raise UserError(f"--config={spec}: {error}") from None
+    return module, preset or getattr(module, "PRESETS", [""])[0], config
 
 
 def config_spec() -> str:
@@ -54,20 +54,41 @@ def overrides() -> dict[str, Any]:
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
-def _parse(argv: list[str], default_config: str) -> list[str]:
-    """Parses flags; a bad one is a `UserError` that says what would be valid."""
-    if default_config and not any(arg.startswith("--help") for arg in argv):
-        spec = default_config
-        for arg, following in zip(argv, [*argv[1:], ""], strict=True):
-            if arg.lstrip("-") == "config":
-                spec = following
-            elif arg.lstrip("-").startswith("config="):
-                spec = arg.partition("=")[2]
-        config = load_config(spec)[2]
-        for arg in argv[1:]:
-            name = arg.lstrip("-").partition("=")[0].removeprefix("no")
-            if arg.startswith("-") and name.startswith("config."):
-                _check_field(config, name.removeprefix("config."))
+def config_first(argv: Sequence[str], default_config: str) -> list[str]:
+    """Returns the command line with `--config` in front, which its overrides have to follow.
+
+    Raises:
+      UserError: the config cannot be loaded, or an override names a field that it does not have.
+    """
+    rest, spec = list(argv[1:]), default_config
+    for i, argument in enumerate(rest):
+        if argument in ("--config", "-config") and i + 1 < len(rest):
+            spec = rest[i + 1]
+            del rest[i : i + 2]
+            break
+        if argument.startswith(("--config=", "-config=")):
+            spec = argument.partition("=")[2]
+            del rest[i]
+            break
+    config = load_config(spec)[2]
+    for argument in rest:
+        name = argument.lstrip("-").partition("=")[0].removeprefix("no")
+        if argument.startswith("-") and name.startswith("config."):
+            _check_field(config, name.removeprefix("config."))
+    return [argv[0], f"--config={spec}", *rest]
+
+
+def _check_field(config: ConfigDict, name: str) -> None:
+    group: Any = config
+    for part in name.split("."):
+        known = list(group) if isinstance(group, ConfigDict) else []
+        if part not in known:
+            hint = did_you_mean(part, known) if known else "the field before it holds a value, not a group"
+            raise UserError(f"--config.{name}: there is no field {part!r}; {hint}")
+        group = group[part]
+
+
+def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -75,16 +96,6 @@ def _parse(argv: list[str], default_config: str) -> list[str]:
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
     return rest
-
-
-def _check_field(config: ConfigDict, name: str) -> None:
-    group: Any = config
-    for depth, part in enumerate(parts := name.split(".")):
-        if not isinstance(group, ConfigDict) or part not in group:
-            known = group.keys() if isinstance(group, ConfigDict) else ()
-            prefix = "".join(f"{p}." for p in parts[:depth])
-            raise UserError(f"--config.{name}: no such field {prefix}{part}; {did_you_mean(part, known)}")
-        group = group._fields.get(part)
 
 
 def enable_compilation_cache() -> None:
@@ -99,13 +110,15 @@ def run(main: Callable[[], int], default_config: str = "") -> None:
     A command with a `default_config` gets `--config` and `--config.<field>=<value>`. Errors that a person
     can mend, and interruptions, become one line on stderr.
     """
-    if default_config:
-        text = "config file, with :preset; its fields are set by --config.<group>.<field>=<value>"
-        config_flags.DEFINE_config_file("config", default_config, text, lock_config=True)
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # for --help
     logging.set_verbosity(logging.WARNING)  # orbax tells of every save at INFO
     try:
-        app.run(lambda _: main(), flags_parser=functools.partial(_parse, default_config=default_config))
+        if default_config:
+            # The flag below reads sys.argv by itself, and fails with a traceback where this does not.
+            sys.argv = config_first(sys.argv, default_config)
+            text = "config file, with :preset; its fields are set by --config.<group>.<field>=<value>"
+            config_flags.DEFINE_config_file("config", default_config, text, lock_config=True)
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # for --help
+        app.run(lambda _: main(), flags_parser=_parse)
     except UserError as error:
         sys.exit(_complain(f"error: {error}", 2))
     except Interrupted as stop:

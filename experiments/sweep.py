@@ -27,7 +27,7 @@ from experiments import cli, figures
 from mobilellm_jax import accounting, data, results
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.run import check, claim_workdir, failed_fields, flatten, run
+from mobilellm_jax.run import check, check_same, claim_workdir, failed_fields, flatten, run
 from mobilellm_jax.train import duration
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs", "directory of results/, figures/ and runs/")
@@ -76,8 +76,9 @@ def points_of(spec: str, overrides: dict[str, Any], seeds: int | None, only: Seq
     """
     module, preset, _ = cli.load_config(spec)
     if hasattr(module, "studies"):
-        specs = module.studies(*[preset] if preset else [])
-        points = [point for member in specs for point in points_of(member, overrides, seeds, ())]
+        points = [
+            point for member in module.studies(preset) for point in points_of(member, overrides, seeds, ())
+        ]
     elif hasattr(module, "sweep"):
         points = _study_points(module, spec, preset, overrides, seeds)
     else:
@@ -94,7 +95,6 @@ def points_of(spec: str, overrides: dict[str, Any], seeds: int | None, only: Seq
 def _study_points(
     module: Any, spec: str, preset: str, overrides: dict[str, Any], seeds: int | None
 ) -> list[Point]:
-    preset = preset or module.PRESETS[0]
     study = module.study(preset)
     for name in overrides:
         if name in ("train.init_seed", "train.data_seed"):
@@ -246,14 +246,7 @@ def _existing(workdir: Path, point: Point) -> results.Record | None:
     if not path.exists():
         return None
     record = results.read(path)
-    here, there = flatten(dataclasses.asdict(point.config)), flatten(record.config)
-    different = [name for name in here if here[name] != there.get(name) and not name.startswith("mesh.")]
-    if different:
-        name = different[0]
-        raise UserError(
-            f"{path}: made with {name}={there.get(name)!r}, this sweep has {here[name]!r}; "
-            "use another --workdir, or delete the old results"
-        )
+    check_same(path, record.config, point.config)
     return None if record.status == "failed" else record
 
 

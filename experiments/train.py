@@ -14,15 +14,16 @@ from absl import flags
 from experiments import cli
 from mobilellm_jax import results
 from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.run import run
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "directory of the run; made if it is not there", required=True
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if it is not there")
 
 
 def main() -> int:
     """Trains, and returns the exit status."""
+    if not _WORKDIR.value:
+        raise UserError("--workdir: say where the run is to be kept, such as --workdir=runs/first")
     config = from_config_dict(flags.FLAGS.config)
     workdir = Path(_WORKDIR.value)
     study, _, preset = cli.config_spec().partition(":")

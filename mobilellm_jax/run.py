@@ -37,7 +37,7 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _check_same(path, config)
+            check_same(path, _read_config(path), config)
         elif any(workdir.glob("checkpoints/*")):
             raise UserError(f"{workdir}: holds checkpoints but no config.json; use another --workdir")
         results.write_atomically(path, (json.dumps(to_dict(config), indent=1) + "\n").encode())
@@ -45,21 +45,31 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from None
 
 
-def _check_same(path: Path, config: Config) -> None:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
-        there = from_config_dict(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        from_config_dict(values)
     except ValueError as error:
         raise UserError(f"{path}: not the config of a run ({error}); use another --workdir") from None
-    old, new = flatten(to_dict(there)), flatten(to_dict(config))
+    return values
+
+
+def check_same(path: Path, there: dict[str, Any], config: Config) -> None:
+    """Checks that `there`, a config found at `path`, computes the same as `config`.
+
+    Raises:
+      UserError: it does not; the message names the fields that differ.
+    """
+    old, new = flatten(there), flatten(to_dict(config))
     differences = [
-        f"{name} is {old[name]!r} there and {new[name]!r} here"
+        f"{name} is {old.get(name)!r} there and {new[name]!r} here"
         for name in new
-        if old[name] != new[name] and not name.startswith(_MAY_CHANGE)
+        if old.get(name) != new[name] and not name.startswith(_MAY_CHANGE)
     ]
     if differences:
         raise UserError(
-            f"{path.parent}: holds a run with a different config: {'; '.join(differences)}. "
-            "Use another --workdir, or delete this one"
+            f"{path}: of a run with a different config: {'; '.join(differences)}. "
+            "Use another --workdir, or delete what is there"
         )
 
 
