@@ -11,12 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mobilellm_jax.errors import UserError, did_you_mean
-from mobilellm_jax.train import Interrupted
 
 
 def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:
@@ -98,12 +96,6 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that a second run of the same shape starts at once."""
-    jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/mobilellm_jax/xla").expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 def run(main: Callable[[], int], default_config: str = "") -> None:
     """Parses the flags, calls `main` and exits with the status it returns.
 
@@ -121,10 +113,8 @@ def run(main: Callable[[], int], default_config: str = "") -> None:
         app.run(lambda _: main(), flags_parser=_parse)
     except UserError as error:
         sys.exit(_complain(f"error: {error}", 2))
-    except Interrupted as stop:
-        sys.exit(_complain(f"{stop}\nto go on: the same command again", 130))
-    except KeyboardInterrupt:
-        sys.exit(_complain("interrupted; to go on: the same command again", 130))
+    except KeyboardInterrupt as stop:  # train.Interrupted says what was saved
+        sys.exit(_complain(f"{str(stop) or 'interrupted'}\nto go on: the same command again", 130))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second error at exit
 

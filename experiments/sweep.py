@@ -27,7 +27,15 @@ from experiments import cli, figures
 from mobilellm_jax import accounting, data, results
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.run import check, check_same, claim_workdir, failed_fields, flatten, run
+from mobilellm_jax.run import (
+    check,
+    check_same,
+    claim_workdir,
+    enable_compilation_cache,
+    failed_fields,
+    flatten,
+    run,
+)
 from mobilellm_jax.train import duration
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs", "directory of results/, figures/ and runs/")
@@ -207,7 +215,7 @@ def main() -> int:
     print(table(points))
     if _LIST.value:
         return 0
-    cli.enable_compilation_cache()
+    enable_compilation_cache()
     return sweep(points, Path(_WORKDIR.value))
 
 

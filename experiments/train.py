@@ -15,7 +15,7 @@ from experiments import cli
 from mobilellm_jax import results
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.run import run
+from mobilellm_jax.run import enable_compilation_cache, run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if it is not there")
 
@@ -40,7 +40,7 @@ def main() -> int:
         x=None,
         overrides=cli.overrides(),
     )
-    cli.enable_compilation_cache()
+    enable_compilation_cache()
     record = run(config, workdir, describe)
     results.write(record, workdir / "record.json")
     print(f"{record.status}: {record.error or ''} {record.final}; see {workdir / 'record.json'}")

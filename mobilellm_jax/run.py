@@ -20,6 +20,12 @@ from mobilellm_jax.train import Outcome, train
 _MAY_CHANGE = ("mesh.", "data.cache_dir", "train.log_every", "train.checkpoint_every")
 
 
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a second run of the same shape starts at once."""
+    jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/mobilellm_jax/xla").expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def check(config: Config) -> Mesh:
     """Returns the mesh of a run, after checking that it fits the devices, the model and the batch."""
     mesh = partition.make_mesh(config.mesh)

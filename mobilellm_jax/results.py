@@ -1,0 +1,296 @@
+"""One run = one JSON record. Tables, figures and verdicts are made from records alone, without jax."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from mobilellm_jax.errors import UserError, did_you_mean
+
+SCHEMA = 1
+Scalar = bool | int | float | str | None
+# {"step", "loss" (nats per token), "bits_per_byte"}; None stands for a number that was not finite.
+Evaluation = dict[str, int | float | None]
+_EVALUATION = ("step", "loss", "bits_per_byte")
+_KEYS = {  # that nested fields must have
+    "x": ("label", "value", "log"),
+    "parameters": ("total", "embedding", "non_embedding"),
+    "flops_per_token": ("train", "inference"),
+    "final": _EVALUATION,
+    "best": _EVALUATION,
+    "timing": ("wall_s", "compile_s", "train_s", "tokens_per_second"),
+    "device": ("platform", "kind", "count"),
+}
+_SETTINGS = {  # that tables and figures read
+    "model": ("depth", "width", "num_heads", "num_kv_heads", "ffn_width"),
+    "data": ("source", "sequence_length"),
+    "train": ("batch_size",),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """Everything that tables, figures and a sceptical reader need to know about one run.
+
+    Attributes:
+      schema: version of this layout.
+      study, preset: which study, at which size.
+      point, point_index: readable label of the design point, and its place in the study's order.
+      seed: runs of different points with equal seeds are paired.
+      question: what the study asks, one sentence.
+      matched: which budget is held equal over the points.
+      scientific: dotted names of the fields that the question is about.
+      baseline: label of the point that others are compared with; None compares with the best.
+      x: {"label", "value", "log"}, the place on the figure's x axis; None draws the points as categories.
+      status, error: how the run ended, and the message if it did not finish.
+      overrides: dotted fields that make this point differ from the study's config.
+      config: the whole validated config, nested.
+      layer_plan: block index of every layer applied.
+      parameters, flops_per_token: counts from the config.
+      data: data card; every key that ends in "sha256" must agree before runs are compared.
+      steps, tokens_seen: optimizer steps and training tokens done.
+      final, best: last and lowest held-out evaluation; None when there was none.
+      evaluations: all held-out evaluations, in order of step.
+      train_curve: [step, training loss], at most 200 points.
+      timing: seconds, and training tokens per second.
+      git_commit: of the code, with "-dirty" where Python files differ from it; None outside a checkout.
+      versions, device: of Python and libraries, and what the run was on.
+      command, created: how to repeat it, and when it ended (ISO 8601, UTC).
+    """
+
+    schema: int = SCHEMA
+    study: str
+    preset: str
+    point: str
+    point_index: int
+    seed: int
+    question: str
+    matched: str
+    scientific: list[str]
+    baseline: str | None
+    x: dict[str, Any] | None
+    status: Literal["finished", "diverged", "failed"]
+    error: str | None
+    overrides: dict[str, Scalar]
+    config: dict[str, dict[str, Any]]
+    layer_plan: list[int]
+    parameters: dict[str, int]
+    flops_per_token: dict[str, int | float]
+    data: dict[str, Any]
+    steps: int
+    tokens_seen: int
+    final: Evaluation | None
+    best: Evaluation | None
+    evaluations: list[Evaluation]
+    train_curve: list[list[int | float | None]]
+    timing: dict[str, int | float | None]
+    git_commit: str | None
+    versions: dict[str, str]
+    device: dict[str, str | int]
+    command: str
+    created: str
+
+    @property
+    def name(self) -> str:
+        """Point and seed, for messages."""
+        return f"{self.point!r} seed {self.seed}"
+
+    @property
+    def device_name(self) -> str:
+        return "{count} x {kind} ({platform})".format(**self.device)
+
+    @property
+    def loss(self) -> float:
+        """Final held-out loss of a finished run, nats per token."""
+        if self.status != "finished" or self.final is None or self.final["loss"] is None:
+            raise ValueError(f"{self.name} did not finish")
+        return float(self.final["loss"])
+
+    def setting(self, name: str) -> Any:
+        """Returns the value of a dotted config field, such as "model.depth"."""
+        group, field = name.split(".")
+        return self.config[group][field]
+
+
+def write(record: Record, path: str | os.PathLike[str]) -> None:
+    """Writes `record` to `path` in one step: a reader sees the old file or the new one, never a part.
+
+    NaN and infinite numbers become null.
+
+    Raises:
+      UserError: a field is of the wrong type, or the file cannot be written; the old file is left as it was.
+    """
+    fields = _finite(dataclasses.asdict(record))
+    _validate(fields, str(path))
+    text = json.dumps(fields, indent=2, sort_keys=True, allow_nan=False)
+    # Lists of numbers go on one line. A JSON string holds no raw newline, so the pattern matches none.
+    text = re.sub(r"\[\n[^][{}\"]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
+    write_atomically(path, (text + "\n").encode())
+
+
+def read(path: str | os.PathLike[str]) -> Record:
+    """Reads a record.
+
+    Raises:
+      UserError: the file is missing, not JSON or of another schema, or a field is missing, unknown, of the
+        wrong type or not finite; the message names the file and the field.
+    """
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: broken JSON or UTF-8
+        raise UserError(f"{path}: not a readable JSON record: {error}") from None
+    _validate(fields, str(path))
+    return Record(**fields)
+
+
+def read_all(directory: str | os.PathLike[str]) -> list[Record]:
+    """Reads every `*.json` below `directory`, sorted by study, preset, point, seed. Errors as in `read`."""
+    records = [read(path) for path in sorted(Path(directory).rglob("*.json"))]
+    return sorted(records, key=lambda r: (r.study, r.preset, r.point_index, r.point, r.seed))
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replaces the file at `path` in one step, creating its directory.
+
+    Raises:
+      UserError: it cannot be written; an old file is left as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def by_study(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+    """Groups records by (study, preset), in the order in which they come."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.study, record.preset), []).append(record)
+    return groups
+
+
+def by_point(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Groups the records of one study by point, in the study's order, each in order of seed."""
+    groups: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda r: (r.point_index, r.point, r.seed)):
+        groups.setdefault(record.point, []).append(record)
+    return groups
+
+
+def newest(records: Iterable[Record]) -> Record:
+    """Returns the record whose question, matched budget and baseline speak for the study."""
+    return max(records, key=lambda r: (r.created, r.point_index, r.seed))
+
+
+def git_commit() -> str | None:
+    """Returns the commit of the repository that holds this package, with "-dirty" where Python files differ.
+
+    None when the package is not tracked by one, for example in a virtual environment inside another checkout.
+    """
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        commit = git("rev-parse", "HEAD")
+        # Python files only: a sweep that writes its records into the repository does not change the code.
+        return commit + ("-dirty" if git("status", "--porcelain", "--", ":(top)*.py") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the libraries that results depend on."""
+    found = {"python": platform.python_version()}
+    for library in ("jax", "jaxlib", "flax", "optax", "numpy"):
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            found[library] = "not installed"
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """Returns `value` in JSON types, with None for every number that JSON can't hold."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _validate(fields: Any, where: str) -> None:
+    """Raises UserError unless `fields` are those of a Record of this schema."""
+
+    def require(ok: bool, field: str, reason: str) -> None:
+        if not ok:
+            raise UserError(f"{where}: {field}: {reason}")
+
+    known = isinstance(fields, dict) and "schema" in fields
+    require(known, "schema", "the field is missing; this is not a record of a run")
+    require(fields["schema"] == SCHEMA, "schema", f"version {fields['schema']!r} is unknown; known: {SCHEMA}")
+    types_of = typing.get_type_hints(Record)
+    for name in fields.keys() - types_of.keys():
+        require(False, name, f"no such field; {did_you_mean(name, types_of)}")
+    for name, wanted in types_of.items():
+        require(name in fields, name, "the field is missing")
+        _check(fields[name], wanted, f"{where}: {name}")
+    required = [(name, fields[name], keys) for name, keys in _KEYS.items() if fields[name] is not None]
+    required += [(f"evaluations[{i}]", item, _EVALUATION) for i, item in enumerate(fields["evaluations"])]
+    required += [(f"config.{name}", fields["config"].get(name, {}), keys) for name, keys in _SETTINGS.items()]
+    for name, values, keys in required:
+        for key in keys:
+            require(key in values, f"{name}.{key}", "the field is missing")
+    x, finished = fields["x"], fields["status"] == "finished"
+    require(x is None or type(x["value"]) in (int, float), "x.value", "not a number")
+    require(x is None or x["value"] > 0 or not x["log"], "x.value", "not positive, on a logarithmic axis")
+    pairs = all(len(pair) == 2 for pair in fields["train_curve"])
+    require(pairs, "train_curve", "expected pairs [step, loss]")
+    has_loss = fields["final"] is not None and fields["final"]["loss"] is not None
+    require(has_loss or not finished, "final.loss", "missing from a finished run")
+    for name in ("source_sha256", "tokenizer_sha256"):
+        require(name in fields["data"] or not finished, f"data.{name}", "missing from a finished run")
+    require(fields["status"] != "failed" or bool(fields["error"]), "error", "a failed run says why")
+
+
+def _check(value: Any, wanted: Any, field: str) -> None:
+    """Raises UserError unless `value`, made of JSON types, is of type `wanted` and finite throughout."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{field}: {value} is not a finite number; write null")
+    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted is Any and type(value) in (list, dict):  # only to find numbers that are not finite
+        origin, args = type(value), (Any, Any)
+    if origin is types.UnionType and value is not None and type(args[0]) is types.GenericAlias:
+        return _check(value, args[0], field)  # X | None
+    if origin in (list, dict) and type(value) is origin:
+        is_list = isinstance(value, list)
+        for key, item in enumerate(value) if is_list else value.items():
+            _check(item, args[-1], f"{field}[{key}]" if is_list else f"{field}.{key}")
+        return
+    kinds = args if origin is types.UnionType else (wanted,)
+    ok = value in args if origin is Literal else wanted is Any or type(value) in kinds
+    if not (ok or (value is None and types.NoneType in kinds)):
+        expected = str(wanted).removeprefix("typing.") if args else wanted.__name__
+        raise UserError(f"{field}: {value!r} is of type {type(value).__name__}; expected {expected}")

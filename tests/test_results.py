@@ -1,0 +1,267 @@
+"""Records: what is written is read, damage is named, and a failed write loses nothing."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+
+import pytest
+
+from mobilellm_jax import results
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.results import Record
+
+SETTINGS = {
+    "data": {"source": "bundled", "sequence_length": 256, "cache_dir": "~/.cache"},
+    "optimizer": {"learning_rate": 2e-3},
+    "train": {"steps": 500, "batch_size": 16, "init_seed": 0, "data_seed": 0, "eval_rows": 0},
+}
+
+
+def make_record(*, depth: int = 4, loss: float = 3.5, seed: int = 0, **changes) -> Record:
+    """Returns a plausible finished run with 2,048,000 tokens; `loss` is its final held-out loss."""
+    width = 128
+    evaluations = [
+        {"step": step, "loss": loss + 0.8 * ((500 / step) ** 0.7 - 1), "bits_per_byte": 0.51 * loss}
+        for step in range(50, 501, 50)
+    ]
+    model = {
+        "depth": depth,
+        "width": width,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "ffn_width": 256,
+        "head_dim": 32,
+    }
+    fields = {
+        "study": "shape",
+        "preset": "tiny",
+        "point": f"{depth} x {width}",
+        "point_index": depth,
+        "seed": seed,
+        "question": "Does depth or width help more?",
+        "matched": "non-embedding parameters within 2 %",
+        "scientific": ["model.depth", "model.width"],
+        "baseline": None,
+        "x": {"label": "depth (layers)", "value": depth, "log": True},
+        "status": "finished",
+        "error": None,
+        "overrides": {"model.depth": depth, "model.width": width},
+        "config": {"model": model, **SETTINGS},
+        "layer_plan": list(range(depth)),
+        "parameters": {"total": 1_000_000 + depth, "embedding": 250_000, "non_embedding": 750_000 + depth},
+        "flops_per_token": {"train": 6.3e6, "inference": 2.1e6},
+        "data": {"source_sha256": "ab" * 32, "tokenizer_sha256": "cd" * 32, "vocab_size": 2048},
+        "steps": 500,
+        "tokens_seen": 500 * 16 * 256,
+        "final": evaluations[-1],
+        "best": evaluations[-1],
+        "evaluations": evaluations,
+        "train_curve": [[1, 7.6], [500, loss]],
+        "timing": {"wall_s": 30.0, "compile_s": 5.0, "train_s": 24.0, "tokens_per_second": 85333.3},
+        "git_commit": "0123abc",
+        "versions": {"python": "3.11.7", "jax": "0.10.2"},
+        "device": {"platform": "cpu", "kind": "cpu", "count": 1},
+        "command": "python -m experiments.sweep --config=configs/shape.py:tiny",
+        "created": "2026-01-01T00:00:00+00:00",
+    }
+    return Record(**{**fields, **changes})
+
+
+def make_diverged(**changes) -> Record:
+    """Returns a run whose loss was not finite from step 300 on."""
+    evaluations = [
+        {"step": s, "loss": 4.0 if s < 300 else math.nan, "bits_per_byte": None} for s in (100, 300)
+    ]
+    gone = {"status": "diverged", "error": "loss is nan at step 300", "final": evaluations[-1], "steps": 300}
+    return make_record(**{**gone, "evaluations": evaluations, "tokens_seen": 300 * 16 * 256, **changes})
+
+
+def test_what_is_written_is_read(tmp_path):
+    record = make_record()
+    results.write(record, tmp_path / "new" / "directory" / "a.json")
+    assert results.read(tmp_path / "new" / "directory" / "a.json") == record
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    results.write(make_diverged(train_curve=[[1, 7.6], [300, math.inf]]), tmp_path / "a.json")
+    json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    record = results.read(tmp_path / "a.json")
+    assert record.final == {"step": 300, "loss": None, "bits_per_byte": None}
+    assert record.train_curve[-1] == [300, None]
+    with pytest.raises(ValueError, match="did not finish"):
+        _ = record.loss
+
+
+def test_file_is_sorted_and_holds_one_pair_per_line(tmp_path):
+    results.write(make_record(point="[1,   2]"), tmp_path / "a.json")
+    lines = (tmp_path / "a.json").read_text().splitlines()
+    names = [line.split('"')[1] for line in lines if line.startswith('  "')]
+    assert names == sorted(names)
+    assert "    [ 1, 7.6 ]," in lines
+    assert results.read(tmp_path / "a.json").point == "[1,   2]"
+
+
+def change(**fields):
+    def damage(record):
+        for name, value in fields.items():
+            *groups, last = name.split("__")
+            target = record
+            for group in groups:
+                target = target[group]
+            target[last] = value
+
+    return damage
+
+
+def remove(name):
+    def damage(record):
+        *groups, last = name.split(".")
+        for group in groups:
+            record = record[group]
+        del record[last]
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change(schema=99), "schema: version 99 is unknown"),
+        (remove("schema"), "schema: the field is missing"),
+        (remove("seed"), "seed: the field is missing"),
+        (change(sead=1), "sead: no such field; did you mean seed"),
+        (change(seed="0"), "seed: '0' is of type str; expected int"),
+        (change(seed=True), "seed: True is of type bool; expected int"),
+        (change(baseline=3), r"baseline: 3 is of type int; expected str \| None"),
+        (change(scientific=["a", 1]), r"scientific\[1\]: 1 is of type int; expected str"),
+        (change(layer_plan={}), "layer_plan: {} is of type dict"),
+        (change(status="done"), "status: 'done' is of type str; expected Literal"),
+        (change(status="failed"), "error: a failed run says why"),
+        (change(overrides={"model.depth": [1]}), r"overrides.model.depth: \[1\] is of type list"),
+        (change(final=None), "final.loss: missing from a finished run"),
+        (change(final__loss=None), "final.loss: missing from a finished run"),
+        (change(final__loss=math.nan), "final.loss: nan is not a finite number"),
+        (
+            change(evaluations=[{"step": 1, "loss": 3.0}]),
+            r"evaluations\[0\].bits_per_byte: the field is missing",
+        ),
+        (change(train_curve=[[1]]), "train_curve: expected pairs"),
+        (change(data__rows=[1.0, math.inf]), r"data.rows\[1\]: inf is not a finite number"),
+        (remove("data.tokenizer_sha256"), "data.tokenizer_sha256: missing"),
+        (remove("parameters.non_embedding"), "parameters.non_embedding: the field is missing"),
+        (change(parameters__total=1.5), "parameters.total: 1.5 is of type float; expected int"),
+        (remove("config.model"), "config.model.depth: the field is missing"),
+        (remove("config.train.batch_size"), "config.train.batch_size: the field is missing"),
+        (change(x__value=0), "x.value: not positive, on a logarithmic axis"),
+        (change(x__value="4"), "x.value: not a number"),
+        (remove("x.log"), "x.log: the field is missing"),
+    ],
+)
+def test_damaged_field_is_named(tmp_path, damage, message):
+    fields = dataclasses.asdict(make_record())
+    damage(fields)
+    (tmp_path / "a.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=rf"a\.json: {message}"):
+        results.read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"schema": 1', b"\xff\xfe"])
+def test_file_that_holds_no_record_is_named(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.json: "):
+        results.read_all(tmp_path)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"a\.json: not a readable JSON record"):
+        results.read(tmp_path / "a.json")
+
+
+def test_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    results.write(make_record(seed=1), path)
+    with pytest.raises(UserError, match=r"x\.value"):
+        results.write(make_record(x={"label": "depth", "value": -1, "log": True}), path)
+
+    def disk_full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(UserError, match=r"a\.json: cannot be written: .*No space left"):
+        results.write(make_record(seed=2), path)
+    assert results.read(path).seed == 1
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_file_is_replaced_and_never_overwritten(tmp_path):
+    results.write(make_record(seed=1), tmp_path / "a.json")
+    os.link(tmp_path / "a.json", tmp_path / "old.json")  # what a reader who opened it before goes on reading
+    results.write(make_record(seed=2), tmp_path / "a.json")
+    assert [results.read(tmp_path / name).seed for name in ("a.json", "old.json")] == [2, 1]
+
+
+def test_unwritable_place_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        results.write(make_record(), tmp_path / "file" / "a.json")
+
+
+def test_read_all_sorts_by_study_preset_point_and_seed(tmp_path):
+    order = [
+        ("a", "tiny", 1, 1),
+        ("a", "tiny", 2, 0),
+        ("a", "tiny", 10, 0),
+        ("b", "small", 1, 0),
+        ("b", "tiny", 1, 0),
+    ]
+    for name, (study, preset, index, seed) in zip("zyxwv", order, strict=True):
+        record = make_record(study=study, preset=preset, point_index=index, seed=seed)
+        results.write(record, tmp_path / study / f"{name}.json")
+    (tmp_path / "notes.txt").write_text("not a record")
+    read = results.read_all(tmp_path)
+    assert [(r.study, r.preset, r.point_index, r.seed) for r in read] == order
+    assert results.read_all(tmp_path / "nothing") == []
+    assert list(results.by_study(read)) == [("a", "tiny"), ("b", "small"), ("b", "tiny")]
+
+
+def test_points_stay_in_study_order():
+    records = [make_record(depth=d, seed=s) for s in (1, 0) for d in (16, 2)]
+    groups = results.by_point(records)
+    assert [(point, [run.seed for run in runs]) for point, runs in groups.items()] == [
+        ("2 x 128", [0, 1]),
+        ("16 x 128", [0, 1]),
+    ]
+
+
+def test_git_commit_knows_changed_code_from_new_results(tmp_path, monkeypatch):
+    def git(*args):
+        settings = ("-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *settings, *args], cwd=tmp_path, check=True, capture_output=True)
+
+    package = tmp_path / "package"
+    package.mkdir()
+    monkeypatch.setattr(results, "__file__", str(package / "results.py"))
+    assert results.git_commit() is None  # no repository
+    git("init")
+    (package / "results.py").write_text("a = 1\n")
+    (tmp_path / "other.txt").write_text("other")
+    git("add", "other.txt")
+    git("commit", "-m", "first")
+    assert results.git_commit() is None  # a repository that does not track the package
+    git("add", ".")
+    git("commit", "-m", "second")
+    clean = results.git_commit()
+    assert clean is not None
+    assert len(clean) == 40
+    (tmp_path / "result.json").write_text("{}")
+    assert results.git_commit() == clean
+    (tmp_path / "new.py").touch()
+    assert results.git_commit() == clean + "-dirty"
+
+
+def test_versions_name_the_libraries():
+    versions = results.versions()
+    assert set(versions) == {"python", "jax", "jaxlib", "flax", "optax", "numpy"}
+    assert versions["numpy"][0].isdigit()
