@@ -20,6 +20,7 @@ setup(
         "filelock>=3.20",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "importlib_resources>=6.0",  # tensorflow-datasets imports it to download, and does not install it
         "jax>=0.10.2",
         "jaxtyping>=0.3.4",
         "matplotlib>=3.10",
@@ -38,7 +39,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        "test": ["beartype>=0.22", "pyright>=1.1.400", "pytest>=9.0", "ruff>=0.14"],
+        "test": ["beartype>=0.22", "pyright[nodejs]>=1.1.400", "pytest>=9.0", "ruff>=0.14"],
         "dev": ["pre-commit>=4.3"],
     },
 )

@@ -43,7 +43,7 @@ def get_config(preset: str = "") -> ConfigDict:
     data = config.data = ConfigDict()
     data.source = "bundled"  # real English that ships with Python: no download
     data.valid_source = ""  # hold out documents of `source`
-    data.valid_fraction = 0.05
+    data.valid_fraction = 0.1
     data.text_field = "text"
     data.tokenizer = "bpe:2048"
     data.sequence_length = 256

@@ -7,10 +7,11 @@ device is the 1 x 1 x 1 mesh: there is no other code path.
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from mobilellm_jax.config import Config, MeshConfig
 from mobilellm_jax.errors import UserError
@@ -59,6 +60,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def in_use(mesh: Mesh | AbstractMesh) -> AbstractContextManager[Any]:
+    """Returns a context in which the model splits its activations over `mesh`, see `model.hidden`."""
+    return use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh)
 
 
 def check_divisible(config: Config, mesh: Mesh | AbstractMesh) -> None:

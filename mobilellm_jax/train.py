@@ -128,19 +128,23 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> Programs:
     def rows(size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, config.data.sequence_length + 1), jnp.int32, sharding=batch)
 
+    def step(state: TrainState, rows: jax.Array, learning_rate: jax.Array) -> Any:
+        with partition.in_use(mesh):
+            return train_step(state, rows, learning_rate, m, o, t.accumulation_steps)
+
+    def evaluate(params: model.Params, rows: jax.Array) -> Any:
+        with partition.in_use(mesh):
+            return eval_step(params, rows, m)
+
     return Programs(
         init=jax.jit(lambda key: init_state(key, m, o), out_shardings=shardings),
         step=jax.jit(
-            lambda state, rows, rate: train_step(state, rows, rate, m, o, t.accumulation_steps),
+            step,
             in_shardings=(shardings, batch, scalar),
             out_shardings=(shardings, scalar),
             donate_argnums=0,
         ),
-        evaluate=jax.jit(
-            lambda params, rows: eval_step(params, rows, m),
-            in_shardings=(shardings.params, batch),
-            out_shardings=scalar,
-        ),
+        evaluate=jax.jit(evaluate, in_shardings=(shardings.params, batch), out_shardings=scalar),
         state=jax.tree.map(with_sharding, shapes, shardings),
         rows=rows(t.batch_size),
         eval_rows=rows(t.eval_batch_size),

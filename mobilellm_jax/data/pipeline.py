@@ -1,0 +1,133 @@
+"""Batches from prepared rows: random for training, in a fixed order for evaluation.
+
+Letters: B rows in a batch, T tokens that a row predicts; a batch is int32 [B, T + 1]. With several
+processes each gets B / process_count rows, and together they get the rows that one process would.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+
+from mobilellm_jax.data.prepare import PreparedData
+from mobilellm_jax.errors import UserError
+
+PADDING = -1  # the loss leaves negative targets out
+
+
+def train_batches(
+    prepared: PreparedData,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[np.ndarray]:
+    """Yields int32 [B / process_count, T + 1] without end, shuffled anew in every epoch.
+
+    Batches run over the border of two epochs, so a split of fewer rows than B is fine too.
+
+    Args:
+      prepared: the rows.
+      batch_size: B, rows of all processes together.
+      seed: of the order; 0 to 2**32 - 1.
+      start_step: batches to leave out: the whole state of an interrupted run.
+      process_index: this process, from 0.
+      process_count: number of processes.
+
+    Raises:
+      UserError: B does not divide by `process_count`, or a file is damaged.
+    """
+    import grain  # here, because it imports jax, which preparing data does without
+
+    local = _local_batch_size("train.batch_size", batch_size, process_count)
+    rows = _Rows(prepared, "train")
+    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
+    # Numbers are batched before the rows are read: reading rows one by one is ten times slower.
+    batches = order[process_index::process_count].batch(local).map(rows.read)
+    iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+    iterator.set_state({"next_index": start_step})
+    return iterator
+
+
+def eval_batches(
+    prepared: PreparedData,
+    *,
+    batch_size: int,
+    rows: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[np.ndarray]:
+    """Yields int32 [B / process_count, T + 1] from the held-out rows, every row once.
+
+    Args:
+      prepared: the rows.
+      batch_size: B, rows of all processes together. The last batch is filled up with rows of -1.
+      rows: the first `rows` of one shuffled order, the same for every run; 0, or more than there are, takes
+        all rows, in the order stored.
+      process_index: this process, from 0.
+      process_count: number of processes.
+
+    Raises:
+      UserError: B does not divide by `process_count`, or a file is damaged.
+    """
+    _local_batch_size("train.eval_batch_size", batch_size, process_count)
+    source = _Rows(prepared, "valid")
+    order = np.arange(len(source))
+    if 0 < rows < len(source):
+        generator = random.Random(0)  # of all generators, only random() is promised never to change
+        order = np.argsort([generator.random() for _ in order], kind="stable")[:rows]
+    return _padded_batches(source, order, batch_size, process_index, process_count)
+
+
+def _padded_batches(
+    source: "_Rows", order: np.ndarray, batch_size: int, process_index: int, process_count: int
+) -> Iterator[np.ndarray]:
+    for start in range(0, len(order), batch_size):
+        mine = order[start : start + batch_size][process_index::process_count]
+        batch = np.full((batch_size // process_count, source.width), PADDING, np.int32)
+        batch[: len(mine)] = source.read(mine)
+        yield batch
+
+
+def _local_batch_size(field: str, batch_size: int, process_count: int) -> int:
+    if batch_size % process_count:
+        raise UserError(f"{field}: {batch_size} does not divide by the number of processes, {process_count}")
+    return batch_size // process_count
+
+
+class _Rows:
+    """Random access to the rows of a split, from one thread at a time."""
+
+    def __init__(self, prepared: PreparedData, split: str) -> None:
+        shards = prepared.card["splits"][split]["shards"]
+        self.width = prepared.sequence_length + 1
+        self._dtype = np.dtype(prepared.card["dtype"])
+        self._paths = [prepared.directory / shard["file"] for shard in shards]
+        self._ends = np.cumsum([shard["rows"] for shard in shards])
+        # no read-ahead: it is for reading in order
+        self._readers: list[Any] = [ArrayRecordReader(str(p), "readahead_buffer_size:0") for p in self._paths]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Returns int32 [n, T + 1] for [n] row numbers."""
+        batch = np.empty((len(indices), self.width), np.int32)
+        shard_of = np.searchsorted(self._ends, indices, side="right")
+        for shard in np.unique(shard_of):
+            (places,) = np.nonzero(shard_of == shard)
+            first = self._ends[shard - 1] if shard else 0
+            try:
+                records = self._readers[shard].read((np.asarray(indices)[places] - first).tolist())
+                batch[places] = np.frombuffer(b"".join(records), self._dtype).reshape(-1, self.width)
+            except (RuntimeError, ValueError) as error:
+                raise _damaged(self._paths[shard], error) from None
+        return batch
+
+
+def _damaged(path: Any, error: Exception) -> UserError:
+    return UserError(f"{path}: damaged ({error}); delete the directory {path.parent} and prepare again")

@@ -1,0 +1,400 @@
+"""Prepare once: tokenise a source and pack it into fixed-length rows on disk.
+
+A prepared directory is written beside its final name, synced, and renamed: it is there whole or not at all.
+Its name is a hash of everything that determines the rows.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from mobilellm_jax.config import DataConfig
+from mobilellm_jax.data import tokenizers
+from mobilellm_jax.data.sources import Document, OnRead, Source, open_source
+from mobilellm_jax.data.tokenizers import CARD_FILE, Tokenizer
+from mobilellm_jax.errors import UserError
+
+FORMAT_VERSION = 1  # raise it when the same input would give other rows
+SPLITS = ("train", "valid")
+PACKING = (
+    "documents, each BOS + ids + EOS where the tokenizer has them, joined into one stream; row i holds "
+    "stream[i T : i T + T + 1], so neighbours share one token and every token but the first is predicted "
+    "once; the remainder is dropped"
+)
+_BATCH = 2 << 20  # characters, or ids, taken at a time
+_SHARD = 1 << 30  # bytes of rows in a file
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedData:
+    """Rows on disk.
+
+    Attributes:
+      directory: where they are; its name says what they are made of.
+      card: the data card, ready for JSON and free of absolute paths: source, hashes, tokenizer, sizes.
+    """
+
+    directory: Path
+    card: dict[str, Any]
+
+    @property
+    def sequence_length(self) -> int:
+        """T; a row holds T + 1 token ids."""
+        return self.card["sequence_length"]
+
+    def num_rows(self, split: str) -> int:
+        """Returns the number of rows of "train" or "valid"."""
+        return self.card["splits"][split]["rows"]
+
+    def bytes_per_token(self, split: str) -> float | None:
+        """Returns bytes of text per token predicted; None where rows come from token ids without text."""
+        entry = self.card["splits"][split]
+        if entry["text_bytes"] is None:
+            return None
+        return entry["text_bytes"] / (entry["tokens"] - 1)  # nothing predicts the first token
+
+
+def prepare(data: DataConfig, vocab_size: int) -> PreparedData:
+    """Returns the rows for `data`, made at first use and found again later.
+
+    Safe to interrupt and to call from several processes at once: one works, the others wait.
+
+    Args:
+      data: the source, the tokenizer, the split and the length of the rows.
+      vocab_size: the model's vocabulary; must hold every token id.
+
+    Raises:
+      UserError: bad input, text too short for a row, a vocabulary that does not fit, or disk trouble.
+    """
+    has_text = not data.source.startswith("tokens:")
+    tokenizer = tokenizers.open_tokenizer(data.tokenizer) if has_text else None
+    needed = vocab_size  # token ids say what they need only when they are read
+    if has_text:
+        needed = tokenizer.vocab_size if tokenizer else tokenizers.bpe_size(data.tokenizer)
+        _check_vocab_size(vocab_size, needed, f"data.tokenizer={data.tokenizer!r}")
+    source = open_source(data.source, data.text_field)
+    held_out = None
+    if data.valid_source:
+        held_out = open_source(data.valid_source, data.text_field, "data.valid_source")
+    is_bundled = "bundled" in (data.source, data.valid_source)
+    card = {
+        "format": FORMAT_VERSION,
+        "source": source.name,
+        "source_sha256": source.sha256,
+        "valid_source": held_out.name if held_out else None,
+        "valid_source_sha256": held_out.sha256 if held_out else None,
+        "valid_fraction": None if held_out else data.valid_fraction,
+        "text_field": data.text_field,
+        "python_version": platform.python_version() if is_bundled else None,
+        **tokenizers.tokenizer_card(tokenizer),
+        "tokenizer": (tokenizer.spec if tokenizer else data.tokenizer) if has_text else None,
+        "packing": PACKING,
+        "sequence_length": data.sequence_length,
+        "dtype": "<u2" if needed <= 1 << 16 else "<u4",
+    }
+    identity = json.dumps({**card, "python_version": None}, sort_keys=True)
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    cache_dir = Path(data.cache_dir).expanduser()
+    directory = cache_dir / f"{source.name.partition(':')[0]}-{key}"
+    try:
+        if not directory.exists():
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with _locked(cache_dir / f"{directory.name}.lock"):
+                if not directory.exists():  # else another process made it while this one waited
+                    _make(directory, card, source, held_out, tokenizer, vocab_size)
+    except OSError as error:
+        raise UserError(f"data.cache_dir: {cache_dir}: {error.strerror or error}") from None
+    prepared = open_prepared(directory)
+    _check_vocab_size(vocab_size, prepared.card["vocab_size"], f"data.source={data.source!r}")
+    return prepared
+
+
+def open_prepared(directory: str | os.PathLike[str]) -> PreparedData:
+    """Opens a prepared directory and checks that its files are there, whole.
+
+    Raises:
+      UserError: a file is missing or of the wrong size; the message names it.
+    """
+    directory = Path(directory)
+    again = f"delete the directory {directory} and prepare again"
+    try:
+        card = json.loads((directory / CARD_FILE).read_bytes())
+        if card["format"] != FORMAT_VERSION:
+            raise UserError(f"{directory}: format {card['format']}, not {FORMAT_VERSION}; {again}")
+        files = [*card["files"], *(shard for split in SPLITS for shard in card["splits"][split]["shards"])]
+        sizes = {entry["file"]: entry["bytes"] for entry in files}
+    except OSError as error:
+        raise UserError(f"{directory / CARD_FILE}: {error.strerror}; {again}") from None
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{directory / CARD_FILE}: not a data card; {again}") from None
+    for name, size in sizes.items():
+        path = directory / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            state = "missing" if found is None else f"{found} bytes, not the {size} of the data card"
+            raise UserError(f"{path}: {state}; {again}")
+    return PreparedData(directory, card)
+
+
+def _check_vocab_size(vocab_size: int, needed: int, what: str) -> None:
+    if vocab_size < needed:
+        raise UserError(
+            f"model.vocab_size: {vocab_size} is too small for {what}; the smallest valid value is {needed}"
+        )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logging.warning("Another process prepares this data; waiting for it (lock: %s).", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make(
+    directory: Path,
+    card: dict[str, Any],
+    source: Source,
+    held_out: Source | None,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+) -> None:
+    """Writes `directory`. Only the holder of its lock calls this, so what others left behind is dead."""
+    for leftover in directory.parent.glob(f"{directory.name}.tmp-*"):
+        shutil.rmtree(leftover)
+    work = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
+    work.mkdir()
+    try:
+        if tokenizer is None and card["tokenizer"]:
+            with _progress(f"training {card['tokenizer']}", [source]) as on_read:
+                documents = _split_documents(source, None, card["valid_fraction"], on_read)
+                texts = (str(item.document) for item in documents if item.split == "train")
+                tokenizer = tokenizers.train_bpe(card["tokenizer"], texts)
+            card = {**card, **tokenizers.tokenizer_card(tokenizer)}
+        with _progress(f"packing {card['source']}", [s for s in (source, held_out) if s]) as on_read:
+            documents = _split_documents(source, held_out, card["valid_fraction"], on_read)
+            packers = _pack(work, card, documents, tokenizer)
+        if tokenizer is None:
+            card = {**card, "vocab_size": 1 + max(packer.max_id for packer in packers.values())}
+            _check_vocab_size(vocab_size, card["vocab_size"], f"the token ids of {card['source']!r}")
+        _check_rows(packers, card)
+        files = []
+        if tokenizer and (name := tokenizers.tokenizer_file(tokenizer.spec)):
+            (work / name).write_bytes(tokenizer.file_bytes)
+            files.append({"file": name, "bytes": len(tokenizer.file_bytes)})
+        card = {**card, "files": files, "splits": {name: packer.card() for name, packer in packers.items()}}
+        (work / CARD_FILE).write_text(json.dumps(card, indent=1) + "\n")
+        for path in [*work.iterdir(), work]:
+            _sync(path)
+        work.rename(directory)
+        _sync(directory.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # gone already if all went well
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _progress(what: str, sources: list[Source]) -> Iterator[OnRead]:
+    """Shows the bytes of input read so far: a bar on a terminal, else a line at each end."""
+    size = sum(source.size for source in sources)
+    if sys.stderr.isatty():
+        with tqdm(desc=what, total=size, unit="B", unit_scale=True) as bar:
+            yield bar.update
+    else:
+        logging.info("%s: %.1f MB", what, size / 1e6)
+        yield lambda count: None
+        logging.info("%s: done", what)
+
+
+class _Item(NamedTuple):
+    document: Document
+    split: str
+    sha256: bytes
+    size: int  # bytes
+
+
+def _split_documents(
+    source: Source, held_out: Source | None, valid_fraction: float | None, on_read: OnRead
+) -> Iterator[_Item]:
+    """Yields every document with its split; empty documents are left out.
+
+    The split follows from the document's own hash: duplicates fall on one side, and a document keeps its
+    side when others are added.
+    """
+    for origin in (source, held_out) if held_out else (source,):
+        for document in origin.read(on_read):
+            if not document:
+                continue
+            content = document.encode() if isinstance(document, str) else np.array(document, "<u4").tobytes()
+            digest = hashlib.sha256(content).digest()
+            fraction = int.from_bytes(digest[:8]) / 2**64
+            is_valid = origin is held_out if valid_fraction is None else fraction < valid_fraction
+            yield _Item(document, "valid" if is_valid else "train", digest, len(content))
+
+
+def _pack(
+    directory: Path, card: dict[str, Any], items: Iterable[_Item], tokenizer: Tokenizer | None
+) -> dict[str, "_Packer"]:
+    """Writes the rows of both splits; tokenises in batches of a bounded size, whatever the documents'."""
+    packers = {split: _Packer(directory, split, card) for split in SPLITS}
+    drop_space = tokenizer is not None and tokenizers.adds_space(tokenizer)
+    bos, eos = ([] if i is None else [i] for i in (card["bos_id"], card["eos_id"]))
+    batch: list[tuple[_Packer, Any, list[int], list[int]]] = []
+    waiting = 0
+
+    def flush() -> None:
+        nonlocal waiting
+        parts = [part for _, part, _, _ in batch]
+        encoded = tokenizer.encode_batch(parts) if tokenizer else parts
+        for (packer, _, before, after), ids in zip(batch, encoded, strict=True):
+            packer.add([*before, *ids, *after])
+        for packer in packers.values():
+            packer.write_rows()
+        batch.clear()
+        waiting = 0
+
+    for item in items:
+        packer, document = packers[item.split], item.document
+        packer.start_document(item)
+        parts = list(tokenizers.pieces(document, drop_space)) if isinstance(document, str) else [document]
+        for i, part in enumerate(parts):
+            batch.append((packer, part, bos if i == 0 else [], eos if i == len(parts) - 1 else []))
+            waiting += len(part)
+            if waiting >= _BATCH:
+                flush()
+    flush()
+    for packer in packers.values():
+        packer.close()
+    return packers
+
+
+def _check_rows(packers: dict[str, "_Packer"], card: dict[str, Any]) -> None:
+    total = sum(packer.documents for packer in packers.values())
+    for split, packer in packers.items():
+        if card["valid_fraction"] is not None and packer.documents == 0:
+            raise UserError(
+                f"data.valid_fraction: {card['valid_fraction']} leaves the {split} split without a document "
+                f"({total} in all, each falls on one side by its hash); change it, or name a held-out source "
+                "in data.valid_source"
+            )
+        if packer.rows == 0:
+            name = card["valid_source"] if split == "valid" and card["valid_source"] else card["source"]
+            raise UserError(
+                f"{name}: too little text: the {split} split has {packer.tokens} tokens and one row needs "
+                f"{card['sequence_length'] + 1} (data.sequence_length + 1)"
+            )
+
+
+class _Packer:
+    """Cuts a stream of token ids into overlapping rows and writes them to the shards of one split."""
+
+    def __init__(self, directory: Path, split: str, card: dict[str, Any]) -> None:
+        self._directory, self._split, self._has_text = directory, split, card["tokenizer"] is not None
+        self._length, self._dtype = card["sequence_length"], np.dtype(card["dtype"])
+        self._pending: list[np.ndarray] = []
+        self._writer: Any = None
+        self._shards: list[dict[str, Any]] = []
+        self._rows_hash, self._documents_hash = hashlib.sha256(), hashlib.sha256()
+        self.documents = self.text_bytes = self.tokens = self.rows = 0
+        self.max_id = -1
+
+    def start_document(self, item: _Item) -> None:
+        self.documents += 1
+        self.text_bytes += item.size
+        self._documents_hash.update(item.sha256)
+
+    def add(self, ids: list[int]) -> None:
+        self.tokens += len(ids)
+        self.max_id = max(self.max_id, max(ids, default=-1))
+        if self.max_id <= np.iinfo(self._dtype).max:  # else the model's vocabulary is too small anyway
+            self._pending.append(np.array(ids, self._dtype))
+
+    def write_rows(self) -> None:
+        """Writes the rows that are complete."""
+        if not self._pending:
+            return
+        stream = np.concatenate(self._pending)
+        count = max(0, (len(stream) - 1) // self._length)
+        content, step, size = (
+            stream.tobytes(),
+            self._length * stream.itemsize,
+            (self._length + 1) * stream.itemsize,
+        )
+        for start in range(0, count * step, step):
+            self._write(content[start : start + size])
+        self._pending = [stream[count * self._length :]]
+
+    def _write(self, row: bytes) -> None:
+        try:
+            if self._writer is None:
+                name = f"{self._split}-{len(self._shards):05d}.array_record"
+                self._shards.append({"file": name, "rows": 0})
+                # one row to a group, because they are read in random order
+                self._writer = ArrayRecordWriter(str(self._directory / name), "group_size:1,uncompressed")
+            self._writer.write(row)
+        except RuntimeError as error:  # how the library reports a full disk
+            raise OSError(str(error)) from None
+        self._rows_hash.update(row)
+        self.rows += 1
+        self._shards[-1]["rows"] += 1
+        if self._shards[-1]["rows"] * len(row) >= _SHARD:
+            self.close()
+
+    def close(self) -> None:
+        """Finishes the current shard and checks that it can be read back."""
+        if self._writer is None:
+            return
+        shard = self._shards[-1]
+        path = self._directory / shard["file"]
+        try:
+            self._writer.close()
+            reader = ArrayRecordReader(str(path))
+            found = reader.num_records()
+            reader.close()
+        except RuntimeError as error:
+            raise OSError(f"{path}: {error}") from None
+        if found != shard["rows"]:
+            raise OSError(f"{path}: wrote {shard['rows']} rows, found {found}")
+        with open(path, "rb") as file:
+            shard["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        shard["bytes"] = path.stat().st_size
+        self._writer = None
+
+    def card(self) -> dict[str, Any]:
+        """Returns the split's entry in the data card."""
+        return {
+            "documents": self.documents,
+            "documents_sha256": self._documents_hash.hexdigest(),  # of the documents' own hashes, in order
+            "text_bytes": self.text_bytes if self._has_text else None,
+            "tokens": self.tokens,
+            "rows": self.rows,
+            "sha256": self._rows_hash.hexdigest(),
+            "shards": self._shards,
+        }

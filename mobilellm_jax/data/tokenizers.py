@@ -1,0 +1,269 @@
+"""Tokenizers: text to token ids and back, behind one small interface.
+
+Specs: "bytes", "bpe:<vocabulary size>" (trained on the corpus), "sentencepiece:<file.model>" and
+"huggingface:<tokenizer.json>". Saved beside the prepared rows, a tokenizer comes back with `load_tokenizer`.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import sentencepiece
+import tokenizers
+
+from mobilellm_jax.errors import UserError
+
+CARD_FILE = "card.json"
+_FILES = {"bpe": "tokenizer.json", "huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
+_BPE_SPECIAL = ["<bos>", "<eos>"]
+_BPE_MIN_SIZE = 256 + len(_BPE_SPECIAL)
+# Beginning and end of text in tokenizer.json files without the tokenizer_config.json that says it.
+_BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>")
+_EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>")
+
+
+@runtime_checkable  # the tests check every annotation
+class Tokenizer(Protocol):
+    """What every tokenizer offers.
+
+    Attributes:
+      spec: the spec, with directories left out.
+      sha256: hash of all that determines its ids.
+      vocab_size: one more than the largest id.
+      bos_id, eos_id: ids that mark where a document begins and ends; None where it has none.
+      file_bytes: what to save to get it back; empty for "bytes".
+    """
+
+    spec: str
+    sha256: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    file_bytes: bytes
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Returns the ids of each text, in parallel, without BOS and EOS; text never yields these two."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns text; BOS, EOS and ids outside the vocabulary yield nothing."""
+        ...
+
+
+class BytesTokenizer:
+    """One token per byte of UTF-8."""
+
+    spec = "bytes"
+    sha256 = hashlib.sha256(b"bytes").hexdigest()
+    vocab_size = 258
+    bos_id: int | None = 256
+    eos_id: int | None = 257
+    file_bytes = b""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in ids if 0 <= i < 256).decode(errors="replace")
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model; raises ValueError if `file_bytes` is not one."""
+
+    def __init__(self, spec: str, file_bytes: bytes) -> None:
+        self.spec, self.file_bytes = spec, file_bytes
+        self.sha256 = hashlib.sha256(file_bytes).hexdigest()
+        self._processor: Any = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(file_bytes)
+        except RuntimeError:
+            raise ValueError("not a SentencePiece model") from None
+        self.vocab_size = self._processor.vocab_size()
+        bos_id, eos_id = self._processor.bos_id(), self._processor.eos_id()
+        self.bos_id = bos_id if bos_id >= 0 else None
+        self.eos_id = eos_id if eos_id >= 0 else None
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.encode(texts, num_threads=os.cpu_count() or 1)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json, by the `tokenizers` library; raises ValueError if `file_bytes` is not one."""
+
+    def __init__(self, spec: str, file_bytes: bytes, bos_id: int | None, eos_id: int | None) -> None:
+        self.spec, self.file_bytes, self.bos_id, self.eos_id = spec, file_bytes, bos_id, eos_id
+        self.sha256 = hashlib.sha256(file_bytes + f"\0{bos_id} {eos_id}".encode()).hexdigest()
+        self._tokenizer = _from_json(file_bytes)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # else "<eos>" written in a document ends it; the file does not keep this setting
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode(
+            [int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True
+        )
+
+
+def open_tokenizer(spec: str) -> Tokenizer | None:
+    """Returns the tokenizer, or None for "bpe:<size>", which `train_bpe` makes from text.
+
+    Raises:
+      UserError: a file is missing or not what the spec says, or the size of a BPE vocabulary is not valid.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "bytes":
+        return BytesTokenizer()
+    if kind == "bpe":
+        bpe_size(spec)
+        return None
+    path = Path(rest).expanduser()
+    try:
+        file_bytes = path.read_bytes()
+        name = f"{kind}:{path.name}"
+        if kind == "sentencepiece":
+            return SentencePieceTokenizer(name, file_bytes)
+        return HuggingFaceTokenizer(name, file_bytes, *_find_special(path, file_bytes))
+    except OSError as error:
+        raise UserError(f"data.tokenizer: {spec!r}: {error.strerror}: {path}") from None
+    except ValueError as error:
+        raise UserError(f"data.tokenizer: {spec!r}: {error}") from None
+
+
+def bpe_size(spec: str) -> int:
+    """Returns the vocabulary size of a "bpe:<size>" spec; raises UserError if it is not valid."""
+    size = spec.partition(":")[2]
+    if not (size.isascii() and size.isdecimal() and int(size) >= _BPE_MIN_SIZE):
+        raise UserError(
+            f"data.tokenizer: {spec!r} is not valid; expected bpe:<vocabulary size>, an integer of at least "
+            f"{_BPE_MIN_SIZE} (256 bytes, {' and '.join(_BPE_SPECIAL)})"
+        )
+    return int(size)
+
+
+def train_bpe(spec: str, texts: Iterable[str]) -> Tokenizer:
+    """Trains byte-level BPE; `texts` is read once, as a stream.
+
+    The vocabulary is smaller than asked for when the texts hold no further pair that occurs twice.
+    """
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=bpe_size(spec),
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=_BPE_SPECIAL,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+    return HuggingFaceTokenizer(spec, tokenizer.to_str().encode(), bos_id=0, eos_id=1)
+
+
+def tokenizer_card(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Returns what the data card says of a tokenizer; all None for token ids that came without one."""
+    names = ("spec", "sha256", "vocab_size", "bos_id", "eos_id")
+    values = {name: getattr(tokenizer, name) if tokenizer else None for name in names}
+    return {"tokenizer": values.pop("spec"), "tokenizer_sha256": values.pop("sha256"), **values}
+
+
+def tokenizer_file(spec: str | None) -> str | None:
+    """Returns the name of the file that a prepared directory keeps for a tokenizer, if any."""
+    return _FILES.get((spec or "").partition(":")[0])
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """Returns the tokenizer that the rows in a prepared directory were made with.
+
+    Raises:
+      UserError: the directory is not a prepared one, was made from token ids, or its tokenizer is damaged.
+    """
+    directory = Path(directory)
+    try:
+        card = json.loads((directory / CARD_FILE).read_bytes())
+        spec = card["tokenizer"]
+        if spec is None:
+            raise UserError(f"{directory}: prepared from token ids; there is no tokenizer")
+        name = tokenizer_file(spec)
+        file_bytes = (directory / name).read_bytes() if name else b""
+        if name is None:
+            tokenizer: Tokenizer = BytesTokenizer()
+        elif spec.startswith("sentencepiece:"):
+            tokenizer = SentencePieceTokenizer(spec, file_bytes)
+        else:
+            tokenizer = HuggingFaceTokenizer(spec, file_bytes, card["bos_id"], card["eos_id"])
+        if tokenizer.sha256 != card["tokenizer_sha256"]:
+            raise ValueError(f"{name} is not the one that the rows were made with")
+    except OSError as error:
+        raise UserError(f"{directory}: no tokenizer here: {error.strerror}: {error.filename}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{directory}: damaged: {error}; delete the directory and prepare again") from None
+    return tokenizer
+
+
+_CUT = re.compile(r"(?<=\S) (?=\S)")
+_PIECE = 1 << 14  # characters
+
+
+def pieces(text: str, drop_space: bool = False, size: int = _PIECE) -> Iterator[str]:
+    """Cuts a text into pieces of `size` to 2 `size` characters, which together give the ids of the whole.
+
+    Tokenizers need a hundred times the memory of the text they are given, and SentencePiece is twice as fast
+    on pieces. A cut is made at a single space, where tokens begin too; only where there is none, anywhere.
+
+    Args:
+      text: any text.
+      drop_space: leave the space out instead of leaving it to the second piece; see `adds_space`.
+      size: least length of all pieces but the last.
+    """
+    start = 0
+    while len(text) - start > 2 * size:
+        cut = _CUT.search(text, start + size, start + 2 * size)
+        end = cut.start() if cut else start + size
+        yield text[start:end]
+        start = end + 1 if cut and drop_space else end
+    yield text[start:]
+
+
+def adds_space(tokenizer: Tokenizer) -> bool:
+    """Whether it encodes a text as if a space stood before it, as most SentencePiece models do."""
+    word, words = tokenizer.encode_batch(["a", "a a"])
+    return words == word + word
+
+
+def _from_json(file_bytes: bytes) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(file_bytes.decode())
+    except Exception as error:  # the library raises no narrower type
+        raise ValueError(f"not a tokenizer.json of the tokenizers library ({error})") from None
+
+
+def _find_special(path: Path, file_bytes: bytes) -> tuple[int | None, int | None]:
+    """Returns the ids of BOS and EOS, from tokenizer_config.json beside the file or else by usual names."""
+    tokenizer = _from_json(file_bytes)
+    config_path = path.with_name("tokenizer_config.json")
+    names: list[Sequence[str]] = [_BOS_NAMES, _EOS_NAMES]
+    if config_path.exists():
+        config = json.loads(config_path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError(f"{config_path.name} beside it is not a JSON object")
+        tokens = (config.get("bos_token"), config.get("eos_token"))  # a string, {"content": string} or null
+        contents = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+        names = [[content] if content else [] for content in contents]
+    special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    bos_id, eos_id = (next((special[n] for n in group if n in special), None) for group in names)
+    return bos_id, eos_id
