@@ -10,6 +10,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.sharing import LayerPlan, layer_plan
 
@@ -305,8 +307,8 @@ class Config:
         )  # an unfinished warm-up never reaches the learning rate that the record reports
 
 
-def from_config_dict(values: Mapping[str, Any]) -> Config:
-    """Builds and validates a `Config` from nested mappings, a `ConfigDict` or parsed JSON.
+def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
+    """Builds and validates a `Config` from a `ConfigDict` or nested mappings, such as parsed JSON.
 
     Fields of `model` that are None are derived: `num_kv_heads` = `num_heads`, `head_dim` = `width` /
     `num_heads`, `ffn_width` by the paper's rule, see `default_ffn_width`.

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
@@ -172,13 +173,24 @@ def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) ->
             w = lax.dynamic_index_in_dim(w_U, u, keepdims=False)
             return w.astype(dtype) if w.ndim > 1 else w  # norm gains stay float32
 
-        return block.apply({"params": jax.tree.map(pick, params["blocks"])}, x_BTD, rope), None
+        y_BTD = block.apply({"params": jax.tree.map(pick, params["blocks"])}, x_BTD, rope)
+        return _constrain(y_BTD, ("data", "fsdp")), None
 
     with jax.named_scope("embedding"):
-        x_BTD = params["embedding"][tokens_BT].astype(dtype)
+        embedding_VD = _constrain(params["embedding"], "tensor")
+        x_BTD = _constrain(embedding_VD[tokens_BT].astype(dtype), ("data", "fsdp"))
     x_BTD, _ = lax.scan(layer, x_BTD, jnp.array(config.plan), unroll=config.scan_unroll)
     with jax.named_scope("final_norm"):
         return rms_norm(x_BTD, params["final_norm"]["gain"], config.norm_epsilon)
+
+
+def _constrain(x: Any, *axes: Any) -> Any:
+    """Splits an array over these axes, and no others, of the mesh in use (`partition.in_use`), if any.
+
+    Left alone, the compiler splits activations the way `fsdp` splits weights, along D, and every device
+    computes all rows of the batch.
+    """
+    return x if get_abstract_mesh().empty else lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
 def apply(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T V"]:

@@ -137,7 +137,14 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> Programs:
             return eval_step(params, rows, m)
 
     return Programs(
-        init=jax.jit(lambda key: init_state(key, m, o), out_shardings=shardings),
+        init=jax.jit(
+            lambda key: init_state(key, m, o),
+            out_shardings=shardings,
+            # The code for normal random numbers takes LLVM 6 s, and runs once.
+            compiler_options={"xla_backend_optimization_level": 0}
+            if jax.default_backend() == "cpu"
+            else None,
+        ),
         step=jax.jit(
             step,
             in_shardings=(shardings, batch, scalar),
@@ -310,7 +317,7 @@ def train(
 def _learning_rates(config: Config) -> np.ndarray:
     """Returns the learning rate of every step, float32 [steps]."""
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
-    return np.asarray(jax.vmap(schedule)(jnp.arange(config.train.steps)), np.float32)
+    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(config.train.steps)), np.float32)
 
 
 def _evaluate(programs: Programs, params: model.Params, prepared: data.PreparedData, config: Config) -> float:
