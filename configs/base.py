@@ -110,17 +110,20 @@ def use_small_recipe(config: ConfigDict, preset: str) -> None:
     """Sets vocabulary, batch and schedule for studies at `tiny` (2 CPU cores) and `small` (a GPU) scale."""
     tiny = preset == "tiny"
     config.model.vocab_size = 512 if tiny else 4096
+    config.model.remat = (
+        "full" if tiny else "none"
+    )  # measured on 2 cores: no slower at 48 wide, a third the memory
     config.data.tokenizer = f"bpe:{config.model.vocab_size}"
-    config.data.sequence_length = 128 if tiny else 512
-    config.optimizer.learning_rate = 1e-2 if tiny else 3e-3
-    config.optimizer.warmup_steps = 30 if tiny else 200
-    config.train.steps = 300 if tiny else 4000
+    config.data.sequence_length = 64 if tiny else 512
+    config.optimizer.learning_rate = 5e-3 if tiny else 3e-3
+    config.optimizer.warmup_steps = 50 if tiny else 200
+    config.train.steps = 400 if tiny else 4000
     config.train.batch_size = 8 if tiny else 32
-    config.train.eval_every = 75 if tiny else 500
+    config.train.eval_every = 100 if tiny else 500
     config.train.eval_rows = 256 if tiny else 1024
-    config.train.eval_batch_size = 32
-    config.train.checkpoint_every = 150 if tiny else 500
-    config.train.log_every = 25 if tiny else 100
+    config.train.eval_batch_size = 64 if tiny else 32
+    config.train.checkpoint_every = 200 if tiny else 500
+    config.train.log_every = 100
 
 
 def product(**fields: Sequence[Any]) -> Iterator[Overrides]:

@@ -3,11 +3,12 @@
   python -m experiments.sweep --config=configs/depth_vs_width.py:tiny
 
 `tiny` holds the non-embedding parameters equal, which the paper does not: its models hold the total about
-equal, so that its deep models also spend more of it outside the embedding. It takes about 3 minutes on 2
-CPU cores and trains for a few hundred steps: it shows the machinery, and what depth does to very small models
-at the start of training; it cannot show what the paper's 250 billion tokens show.
+equal, so that its deep models also spend more of it outside the embedding. It takes about 2 minutes on 2
+CPU cores and trains for 400 steps: it shows the machinery, and what depth does to very small models at the
+start of training, at one learning rate that suits some of them better than others. It cannot show what the
+paper's 250 billion tokens show.
 
-`small` asks the same of models of about 3M parameters: hours on a CPU, minutes on a GPU.
+`small` asks the same of models of about 2M parameters and 66M tokens.
 
 `paper_125m` and `paper_350m` are the paper's exact shapes and recipe, for a pod.
 """
@@ -46,10 +47,10 @@ _PAPER = {
         (66, 10, 640),
     ),
 }
-# depth, num_heads, width, ffn_width; F is the multiple of 8 that brings the weights of all blocks closest
-# to those of the middle row
+# depth, num_heads, width, ffn_width; F is the multiple of 4 that brings all blocks together closest to
+# the size of the third row
 _MATCHED = {
-    "tiny": ((1, 8, 128, 352), (2, 6, 96, 224), (4, 4, 64, 176), (8, 3, 48, 112)),
+    "tiny": ((1, 6, 96, 256), (2, 4, 64, 204), (4, 3, 48, 128), (8, 2, 32, 100)),
     "small": ((2, 8, 256, 688), (4, 6, 192, 432), (8, 4, 128, 344), (16, 3, 96, 216), (32, 2, 64, 168)),
 }
 

@@ -44,10 +44,9 @@ _ONLY = flags.DEFINE_list("only", [], "labels of the points to run, separated by
 _SEEDS = flags.DEFINE_integer("seeds", None, "number of seeds for each point; default: as the study says", 1)
 
 _BUDGETS = {"total": "total parameters", "non_embedding": "non-embedding parameters"}
-# Share of the measured matrix rate that training reaches, and seconds that a point costs besides training:
-# both measured on the tiny studies on 2 CPU cores, for the expected time only.
-_EFFICIENCY = 0.3
-_OVERHEAD_S = 8.0
+# For the expected time only, measured on the tiny studies on 2 CPU cores: the share of the matrix rate that
+# training reaches, and the seconds that a shape (compilation) and a run (evaluation, saving) cost besides.
+_EFFICIENCY, _SHAPE_S, _RUN_S = 0.17, 6.0, 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +205,8 @@ def expected_seconds(points: Sequence[Point]) -> float:
         product(x).block_until_ready()
     rate = repeats * 2 * size**3 / (time.perf_counter() - start) * jax.device_count()
     shapes = {point.config.model for point in points}
-    return sum(point.flops for point in points) / (rate * _EFFICIENCY) + len(shapes) * _OVERHEAD_S
+    training = sum(point.flops for point in points) / (rate * _EFFICIENCY)
+    return training + len(shapes) * _SHAPE_S + len(points) * _RUN_S
 
 
 def main() -> int:

@@ -63,10 +63,13 @@ class ModelConfig:
       norm_epsilon: added to the mean square in RMSNorm.
       init_std: standard deviation of every matrix at initialisation.
       compute_dtype: "float32" or "bfloat16", the dtype of matrix products; parameters stay float32, and
-        norms, softmax, logits and loss are computed in float32.
+        norms, softmax, logits and loss are computed in float32. On GPU and TPU, float32 products are rounded
+        (TF32, bfloat16 passes) unless JAX's `jax_default_matmul_precision` says otherwise.
       remat: what the backward pass recomputes: "none", all but matrix products ("dots"), or "full".
-      scan_unroll: layers per iteration of the compiled loop over the plan.
-      loss_chunk: sequence positions whose logits exist at one time in the loss.
+      scan_unroll: layers per iteration of the compiled loop over the plan; above 1, the backward pass holds
+        more than one layer's weights and, whatever `remat` says, activations.
+      loss_chunk: sequence positions whose logits exist at one time in the loss; best a divisor of the
+        sequence length, which is padded to a multiple of it.
     """
 
     vocab_size: int
@@ -188,7 +191,7 @@ class OptimizerConfig:
       learning_rate: peak learning rate.
       schedule: "cosine", "wsd" (warm-up, stable, linear decay) or "constant" (after warm-up).
       warmup_steps: steps of linear warm-up from 0.
-      final_fraction: the last learning rate as a fraction of the peak.
+      final_fraction: where the schedule ends, one step after the last, as a fraction of the peak.
       decay_fraction: share of the steps that "wsd" spends decaying.
       beta1, beta2, epsilon: Adam's constants.
       weight_decay: decoupled decay, on matrices only (embeddings included, norm gains not).
@@ -382,7 +385,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
 
 
 def _coerce(value: Any, wanted: type | types.UnionType, field: str) -> Any:
-    if wanted is float and type(value) is int:
+    if wanted is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     if type(value) is not wanted:
         name = getattr(wanted, "__name__", wanted)
