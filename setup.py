@@ -39,7 +39,13 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        "test": ["beartype>=0.22", "pyright[nodejs]>=1.1.400", "pytest>=9.0", "ruff>=0.14"],
+        "test": [
+            "beartype>=0.22",
+            "pyright[nodejs]>=1.1.400",
+            "pytest>=9.0",
+            "pytest-xdist>=3.8",
+            "ruff>=0.14",
+        ],
         "dev": ["pre-commit>=4.3"],
     },
 )

@@ -117,13 +117,13 @@ def use_small_recipe(config: ConfigDict, preset: str) -> None:
     config.data.sequence_length = 64 if tiny else 512
     config.optimizer.learning_rate = 5e-3 if tiny else 3e-3
     config.optimizer.warmup_steps = 50 if tiny else 200
-    config.train.steps = 400 if tiny else 4000
+    config.train.steps = 350 if tiny else 4000
     config.train.batch_size = 8 if tiny else 32
-    config.train.eval_every = 100 if tiny else 500
-    config.train.eval_rows = 256 if tiny else 1024
+    config.train.eval_every = 50 if tiny else 500
+    config.train.eval_rows = 192 if tiny else 1024
     config.train.eval_batch_size = 64 if tiny else 32
-    config.train.checkpoint_every = 200 if tiny else 500
-    config.train.log_every = 100
+    config.train.checkpoint_every = 175 if tiny else 500
+    config.train.log_every = 175 if tiny else 100
 
 
 def product(**fields: Sequence[Any]) -> Iterator[Overrides]:

@@ -4,7 +4,7 @@
 
 `tiny` holds the non-embedding parameters equal, which the paper does not: its models hold the total about
 equal, so that its deep models also spend more of it outside the embedding. It takes about 2 minutes on 2
-CPU cores and trains for 400 steps: it shows the machinery, and what depth does to very small models at the
+CPU cores and trains for 350 steps: it shows the machinery, and what depth does to very small models at the
 start of training, at one learning rate that suits some of them better than others. It cannot show what the
 paper's 250 billion tokens show.
 

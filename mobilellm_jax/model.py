@@ -283,7 +283,7 @@ def _cross_entropy_forward(x_BTD: Array, head_VD: Array, targets_BT: Array, chun
 
 def _cross_entropy_backward(chunk: int, gradients: Any, dnats: Array) -> tuple[Array, Array, None]:
     dx_BTD, dhead_VD = gradients
-    return dx_BTD * dnats.astype(dx_BTD.dtype), dhead_VD * dnats, None
+    return (dx_BTD * dnats).astype(dx_BTD.dtype), dhead_VD * dnats, None
 
 
 cross_entropy = jax.custom_vjp(_cross_entropy, nondiff_argnums=(3,))

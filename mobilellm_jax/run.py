@@ -3,6 +3,8 @@
 import dataclasses
 import datetime
 import json
+import os
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +160,7 @@ def measured_fields(config: Config, card: dict[str, Any], outcome: Outcome) -> d
     """Returns all fields of a record but those of the study."""
     tokens = outcome.steps * config.train.batch_size * config.data.sequence_length
     evaluations = outcome.evaluations
+    finite = [evaluation for evaluation in evaluations if evaluation["loss"] is not None]
     return {
         **planned_fields(config),
         "status": outcome.status,
@@ -165,8 +168,8 @@ def measured_fields(config: Config, card: dict[str, Any], outcome: Outcome) -> d
         "data": card,
         "steps": outcome.steps,
         "tokens_seen": tokens,
-        "final": evaluations[-1] if evaluations else None,
-        "best": min(evaluations, key=lambda e: e["loss"]) if evaluations else None,
+        "final": finite[-1] if finite else None,
+        "best": min(finite, key=lambda evaluation: evaluation["loss"]) if finite else None,
         "evaluations": evaluations,
         "train_curve": thin(outcome.train_curve, 200),
         "timing": {
@@ -179,9 +182,17 @@ def measured_fields(config: Config, card: dict[str, Any], outcome: Outcome) -> d
 
 
 def device() -> dict[str, Any]:
-    """Returns platform, kind and number of the devices of all processes."""
+    """Returns platform, kind and number of the devices of all processes; for a CPU its model and cores."""
     first = jax.devices()[0]
-    return {"platform": first.platform, "kind": first.device_kind, "count": jax.device_count()}
+    kind = _cpu() if first.platform == "cpu" else first.device_kind
+    return {"platform": first.platform, "kind": kind, "count": jax.device_count()}
+
+
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def thin(curve: list[Any], most: int) -> list[Any]:

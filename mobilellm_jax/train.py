@@ -159,17 +159,16 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> Programs:
 
 
 @functools.lru_cache(maxsize=1)  # the runs of one point follow each other
-def _compile(key: Config, mesh: Mesh) -> tuple[Programs, float]:
-    """Returns compiled programs and the seconds that took; `key` is free of what they do not depend on."""
-    start = time.perf_counter()
+def _compile(key: Config, mesh: Mesh) -> Programs:
+    """Returns compiled programs; `key` is free of what they do not depend on."""
     programs = make_programs(key, mesh)
     learning_rate = jax.ShapeDtypeStruct((), jnp.float32)
-    compiled = dataclasses.replace(
+    return dataclasses.replace(
         programs,
+        init=programs.init.lower(jax.random.key(0)).compile(),
         step=programs.step.lower(programs.state, programs.rows, learning_rate).compile(),
         evaluate=programs.evaluate.lower(programs.state.params, programs.eval_rows).compile(),
     )
-    return compiled, time.perf_counter() - start
 
 
 def _compile_key(config: Config) -> Config:
@@ -204,7 +203,9 @@ class Outcome:
       steps: steps taken.
       evaluations: {"step", "loss" (nats per token), "bits_per_byte" (None if unknown)} in order.
       train_curve: [step, loss in nats per token] at every progress line.
-      train_s, compile_s, wall_s: seconds in training steps (over all sittings), in compilation, and in all.
+      train_s: seconds in training steps, over all sittings.
+      compile_s, wall_s: seconds in compilation (near 0 where an earlier run had the same shape) and in all,
+        of the last sitting.
     """
 
     status: str
@@ -230,7 +231,8 @@ def train(
     """
     wall_start = time.perf_counter()
     t = config.train
-    programs, compile_s = _compile(_compile_key(config), mesh)
+    programs = _compile(_compile_key(config), mesh)
+    compile_s = time.perf_counter() - wall_start
     checkpoints = Checkpoints(workdir / "checkpoints")
     restored = checkpoints.restore_latest(programs.state)
     if restored is None:
@@ -267,10 +269,13 @@ def train(
 
     def evaluate(step: int) -> float:
         loss = _evaluate(programs, state.params, prepared, config)
+        # By the tokens per byte of all held-out text, also where `eval_rows` takes a part of it.
         bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
         log.evaluation(step, loss, bits)
         in_bits = f"  {bits:.4f} bits/byte" if bits else ""
         say(f"step {step:,}/{t.steps:,}  held-out loss {loss:.4f}{in_bits}")
+        if not math.isfinite(loss):
+            raise _Diverged(f"the held-out loss is not finite at step {step}")
         return loss
 
     status, error, step = "finished", None, start

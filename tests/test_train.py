@@ -17,7 +17,7 @@ from conftest import SHARING, assert_trees_close, tiny_config
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import base, depth_vs_width, layer_sharing, mobilellm
-from mobilellm_jax import data, partition, train
+from mobilellm_jax import data, partition, run, train
 from mobilellm_jax.config import MeshConfig, from_config_dict
 from mobilellm_jax.train import init_state, learning_rate_schedule, make_programs, train_step
 
@@ -193,6 +193,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path, corpus):
     assert outcome.train_curve[-1][1] is None
 
 
+def test_a_held_out_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(train, "_evaluate", lambda *_: float("inf"))
+    outcome, _ = run_loop(tiny_config(**corpus), tmp_path / "run")
+    assert (outcome.status, outcome.steps) == ("diverged", 4)
+    assert outcome.evaluations[-1]["loss"] is None
+    fields = run.measured_fields(tiny_config(**corpus), {}, outcome)
+    assert fields["final"] is fields["best"] is None
+    assert not list((tmp_path / "run" / "checkpoints").glob("4"))
+
+
 def command(workdir, corpus):
     overrides = {
         **{f"model.{k}": v for k, v in {"depth": 2, "width": 16, "num_heads": 2, "ffn_width": 16}.items()},
@@ -244,20 +254,20 @@ def contents(workdir):
 def test_killed_or_interrupted_and_resumed_is_bit_for_bit_the_same(tmp_path, corpus):
     straight, killed, stopped = (tmp_path / name for name in ("straight", "killed", "stopped"))
 
-    def run(workdir):
+    def resume(workdir):
         return subprocess.run(
             command(workdir, corpus), env=environment(tmp_path), check=True, capture_output=True, text=True
         )
 
-    run(straight)
+    resume(straight)
     code, _ = interrupted(tmp_path, killed, corpus, signal.SIGKILL, after_step=11)
     assert code == -signal.SIGKILL
     code, stderr = interrupted(tmp_path, stopped, corpus, signal.SIGINT, after_step=7)
     assert code == 130
     assert "a checkpoint was saved" in stderr
     assert "Traceback" not in stderr
-    assert "resuming after step" in run(killed).stdout
-    assert "resuming after step" in run(stopped).stdout
+    assert "resuming after step" in resume(killed).stdout
+    assert "resuming after step" in resume(stopped).stdout
     step, state, lines = contents(straight)
     assert step == 40
     for other in (killed, stopped):
