@@ -343,11 +343,16 @@ def _derive_model_fields(fields: dict[str, Any]) -> None:
     if fields["head_dim"] is None:
         width, heads = fields["width"], fields["num_heads"]
         _check(heads >= 1, "model.num_heads", heads, "an integer of at least 1")
-        if width % heads:
-            nearest = heads * max(1, round(width / heads))
+        if width % (2 * heads):
+            why = (
+                "is not divisible by"
+                if width % heads
+                else "leaves an odd head size, which RoPE cannot rotate, with"
+            )
+            nearest = 2 * heads * max(1, round(width / (2 * heads)))
             raise UserError(
-                f"model.width: {width} is not divisible by model.num_heads={heads}; the nearest width "
-                f"that is: {nearest} (or set model.head_dim)"
+                f"model.width: {width} {why} model.num_heads={heads}; the nearest width that fits: {nearest} "
+                "(or set model.head_dim)"
             )
         fields["head_dim"] = width // heads
 

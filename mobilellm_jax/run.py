@@ -36,7 +36,7 @@ def check(config: Config) -> Mesh:
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
-    """Makes `workdir` and writes `config.json` into it, or checks that it belongs to the same run.
+    """Makes `workdir` and writes `config.json` into it, if it holds no checkpoint of another run.
 
     Raises:
       UserError: the directory cannot be written, or holds a run with another config.
@@ -44,10 +44,8 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        if any(workdir.glob("checkpoints/*")):  # before the first, there is nothing to lose
             check_same(path, _read_config(path), config)
-        elif any(workdir.glob("checkpoints/*")):
-            raise UserError(f"{workdir}: holds checkpoints but no config.json; use another --workdir")
         results.write_atomically(path, (json.dumps(to_dict(config), indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from None
@@ -57,6 +55,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
         from_config_dict(values)
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing, but there are checkpoints; use another --workdir") from None
     except ValueError as error:
         raise UserError(f"{path}: not the config of a run ({error}); use another --workdir") from None
     return values

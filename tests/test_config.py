@@ -179,10 +179,14 @@ def test_missing_field(path):
     [
         (
             {"model.width": 100, "model.num_heads": 3},
-            ["model.width: 100", "model.num_heads=3", "width that is: 99"],
+            ["model.width: 100", "model.num_heads=3", "width that fits: 102"],
         ),
         ({"model.num_heads": 6, "model.num_kv_heads": 4}, ["model.num_kv_heads: 4", "valid: 1, 2, 3, 6"]),
-        ({"model.width": 12, "model.num_heads": 4}, ["model.head_dim: 3 is odd"]),
+        (
+            {"model.width": 12, "model.num_heads": 4},
+            ["model.width: 12", "odd head size", "width that fits: 16"],
+        ),
+        ({"model.head_dim": 3}, ["model.head_dim: 3 is odd"]),
         ({"model.num_repeats": 2}, ["model.num_repeats: 2", "immediate, repeat_all, reverse"]),
         ({"train.accumulation_steps": 3}, ["train.accumulation_steps: 3", "train.batch_size=8"]),
         ({"optimizer.warmup_steps": 11}, ["optimizer.warmup_steps: 11", "train.steps=10"]),
