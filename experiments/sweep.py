@@ -29,10 +29,10 @@ from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.run import (
     check,
-    check_same,
     claim_workdir,
     enable_compilation_cache,
     failed_fields,
+    finished_record,
     flatten,
     run,
 )
@@ -227,7 +227,7 @@ def sweep(points: Sequence[Point], workdir: Path) -> int:
     Raises:
       UserError: bad data, or a `workdir` of another sweep; found before anything is compiled.
     """
-    records = {point.name: _existing(workdir, point) for point in points}
+    records = {point.name: finished_record(_record_path(workdir, point), point.config) for point in points}
     missing = [point for point in points if records[point.name] is None]
     for point in missing:
         check(point.config)
@@ -248,16 +248,6 @@ def sweep(points: Sequence[Point], workdir: Path) -> int:
 
 def _record_path(workdir: Path, point: Point) -> Path:
     return workdir / "results" / f"{point.name}.json"
-
-
-def _existing(workdir: Path, point: Point) -> results.Record | None:
-    """Returns the record of a run that needs no repeating; failed runs do."""
-    path = _record_path(workdir, point)
-    if not path.exists():
-        return None
-    record = results.read(path)
-    check_same(path, record.config, point.config)
-    return None if record.status == "failed" else record
 
 
 def _run(workdir: Path, point: Point) -> results.Record:

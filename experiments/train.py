@@ -15,7 +15,7 @@ from experiments import cli
 from mobilellm_jax import results
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.run import enable_compilation_cache, run
+from mobilellm_jax.run import enable_compilation_cache, finished_record, run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if it is not there")
 
@@ -40,11 +40,19 @@ def main() -> int:
         x=None,
         overrides=cli.overrides(),
     )
-    enable_compilation_cache()
-    record = run(config, workdir, describe)
-    results.write(record, workdir / "record.json")
-    print(f"{record.status}: {record.error or ''} {record.final}; see {workdir / 'record.json'}")
-    return 0 if record.status == "finished" else 1
+    path = workdir / "record.json"
+    record = finished_record(path, config)
+    if record is None:
+        enable_compilation_cache()
+        record = run(config, workdir, describe)
+        results.write(record, path)
+    if record.status != "finished":
+        print(f"{record.status}: {record.error}; see {path}")
+        return 1
+    bits = record.final and record.final["bits_per_byte"]
+    in_bits = f", {bits:.4f} bits per byte" if bits else ""
+    print(f"finished: held-out loss {record.loss:.4f} nats per token{in_bits}; see {path}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -81,6 +81,19 @@ def check_same(path: Path, there: dict[str, Any], config: Config) -> None:
         )
 
 
+def finished_record(path: Path, config: Config) -> results.Record | None:
+    """Returns the record at `path`; None where there is none, or the run failed and is worth another try.
+
+    Raises:
+      UserError: the record is damaged, or of a run with a different config.
+    """
+    if not path.exists():
+        return None
+    record = results.read(path)
+    check_same(path, record.config, config)
+    return None if record.status == "failed" else record
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns {"model.width": 64, ...} for nested dictionaries."""
     flat = {}

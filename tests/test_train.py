@@ -14,9 +14,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import SHARING, assert_trees_close, tiny_config
-from jax.sharding import AbstractMesh, AxisType
 
-from configs import base, depth_vs_width, layer_sharing, mobilellm
 from mobilellm_jax import data, partition, run, train
 from mobilellm_jax.config import MeshConfig, from_config_dict
 from mobilellm_jax.train import init_state, learning_rate_schedule, make_programs, train_step
@@ -82,37 +80,6 @@ def test_a_step_on_8_devices_equals_one_on_1(shape):
     assert metrics["loss"] == pytest.approx(float(expected_metrics["loss"]), rel=1e-6)
     query = state.params["blocks"]["attention"]["query"]
     assert query.sharding.shard_shape(query.shape)[1] == query.shape[1] // shape[1]
-
-
-def study_configs():
-    for study in (depth_vs_width, layer_sharing):
-        for preset in study.PRESETS:
-            for overrides in study.sweep(preset):
-                yield f"{study.__name__}:{preset}", base.update(study.get_config(preset), overrides)
-    for preset in mobilellm.PRESETS:
-        yield f"mobilellm:{preset}", mobilellm.get_config(preset)
-
-
-def test_every_config_lowers_for_accelerators_from_a_cpu():
-    mesh = AbstractMesh((4, 1, 1), partition.AXES, axis_types=(AxisType.Auto,) * 3)
-    seen = set()
-    for name, config_dict in study_configs():
-        config = from_config_dict(config_dict)
-        shape = (
-            name.partition(":")[0],
-            config.data.sequence_length,
-            config.model.sharing,
-            config.model.remat,
-        )
-        if shape in seen:  # other sizes of the same program
-            continue
-        seen.add(shape)
-        programs = make_programs(config, mesh)
-        rate = jax.ShapeDtypeStruct((), jnp.float32)
-        traced = programs.step.trace(programs.state, programs.rows, rate)
-        lowered = traced.lower(lowering_platforms=("tpu", "cuda")).as_text()
-        assert "stablehlo.while" in lowered, name
-        assert "sharding" in lowered, name
 
 
 def test_golden_losses():
