@@ -25,7 +25,7 @@ from absl import flags
 
 from experiments import cli, figures
 from mobilellm_jax import accounting, data, results
-from mobilellm_jax.config import Config, from_config_dict
+from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.run import (
     check,
@@ -119,7 +119,7 @@ def _study_points(
     matched = _matched(study, [config for _, config in rows])
     points = []
     for index, (row, config) in enumerate(rows):
-        settings = flatten(dataclasses.asdict(config))
+        settings = flatten(to_dict(config))
         x = study["x"] and {"label": study["x_label"], "value": settings[study["x"]], "log": True}
         facts = {
             "study": Path(spec.partition(":")[0]).stem,
@@ -232,8 +232,8 @@ def sweep(points: Sequence[Point], workdir: Path) -> int:
     for point in missing:
         check(point.config)
         claim_workdir(workdir / "runs" / point.name, point.config)
-    for point in missing:
-        data.prepare(point.config.data, point.config.model.vocab_size)  # made once for equal data configs
+    for data_config, vocab_size in dict.fromkeys((p.config.data, p.config.model.vocab_size) for p in missing):
+        data.prepare(data_config, vocab_size)
     if missing:
         print(f"\n{len(points) - len(missing)} of {len(points)} runs are done already", end="; ")
         print(f"the rest will take about {duration(expected_seconds(missing))} (m:ss)", flush=True)

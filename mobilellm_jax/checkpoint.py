@@ -6,7 +6,6 @@ manifest once it is complete, and only a step that agrees with its manifest is r
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.results import write_atomically
 
 MANIFEST = "manifest.sha256.json"
 
@@ -110,7 +110,7 @@ def find_damage(path: Path) -> str | None:
 
 
 def _hash_files(path: Path) -> dict[str, str]:
-    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.stem != Path(MANIFEST).stem)
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name != MANIFEST)
     hashes = {}
     for file in files:
         with file.open("rb") as stream:
@@ -119,10 +119,4 @@ def _hash_files(path: Path) -> dict[str, str]:
 
 
 def _write_manifest(path: Path) -> None:
-    hashes = _hash_files(path.parent)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as stream:
-        json.dump(hashes, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    write_atomically(path, json.dumps(_hash_files(path.parent), indent=1).encode())

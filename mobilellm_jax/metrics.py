@@ -9,6 +9,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.results import write_atomically
 
 
 class MetricsLog:
@@ -35,9 +36,7 @@ class MetricsLog:
             self._remember(line)
         self._file = self._events = None
         if write:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            temporary.replace(path)
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._file = path.open("a")
             self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
