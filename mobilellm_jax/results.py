@@ -17,15 +17,15 @@ from typing import Any, Literal
 
 from mobilellm_jax.errors import UserError, did_you_mean
 
-SCHEMA = 1
+SCHEMA = 2
 Scalar = bool | int | float | str | None
-# {"step", "loss" (nats per token), "bits_per_byte"}; None stands for a number that was not finite.
+# {"step", "loss" (nats per token), "bits_per_byte", "error" (share of answers that are not exactly right)};
+# None stands for a number that was not finite, or that the data do not have.
 Evaluation = dict[str, int | float | None]
-_EVALUATION = ("step", "loss", "bits_per_byte")
+_EVALUATION = ("step", "loss", "bits_per_byte", "error")
 _KEYS = {  # that nested fields must have
     "x": ("label", "value", "log"),
     "parameters": ("total", "embedding", "non_embedding"),
-    "flops_per_token": ("train", "inference"),
     "final": _EVALUATION,
     "best": _EVALUATION,
     "timing": ("wall_s", "compile_s", "train_s", "tokens_per_second"),
@@ -34,6 +34,7 @@ _KEYS = {  # that nested fields must have
 _SETTINGS = {  # that tables and figures read
     "model": ("depth", "width", "num_heads", "num_kv_heads", "ffn_width"),
     "data": ("source", "sequence_length"),
+    "optimizer": ("learning_rate",),
     "train": ("batch_size",),
 }
 
@@ -47,16 +48,23 @@ class Record:
       study, preset: which study, at which size.
       point, point_index: readable label of the design point, and its place in the study's order.
       seed: runs of different points with equal seeds are paired.
+      phase: "tuning" for a run that looks for the learning rate, "comparison" for one that verdicts are made of.
       question: what the study asks, one sentence.
-      matched: which budget is held equal over the points.
-      scientific: dotted names of the fields that the question is about.
-      baseline: label of the point that others are compared with; None compares with the best.
+      matched: which of the `budgets` is held equal over the points.
+      scientific, nuisance: dotted names of the fields that the question is about, and of those tuned for each
+        point so that they do not decide it; all others are fixed.
+      tuning: where the learning rate comes from: a "grid" for each point, "transferred" from another shape by
+        the parameterization, or "none": one for all points, as given.
+      metric: what is compared, lower is better: a key of the evaluations, "loss" or "error".
+      pairs: [point, other] for every comparison that the study asks for; the family that Holm's method corrects.
+      margin: the smallest difference in `metric` that matters.
       x: {"label", "value", "log"}, the place on the figure's x axis; None draws the points as categories.
       status, error: how the run ended, and the message if it did not finish.
       overrides: dotted fields that make this point differ from the study's config.
       config: the whole validated config, nested.
       layer_plan: block index of every layer applied.
-      parameters, flops_per_token: counts from the config.
+      parameters: counts by part, from the config.
+      budgets: what the shape costs, from the config alone, see `accounting.budgets`.
       data: data card; every key that ends in "sha256" must agree before runs are compared.
       steps, tokens_seen: optimizer steps and training tokens done.
       final, best: last and lowest held-out evaluation; None when there was none.
@@ -74,10 +82,15 @@ class Record:
     point: str
     point_index: int
     seed: int
+    phase: Literal["tuning", "comparison"]
     question: str
     matched: str
     scientific: list[str]
-    baseline: str | None
+    nuisance: list[str]
+    tuning: Literal["grid", "transferred", "none"]
+    metric: Literal["loss", "error"]
+    pairs: list[list[str]]
+    margin: float
     x: dict[str, Any] | None
     status: Literal["finished", "diverged", "failed"]
     error: str | None
@@ -85,7 +98,7 @@ class Record:
     config: dict[str, dict[str, Any]]
     layer_plan: list[int]
     parameters: dict[str, int]
-    flops_per_token: dict[str, int | float]
+    budgets: dict[str, int | float]
     data: dict[str, Any]
     steps: int
     tokens_seen: int
@@ -110,11 +123,16 @@ class Record:
         return "{count} x {kind} ({platform})".format(**self.device)
 
     @property
-    def loss(self) -> float:
-        """Final held-out loss of a finished run, nats per token."""
-        if self.status != "finished" or self.final is None or self.final["loss"] is None:
+    def score(self) -> float:
+        """Final held-out value of `metric` of a finished run; lower is better."""
+        value = self.final and self.final[self.metric]
+        if self.status != "finished" or value is None:
             raise ValueError(f"{self.name} did not finish")
-        return float(self.final["loss"])
+        return float(value)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.setting("optimizer.learning_rate"))
 
     def setting(self, name: str) -> Any:
         """Returns the value of a dotted config field, such as "model.depth"."""
@@ -268,8 +286,10 @@ def _validate(fields: Any, where: str) -> None:
     require(x is None or x["value"] > 0 or not x["log"], "x.value", "not positive, on a logarithmic axis")
     pairs = all(len(pair) == 2 for pair in fields["train_curve"])
     require(pairs, "train_curve", "expected pairs [step, loss]")
-    has_loss = fields["final"] is not None and fields["final"]["loss"] is not None
-    require(has_loss or not finished, "final.loss", "missing from a finished run")
+    metric = fields["metric"]
+    has_score = fields["final"] is not None and fields["final"][metric] is not None
+    require(has_score or not finished, f"final.{metric}", "missing from a finished run")
+    require(all(len(pair) == 2 for pair in fields["pairs"]), "pairs", "expected pairs [point, other]")
     for name in ("source_sha256", "tokenizer_sha256"):
         require(name in fields["data"] or not finished, f"data.{name}", "missing from a finished run")
     require(fields["status"] != "failed" or bool(fields["error"]), "error", "a failed run says why")
