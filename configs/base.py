@@ -35,6 +35,9 @@ def get_config(preset: str = "") -> ConfigDict:
     model.rope_base = 10_000.0  # official code
     model.norm_epsilon = 1e-5  # official code
     model.init_std = 0.02  # official code: every matrix, no scaling with depth
+    model.parameterization = "standard"  # standard (the paper's) | mup | completep
+    model.base_width = 128  # where mup and completep equal standard: this config's shape
+    model.base_depth = 4
     model.compute_dtype = "float32"
     model.remat = "none"  # none | dots | full: less memory for more recomputation
     model.scan_unroll = 1
@@ -50,6 +53,7 @@ def get_config(preset: str = "") -> ConfigDict:
     data.cache_dir = "~/.cache/mobilellm_jax"
 
     optimizer = config.optimizer = ConfigDict()
+    optimizer.name = "adamw"  # adamw | muon
     optimizer.learning_rate = 2e-3  # paper section 3.1
     optimizer.schedule = "cosine"  # paper section 3.1
     optimizer.warmup_steps = 50
@@ -58,6 +62,7 @@ def get_config(preset: str = "") -> ConfigDict:
     optimizer.beta1 = 0.9  # official code
     optimizer.beta2 = 0.95  # official code
     optimizer.epsilon = 1e-8  # official code
+    optimizer.momentum = 0.95  # used by "muon" only
     optimizer.weight_decay = 0.1  # paper section 3.1
     optimizer.clip_norm = 1.0  # official code
 

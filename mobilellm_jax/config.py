@@ -17,6 +17,8 @@ from mobilellm_jax.sharing import LayerPlan, layer_plan
 
 FFN_KINDS = ("swiglu", "relu", "gelu")
 REMAT_POLICIES = ("none", "dots", "full")
+PARAMETERIZATIONS = ("standard", "mup", "completep")
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "constant")
 
 
@@ -62,6 +64,8 @@ class ModelConfig:
       rope_base: base of the rotary frequencies.
       norm_epsilon: added to the mean square in RMSNorm.
       init_std: standard deviation of every matrix at initialisation.
+      parameterization: "standard" (the paper's), "mup" or "completep", see `parameterization.py`.
+      base_width, base_depth: the shape at which "mup" and "completep" equal "standard".
       compute_dtype: "float32" or "bfloat16", the dtype of matrix products; parameters stay float32, and
         norms, softmax, logits and loss are computed in float32. On GPU and TPU, float32 products are rounded
         (TF32, bfloat16 passes) unless JAX's `jax_default_matmul_precision` says otherwise.
@@ -86,6 +90,9 @@ class ModelConfig:
     rope_base: float
     norm_epsilon: float
     init_std: float
+    parameterization: str
+    base_width: int
+    base_depth: int
     compute_dtype: str
     remat: str
     scan_unroll: int
@@ -97,9 +104,10 @@ class ModelConfig:
             "model",
             self,
             {
-                **dict.fromkeys([*sizes.split(), "loss_chunk"], _POSITIVE_INT),
+                **dict.fromkeys([*sizes.split(), "loss_chunk", "base_width", "base_depth"], _POSITIVE_INT),
                 **dict.fromkeys(["rope_base", "norm_epsilon", "init_std"], _POSITIVE),
                 "ffn_kind": _one_of(FFN_KINDS),
+                "parameterization": _one_of(PARAMETERIZATIONS),
                 "compute_dtype": _one_of(("float32", "bfloat16")),
                 "remat": _one_of(REMAT_POLICIES),
             },
@@ -185,19 +193,22 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule. See `optimizer.py`.
+    """Optimizer and learning-rate schedule. See `optimizer.py`.
 
     Attributes:
+      name: "adamw", or "muon" for the matrices of the blocks (and AdamW for the rest).
       learning_rate: peak learning rate.
       schedule: "cosine", "wsd" (warm-up, stable, linear decay) or "constant" (after warm-up).
       warmup_steps: steps of linear warm-up from 0.
       final_fraction: where the schedule ends, one step after the last, as a fraction of the peak.
       decay_fraction: share of the steps that "wsd" spends decaying.
       beta1, beta2, epsilon: Adam's constants.
+      momentum: Muon's.
       weight_decay: decoupled decay, on matrices only (embeddings included, norm gains not).
       clip_norm: largest global norm of the gradient; larger gradients are scaled down to it.
     """
 
+    name: str
     learning_rate: float
     schedule: str
     warmup_steps: int
@@ -206,6 +217,7 @@ class OptimizerConfig:
     beta1: float
     beta2: float
     epsilon: float
+    momentum: float
     weight_decay: float
     clip_norm: float
 
@@ -216,7 +228,8 @@ class OptimizerConfig:
             {
                 **dict.fromkeys(["learning_rate", "epsilon", "clip_norm"], _POSITIVE),
                 **dict.fromkeys(["final_fraction", "decay_fraction"], _FRACTION),
-                **dict.fromkeys(["beta1", "beta2"], _BELOW_ONE),
+                **dict.fromkeys(["beta1", "beta2", "momentum"], _BELOW_ONE),
+                "name": _one_of(OPTIMIZERS),
                 "schedule": _one_of(SCHEDULES),
                 "warmup_steps": _COUNT,
                 "weight_decay": _NOT_NEGATIVE,
@@ -308,6 +321,9 @@ class Config:
         _check(
             warmup <= steps, "optimizer.warmup_steps", warmup, f"at most train.steps={steps}"
         )  # an unfinished warm-up never reaches the learning rate that the record reports
+        if self.optimizer.name == "muon":  # the table of multipliers is for Adam
+            standard = self.model.parameterization == "standard"
+            _check(standard, "model.parameterization", self.model.parameterization, "'standard' with muon")
 
 
 def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:

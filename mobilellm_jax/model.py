@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.parameterization import multipliers
 
 Params = dict[str, Any]
 Rope = tuple[Float[Array, "T 1 h"], Float[Array, "T 1 h"]]  # cosines and sines, h = H / 2
@@ -67,7 +68,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"], rope: Rope) -> Float[Array, "B T D"]:
         c = self.config
-        normal = nn.initializers.normal(c.init_std)
+        normal = nn.initializers.normal(c.init_std * multipliers(c).init_std)
         w_DNH = self.param("query", normal, (c.width, c.num_heads, c.head_dim))
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH)
         w_DKH = self.param("key", normal, (c.width, c.num_kv_heads, c.head_dim))
@@ -90,7 +91,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
-        normal = nn.initializers.normal(c.init_std)
+        normal = nn.initializers.normal(c.init_std * multipliers(c).init_std)
         up_DF = self.param("up", normal, (c.width, c.ffn_width))
         y_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, up_DF)
         if c.ffn_kind == "swiglu":
@@ -109,13 +110,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"], rope: Rope) -> Float[Array, "B T D"]:
-        epsilon = self.config.norm_epsilon
+        epsilon, scale = self.config.norm_epsilon, multipliers(self.config).residual
         with jax.named_scope("attention"):
             y_BTD = RMSNorm(epsilon, name="attention_norm")(x_BTD)
-            x_BTD = x_BTD + Attention(self.config, name="attention")(y_BTD, rope)
+            x_BTD = x_BTD + scale * Attention(self.config, name="attention")(y_BTD, rope)
         with jax.named_scope("ffn"):
             y_BTD = RMSNorm(epsilon, name="ffn_norm")(x_BTD)
-            return x_BTD + FeedForward(self.config, name="ffn")(y_BTD)
+            return x_BTD + scale * FeedForward(self.config, name="ffn")(y_BTD)
 
 
 def rope_table(length: int, config: ModelConfig) -> Rope:
@@ -138,7 +139,7 @@ def rotate(x_BTNH: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H
 
 
 def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
-    """Returns float32 parameters: every matrix from N(0, init_std), every norm gain 1."""
+    """Returns float32 parameters: matrices from N(0, init_std) times their multiplier, norm gains 1."""
     embedding_key, head_key, blocks_key = jax.random.split(key, 3)
     normal = nn.initializers.normal(config.init_std)
     vocab_by_width = (config.vocab_size, config.width)
@@ -158,7 +159,7 @@ def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
 
 
 def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
-    """Returns the normalised output of the last layer, in the compute dtype.
+    """Returns what the head turns into logits: the normalised output of the last layer, in the compute dtype.
 
     The block of each layer is picked from the stack inside `jax.checkpoint`, so that the backward pass holds
     no copy of the blocks whatever the plan; it is cast to the compute dtype after the pick, so that the
@@ -181,7 +182,8 @@ def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) ->
         x_BTD = _constrain(embedding_VD[tokens_BT].astype(dtype), ("data", "fsdp"))
     x_BTD, _ = lax.scan(layer, x_BTD, jnp.array(config.plan), unroll=config.scan_unroll)
     with jax.named_scope("final_norm"):
-        return rms_norm(x_BTD, params["final_norm"]["gain"], config.norm_epsilon)
+        x_BTD = rms_norm(x_BTD, params["final_norm"]["gain"], config.norm_epsilon)
+        return multipliers(config).logits * x_BTD  # here once, instead of in every place that makes logits
 
 
 def _constrain(x: Any, *axes: Any) -> Any:

@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
 def init_state(key: PRNGKeyArray, model_config: ModelConfig, optimizer: OptimizerConfig) -> TrainState:
     """Returns the state before the first step."""
     params = model.init(key, model_config)
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optimizer).init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optimizer, model_config).init(params))
 
 
 def gradients(
@@ -79,7 +79,8 @@ def train_step(
     rows_AMS = rows_BS.reshape(B // accumulation_steps, accumulation_steps, S).swapaxes(0, 1)
     loss, grads = gradients(state.params, rows_AMS, model_config)
     with jax.named_scope("optimizer"):
-        updates, opt_state = make_optimizer(optimizer).update(grads, state.opt_state, state.params)
+        transformation = make_optimizer(optimizer, model_config)
+        updates, opt_state = transformation.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state), metrics
