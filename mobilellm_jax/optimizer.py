@@ -38,7 +38,7 @@ def is_matrix(params: Any) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
-    """Returns clipping by the global norm, Adam or Muon, and decoupled weight decay on matrices, in this order.
+    """Returns clipping by the global norm, Adam or Muon, and decoupled decay of matrices, in this order.
 
     Its updates are for a learning rate of 1, still to be subtracted: the learning rate is an argument of
     `train.train_step`, so that runs which differ in it share one compiled program.
@@ -71,8 +71,8 @@ def _scale(blocks: float = 1.0, others: float = 1.0, matrices: float = 1.0) -> o
     return optax.stateless(update)
 
 
-# Axes of the stacked weights of a block that Muon takes for rows and columns of one matrix; axis 0, the blocks, is
-# left out, so that every block has its own update.
+# Axes of the stacked weights that Muon takes for rows and columns of one matrix; axis 0, the blocks, is left
+# out, so that every block has its own update.
 _MUON_AXES = {
     **dict.fromkeys(["query", "key", "value"], ((1,), (2, 3))),  # U D N H
     "output": ((1, 2), (3,)),  # U N H D
@@ -95,10 +95,10 @@ def muon_axes(params: Any) -> Any:
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Returns Muon (Jordan 2024) for the matrices of the blocks, and Adam with Nesterov momentum for the rest.
+    """Returns Muon (Jordan 2024) for the matrices of the blocks, Adam with Nesterov momentum for the rest.
 
-    Muon's updates are scaled to the root mean square 0.2 that Adam's have in practice, so that learning rate and
-    weight decay mean the same for both (Liu et al. 2025, arXiv 2502.16982).
+    Muon's updates are scaled to the root mean square 0.2 that Adam's have in practice, so that learning rate
+    and weight decay mean the same for both (Liu et al. 2025, arXiv 2502.16982).
     """
     muon = optax.contrib.muon(
         learning_rate=1.0,

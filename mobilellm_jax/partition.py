@@ -34,6 +34,7 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "blocks/ffn/gate": (None, "fsdp", "tensor"),  # U D F
     "blocks/ffn/up": (None, "fsdp", "tensor"),  # U D F
     "blocks/ffn/down": (None, "tensor", "fsdp"),  # U F D
+    "ns_coeffs": (None,),  # constants that optax keeps in the state of Muon
 }
 
 

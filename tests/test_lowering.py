@@ -28,6 +28,8 @@ def programs() -> Iterator[tuple[str, Config]]:
                     yield f"{study.__name__.removeprefix('configs.')}:{preset} {words}", config
     for preset in mobilellm.PRESETS:
         yield f"mobilellm:{preset}", from_config_dict(mobilellm.get_config(preset))
+    muon = base.update(mobilellm.get_config("125m"), {"optimizer.name": "muon"})
+    yield "mobilellm:125m with muon", from_config_dict(muon)
 
 
 @pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in programs()])
