@@ -1,0 +1,41 @@
+"""The search for a learning rate: a coarse grid, extended where the best lies at its edge, then refined."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+FINEST = 1.0  # octaves (powers of 2) between the best rate and its neighbours when the search is over
+FURTHEST = 4  # coarse steps that the search goes beyond the grid before it gives up
+
+
+def next_learning_rate(tried: Mapping[float, float], grid: Sequence[float]) -> float | None:
+    """Returns the rate to try next, or None when the search is over.
+
+    First come the rates of the grid. While the lowest loss is at the lowest or highest rate tried, the grid
+    goes on in that direction by its own step, at most `FURTHEST` times; then the gaps on both sides of the best
+    are halved until they are at most `FINEST` octaves. Where the search gave up, the best is still at an edge.
+
+    Args:
+      tried: learning rate -> final loss; infinite where training diverged.
+      grid: at least two rates, rising, equally spaced in octaves.
+    """
+    for rate in grid:
+        if rate not in tried:
+            return rate
+    octaves = sorted(map(math.log2, tried))
+    best = math.log2(best_learning_rate(tried))
+    low, high = math.log2(grid[0]), math.log2(grid[-1])
+    step = (high - low) / (len(grid) - 1)
+    if best == octaves[0]:
+        return 2 ** (best - step) if best > low - FURTHEST * step else None
+    if best == octaves[-1]:
+        return 2 ** (best + step) if best < high + FURTHEST * step else None
+    place = octaves.index(best)
+    for neighbour in (octaves[place - 1], octaves[place + 1]):
+        if abs(best - neighbour) > FINEST:
+            return 2 ** ((best + neighbour) / 2)
+    return None
+
+
+def best_learning_rate(tried: Mapping[float, float]) -> float:
+    """Returns the rate with the lowest loss; of equal ones, and where all diverged, the lowest."""
+    return min(tried, key=lambda rate: (tried[rate], rate))
