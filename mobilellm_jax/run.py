@@ -130,6 +130,7 @@ def run(
 def planned_fields(config: Config) -> dict[str, Any]:
     """Returns the fields of a record that are known before the run."""
     length = config.data.sequence_length
+    rows = config.train.batch_size // config.train.accumulation_steps
     counts = accounting.parameters(config.model)
     return {
         "seed": config.train.init_seed,
@@ -140,10 +141,7 @@ def planned_fields(config: Config) -> dict[str, Any]:
             "total": counts.total,
             "non_embedding": counts.non_embedding,
         },
-        "flops_per_token": {
-            "train": accounting.train_flops_per_token(config.model, length),
-            "inference": accounting.forward_flops_per_token(config.model, length),
-        },
+        "budgets": accounting.budgets(config.model, length, rows),
         "git_commit": results.git_commit(),
         "versions": results.versions(),
         "device": device(),
