@@ -4,6 +4,7 @@ Values marked "paper" are stated in MobileLLM (arXiv 2402.14905), those marked "
 released training script.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product as _product
 from pathlib import Path
@@ -13,6 +14,47 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 Overrides = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """What a study asks, and how it is answered. All fields of the config that are not named here are fixed.
+
+    Attributes:
+      question: one sentence.
+      scientific: fields that the question is about; their values label the points.
+      labels: names of the points, where the values of the scientific fields do not say it.
+      nuisance: the learning rate, which is tuned for each point so that it does not decide the answer.
+      learning_rates: the grid that the search starts from, powers of 2, rising, in equal steps; see
+        `mobilellm_jax/tuning.py`. Empty: the rate of the config for all points.
+      matched: the budget that all points have in common, see `accounting.budgets`; "tokens" where the sizes
+        differ on purpose, and all points only see equally many training tokens.
+      tolerance: largest difference in it, as a fraction.
+      seeds: runs of each point that count, besides those that look for the learning rate.
+      vary: what a seed changes: "init" (parameters), "data" (order of the rows), or both.
+      metric: what is compared, lower is better: "loss" (held-out, nats per token) or "error" (of synthetic
+        tasks, share of answers that are not exactly right).
+      margin: the smallest difference in it that matters.
+      baseline: label of the point that the others are compared with; None compares all pairs.
+      pairs: or just these pairs of labels.
+      x, x_label: field on the figure's x axis; None draws the points as categories.
+    """
+
+    question: str
+    scientific: Sequence[str]
+    labels: Sequence[str] = ()
+    nuisance: Sequence[str] = ("optimizer.learning_rate",)
+    learning_rates: Sequence[float]
+    matched: str
+    tolerance: float
+    seeds: int
+    vary: Sequence[str] = ("init", "data")
+    metric: str = "loss"
+    margin: float
+    baseline: str | None = None
+    pairs: Sequence[tuple[str, str]] = ()
+    x: str | None = None
+    x_label: str = ""
 
 
 def get_config(preset: str = "") -> ConfigDict:

@@ -67,21 +67,20 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     return config
 
 
-def study(preset: str) -> dict[str, object]:
-    """Returns what is asked, and how the answer is read."""
-    if preset in _PAPER:
-        matched = {"matched": "total", "tolerance": 0.25}
-    else:
-        matched = {"matched": "non_embedding", "tolerance": 0.02}
-    return {
-        "question": "Is a deep and thin model better than a shallow and wide one of the same size?",
-        "scientific": ["model.depth", "model.width"],
-        "x": "model.depth",
-        "x_label": "distinct blocks (depth)",
-        "baseline": None,
-        "seeds": 3,
-        **matched,
-    }
+def study(preset: str) -> base.Study:
+    """Returns what is asked, and how it is answered."""
+    paper = preset in _PAPER
+    return base.Study(
+        question="Is a deep and thin model better than a shallow and wide one of the same size?",
+        scientific=("model.depth", "model.width"),
+        x="model.depth",
+        x_label="distinct blocks (depth)",
+        learning_rates=(2**-10, 2**-9, 2**-8) if paper else (2**-9, 2**-7),
+        matched="total_parameters" if paper else "non_embedding_parameters",
+        tolerance=0.25 if paper else 0.02,
+        seeds=5 if preset == "tiny" else 3,
+        margin=0.02,
+    )
 
 
 def sweep(preset: str) -> Iterator[base.Overrides]:

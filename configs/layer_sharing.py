@@ -40,18 +40,19 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     return config
 
 
-def study(preset: str) -> dict[str, object]:
-    """Returns what is asked, and how the answer is read."""
-    return {
-        "question": "Does applying every block twice help, and in which order?",
-        "scientific": ["model.sharing"],
-        "x": None,
-        "x_label": "layer sharing",
-        "baseline": "none",
-        "seeds": 3,
-        "matched": "non_embedding",
-        "tolerance": 0.0,
-    }
+def study(preset: str) -> base.Study:
+    """Returns what is asked, and how it is answered."""
+    paper = preset.startswith("paper")
+    return base.Study(
+        question="Does applying every block twice help, and in which order?",
+        scientific=("model.sharing",),
+        baseline="none",
+        learning_rates=(2**-10, 2**-9, 2**-8) if paper else (2**-9, 2**-7),
+        matched="non_embedding_parameters",
+        tolerance=0.0,
+        seeds=5 if preset == "tiny" else 3,
+        margin=0.02,
+    )
 
 
 def sweep(preset: str) -> Iterator[base.Overrides]:

@@ -33,10 +33,16 @@ def main() -> int:
         preset=preset,
         point=workdir.name,
         point_index=0,
+        seed=config.train.init_seed,
+        phase="comparison",
         question=f"What loss does {cli.config_spec()} reach?",
-        matched="nothing: a single run",
+        matched="total_parameters",
         scientific=[],
-        baseline=None,
+        nuisance=[],
+        tuning="none",
+        metric="loss",
+        pairs=[],
+        margin=0.0,
         x=None,
         overrides=cli.overrides(),
     )
@@ -51,7 +57,7 @@ def main() -> int:
         return 1
     bits = record.final and record.final["bits_per_byte"]
     in_bits = f", {bits:.4f} bits per byte" if bits else ""
-    print(f"finished: held-out loss {record.loss:.4f} nats per token{in_bits}; see {path}")
+    print(f"finished: held-out loss {record.score:.4f} nats per token{in_bits}; see {path}")
     return 0
 
 

@@ -133,7 +133,6 @@ def planned_fields(config: Config) -> dict[str, Any]:
     rows = config.train.batch_size // config.train.accumulation_steps
     counts = accounting.parameters(config.model)
     return {
-        "seed": config.train.init_seed,
         "config": to_dict(config),
         "layer_plan": list(config.model.plan),
         "parameters": {

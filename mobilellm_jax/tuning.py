@@ -11,8 +11,9 @@ def next_learning_rate(tried: Mapping[float, float], grid: Sequence[float]) -> f
     """Returns the rate to try next, or None when the search is over.
 
     First come the rates of the grid. While the lowest loss is at the lowest or highest rate tried, the grid
-    goes on in that direction by its own step, at most `FURTHEST` times; then the gaps on both sides of the best
-    are halved until they are at most `FINEST` octaves. Where the search gave up, the best is still at an edge.
+    goes on in that direction by its own step, at most `FURTHEST` times; then the gaps on both sides of the
+    best are halved until they are at most `FINEST` octaves. Where the search gave up, the best is still at an
+    edge.
 
     Args:
       tried: learning rate -> final loss; infinite where training diverged.

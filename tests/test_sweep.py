@@ -1,16 +1,26 @@
 """The sweep: what runs, what is skipped, and what a failure leaves behind."""
 
+import dataclasses
 import json
+import math
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from configs import base, depth_vs_width, layer_sharing
+from configs import base, depth_vs_width, layer_sharing, lr_transfer, noise
 from experiments import cli, sweep
+from experiments.points import points_of
 from mobilellm_jax import accounting, results
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.run import measured_fields
+from mobilellm_jax.train import Outcome
 
 STUDY = """
 from configs import base
@@ -27,8 +37,8 @@ def get_config(preset="tiny"):
         "train.steps": 4, "train.batch_size": 8, "train.eval_batch_size": 8, "train.eval_rows": 8})
 
 def study(preset):
-    return {"question": "Q?", "scientific": ["model.sharing"], "x": None, "x_label": "", "baseline": "none",
-            "seeds": 2, "matched": "non_embedding", "tolerance": 0.0}
+    return base.Study(question="Q?", scientific=["model.sharing"], baseline="none", learning_rates=GRID,
+                      seeds=2, matched="non_embedding_parameters", tolerance=0.0, margin=0.1)
 
 def sweep(preset):
     yield from base.zipped(model__sharing=("none", "reverse"), model__num_repeats=(1, 2))
@@ -37,23 +47,159 @@ def sweep(preset):
 
 @pytest.fixture
 def study(tmp_path):
-    """A study of 2 points and 2 seeds on a corpus of 40 documents."""
+    """A study of 2 points and 2 seeds on a corpus of 40 documents; the learning rate is not tuned."""
     for i in range(40):
         (tmp_path / f"{i}.txt").write_text(f"document {i} " * 10)
     path = tmp_path / "mini.py"
-    path.write_text(STUDY.replace("CORPUS", str(tmp_path)))
+    path.write_text(STUDY.replace("CORPUS", str(tmp_path)).replace("GRID", "()"))
     return path
 
 
+@pytest.fixture
+def tuned_study(study):
+    study.write_text(study.read_text().replace("learning_rates=()", "learning_rates=(2**-9, 2**-7)"))
+    return study
+
+
 def points(study: Path, overrides=None, seeds=None, only=()):
-    return sweep.points_of(str(study), overrides or {}, seeds, only)
+    return points_of(str(study), overrides or {}, seeds, only)
+
+
+def losses(curve):
+    """Returns a stand-in for `run` whose final loss is a function of the octave of the learning rate."""
+
+    def run(config, directory, describe, say):
+        octave = math.log2(config.optimizer.learning_rate)
+        loss = curve(octave) + config.train.init_seed % 7 / 1000
+        final = {"step": 4, "loss": loss, "bits_per_byte": None, "error": None}
+        outcome = Outcome(
+            status="finished" if math.isfinite(loss) else "diverged",
+            error=None if math.isfinite(loss) else "the loss is not finite at step 4",
+            steps=4,
+            evaluations=[final],
+            train_curve=[[4, loss]],
+            train_s=1.0,
+            compile_s=1.0,
+            wall_s=2.0,
+        )
+        card = {"source_sha256": "a", "tokenizer_sha256": "b"}
+        return describe(**measured_fields(config, card, outcome))
+
+    return run
+
+
+def test_every_point_is_tuned_and_then_judged_on_other_seeds(tuned_study, tmp_path, monkeypatch):
+    """The grid 2^-9, 2^-7 has its best at the upper edge; the search goes on to 2^-4 and refines."""
+    monkeypatch.setattr(sweep, "run", losses(lambda octave: 3 + (octave + 4) ** 2))
+    workdir = tmp_path / "w"
+    assert sweep.sweep(points(tuned_study, only=["none"]), workdir, jobs=1) == 0
+    records = results.read_all(workdir / "results")
+    tuning = [r for r in records if r.phase == "tuning"]
+    comparison = [r for r in records if r.phase == "comparison"]
+    assert sorted(math.log2(r.learning_rate) for r in tuning) == [-9, -7, -5, -4, -3]
+    assert {r.learning_rate for r in comparison} == {2**-4}
+    assert [r.seed for r in comparison] == [0, 1]
+    seeds = {(r.config["train"]["init_seed"], r.config["train"]["data_seed"]) for r in tuning}
+    assert len(seeds) == 1
+    assert seeds.isdisjoint({(0, 0), (1, 1)})
+    assert {r.tuning for r in records} == {"grid"}
+
+
+def test_rates_that_diverge_are_recorded_and_tuned_around(tuned_study, tmp_path, monkeypatch):
+    curve = lambda octave: math.inf if octave > -8 else 3 + (octave + 11) ** 2  # noqa: E731
+    monkeypatch.setattr(sweep, "run", losses(curve))
+    assert sweep.sweep(points(tuned_study, only=["none"]), tmp_path / "w", jobs=1) == 1
+    records = results.read_all(tmp_path / "w" / "results")
+    assert {r.learning_rate for r in records if r.phase == "comparison"} == {2**-11}
+    assert [r.learning_rate for r in records if r.status == "diverged"] == [2**-7]
+
+
+def test_a_learning_rate_on_the_command_line_is_one_for_all(tuned_study, tmp_path):
+    chosen = points(tuned_study, {"optimizer.learning_rate": 1e-3})
+    assert {(p.learning_rates, p.facts["tuning"]) for p in chosen} == {((), "none")}
+    completep = points(tuned_study, {"optimizer.learning_rate": 1e-3, "model.parameterization": "completep"})
+    assert {p.facts["tuning"] for p in completep} == {"transferred"}
+
+
+def test_seeds_change_what_the_study_varies(study):
+    study.write_text(study.read_text().replace("seeds=2", "seeds=2, vary=['init']"))
+    trains = [run.config.train for run in points(study)[0].comparison_runs(1e-3)]
+    assert [(t.init_seed, t.data_seed) for t in trains] == [(0, 0), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("declaration", "message"),
+    [
+        ("baseline='nothing'", "no point 'nothing' to compare with; .*none"),
+        ("pairs=[('none', 'revers')]", "no point 'revers' .*did you mean reverse"),
+        ("labels=['a', 'a']", "do not tell 2 points apart"),
+        ("learning_rates=(0.1,)", "two or more"),
+        ("learning_rates=(0.1, 0.05)", "rising"),
+        ("learning_rates=(1, 2, 8)", "rising by one factor"),
+        ("matched='non_embedding'", "no budget 'non_embedding'; did you mean non_embedding_parameters"),
+    ],
+)
+def test_declarations_that_do_not_fit_the_points(study, declaration, message):
+    name = declaration.partition("=")[0]
+    text = re.sub(rf"\b{name}=(\"[^\"]*\"|[^,]*),", "", study.read_text())
+    study.write_text(text.replace("base.Study(", f"base.Study({declaration}, "))
+    with pytest.raises(UserError, match=message):
+        points(study)
+
+
+def test_all_pairs_are_compared_unless_the_study_says_which(study):
+    assert points(study)[0].facts["pairs"] == [["reverse", "none"]]
+    depth = points(Path("configs/depth_vs_width.py:tiny"))
+    assert len(depth[0].facts["pairs"]) == len(depth) * (len(depth) - 1) / 2
+
+
+def test_points_side_by_side_give_the_same_records_as_one_after_the_other(tuned_study, tmp_path, capfd):
+    """Real processes with one core each; the command of the record is the sweep's."""
+    for workdir, jobs in (("one", 1), ("two", 2)):
+        assert sweep.sweep(points(tuned_study), tmp_path / workdir, jobs) == 0
+    one, two = (results.read_all(tmp_path / workdir / "results") for workdir in ("one", "two"))
+    key = lambda r: (r.point, r.phase, r.seed, r.learning_rate, r.command)  # noqa: E731
+    assert list(map(key, one)) == list(map(key, two))
+    assert [r.score for r in one] == pytest.approx([r.score for r in two], abs=1e-4)
+    output = capfd.readouterr().out
+    assert "mini/tiny/reverse  2 of 2 points done" in output or "mini/tiny/none  2 of 2 points done" in output
+
+
+def test_a_process_that_dies_is_named_and_the_others_finish(study, tmp_path):
+    for path in tmp_path.glob("*.txt"):
+        path.write_text(path.read_text() * 20)
+    chosen = points(study)
+    broken = dataclasses.replace(chosen[0], facts={**chosen[0].facts, "margin": "not a number"})
+    with pytest.raises(UserError, match=r"the process of mini/tiny/none \(status 1\) ended early"):
+        sweep.sweep([broken, chosen[1]], tmp_path / "w", jobs=2)
+    assert {r.point for r in results.read_all(tmp_path / "w" / "results")} == {"reverse"}
+
+
+def test_ctrl_c_stops_all_processes_after_a_checkpoint_and_the_next_sweep_goes_on(study, tmp_path):
+    command = [sys.executable, "-m", "experiments.sweep", f"--config={study}", f"--workdir={tmp_path}/w"]
+    command += ["--jobs=2", "--config.train.steps=100000", "--config.train.log_every=10", "--seeds=1"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    seen = ""
+    while not all(f"mini/tiny/{point}-s0  step 10" in seen for point in ("none", "reverse")):
+        line = process.stdout.readline()
+        assert line, process.communicate()
+        seen += line
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "the same command again" in errors
+    for point in ("none", "reverse"):
+        assert list((tmp_path / f"w/runs/mini/tiny/{point}-s0/checkpoints").iterdir())
 
 
 def test_a_sweep_leaves_records_figures_and_a_verdict_and_repeats_nothing(study, tmp_path, capsys):
     workdir = tmp_path / "w"
-    assert sweep.sweep(points(study), workdir) == 0
+    assert sweep.sweep(points(study), workdir, jobs=1) == 0
     output = capsys.readouterr().out
-    assert "0 of 4 runs are done already; the rest will take about 0:" in output
+    assert "0 of 4 runs or more are done already; the rest will take about 0:" in output
     assert "Q?" in output
     assert "lowest mean held-out loss" in output
     records = results.read_all(workdir / "results")
@@ -70,7 +216,7 @@ def test_a_sweep_leaves_records_figures_and_a_verdict_and_repeats_nothing(study,
     assert {p.suffix for p in (workdir / "figures").iterdir()} == {".png", ".svg", ".csv", ".md"}
     log = workdir / "runs" / "mini" / "tiny" / "none-s0" / "metrics.jsonl"
     before = log.stat().st_mtime_ns
-    assert sweep.sweep(points(study), workdir) == 0
+    assert sweep.sweep(points(study), workdir, jobs=1) == 0
     assert "Q?" in capsys.readouterr().out
     assert log.stat().st_mtime_ns == before
 
@@ -86,14 +232,14 @@ def test_a_point_that_fails_is_recorded_the_others_go_on_and_it_is_tried_again(
         return real_run(config, directory, describe, say)
 
     monkeypatch.setattr(sweep, "run", broken_run)
-    assert sweep.sweep(points(study, seeds=1), workdir) == 1
+    assert sweep.sweep(points(study, seeds=1), workdir, jobs=1) == 1
     failed, other = results.read_all(workdir / "results")
     assert (failed.status, failed.error) == ("failed", "RuntimeError: out of")
     assert other.status == "finished"
     assert "RuntimeError: out of" in capsys.readouterr().out
     assert "memory" in (workdir / "runs/mini/tiny/none-s0/error.txt").read_text()
     monkeypatch.setattr(sweep, "run", real_run)
-    assert sweep.sweep(points(study, seeds=1), workdir) == 0
+    assert sweep.sweep(points(study, seeds=1), workdir, jobs=1) == 0
 
 
 def test_a_point_that_diverges_is_recorded_and_not_repeated(study, tmp_path, capsys):
@@ -162,12 +308,15 @@ def test_a_collection_runs_its_studies(tmp_path):
     assert labels == {"depth_vs_width", "layer_sharing"}
 
 
-@pytest.mark.parametrize("module", [depth_vs_width, layer_sharing], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [depth_vs_width, layer_sharing, lr_transfer, noise], ids=lambda m: m.__name__
+)
 def test_every_point_of_every_study_is_valid_and_matched(module):
     for preset in module.PRESETS:
-        runs = points(Path(f"{module.__name__.replace('.', '/')}.py:{preset}"))
-        assert len(runs) == module.study(preset)["seeds"] * len(list(module.sweep(preset)))
-        assert len({run.name for run in runs}) == len(runs)
+        found = points(Path(f"{module.__name__.replace('.', '/')}.py:{preset}"))
+        assert len(found) == len(list(module.sweep(preset)))
+        runs = [run for point in found for run in point.comparison_runs(1e-3)]
+        assert len({run.name for run in runs}) == len(runs) == module.study(preset).seeds * len(found)
 
 
 def test_paper_presets_have_the_papers_parameter_counts():

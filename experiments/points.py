@@ -1,0 +1,246 @@
+"""From a study to its points: validated configs, and the facts that their records share."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+from configs.base import Study
+from experiments import cli
+from mobilellm_jax import accounting
+from mobilellm_jax.config import Config, from_config_dict, to_dict
+from mobilellm_jax.errors import UserError, did_you_mean
+from mobilellm_jax.run import flatten
+
+# Added to the seeds of the runs that look for the learning rate, so that a point is not judged on the noise
+# that its learning rate was chosen by.
+TUNING_SEED = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a point.
+
+    Attributes:
+      config: with learning rate and seeds set.
+      facts: the fields of its record that are known to the study.
+      name: study, preset, point, and what tells it from the point's other runs, as a relative path.
+    """
+
+    config: Config
+    facts: dict[str, Any]
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A design of a study.
+
+    Attributes:
+      config: the validated config, at the study's learning rate and first seeds.
+      facts: what all its records have in common.
+      learning_rates: the grid that tuning starts from; empty where nothing is tuned.
+      seeds: number of runs that count.
+      vary: the seeds that change from run to run: "init", "data".
+    """
+
+    config: Config
+    facts: dict[str, Any]
+    learning_rates: tuple[float, ...]
+    seeds: int
+    vary: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Study, preset and label as a relative path."""
+        label = re.sub(r"[^A-Za-z0-9_.]+", "-", self.facts["point"])
+        return f"{self.facts['study']}/{self.facts['preset']}/{label}"
+
+    def tuning_run(self, learning_rate: float) -> Run:
+        return self._run("tuning", f"lr{learning_rate:.3g}", learning_rate, TUNING_SEED)
+
+    def comparison_runs(self, learning_rate: float) -> Iterator[Run]:
+        for seed in range(self.seeds):
+            yield self._run("comparison", f"s{seed}", learning_rate, seed)
+
+    def _run(self, phase: str, suffix: str, learning_rate: float, seed: int) -> Run:
+        fields = {f"{kind}_seed": getattr(self.config.train, f"{kind}_seed") + seed for kind in self.vary}
+        config = dataclasses.replace(
+            self.config,
+            optimizer=dataclasses.replace(self.config.optimizer, learning_rate=learning_rate),
+            train=dataclasses.replace(self.config.train, **fields),
+        )
+        return Run(config, {**self.facts, "phase": phase, "seed": seed}, f"{self.name}-{suffix}")
+
+    @property
+    def runs(self) -> int:
+        """Runs that it takes at least: tuning ends no earlier than with the grid and two refinements."""
+        return self.seeds + (len(self.learning_rates) + 2 if self.learning_rates else 0)
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs of one run."""
+        c = self.config
+        tokens = c.train.steps * c.train.batch_size * c.data.sequence_length
+        return tokens * accounting.train_flops_per_token(c.model, c.data.sequence_length)
+
+
+def points_of(spec: str, overrides: dict[str, Any], seeds: int | None, only: Sequence[str]) -> list[Point]:
+    """Returns all points of a study or of a collection of studies, validated; nothing is compiled.
+
+    Raises:
+      UserError: a config is not valid, a budget is not matched, or `only` names a point that is not there.
+    """
+    module, preset, _ = cli.load_config(spec)
+    if hasattr(module, "studies"):
+        points = [
+            point for member in module.studies(preset) for point in points_of(member, overrides, seeds, ())
+        ]
+    elif hasattr(module, "sweep"):
+        points = _study_points(module, spec, preset, overrides, seeds)
+    else:
+        raise UserError(
+            f"--config={spec}: not a study, it has no sweep(preset); use experiments.train for it"
+        )
+    labels = list(dict.fromkeys(point.facts["point"] for point in points))
+    for label in only:
+        if label not in labels:
+            raise UserError(f"--only={label}: no such point; valid: {', '.join(labels)}")
+    return [point for point in points if not only or point.facts["point"] in only]
+
+
+def _study_points(
+    module: Any, spec: str, preset: str, overrides: dict[str, Any], seeds: int | None
+) -> list[Point]:
+    study: Study = module.study(preset)
+    for name in overrides:
+        if name in ("train.init_seed", "train.data_seed"):
+            raise UserError(f"--config.{name}: a sweep sets the seeds itself; use --seeds for how many")
+        if any(name in row for row in module.sweep(preset)):
+            raise UserError(f"--config.{name}: {spec} varies this field; use --only to choose points")
+    rows: list[tuple[dict[str, Any], Config]] = []
+    for row in module.sweep(preset):
+        config_dict = module.get_config(preset)
+        config_dict.update_from_flattened_dict({**row, **overrides})
+        try:
+            rows.append((row, from_config_dict(config_dict)))
+        except UserError as error:
+            raise UserError(f"--config={spec}, point {row}: {error}") from None
+    configs = [config for _, config in rows]
+    # A learning rate on the command line is one for all points.
+    learning_rates = () if "optimizer.learning_rate" in overrides else tuple(study.learning_rates)
+    settings = [flatten(to_dict(config)) for config in configs]
+    labels = list(study.labels) or [" x ".join(str(s[name]) for name in study.scientific) for s in settings]
+    _check_study(spec, study, labels, configs)
+    shared = {
+        "study": Path(spec.partition(":")[0]).stem,
+        "preset": preset,
+        "question": study.question,
+        "matched": study.matched,
+        "scientific": list(study.scientific),
+        "nuisance": list(study.nuisance),
+        "tuning": _tuning(learning_rates, configs),
+        "metric": study.metric,
+        "pairs": _pairs(study, labels),
+        "margin": study.margin,
+    }
+    points = []
+    for index, (label, (row, config)) in enumerate(zip(labels, rows, strict=True)):
+        x = study.x and {"label": study.x_label, "value": settings[index][study.x], "log": True}
+        facts = {"point": label, "point_index": index, "x": x, "overrides": {**row, **overrides}}
+        points.append(
+            Point(config, {**shared, **facts}, learning_rates, seeds or study.seeds, tuple(study.vary))
+        )
+    return points
+
+
+def _tuning(learning_rates: Sequence[float], configs: Sequence[Config]) -> str:
+    if learning_rates:
+        return "grid"
+    standard = any(config.model.parameterization == "standard" for config in configs)
+    return "none" if standard else "transferred"
+
+
+def _pairs(study: Study, labels: Sequence[str]) -> list[list[str]]:
+    if study.pairs:
+        return [list(pair) for pair in study.pairs]
+    if study.baseline is not None:
+        return [[label, study.baseline] for label in labels if label != study.baseline]
+    # The later point first: its difference from the earlier one says what more depth, say, does.
+    return [[b, a] for a, b in combinations(labels, 2)]
+
+
+def _check_study(spec: str, study: Study, labels: Sequence[str], configs: Sequence[Config]) -> None:
+    """Checks that the study's declarations fit its points, and that the points fit the budget."""
+    if len(labels) != len(configs) or len(set(labels)) != len(labels):
+        raise UserError(f"--config={spec}: labels: {labels} do not tell {len(configs)} points apart")
+    named = {label for pair in study.pairs for label in pair} | ({study.baseline} - {None})
+    for label in named - set(labels):
+        raise UserError(f"--config={spec}: no point {label!r} to compare with; {did_you_mean(label, labels)}")
+    rates = study.learning_rates
+    steps = [b / a for a, b in pairwise(rates)]
+    if rates and (len(rates) < 2 or min(steps) <= 1 or max(steps) > min(steps) * (1 + 1e-9)):
+        raise UserError(
+            f"--config={spec}: learning_rates: {rates} is no grid; expected two or more, rising by one factor"
+        )
+    if study.matched == "tokens":
+        return
+    budgets = [
+        accounting.budgets(c.model, c.data.sequence_length, c.train.batch_size // c.train.accumulation_steps)
+        for c in configs
+    ]
+    if study.matched not in budgets[0]:
+        raise UserError(
+            f"--config={spec}: matched: no budget {study.matched!r}; "
+            f"{did_you_mean(study.matched, budgets[0])}"
+        )
+    sizes = [budget[study.matched] for budget in budgets]
+    spread = max(sizes) / min(sizes) - 1
+    if spread > study.tolerance:
+        raise UserError(
+            f"--config={spec}: the points are to have equal {study.matched.replace('_', ' ')} within "
+            f"{study.tolerance:.0%}, but they run from {min(sizes):,} to {max(sizes):,}, {spread:.1%} apart; "
+            "python -m experiments.shapes finds shapes that fit"
+        )
+
+
+def table(points: Sequence[Point]) -> str:
+    """Returns what each point is and costs, one line for each."""
+    header = (
+        "study",
+        "point",
+        "plan",
+        "parameters",
+        "as printed",
+        "non-emb.",
+        "FLOPs/token",
+        "tokens",
+        "runs",
+    )
+    rows = [list(header)]
+    for point in points:
+        c, counts = point.config, accounting.parameters(point.config.model)
+        plan = " ".join(map(str, c.model.plan))
+        rows.append(
+            [
+                point.facts["study"],
+                point.facts["point"],
+                plan if len(plan) <= 24 else f"{plan[:14]} ... ({c.model.effective_depth})",
+                f"{counts.total:,}",
+                f"{counts.as_printed:,}",
+                f"{counts.non_embedding:,}",
+                f"{accounting.train_flops_per_token(c.model, c.data.sequence_length):.3g}",
+                f"{c.train.steps * c.train.batch_size * c.data.sequence_length:,}",
+                f"{'>= ' if point.learning_rates else ''}{point.runs}",
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    left = 3  # columns of words; the numbers go to the right
+
+    def line(row: Sequence[str]) -> str:
+        cells = zip(row, widths, strict=True)
+        return "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(cells))
+
+    return "\n".join(map(line, rows))
