@@ -6,7 +6,7 @@ evaluations during training) and `learning_rates` (the search for them). `experi
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -14,7 +14,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
@@ -29,11 +29,11 @@ from mobilellm_jax.verdicts import Comparison, Verdict
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-WORDS = {  # colour and marker of a verdict
-    "better": ("#0072B2", "o"),
-    "worse": ("#D55E00", "D"),
-    "no difference": ("#000000", "s"),
-    "cannot tell": ("0.5", "o"),  # drawn hollow
+WORDS = {  # colour, colour of text, marker and its inside
+    "better": ("#0072B2", "#0072B2", "o", "#0072B2"),
+    "worse": ("#D55E00", "#B34A00", "D", "#D55E00"),
+    "no difference": ("#000000", "#000000", "s", "#000000"),
+    "cannot tell": ("0.5", "0.35", "o", "white"),
 }
 WIDTH = 9.2  # inches; shown 800 pixels wide, 10 points are 12 pixels
 STYLE = {
@@ -48,13 +48,14 @@ STYLE = {
 }
 # What the axes show. For "error" that is its complement, in percent: 100 is perfect, higher is better.
 VALUES = {"loss": "held-out loss (nats per token)", "error": "exact match, held out (%)"}
-DIFFERENCES = {"loss": "loss (nats per token)", "error": "error (share of answers not exactly right)"}
+DIFFERENCES = {"loss": "loss (nats per token)", "error": "error (percentage points)"}
+SCALE = {"loss": 1, "error": 100}
 
 
 def outcome(records: Sequence[Record], found: Verdict) -> Figure:
     """Returns the figure of one study: final values of every point above, differences of pairs below."""
-    facts, runs = newest(records), comparison_runs(records)
-    rows = [textwrap.fill(f"{c.point} \N{MINUS SIGN} {c.other}", 34) for c in found.comparisons]
+    facts = newest(records)
+    rows = [_pair(comparison) for comparison in found.comparisons]
     notes = [_caption(records, found), *(f"Warning: {warning}" for warning in found.warnings)]
     caption = "\n".join(textwrap.fill(note, 135, break_on_hyphens=False) for note in notes)
     title = textwrap.fill(facts.question, 80)
@@ -75,37 +76,38 @@ def outcome(records: Sequence[Record], found: Verdict) -> Figure:
         # Each panel in a figure of its own: the long labels of the lower one would narrow the upper one.
         ratios = [heights["values"], *([heights["effects"]] if rows else [])]
         parts = np.ravel(figure.subfigures(len(ratios), 1, height_ratios=ratios, squeeze=False))
-        _draw_values(_axes(parts[0]), runs, found)
+        _draw_values(parts[0].subplots(), records, found)
         if rows:
-            _draw_effects(_axes(parts[1]), rows, found.comparisons, facts)
+            _draw_effects(parts[1].subplots(), rows, found.comparisons, facts)
     return figure
 
 
 def curves(records: Sequence[Record]) -> Figure:
     """Returns the held-out evaluations during training: each seed and the mean of every point."""
     runs, metric = comparison_runs(records), newest(records).metric
-    labels = {point: point + (f" ({_absent(of)})" if _absent(of) else "") for point, of in runs.items()}
+    labels = {point: _legend(point, _absent(of_point)) for point, of_point in runs.items()}
     figure, axes = _with_legend_beside(labels.values())
     with matplotlib.style.context(["default", STYLE]):
-        finished_late = []
+        late = []  # what finished runs reached after the first quarter
         for index, (point, of_point) in enumerate(runs.items()):
             color, marker, dash = _look(index)
             seeds = [_curve(run) for run in of_point]
             finished = [curve for curve, run in zip(seeds, of_point, strict=True) if run.status == "finished"]
-            finished_late += [v for curve in finished for at, v in curve.items() if at >= max(curve) / 4]
+            late += [value for curve in finished for at, value in curve.items() if at >= max(curve) / 4]
             for curve in seeds:
                 axes.plot(list(curve), list(curve.values()), color=color, lw=0.7, alpha=0.5)
             common = sorted(set.intersection(*(set(curve) for curve in finished))) if finished else []
             means = [float(np.mean([curve[tokens] for curve in finished])) for tokens in common]
             axes.plot(common, means, color=color, ls=dash, marker=marker, ms=5, lw=1.8, label=labels[point])
-        if finished_late:  # the steep start, and a run that diverges, would squeeze the differences
-            low, high = min(finished_late), max(finished_late)
+        if late and metric == "loss":  # the steep start, and a run that diverges, would squeeze the rest
+            low, high = min(late), max(late)
             axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
         axes.set_xlabel("training tokens seen")
         axes.set_ylabel(VALUES[metric])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tables.quantity(value)))
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.set_title("mean; thin lines are seeds; the first quarter may be cut off", fontsize=10, color="0.25")
+        start = "; steep start cut off" if metric == "loss" else ""
+        axes.set_title(f"mean; thin lines are seeds{start}", fontsize=10, color="0.25")
         if runs:
             axes.figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
     return figure
@@ -117,7 +119,7 @@ def learning_rates(records: Sequence[Record], found: Verdict) -> Figure | None:
         return None
     metric = newest(records).metric
     order = list(by_point(records))
-    figure, axes = _with_legend_beside(found.tuning)
+    figure, axes = _with_legend_beside([_legend(point) for point in found.tuning])
     gone: dict[float, int] = {}  # crosses drawn at a rate, so that they stand side by side
     worst, step = (0.97, -0.05) if metric == "loss" else (0.03, 0.05)
     rates = sorted({rate for tuning in found.tuning.values() for rate, _ in tuning.curve})
@@ -128,10 +130,17 @@ def learning_rates(records: Sequence[Record], found: Verdict) -> Figure | None:
             axes.plot(
                 [rate for rate, _ in tried],
                 [value for _, value in tried],
-                **{"color": color, "ls": dash, "marker": marker, "ms": 5, "lw": 1.5, "label": point},
+                color=color,
+                ls=dash,
+                marker=marker,
+                ms=5,
+                lw=1.5,
+                label=_legend(point),
             )
             chosen = [(r, v) for r, v in tried if math.isclose(r, tuning.chosen)]
-            axes.plot(*zip(*chosen, strict=True), "o", ms=14, mfc="none", mec=color, mew=2) if chosen else None
+            axes.plot(
+                *zip(*chosen, strict=True), "o", ms=14, mfc="none", mec=color, mew=2
+            ) if chosen else None
             for rate in (rate for rate, value in tuning.curve if value is None):
                 height = worst + step * gone.get(rate, 0)
                 gone[rate] = gone.get(rate, 0) + 1
@@ -142,10 +151,8 @@ def learning_rates(records: Sequence[Record], found: Verdict) -> Figure | None:
             room = (high - low) * (0.06 + 0.06 * max(gone.values()))
             axes.set_ylim(*((low, high + room) if metric == "loss" else (low - room, high)))
         axes.set_xscale("log", base=2)
-        apart: list[float] = []  # refined rates lie too close together for a label each
-        for rate in rates:
-            apart += [rate] if not apart or rate / apart[-1] > 1.6 else []
-        axes.set_xticks(apart, [f"{rate:.2g}" for rate in apart], rotation=30 if len(apart) > 8 else 0)
+        marked = _apart(rates, 1.6)  # refined rates lie too close together for a label each
+        axes.set_xticks(marked, [f"{rate:.2g}" for rate in marked], rotation=30 if len(marked) > 8 else 0)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("learning rate")
         axes.set_ylabel(VALUES[metric])
@@ -175,10 +182,9 @@ def comparison_runs(records: Sequence[Record]) -> dict[str, list[Record]]:
     }
 
 
-def _draw_values(axes: Axes, points: dict[str, list[Record]], found: Verdict) -> None:
-    facts = [runs[0] for runs in points.values() if runs]
-    metric = facts[0].metric if facts else "loss"
-    places = [runs[0].x if runs else None for runs in points.values()]
+def _draw_values(axes: Axes, records: Sequence[Record], found: Verdict) -> None:
+    points, metric = comparison_runs(records), newest(records).metric
+    places = [runs[0].x for runs in by_point(records).values()]
     numeric = [place for place in places if place is not None]
     is_numeric = len(numeric) == len(places)
     values = [place["value"] for place in numeric] if is_numeric else list(range(len(points)))
@@ -189,7 +195,7 @@ def _draw_values(axes: Axes, points: dict[str, list[Record]], found: Verdict) ->
         finished = [_shown(metric, run.score) for run in runs if run.status == "finished"]
         if estimate := found.estimates.get(point):
             half = estimate.half_width
-            bar = None if half is None else half * (100 if metric == "error" else 1)
+            bar = None if half is None else half * SCALE[metric]
             mean = _shown(metric, estimate.mean)
             axes.errorbar(values[index], mean, bar, color=color, marker=marker, ms=7, capsize=4)
             axes.plot(
@@ -203,16 +209,23 @@ def _draw_values(axes: Axes, points: dict[str, list[Record]], found: Verdict) ->
         axes.set_xlabel(str(numeric[0]["label"]))
         if numeric[0]["log"]:
             axes.set_xscale("log", base=2)
-            axes.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
+            places = _apart(values, max(1.01, (max(values) / min(values)) ** 0.03))
+            axes.set_xticks(places, [f"{place:g}" for place in places])
             axes.xaxis.set_minor_locator(NullLocator())
     else:
-        long = len(points) > 5 and max(map(len, points)) * len(points) > 80
-        slant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if long else {}
-        axes.set_xticks(values, [textwrap.fill(point, 18) for point in points], **slant)
+        room = 90 // len(points)  # characters
+        if max(len(word) for point in points for word in point.split()) <= room:
+            axes.set_xticks(values, [textwrap.fill(point, room) for point in points], fontsize=10)
+        else:
+            axes.set_xticks(
+                values, list(points), rotation=30, ha="right", rotation_mode="anchor", fontsize=10
+            )
     axes.margins(x=0.08, y=0.08)
     if any(_absent(runs) for runs in points.values()):  # room for their marks
         low, high = axes.get_ylim()
         axes.set_ylim(low, high + 0.22 * (high - low))
+    if metric == "error":  # the room above 100 % is for the marks
+        axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 100])
     axes.set_ylabel(VALUES[metric])
     bars = "mean, 95 % t interval; dots are seeds"
     if not found.estimates:
@@ -224,46 +237,64 @@ def _draw_values(axes: Axes, points: dict[str, list[Record]], found: Verdict) ->
 
 
 def _draw_effects(axes: Axes, rows: list[str], comparisons: list[Comparison], facts: Record) -> None:
-    """One row for each pair; an interval that is far wider than all differences is cut, with an arrow."""
-    known = [c.difference for c in comparisons if c.difference is not None]
-    widest = max([facts.margin, *(abs(end) for d in known for end in (d.low, d.high) if end is not None)])
-    largest = max([facts.margin, *(abs(d.mean) for d in known)])
-    limit = 1.08 * min(widest, 5 * largest) if widest and largest else 1.08 * max(widest, largest, 1e-3)
-    if facts.margin:
-        axes.axvspan(-facts.margin, facts.margin, color="0.92", lw=0)
+    """One row for each pair. An interval far wider than all differences is cut off, with an arrow there."""
+    scale, margin = SCALE[facts.metric], SCALE[facts.metric] * facts.margin
+    means: list[float] = []
+    intervals: list[tuple[float, float] | None] = []
+    for difference in (comparison.difference for comparison in comparisons):
+        low, high = (difference.low, difference.high) if difference else (None, None)
+        intervals.append(None if low is None or high is None else (scale * low, scale * high))
+        means.append(scale * difference.mean if difference else math.nan)
+    reach = 4 * max([margin, *(abs(mean) for mean in means if not math.isnan(mean))]) or math.inf
+    ends = [min(max(end, -reach), reach) for interval in intervals if interval for end in interval]
+    shown = [0, -margin, margin, *(mean for mean in means if not math.isnan(mean)), *ends]
+    low, high = min(shown), max(shown)
+    pad = 0.04 * (high - low) or 1e-3
+    axes.axvspan(-margin, margin, color="0.92", lw=0)
     axes.axvline(0, color="0.3", lw=1)
-    for place, comparison in enumerate(comparisons):
-        color, marker = WORDS[comparison.word]
-        difference = comparison.difference
-        if difference is not None and difference.low is not None and difference.high is not None:
-            ends = [max(difference.low, -limit), min(difference.high, limit)]
-            axes.plot(ends, [place] * 2, color=color, lw=2, solid_capstyle="butt")
-            for end, side in ((difference.low, "<"), (difference.high, ">")):
-                cut = abs(end) > limit
-                axes.plot(np.clip(end, -limit, limit), place, side if cut else "|", color=color, ms=7, mew=1.5, clip_on=False)
-        if difference is not None:
-            fill = "white" if comparison.word == "cannot tell" else color
-            axes.plot(difference.mean, place, marker, color=color, ms=8, mfc=fill, mew=1.8)
-        axes.text(1.02, place, textwrap.fill(comparison.phrase, 30), color="0.35" if color == "0.5" else color, va="center", fontsize=10, transform=axes.get_yaxis_transform())
-    axes.set_xlim(-limit, limit)
+    beside = axes.get_yaxis_transform()
+    for place, (comparison, mean, interval) in enumerate(zip(comparisons, means, intervals, strict=True)):
+        color, text_color, marker, fill = WORDS[comparison.word]
+        if interval:
+            start, stop = max(interval[0], low), min(interval[1], high)
+            axes.plot([start, stop], [place] * 2, color=color, lw=2)
+            axes.plot(start, place, "|" if start == interval[0] else "<", color=color, ms=8, mew=2)
+            axes.plot(stop, place, "|" if stop == interval[1] else ">", color=color, ms=8, mew=2)
+        axes.plot(mean, place, marker, color=color, ms=8, mfc=fill, mew=1.8)
+        phrase = textwrap.fill(comparison.phrase, 30)
+        axes.text(1.02, place, phrase, color=text_color, va="center", fontsize=10, transform=beside)
+    axes.set_xlim(low - pad, high + pad)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the first pair at the top
     axes.set_yticks(range(len(rows)), rows, fontsize=10)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"\N{LEFTWARDS ARROW} first is better      difference in {DIFFERENCES[facts.metric]}      first is worse \N{RIGHTWARDS ARROW}")
-    band = f"; grey: less than {facts.margin:g} either way does not matter" if facts.margin else ""
+    left, right = "\N{LEFTWARDS ARROW} first is better", "first is worse \N{RIGHTWARDS ARROW}"
+    axes.set_xlabel(f"{left}      difference in {DIFFERENCES[facts.metric]}      {right}")
+    band = f"; grey: within {margin:g}, too small to matter" if margin else ""
     axes.set_title(f"mean difference over paired seeds, 95 % interval{band}", fontsize=10, color="0.25")
 
 
-def _axes(figure: Figure | SubFigure) -> Axes:
-    return figure.subplots()
+def _pair(comparison: Comparison) -> str:
+    """Returns "a - b", on several lines where it is long."""
+    label = f"{comparison.point} \N{MINUS SIGN} {comparison.other}"
+    if len(label) <= 32:
+        return label
+    return "\n".join(
+        textwrap.wrap(comparison.point, 32) + textwrap.wrap(f"\N{MINUS SIGN} {comparison.other}", 32)
+    )
 
 
-def _with_legend_beside(names: Any) -> tuple[Figure, Axes]:
-    """Returns a figure that is high enough for a legend with these names to the right of the axes."""
+def _legend(point: str, note: str = "") -> str:
+    return textwrap.fill(point + (f" ({note})" if note else ""), 30)
+
+
+def _with_legend_beside(labels: Iterable[str]) -> tuple[Figure, Axes]:
+    """Returns a figure that is high enough for a legend with these labels to the right of the axes."""
+    lines = sum(1.3 + label.count("\n") for label in labels)
     with matplotlib.style.context(["default", STYLE]):
-        figure = Figure(figsize=(WIDTH, max(4.2, 0.6 + 0.19 * len(list(names)))))
+        figure = Figure(figsize=(WIDTH, max(4.2, 0.3 + 0.15 * lines)))
         FigureCanvasAgg(figure)
         figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
         return figure, figure.subplots()
@@ -272,6 +303,14 @@ def _with_legend_beside(names: Any) -> tuple[Figure, Axes]:
 def _shown(metric: str, value: float) -> float:
     """Returns what an axis shows for a value of `metric`, see `VALUES`."""
     return 100 * (1 - value) if metric == "error" else value
+
+
+def _apart(values: Sequence[float], factor: float) -> list[float]:
+    """Returns the values in ascending order without those that are less than `factor` above the last."""
+    kept: list[float] = []
+    for value in sorted(set(values)):
+        kept += [value] if not kept or value >= factor * kept[-1] else []
+    return kept
 
 
 def _curve(run: Record) -> dict[int, float]:

@@ -27,6 +27,7 @@ from absl import flags
 from experiments import cli, figures, tables
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.results import Record, by_point, by_study, newest, read_all, write_atomically
+from mobilellm_jax.statistics import format_estimate, format_score
 from mobilellm_jax.verdicts import Verdict, verdict
 
 
@@ -137,16 +138,24 @@ def _designs(records: Sequence[Record], found: Verdict) -> list[Block]:
 
 def _learning_rates(facts: Record, found: Verdict) -> list[Block]:
     if not found.tuning:
-        how = {"none": "not tuned: the same for all points, as given", "transferred": "transferred from another shape"}
-        return [f"The learning rate was {how.get(facts.tuning, 'to be tuned, but no such run has a record')}."]
+        how = {
+            "none": "not tuned: the same for all points, as given",
+            "transferred": "transferred from another shape",
+        }
+        return [
+            f"The learning rate was {how.get(facts.tuning, 'to be tuned, but no such run has a record')}."
+        ]
     rows = [
         {
             "point": point,
             "chosen": f"{tuning.chosen:.4g}",
             "best tried": "at the edge" if tuning.at_edge else "inside",
-            "worse one step away by": "unknown" if tuning.sensitivity is None else f"{tuning.sensitivity:.4f}",
+            "worse one step away by": "unknown"
+            if tuning.sensitivity is None
+            else format_score(tuning.sensitivity, facts.metric),
             "tried": str(len(tuning.curve)),
-            "diverged or failed": ", ".join(f"{rate:.4g}" for rate, value in tuning.curve if value is None) or "none",
+            "diverged or failed": ", ".join(f"{rate:.4g}" for rate, value in tuning.curve if value is None)
+            or "none",
         }
         for point, tuning in found.tuning.items()
     ]
@@ -154,20 +163,22 @@ def _learning_rates(facts: Record, found: Verdict) -> list[Block]:
 
 
 def _seeds(records: Sequence[Record], found: Verdict) -> tables.Columns:
-    """One row for each point, one column for each seed, then the mean and the spread."""
-    runs = figures.comparison_runs(records)
-    seeds = sorted({run.seed for of_point in runs.values() for run in of_point})
-    columns: tables.Columns = {"point": list(runs)}
-    for seed in seeds:
-        cells = [next((_value(run) for run in of if run.seed == seed), "no record") for of in runs.values()]
-        columns[f"seed {seed}"] = cells
-    ...
+    """One row for each point, one column for each seed, then their mean and standard deviation."""
+    points, metric = figures.comparison_runs(records), newest(records).metric
+    columns: tables.Columns = {"point": list(points)}
+    for seed in sorted({run.seed for runs in points.values() for run in runs}):
+        values = [[_value(run) for run in runs if run.seed == seed] for runs in points.values()]
+        columns[f"seed {seed}"] = [*(value[0] if value else "no record" for value in values)]
+    means, spreads = [found.estimates.get(point) for point in points], [found.noise.get(p) for p in points]
+    columns["mean"] = ["none" if mean is None else format_estimate(mean, metric) for mean in means]
+    columns["standard deviation"] = ["unknown" if sd is None else format_score(sd, metric) for sd in spreads]
+    return columns
 
 
 def _value(run: Record) -> str:
     if run.status != "finished":
         return run.status
-    return f"{100 * (1 - run.score):.2f} %" if run.metric == "error" else f"{run.score:.4f}"
+    return format_score(1 - run.score if run.metric == "error" else run.score, run.metric)
 
 
 def _unfinished(records: Sequence[Record], found: Verdict) -> list[Block]:
@@ -183,7 +194,13 @@ def _unfinished(records: Sequence[Record], found: Verdict) -> list[Block]:
 
 def _cost(records: Sequence[Record]) -> tables.Columns:
     phases = {phase: [r for r in records if r.phase == phase] for phase in ("tuning", "comparison")}
-    columns: tables.Columns = {"phase": [], "runs": [], "time (h:mm:ss)": [], "tokens": [], "training FLOPs": []}
+    columns: tables.Columns = {
+        "phase": [],
+        "runs": [],
+        "time (h:mm:ss)": [],
+        "tokens": [],
+        "training FLOPs": [],
+    }
     for name, runs in {**phases, "total": list(records)}.items():
         times = [run.timing["wall_s"] for run in runs]
         seconds = round(sum(time for time in times if time is not None))
@@ -203,17 +220,24 @@ def _cost(records: Sequence[Record]) -> tables.Columns:
 def _data(records: Sequence[Record]) -> tables.Columns:
     """All plain facts of the data card: source, hashes, licence and what else it says."""
     cards = [record.data for record in records if record.data]
-    facts = sorted({(k, str(v)) for card in cards for k, v in card.items() if isinstance(v, str | int | float)})
+    facts = sorted(
+        {(k, str(v)) for card in cards for k, v in card.items() if isinstance(v, str | int | float)}
+    )
     return {"data card": [name for name, _ in facts], "": [value for _, value in facts]}
 
 
 def _origins(records: Sequence[Record]) -> tables.Columns:
-    """What the runs were made with; where that differs, with the number of runs."""
-    facts = {"git commit": Counter(str(r.git_commit or "unknown") for r in records)}
-    facts["device"] = Counter(r.device_name for r in records)
+    """What the runs were made with and when; where that differs, with the number of runs."""
+    facts = {"git commit": Counter(str(record.git_commit or "unknown") for record in records)}
+    facts["device"] = Counter(record.device_name for record in records)
     for name in sorted({name for record in records for name in record.versions}):
         facts[name] = Counter(record.versions.get(name, "unknown") for record in records)
-    ...
+    columns: tables.Columns = {"made with": [], "version": []}
+    for name, counts in facts.items():
+        columns["made with"].append(name)
+        several = [f"{value} ({count} runs)" for value, count in sorted(counts.items())]
+        columns["version"].append(", ".join(several if len(counts) > 1 else counts))
+    return columns
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
@@ -222,7 +246,12 @@ def to_html(title: str, sections: Sequence[Section]) -> str:
     for heading, blocks in sections:
         if blocks:
             look = ' class="warnings"' if heading == WARNINGS else ""
-            body += [f"<section{look}>", f"<h2>{html.escape(heading)}</h2>", *map(_html, blocks), "</section>"]
+            body += [
+                f"<section{look}>",
+                f"<h2>{html.escape(heading)}</h2>",
+                *map(_html, blocks),
+                "</section>",
+            ]
     return _HTML.format(title=html.escape(title), body="\n".join(body))
 
 
@@ -238,7 +267,9 @@ def _html(block: Block) -> str:
             source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
             return f'<div class="wide"><img src="{source}" alt="{html.escape(alt)}"></div>'
         case _:
-            cells = [f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in tables.rows(block)]
+            cells = [
+                f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in tables.rows(block)
+            ]
             head = "".join(f"<th>{html.escape(name)}</th>" for name in block)
             return "\n".join(['<div class="wide"><table>', f"<tr>{head}</tr>", *cells, "</table></div>"])
 
@@ -262,7 +293,9 @@ def _markdown(block: Block) -> str:
         case Image(name, alt, _):
             return f"![{_plain(alt)}](../figures/{name})"
         case _:
-            return tables.markdown_table({_plain(k): [_plain(c) for c in cells] for k, cells in block.items()})
+            return tables.markdown_table(
+                {_plain(k): [_plain(c) for c in cells] for k, cells in block.items()}
+            )
 
 
 def _plain(text: str) -> str:
