@@ -46,128 +46,136 @@ STYLE = {
     "text.parse_math": False,
     "svg.hashsalt": "mobilellm_jax",  # element ids would be random otherwise
 }
+styled = matplotlib.style.context(["default", STYLE])
 # What the axes show. For "error" that is its complement, in percent: 100 is perfect, higher is better.
 VALUES = {"loss": "held-out loss (nats per token)", "error": "exact match, held out (%)"}
 DIFFERENCES = {"loss": "loss (nats per token)", "error": "error (percentage points)"}
 SCALE = {"loss": 1, "error": 100}
+TUNED = {
+    "grid": "tuned for each point",
+    "transferred": "transferred from another shape",
+    "none": "not tuned, one for all points",
+}
 
 
+@styled
 def outcome(records: Sequence[Record], found: Verdict) -> Figure:
     """Returns the figure of one study: final values of every point above, differences of pairs below."""
     facts = newest(records)
     rows = [_pair(comparison) for comparison in found.comparisons]
-    notes = [_caption(records, found), *(f"Warning: {warning}" for warning in found.warnings)]
+    notes = [_caption(records, found), *(f"Warning: {warning}" for warning in found.warnings[:4])]
+    notes += (
+        [f"And {len(found.warnings) - 4} more warnings, in the report."] if len(found.warnings) > 4 else []
+    )
     caption = "\n".join(textwrap.fill(note, 135, break_on_hyphens=False) for note in notes)
     title = textwrap.fill(facts.question, 80)
+    labels, is_slanted = _categories(list(by_point(records)))
     heights = {  # inches
         "title": 0.12 + 0.25 * (title.count("\n") + 1),
-        "values": 3.5,
-        "effects": 1.0 + sum(0.2 + 0.19 * (label.count("\n") + 1) for label in rows) if rows else 0.0,
+        "values": 3.5 + (0.035 * max(map(len, labels)) if is_slanted else 0),
+        "effects": 1.15 + sum(0.2 + 0.19 * (label.count("\n") + 1) for label in rows) if rows else 0.0,
         "caption": 0.15 + 0.175 * (caption.count("\n") + 1),
     }
     total = sum(heights.values())
-    with matplotlib.style.context(["default", STYLE]):
-        figure = Figure(figsize=(WIDTH, total))
-        FigureCanvasAgg(figure)
-        bottom, panels = heights["caption"] / total, (heights["values"] + heights["effects"]) / total
-        figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, bottom, 1, panels), w_pad=0.08, h_pad=0.06))
-        figure.text(0.01, 0.07 / total, caption, fontsize=9, color="0.25", linespacing=1.3)
-        figure.text(0.5, 1 - 0.1 / total, title, fontsize=13, ha="center", va="top")
-        # Each panel in a figure of its own: the long labels of the lower one would narrow the upper one.
-        ratios = [heights["values"], *([heights["effects"]] if rows else [])]
-        parts = np.ravel(figure.subfigures(len(ratios), 1, height_ratios=ratios, squeeze=False))
-        _draw_values(parts[0].subplots(), records, found)
-        if rows:
-            _draw_effects(parts[1].subplots(), rows, found.comparisons, facts)
+    figure = Figure(figsize=(WIDTH, total))
+    FigureCanvasAgg(figure)
+    bottom, panels = heights["caption"] / total, (heights["values"] + heights["effects"]) / total
+    figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, bottom, 1, panels), w_pad=0.08, h_pad=0.06))
+    figure.text(0.01, 0.07 / total, caption, fontsize=9, color="0.25", linespacing=1.3)
+    figure.text(0.5, 1 - 0.1 / total, title, fontsize=13, ha="center", va="top")
+    # Each panel in a figure of its own: the long labels of the lower one would narrow the upper one.
+    ratios = [heights["values"], *([heights["effects"]] if rows else [])]
+    parts = np.ravel(figure.subfigures(len(ratios), 1, height_ratios=ratios, squeeze=False))
+    _draw_values(parts[0].subplots(), records, found)
+    if rows:
+        _draw_effects(parts[1].subplots(), rows, found.comparisons, facts)
     return figure
 
 
+@styled
 def curves(records: Sequence[Record]) -> Figure:
     """Returns the held-out evaluations during training: each seed and the mean of every point."""
     runs, metric = comparison_runs(records), newest(records).metric
     labels = {point: _legend(point, _absent(of_point)) for point, of_point in runs.items()}
     figure, axes = _with_legend_beside(labels.values())
-    with matplotlib.style.context(["default", STYLE]):
-        late = []  # what finished runs reached after the first quarter
-        for index, (point, of_point) in enumerate(runs.items()):
-            color, marker, dash = _look(index)
-            seeds = [_curve(run) for run in of_point]
-            finished = [curve for curve, run in zip(seeds, of_point, strict=True) if run.status == "finished"]
-            late += [value for curve in finished for at, value in curve.items() if at >= max(curve) / 4]
-            for curve in seeds:
-                axes.plot(list(curve), list(curve.values()), color=color, lw=0.7, alpha=0.5)
-            common = sorted(set.intersection(*(set(curve) for curve in finished))) if finished else []
-            means = [float(np.mean([curve[tokens] for curve in finished])) for tokens in common]
-            axes.plot(common, means, color=color, ls=dash, marker=marker, ms=5, lw=1.8, label=labels[point])
-        if late and metric == "loss":  # the steep start, and a run that diverges, would squeeze the rest
-            low, high = min(late), max(late)
-            axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-        axes.set_xlabel("training tokens seen")
-        axes.set_ylabel(VALUES[metric])
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tables.quantity(value)))
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        start = "; steep start cut off" if metric == "loss" else ""
-        axes.set_title(f"mean; thin lines are seeds{start}", fontsize=10, color="0.25")
-        if runs:
-            axes.figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
+    late = []  # what finished runs reached after the first quarter
+    for index, (point, of_point) in enumerate(runs.items()):
+        look = _look(index)
+        seeds = [_curve(run) for run in of_point]
+        finished = [curve for curve, run in zip(seeds, of_point, strict=True) if run.status == "finished"]
+        late += [value for curve in finished for at, value in curve.items() if at >= max(curve) / 4]
+        for curve in seeds:
+            axes.plot(list(curve), list(curve.values()), color=look["color"], lw=0.7, alpha=0.5)
+        common = sorted(set.intersection(*(set(curve) for curve in finished))) if finished else []
+        means = [float(np.mean([curve[tokens] for curve in finished])) for tokens in common]
+        axes.plot(common, means, **look, ms=5, lw=1.8, label=labels[point])
+    if late and metric == "loss":  # the steep start, and a run that diverges, would squeeze the rest
+        low, high = min(late), max(late)
+        axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    axes.set_xlabel("training tokens seen")
+    axes.set_ylabel(VALUES[metric])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tables.quantity(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    start = "; steep start cut off" if metric == "loss" else ""
+    axes.set_title(f"mean; thin lines are seeds{start}", fontsize=10, color="0.25")
+    if runs:
+        axes.figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
     return figure
 
 
+@styled
 def learning_rates(records: Sequence[Record], found: Verdict) -> Figure | None:
     """Returns the value against learning rate of every tuned point; None if no point was tuned."""
     if not found.tuning:
         return None
     metric = newest(records).metric
     order = list(by_point(records))
+    best: list[float] = []
     figure, axes = _with_legend_beside([_legend(point) for point in found.tuning])
-    gone: dict[float, int] = {}  # crosses drawn at a rate, so that they stand side by side
-    worst, step = (0.97, -0.05) if metric == "loss" else (0.03, 0.05)
+    gone: dict[float, list[str]] = {}  # by rate, the colours of the points that diverged or failed
     rates = sorted({rate for tuning in found.tuning.values() for rate, _ in tuning.curve})
-    with matplotlib.style.context(["default", STYLE]):
-        for point, tuning in found.tuning.items():
-            color, marker, dash = _look(order.index(point))
-            tried = [(rate, _shown(metric, value)) for rate, value in tuning.curve if value is not None]
-            axes.plot(
-                [rate for rate, _ in tried],
-                [value for _, value in tried],
-                color=color,
-                ls=dash,
-                marker=marker,
-                ms=5,
-                lw=1.5,
-                label=_legend(point),
-            )
-            chosen = [(r, v) for r, v in tried if math.isclose(r, tuning.chosen)]
-            axes.plot(
-                *zip(*chosen, strict=True), "o", ms=14, mfc="none", mec=color, mew=2
-            ) if chosen else None
-            for rate in (rate for rate, value in tuning.curve if value is None):
-                height = worst + step * gone.get(rate, 0)
-                gone[rate] = gone.get(rate, 0) + 1
+    for point, tuning in found.tuning.items():
+        look = _look(order.index(point))
+        tried = {rate: _shown(metric, value) for rate, value in tuning.curve if value is not None}
+        axes.plot(list(tried), list(tried.values()), **look, ms=5, lw=1.5, label=_legend(point))
+        best += [min(tried.values())] if tried else []
+        if tuning.chosen in tried:
+            ring = {"marker": "o", "ms": 14, "mfc": "none", "mew": 2, "color": look["color"]}
+            axes.plot(tuning.chosen, tried[tuning.chosen], **ring)
+        for rate in (rate for rate, value in tuning.curve if value is None):
+            gone.setdefault(rate, []).append(look["color"])
+    low, high = axes.get_ylim()
+    if metric == "loss" and best:  # a run that learned nothing would squeeze the optima to one line
+        high = min(high, max(best) + 1)
+        axes.set_ylim(low, high)
+    if gone:  # crosses at the bad end, one below the other so that they don't hide each other
+        most = max(map(len, gone.values()))
+        room = (high - low) * min(1, 0.06 + 0.06 * most)
+        bad, axis = (1.0, (low, high + room)) if metric == "loss" else (0.0, (low - room, high))
+        axes.set_ylim(axis)
+        step = room / (high - low + room) / (most + 1) * (-1 if bad else 1)
+        for rate, of_points in gone.items():
+            for place, color in enumerate(of_points, start=1):
                 at = axes.get_xaxis_transform()
-                axes.plot(rate, height, "x", color=color, ms=8, mew=2, transform=at, clip_on=False)
-        if gone:  # room for the crosses
-            low, high = axes.get_ylim()
-            room = (high - low) * (0.06 + 0.06 * max(gone.values()))
-            axes.set_ylim(*((low, high + room) if metric == "loss" else (low - room, high)))
-        axes.set_xscale("log", base=2)
-        marked = _apart(rates, 1.6)  # refined rates lie too close together for a label each
-        axes.set_xticks(marked, [f"{rate:.2g}" for rate in marked], rotation=30 if len(marked) > 8 else 0)
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("learning rate")
-        axes.set_ylabel(VALUES[metric])
-        title = "ring: the rate of the comparison; cross: diverged or failed" if gone else None
-        axes.set_title(title or "ring: the rate of the comparison", fontsize=10, color="0.25")
-        axes.figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
+                axes.plot(rate, bad + step * place, "x", color=color, ms=8, mew=2, transform=at)
+    axes.set_xscale("log", base=2)
+    marked = _apart(rates, 1.6)  # refined rates lie too close together for a label each
+    axes.set_xticks(marked, [f"{rate:.2g}" for rate in marked], rotation=30 if len(marked) > 8 else 0)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel(VALUES[metric])
+    crosses = "; cross: diverged or failed" if gone else ""
+    axes.set_title(f"ring: the rate of the comparison{crosses}", fontsize=10, color="0.25")
+    axes.figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
     return figure
 
 
+@styled
 def render(figure: Figure, suffix: str) -> bytes:
     """Returns "png" or "svg", the same bytes for the same figure: no dates, no versions, no random ids."""
     file = BytesIO()
     nothing = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[suffix]
-    with matplotlib.style.context(["default", STYLE]):
-        figure.savefig(file, format=suffix, dpi=150, metadata=nothing)
+    figure.savefig(file, format=suffix, dpi=150, metadata=nothing)
     if suffix == "png":  # 255 colours look the same and take a third of the space
         image = Image.open(file).convert("RGB").quantize(255)
         file = BytesIO()
@@ -191,13 +199,14 @@ def _draw_values(axes: Axes, records: Sequence[Record], found: Verdict) -> None:
     # Seeds stand beside their mean, so that they don't hide under the error bar.
     beside = axes.transData + ScaledTranslation(7 / 72, 0, axes.figure.dpi_scale_trans)
     for index, (point, runs) in enumerate(points.items()):
-        color, marker, _ = _look(index)
+        look = _look(index)
+        color = look["color"]
         finished = [_shown(metric, run.score) for run in runs if run.status == "finished"]
         if estimate := found.estimates.get(point):
             half = estimate.half_width
             bar = None if half is None else half * SCALE[metric]
             mean = _shown(metric, estimate.mean)
-            axes.errorbar(values[index], mean, bar, color=color, marker=marker, ms=7, capsize=4)
+            axes.errorbar(values[index], mean, bar, **look, ms=7, capsize=4)
             axes.plot(
                 [values[index]] * len(finished), finished, ".", color=color, ms=5, alpha=0.6, transform=beside
             )
@@ -213,13 +222,9 @@ def _draw_values(axes: Axes, records: Sequence[Record], found: Verdict) -> None:
             axes.set_xticks(places, [f"{place:g}" for place in places])
             axes.xaxis.set_minor_locator(NullLocator())
     else:
-        room = 90 // len(points)  # characters
-        if max(len(word) for point in points for word in point.split()) <= room:
-            axes.set_xticks(values, [textwrap.fill(point, room) for point in points], fontsize=10)
-        else:
-            axes.set_xticks(
-                values, list(points), rotation=30, ha="right", rotation_mode="anchor", fontsize=10
-            )
+        labels, is_slanted = _categories(list(points))
+        slant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_slanted else {}
+        axes.set_xticks(values, labels, fontsize=10, **slant)
     axes.margins(x=0.08, y=0.08)
     if any(_absent(runs) for runs in points.values()):  # room for their marks
         low, high = axes.get_ylim()
@@ -231,38 +236,45 @@ def _draw_values(axes: Axes, records: Sequence[Record], found: Verdict) -> None:
     if not found.estimates:
         axes.set_yticks([])
         bars = "no run finished"
-    elif all(estimate.half_width is None for estimate in found.estimates.values()):
+    elif all(estimate.n == 1 for estimate in found.estimates.values()):
         bars = "no intervals: one seed"
     axes.set_title(bars, fontsize=10, color="0.25")
+
+
+def _categories(points: list[str]) -> tuple[list[str], bool]:
+    """Returns tick labels for categories, and whether they must be slanted to fit."""
+    room = 90 // len(points)  # characters
+    is_slanted = max(len(word) for point in points for word in point.split()) > room
+    return [point if is_slanted else textwrap.fill(point, room) for point in points], is_slanted
 
 
 def _draw_effects(axes: Axes, rows: list[str], comparisons: list[Comparison], facts: Record) -> None:
     """One row for each pair. An interval far wider than all differences is cut off, with an arrow there."""
     scale, margin = SCALE[facts.metric], SCALE[facts.metric] * facts.margin
-    means: list[float] = []
-    intervals: list[tuple[float, float] | None] = []
-    for difference in (comparison.difference for comparison in comparisons):
-        low, high = (difference.low, difference.high) if difference else (None, None)
-        intervals.append(None if low is None or high is None else (scale * low, scale * high))
-        means.append(scale * difference.mean if difference else math.nan)
-    reach = 4 * max([margin, *(abs(mean) for mean in means if not math.isnan(mean))]) or math.inf
-    ends = [min(max(end, -reach), reach) for interval in intervals if interval for end in interval]
-    shown = [0, -margin, margin, *(mean for mean in means if not math.isnan(mean)), *ends]
+    known = [c.difference for c in comparisons if c.difference]
+    means = [scale * difference.mean for difference in known]
+    ends = [
+        scale * end for difference in known for end in (difference.low, difference.high) if end is not None
+    ]
+    reach = 4 * max([margin, *map(abs, means)]) or math.inf
+    shown = [0, -margin, margin, *means, *(min(max(end, -reach), reach) for end in ends)]
     low, high = min(shown), max(shown)
     pad = 0.04 * (high - low) or 1e-3
     axes.axvspan(-margin, margin, color="0.92", lw=0)
     axes.axvline(0, color="0.3", lw=1)
-    beside = axes.get_yaxis_transform()
-    for place, (comparison, mean, interval) in enumerate(zip(comparisons, means, intervals, strict=True)):
+    for place, comparison in enumerate(comparisons):
         color, text_color, marker, fill = WORDS[comparison.word]
-        if interval:
-            start, stop = max(interval[0], low), min(interval[1], high)
+        difference = comparison.difference
+        if difference and difference.low is not None and difference.high is not None:
+            start, stop = max(scale * difference.low, low), min(scale * difference.high, high)
             axes.plot([start, stop], [place] * 2, color=color, lw=2)
-            axes.plot(start, place, "|" if start == interval[0] else "<", color=color, ms=8, mew=2)
-            axes.plot(stop, place, "|" if stop == interval[1] else ">", color=color, ms=8, mew=2)
-        axes.plot(mean, place, marker, color=color, ms=8, mfc=fill, mew=1.8)
-        phrase = textwrap.fill(comparison.phrase, 30)
-        axes.text(1.02, place, phrase, color=text_color, va="center", fontsize=10, transform=beside)
+            is_cut = start > scale * difference.low, stop < scale * difference.high
+            axes.plot(start, place, "<" if is_cut[0] else "|", color=color, ms=8, mew=2)
+            axes.plot(stop, place, ">" if is_cut[1] else "|", color=color, ms=8, mew=2)
+        if difference:
+            axes.plot(scale * difference.mean, place, marker, color=color, ms=8, mfc=fill, mew=1.8)
+        said = {"va": "center", "fontsize": 10, "transform": axes.get_yaxis_transform()}
+        axes.text(1.02, place, textwrap.fill(comparison.phrase, 30), color=text_color, **said)
     axes.set_xlim(low - pad, high + pad)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the first pair at the top
@@ -272,8 +284,13 @@ def _draw_effects(axes: Axes, rows: list[str], comparisons: list[Comparison], fa
     axes.grid(axis="y", visible=False)
     left, right = "\N{LEFTWARDS ARROW} first is better", "first is worse \N{RIGHTWARDS ARROW}"
     axes.set_xlabel(f"{left}      difference in {DIFFERENCES[facts.metric]}      {right}")
-    band = f"; grey: within {margin:g}, too small to matter" if margin else ""
-    axes.set_title(f"mean difference over paired seeds, 95 % interval{band}", fontsize=10, color="0.25")
+    notes = ["mean difference over paired seeds, 95 % interval"]
+    unit = " points" if facts.metric == "error" else ""
+    notes += [f"grey: within {margin:g}{unit}, too small to matter"] if margin else []
+    family = (
+        f"\nthe verdicts allow for {len(rows)} comparisons, the intervals do not" if len(rows) > 1 else ""
+    )
+    axes.set_title("; ".join(notes) + family, fontsize=10, color="0.25")
 
 
 def _pair(comparison: Comparison) -> str:
@@ -290,14 +307,14 @@ def _legend(point: str, note: str = "") -> str:
     return textwrap.fill(point + (f" ({note})" if note else ""), 30)
 
 
+@styled
 def _with_legend_beside(labels: Iterable[str]) -> tuple[Figure, Axes]:
     """Returns a figure that is high enough for a legend with these labels to the right of the axes."""
-    lines = sum(1.3 + label.count("\n") for label in labels)
-    with matplotlib.style.context(["default", STYLE]):
-        figure = Figure(figsize=(WIDTH, max(4.2, 0.3 + 0.15 * lines)))
-        FigureCanvasAgg(figure)
-        figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
-        return figure, figure.subplots()
+    lines = sum(1.25 + label.count("\n") for label in labels)
+    figure = Figure(figsize=(WIDTH, max(4.2, 0.4 + 0.165 * lines)))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
+    return figure, figure.subplots()
 
 
 def _shown(metric: str, value: float) -> float:
@@ -323,8 +340,9 @@ def _curve(run: Record) -> dict[int, float]:
     }
 
 
-def _look(index: int) -> tuple[str, str, Any]:
-    return COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)], DASHES[index % len(DASHES)]
+def _look(index: int) -> dict[str, Any]:
+    lists = {"color": COLORS, "marker": MARKERS, "ls": DASHES}
+    return {name: values[index % len(values)] for name, values in lists.items()}
 
 
 def _absent(runs: Sequence[Record]) -> str:
@@ -347,20 +365,17 @@ def _caption(records: Sequence[Record], found: Verdict) -> str:
     seeds = len({record.seed for record in compared})
     hashes = sorted({str(r.data["source_sha256"])[:8] for r in records if "source_sha256" in r.data})
     tokens = [r.tokens_seen for r in compared if r.status == "finished"] or [r.tokens_seen for r in compared]
-    tuned = {
-        "grid": "tuned for each point",
-        "transferred": "transferred from another shape",
-        "none": "not tuned",
-    }[facts.tuning]
     parts = [
         f"{span([r.parameters['total'] for r in records])} parameters "
         f"({span([r.parameters['non_embedding'] for r in records])} non-embedding)",
         f"{span(tokens)} training tokens",
         f"data: {facts.setting('data.source')} (sha256 {', '.join(hashes) or 'unknown'})",
         f"{seeds} seed{'s' if seeds > 1 else ''}",
-        f"held equal: {facts.matched.replace('_', ' ')}"
-        + (f" within {found.mismatch[facts.matched]:.1%}" if facts.matched in found.mismatch else ""),
-        f"learning rate: {tuned}",
+        f"held equal: {facts.matched.replace('_', ' ').replace('non ', 'non-')}"
+        + (
+            f", within {100 * found.mismatch[facts.matched]:.2g} %" if facts.matched in found.mismatch else ""
+        ),
+        f"learning rate: {TUNED[facts.tuning]}",
         f"device: {', '.join(devices)}",
     ]
     return "; ".join(parts) + "."

@@ -19,7 +19,7 @@ import html
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -56,7 +56,8 @@ _HTML = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark }}
@@ -138,13 +139,8 @@ def _designs(records: Sequence[Record], found: Verdict) -> list[Block]:
 
 def _learning_rates(facts: Record, found: Verdict) -> list[Block]:
     if not found.tuning:
-        how = {
-            "none": "not tuned: the same for all points, as given",
-            "transferred": "transferred from another shape",
-        }
-        return [
-            f"The learning rate was {how.get(facts.tuning, 'to be tuned, but no such run has a record')}."
-        ]
+        missing = ", but no such run has a record" if facts.tuning == "grid" else ""
+        return [f"The learning rate is {figures.TUNED[facts.tuning]}{missing}."]
     rows = [
         {
             "point": point,
@@ -183,8 +179,8 @@ def _value(run: Record) -> str:
 
 def _unfinished(records: Sequence[Record], found: Verdict) -> list[Block]:
     rows = [
-        f"{run.name}, {run.phase}, learning rate {run.learning_rate:.4g}: {run.status} after {run.steps:,} steps"
-        + (f": {run.error}" if run.error else "")
+        f"{run.name}, {run.phase}, learning rate {run.learning_rate:.4g}: "
+        f"{run.status} after {run.steps:,} steps: {run.error or 'no message'}"
         for of_point in by_point(records).values()
         for run in of_point
         if run.status != "finished"
