@@ -48,7 +48,7 @@ class Record:
       study, preset: which study, at which size.
       point, point_index: readable label of the design point, and its place in the study's order.
       seed: runs of different points with equal seeds are paired.
-      phase: "tuning" for a run that looks for the learning rate, "comparison" for one that counts.
+      phase: "tuning" for a run that looks for the learning rate, "comparison" for one that decides.
       question: what the study asks, one sentence.
       matched: which of the `budgets` is held equal over the points.
       scientific, nuisance: dotted names of the fields that the question is about, and of those tuned for each
@@ -56,7 +56,7 @@ class Record:
       tuning: where the learning rate comes from: a "grid" for each point, "transferred" from another shape by
         the parameterization, or "none": one for all points, as given.
       metric: what is compared, lower is better: a key of the evaluations, "loss" or "error".
-      pairs: [point, other] for every comparison that the study asks for, the family of Holm's correction.
+      pairs: [point, other] for every comparison asked for; the family that Holm's method corrects.
       margin: the smallest difference in `metric` that matters.
       x: {"label", "value", "log"}, the place on the figure's x axis; None draws the points as categories.
       status, error: how the run ended, and the message if it did not finish.

@@ -1,23 +1,25 @@
-"""What the records of a study allow one to say: paired differences, Holm's correction, a verdict."""
+"""Numbers in, numbers out: paired differences, Holm's correction, equivalence, the seeds that are needed.
+
+Tests and intervals are those of scipy and statsmodels. `verdicts` puts them into words.
+"""
 
 import dataclasses
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import combinations
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 
-from mobilellm_jax.errors import UserError
-from mobilellm_jax.results import Record, by_point, by_study, newest
-
-LEVEL = 0.95
+LEVEL, ALPHA = 0.95, 0.05  # of the intervals shown; of a family of tests
+POWER = 0.8
+Pair = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean of `n` values with its t interval; `half_width` is None for one value, or for equal values."""
+    """A mean of `n` values with its 95 % t interval; `half_width` is None for one or for equal values."""
 
     n: int
     mean: float
@@ -26,49 +28,40 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class PairedDifference:
-    """Mean of a - b over `n` common seeds, its 95 % t interval and the p-value of the paired t test.
+    """Mean of a - b over `n` common seeds.
 
-    `low`, `high` and `p_value` are None with one seed, and where the difference is the same for every seed:
-    a spread of zero says that the seed had no effect, not that the difference is certain.
+    Attributes:
+      n, mean: number of common seeds; mean difference.
+      sd: standard deviation of the difference over seeds; 0 with one seed.
+      low, high: 95 % t interval of this difference alone. None with one seed, and where the difference is the
+        same for every seed: a spread of zero is no licence for an interval of width zero.
+      p_value: of the paired t test. Where the difference is the same for every seed, of the sign test, which
+        is all that such data allow: 2 / 2^n. None with one seed, and where all differences are 0.
     """
 
     n: int
     mean: float
+    sd: float
     low: float | None
     high: float | None
     p_value: float | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """One point against the reference; `word` is "better", "worse" or "cannot tell"."""
-
-    word: str
-    difference: PairedDifference | None  # None: no common seed
-    holm_p: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What was found in one study at one preset.
+class Decision:
+    """What a family of tests says about one pair.
 
     Attributes:
-      sentence: the finding, its uncertainty, and the runs that did not finish.
-      estimates: final held-out loss (nats per token) of every point with a finished run, in study order.
-      best: the point with the lowest mean loss; None if no run finished.
-      reference: the baseline, or `best` where there is none; None if no run finished.
-      comparisons: every other point of `estimates` against the reference.
-      family: number of pairs that Holm's correction covers.
-      warnings: from `check_comparable`.
+      difference: over the common seeds; None: there is none.
+      word: "better", "worse", "no difference" or "cannot tell", see `decide`.
+      bound: the largest difference in the interval corrected for the family; None without an interval.
+      holm_p: p-value by Holm's method over the family; None where there was no test.
     """
 
-    sentence: str
-    estimates: dict[str, Estimate]
-    best: str | None
-    reference: str | None
-    comparisons: dict[str, Comparison]
-    family: int
-    warnings: list[str]
+    difference: PairedDifference | None
+    word: str
+    bound: float | None
+    holm_p: float | None
 
 
 def mean_and_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
@@ -80,219 +73,153 @@ def mean_and_interval(values: Sequence[float], level: float = LEVEL) -> Estimate
     return Estimate(n, mean, float(high) - mean)
 
 
-def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> PairedDifference:
-    """Compares losses by seed, over the seeds that both have. Negative means: `a` is lower.
+def standard_deviation(values: Sequence[float]) -> float | None:
+    """Returns the standard deviation, with n - 1 in the denominator; None of one value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
-    Raises:
-      UserError: there is no common seed.
-    """
+
+def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> PairedDifference | None:
+    """Compares scores over the seeds that both have; None if there are none. Negative: `a` is lower."""
     seeds = sorted(a.keys() & b.keys())
     if not seeds:
-        raise UserError(
-            f"no seed in common: {sorted(a)} against {sorted(b)}; paired differences need equal seeds"
-        )
-    x, y = (np.array([losses[seed] for seed in seeds], dtype=float) for losses in (a, b))
-    mean = float(np.mean(x - y))
-    if len(seeds) == 1 or _equal(x - y, np.max(np.abs([x, y]))):
-        return PairedDifference(len(seeds), mean, None, None, None)
+        return None
+    x, y = (np.array([scores[seed] for seed in seeds], dtype=float) for scores in (a, b))
+    n, mean = len(seeds), float(np.mean(x - y))
+    if n == 1:
+        return PairedDifference(n, mean, 0.0, None, None, None)
+    if _equal(x - y, np.max(np.abs([x, y]))):
+        p = None if _equal([mean, 0.0], np.max(np.abs([x, y]))) else float(stats.binomtest(n, n).pvalue)
+        return PairedDifference(n, mean if p is not None else 0.0, 0.0, None, None, p)
     test = stats.ttest_rel(x, y)
     low, high = test.confidence_interval(LEVEL)
-    return PairedDifference(len(seeds), mean, float(low), float(high), float(test.pvalue))
+    return PairedDifference(
+        n, mean, float(np.std(x - y, ddof=1)), float(low), float(high), float(test.pvalue)
+    )
 
 
 def _equal(values: Sequence[float] | np.ndarray, scale: float) -> bool:
     return bool(np.ptp(values) <= 1e-9 * scale)  # float32 losses differ by 1e-7 or not at all
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns p-values adjusted for the whole family by Holm's step-down method (Holm 1979)."""
-    p = np.asarray(p_values, dtype=float)
-    order = np.argsort(p)
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
-    return adjusted.tolist()
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Returns p-values adjusted for the whole family by Holm's step-down method (Holm 1979).
 
-
-def verdict(records: Sequence[Record]) -> Verdict:
-    """Says what the runs of one study at one preset show about the final held-out loss.
-
-    Every point is compared with the baseline, or, where the study has none, with the point that came out
-    best. Which one that is depends on the data, so the correction then covers all pairs of points.
-
-    Raises:
-      UserError: the runs cannot be compared, see `check_comparable`.
+    A pair that was asked about and could not be tested (None) still counts: the family is fixed by the
+    question, not by what came of it.
     """
-    if len(by_study(records)) != 1:
-        raise ValueError(f"expected the records of one study and preset, not {sorted(by_study(records))}")
-    warnings = check_comparable(records)
-    losses: dict[str, dict[int, float]] = {}
-    for point, runs in by_point(records).items():
-        if finished := {run.seed: run.loss for run in runs if run.status == "finished"}:
-            losses[point] = finished
-    estimates = {point: mean_and_interval(list(values.values())) for point, values in losses.items()}
-    failures = _failures(records)
-    if not estimates:
-        return Verdict(f"No run finished. {failures}", {}, None, None, {}, 0, warnings)
-
-    best = min(estimates, key=lambda point: estimates[point].mean)
-    baseline = newest(records).baseline
-    reference = baseline if baseline in estimates else best
-    others = [point for point in estimates if point != reference]
-    family = [(point, reference) for point in others]
-    if reference != baseline:
-        family += combinations(others, 2)
-    differences = {
-        (a, b): paired_difference(losses[a], losses[b])
-        for a, b in family
-        if losses[a].keys() & losses[b].keys()
-    }
-    tested = {pair: d.p_value for pair, d in differences.items() if d.p_value is not None}
-    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
-    comparisons = {
-        point: _compare(differences.get((point, reference)), adjusted.get((point, reference)))
-        for point in others
-    }
-    sentence = f"{_sentence(estimates, best, reference, comparisons, len(tested))} {failures}".strip()
-    if baseline is not None and reference != baseline:
-        sentence = f"The baseline {baseline!r} has no finished run; the best is the reference. {sentence}"
-    return Verdict(sentence, estimates, best, reference, comparisons, len(tested), warnings)
+    if not p_values:
+        return []
+    adjusted = np.asarray(multipletests([1.0 if p is None else p for p in p_values], method="holm")[1])
+    return [None if p is None else float(q) for p, q in zip(p_values, adjusted, strict=True)]
 
 
-def _compare(difference: PairedDifference | None, holm_p: float | None) -> Comparison:
-    if difference is None or holm_p is None or holm_p >= 1 - LEVEL:
-        return Comparison("cannot tell", difference, holm_p)
-    return Comparison("better" if difference.mean < 0 else "worse", difference, holm_p)
+def decide(scores: Mapping[str, Mapping[int, float]], pairs: Sequence[Pair], margin: float) -> list[Decision]:
+    """Decides every pair of a family.
+
+    Args:
+      scores: by point, then by seed; lower is better. A point without scores may be missing.
+      pairs: (point, other); the family.
+      margin: the smallest difference that matters.
+
+    Returns:
+      One decision for each pair, by the first rule that fits:
+      "better", "worse": Holm's p-value is below 5 %. In at most 5 % of studies without any true difference is
+        one of the pairs called so.
+      "no difference": the t interval at level 1 - 5 % / (number of pairs) lies within the margin on both
+        sides. These intervals hold for all pairs at once in 95 % of studies, so that `bound` may be quoted
+        even for the pair where it came out smallest. For one pair this is the two one-sided tests (TOST) at
+        2.5 % each, stricter than the usual 5 %, so that the interval shown and the verdict agree.
+        Also: at least two seeds, and exactly the same scores in all of them, as where both points solve a
+        task. No spread, hence no `bound`: it says what was seen, and nothing about other seeds.
+      "cannot tell": neither.
+    """
+    differences = [paired_difference(scores.get(a, {}), scores.get(b, {})) for a, b in pairs]
+    adjusted = holm([difference and difference.p_value for difference in differences])
+    return [
+        _decide(difference, p, len(pairs), margin)
+        for difference, p in zip(differences, adjusted, strict=True)
+    ]
 
 
-def _sentence(
-    estimates: dict[str, Estimate], best: str, reference: str, comparisons: dict[str, Comparison], family: int
-) -> str:
-    loss = estimates[best]
-    if len(estimates) == 1:
-        return f"Only {best!r} finished, with a held-out loss of {format_estimate(loss)} nats per token."
-    said = []
-    for word in ("better", "worse", "cannot tell"):
-        points = [f"{p!r} ({_evidence(c)})" for p, c in comparisons.items() if c.word == word]
-        said += [f"{word}: {', '.join(points)}"] if points else []
-    found = (
-        f"{best!r} has the lowest mean held-out loss, {format_estimate(loss)} nats per token (n = {loss.n}). "
-        f"Against {'it' if reference == best else repr(reference)}: {'; '.join(said)}."
-    )
-    seeds = max(c.difference.n if c.difference else 0 for c in comparisons.values())
-    if seeds <= 1:
-        return f"One seed proves nothing: it cannot tell a difference from the spread over seeds. {found}"
-    wide = " Intervals from two seeds are very wide." if seeds == 2 else ""
-    return f"{found} Brackets hold 95 % intervals over paired seeds; p is Holm's over {family} pairs.{wide}"
-
-
-def _evidence(comparison: Comparison) -> str:
-    difference = comparison.difference
+def _decide(difference: PairedDifference | None, p: float | None, tests: int, margin: float) -> Decision:
     if difference is None:
-        return "no common seed"
-    if difference.low is None:
-        why = "one seed" if difference.n == 1 else f"the same in all {difference.n} seeds"
-        return f"{difference.mean:+.4f}, {why}"
-    return f"{format_difference(difference)}, p {format_p(comparison.holm_p)}"
+        return Decision(None, "cannot tell", None, None)
+    bound = None
+    if difference.low is not None:
+        scale = difference.sd / math.sqrt(difference.n)
+        interval = stats.t.interval(1 - ALPHA / tests, difference.n - 1, difference.mean, scale)
+        bound = float(np.max(np.abs(interval)))
+    word = "cannot tell"
+    if p is not None and p < ALPHA:
+        word = "better" if difference.mean < 0 else "worse"
+    elif (bound is not None and bound <= margin) or is_same(difference):
+        word = "no difference"
+    return Decision(difference, word, bound, p)
 
 
-def format_estimate(estimate: Estimate) -> str:
-    """Returns "3.1234 ± 0.0012", without the interval where there is none."""
-    half = estimate.half_width
-    return f"{estimate.mean:.4f}" + (f" ± {half:.4f}" if half is not None else "")
+def is_same(difference: PairedDifference) -> bool:
+    """Returns whether the scores were exactly the same in all of at least two seeds."""
+    return difference.n > 1 and difference.mean == difference.sd == 0
 
 
-def format_difference(difference: PairedDifference) -> str:
-    """Returns "+0.0120 [-0.0010, +0.0250]", without the interval where there is none."""
-    if difference.low is None:
-        return f"{difference.mean:+.4f}"
-    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+def seeds_needed(difference: PairedDifference, tests: int, margin: float) -> int | None:
+    """Returns about how many seeds would decide a pair that cannot be told yet, in 80 % of repetitions.
+
+    Supposes that the true difference and spread are as observed, and corrects the level for all `tests` of
+    the family (Bonferroni: a little more than Holm asks for). Decided means either way: the difference is
+    found, or its interval lies within the margin, whichever takes fewer seeds. For the second, both ends must
+    lie within, and each gets half of the 20 % that may go wrong. The spread is itself uncertain: with three
+    seeds, its true value may be half or six times what was seen.
+
+    None with one seed, where the spread is unknown, and where no number would do.
+    """
+    n, level = difference.n, ALPHA / tests
+    if n == 1 or is_same(difference):
+        return None
+    if difference.sd == 0:  # the sign test
+        return next(m for m in range(n + 1, 100) if stats.binomtest(m, m).pvalue < level)
+    found = _solve(abs(difference.mean) / difference.sd, level, POWER, "two-sided")
+    within = _solve((margin - abs(difference.mean)) / difference.sd, level / 2, (1 + POWER) / 2, "larger")
+    enough = [m for m in (found, within) if m is not None]
+    return max(n + 1, min(enough)) if enough else None
+
+
+def _solve(effect: float, level: float, power: float, alternative: str) -> int | None:
+    if effect < 1e-4:  # hundreds of millions of seeds
+        return None
+    # The solver fails for effects of many standard deviations; three asks for a few seeds too many.
+    seeds = TTestPower().solve_power(min(effect, 3.0), None, level, power, alternative)
+    return math.ceil(float(np.squeeze(seeds)))
+
+
+def format_score(value: float, metric: str) -> str:
+    """Returns a loss in nats per token with four decimals, an error in percent with two."""
+    return f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f}"
+
+
+def format_bound(value: float, metric: str) -> str:
+    """Returns two digits, rounded up to stay a bound: 0.0123 -> "0.013"; of an error, percentage "points"."""
+    value = value if metric == "loss" else 100 * value
+    step = 10.0 ** (math.floor(math.log10(value)) - 1) if value else 1.0
+    return f"{math.ceil(value / step - 1e-9) * step:.6g}" + ("" if metric == "loss" else " points")
+
+
+def format_estimate(estimate: Estimate, metric: str) -> str:
+    """Returns "3.1234 ± 0.0012", or the mean alone; an error as exact match in percent."""
+    mean = estimate.mean if metric == "loss" else 1 - estimate.mean
+    half = "" if estimate.half_width is None else f" ± {format_score(estimate.half_width, metric)}"
+    return format_score(mean, metric) + half
+
+
+def format_difference(difference: PairedDifference, metric: str) -> str:
+    """Returns "+0.0120 [-0.0010, +0.0250]", or the first number alone; of an error, percentage points."""
+    scale, digits = (1, 4) if metric == "loss" else (100, 2)
+    mean, low, high = (
+        v if v is None else scale * v for v in (difference.mean, difference.low, difference.high)
+    )
+    return f"{mean:+.{digits}f}" + ("" if low is None else f" [{low:+.{digits}f}, {high:+.{digits}f}]")
 
 
 def format_p(p: float | None) -> str:
     """Returns "= 0.012" or "< 0.001"."""
     return "unknown" if p is None else "< 0.001" if p < 0.001 else f"= {p:.3f}"
-
-
-def _failures(records: Sequence[Record]) -> str:
-    """Counts the runs that failed, diverged, or left no record though other points have that seed."""
-    points = by_point(records)
-    seeds = {record.seed for record in records}
-    gone = {word: [run.name for run in records if run.status == word] for word in ("diverged", "failed")}
-    gone["left no record"] = [
-        f"{point!r} seed {seed}"
-        for point, runs in points.items()
-        for seed in sorted(seeds - {run.seed for run in runs})
-    ]
-    total = len(points) * len(seeds)
-    return " ".join(
-        f"{len(names)} of {total} runs {word}: {', '.join(names)}." for word, names in gone.items() if names
-    )
-
-
-_SEEDS = {"train.init_seed", "train.data_seed"}
-# Settings without influence on the loss, or that follow from others.
-_IDLE = re.compile(
-    r"train\.(init_seed|data_seed|log_every|checkpoint_every|eval_batch_size)|data\.cache_dir|mesh\..*"
-    r"|model\.(num_kv_heads|head_dim|ffn_width|remat|scan_unroll|loss_chunk)"
-)
-# Settings without which losses mean different things.
-_DECISIVE = re.compile(r"data\..*|train\.(steps|batch_size|eval_rows)")
-
-
-def check_comparable(records: Iterable[Record]) -> list[str]:
-    """Refuses to compare runs of one study and preset that differ in more than the point and the seed.
-
-    A setting that the study names as scientific may differ; the hashes of data and tokenizer may never.
-
-    Returns:
-      Warnings: runs of different code, libraries or devices, or of a study that was changed in between.
-
-    Raises:
-      UserError: different data, tokenizer, sequence length, batch or steps; one run twice; one label for two
-        designs. The message names the runs and the values.
-    """
-    warnings = []
-    for (study, preset), group in by_study(records).items():
-        facts: dict[tuple[bool, str], dict[str, list[Record]]] = {}
-        for record in group:
-            for name, value, decisive in _facts(record, group):
-                facts.setdefault((decisive, name), {}).setdefault(str(value), []).append(record)
-        for (decisive, name), runs in facts.items():
-            if decisive and len(runs) > 1:
-                a, b = list(runs)[:2]
-                raise UserError(
-                    f"{study}:{preset}: {name} is {a} in {runs[a][0].name}, but {b} in {runs[b][0].name}; "
-                    "such runs are not compared: make them again under equal conditions, or apart"
-                )
-            if len(runs) > 1:
-                counts = ", ".join(f"{value} ({len(records)} runs)" for value, records in runs.items())
-                warnings.append(f"The runs differ in {name}: {counts}.")
-        (run, count), *_ = Counter(record.name for record in group).most_common()
-        if count > 1:
-            raise UserError(f"{study}:{preset}: {count} records of {run}; keep one of them")
-    return warnings
-
-
-def _facts(record: Record, runs: Sequence[Record]) -> Iterator[tuple[str, object, bool]]:
-    """Yields (name, value, whether a difference is decisive) of what should be equal over a study's runs."""
-    scientific = set(newest(runs).scientific)
-    varied = scientific.union(*(run.overrides for run in runs))
-    design = {name: value for name, value in sorted(record.overrides.items()) if name not in _SEEDS}
-    yield f"the design of {record.point!r}", design, True
-    yield from (
-        (f"{name} of the data", v, True) for name, v in record.data.items() if name.endswith("sha256")
-    )
-    if record.status == "finished" and not scientific & {"train.steps", "train.batch_size"}:
-        yield "steps", record.steps, True
-        yield "tokens seen", record.tokens_seen, True
-    for group, settings in record.config.items():
-        for field, value in settings.items():
-            name = f"{group}.{field}"
-            is_decisive = bool(_DECISIVE.fullmatch(name))
-            if name not in scientific and not _IDLE.fullmatch(name) and (is_decisive or name not in varied):
-                yield name, value, is_decisive
-    yield "git commit", record.git_commit, False
-    yield "device", record.device_name, False
-    yield from ((f"{library} version", version, False) for library, version in record.versions.items())
-    for name in ("question", "matched", "baseline", "scientific"):
-        yield name, getattr(record, name), False

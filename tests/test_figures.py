@@ -1,288 +1,325 @@
-"""Tables and figures from synthetic records: what they show, the same bytes twice, and no jax."""
+"""Figures from synthetic records: what they show, the same bytes twice, and no jax."""
 
-import csv
 import dataclasses
 import io
-import os
-import re
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
-from test_results import make_diverged, make_record
+from scipy import stats
+from test_results import make_diverged, make_record, make_tuning
 
-from experiments import figures, tables
-from mobilellm_jax import results
-from mobilellm_jax.errors import UserError
-from mobilellm_jax.statistics import verdict
+from experiments import figures
+from mobilellm_jax.verdicts import verdict
 
 ROOT = Path(__file__).parents[1]
-JITTER = {0: 0.0, 1: 0.013, 2: -0.008}
+LOSSES = {2: 3.62, 4: 3.55, 8: 3.53, 16: 3.54}
+PAIRS = [["4 x 128", "2 x 128"], ["8 x 128", "4 x 128"], ["16 x 128", "8 x 128"]]
+JITTER = (0.0, 0.013, -0.008, 0.005, -0.011)
 
 
-def depths(seeds: int = 3, **changes):
-    """A study with a numeric, logarithmic x axis."""
+def depths(seeds: int = 3, tuned: bool = True, **changes):
+    """A study with a numeric, logarithmic x axis; its tuning runs are far worse than the comparison."""
+    changes = {"pairs": PAIRS, **changes}
+    compared = [
+        make_record(depth=depth, seed=seed, score=loss + JITTER[seed] * (1 + 0.3 * i), **changes)
+        for i, (depth, loss) in enumerate(LOSSES.items())
+        for seed in range(seeds)
+    ]
+    tuning = [run for depth in LOSSES for run in make_tuning(depth=depth, score=3.9, **changes)]
+    return compared + (tuning if tuned else [])
+
+
+def tasks(count: int = 4, seeds: int = 3, errors=(0.6, 0.15, 0.0, 0.0), **changes):
+    """A study of a synthetic task with a categorical x axis."""
+    names = ["none", "immediate", "repeat_all", "reverse", "0 1 2 1 2 3", "0 1 1 0", "0 0 1 1 2 2"][:count]
     return [
-        make_record(depth=depth, seed=seed, loss=loss + JITTER[seed] * (1 + 0.3 * i), **changes)
-        for i, (depth, loss) in enumerate({2: 3.62, 4: 3.55, 8: 3.53, 16: 3.54}.items())
+        make_record(
+            study="khop",
+            metric="error",
+            seed=seed,
+            score=error * (1 - JITTER[seed]),
+            **{
+                "point": name,
+                "point_index": i,
+                "x": None,
+                "pairs": [[n, "none"] for n in names[1:]],
+                **changes,
+            },
+        )
+        for i, (name, error) in enumerate(zip(names, itertools.cycle(errors), strict=False))
         for seed in range(seeds)
     ]
 
 
-def strategies(count: int = 4):
-    """A study with a categorical x axis and a baseline."""
-    names = ["none", "immediate", "repeat_all", "reverse", "0 1 2 1 2 3", "0 1 1 0", "0 0 1 1 2 2"][:count]
-    return [
-        make_record(
-            study="sharing",
-            seed=seed,
-            loss=3.6 - 0.02 * i + JITTER[seed] * (1 + 0.3 * i),
-            point=name,
-            point_index=i,
-            overrides={"model.sharing": name},
-            scientific=["model.sharing"],
-            x=None,
-            baseline="none",
-        )
-        for i, name in enumerate(names)
-        for seed in range(3)
-    ]
-
-
 def panels(records):
-    return figures.draw(records, verdict(records)).axes
+    """Returns the axes of the outcome: values, and effects where pairs are asked about."""
+    return figures.outcome(records, verdict(records)).axes
 
 
-def run_command(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.figures", *args],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
 
 
-def test_report_writes_four_files_and_returns_tables_and_verdict(tmp_path):
-    text = figures.report(depths(), tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [f"shape-tiny.{suffix}" for suffix in ("csv", "md", "png", "svg")]
-    assert "'8 x 128' has the lowest mean held-out loss" in text
-    assert text.startswith(
-        "Does depth or width help more?\nHeld equal: non-embedding parameters within 2 %.\n"
-    )
-    assert max(map(len, text.splitlines())) <= 120
-    page = (tmp_path / "shape-tiny.md").read_text()
-    assert "![Does depth or width help more?](shape-tiny.png)" in page
-    assert "    python -m experiments.sweep --config=configs/shape.py:tiny" in page
-    assert verdict(depths()).sentence in page
-    with Image.open(tmp_path / "shape-tiny.png") as image:
-        assert image.size == (1380, 780)
-    assert (tmp_path / "shape-tiny.png").stat().st_size < 150_000
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_numeric_axis_shows_means_intervals_and_every_seed():
+def lines_with(axes, marker):
+    return [line for line in axes.lines if line.get_marker() == marker]
+
+
+def size(figure):
+    with Image.open(io.BytesIO(figures.render(figure, "png"))) as image:
+        return image.size
+
+
+def test_values_show_means_intervals_and_every_seed_of_the_comparison_only():
     records = depths()
-    left, right = panels(records)
-    assert left.get_xlabel() == "depth (layers)"
-    assert left.get_xscale() == "log"
-    assert [tick.get_text() for tick in left.get_xticklabels()] == ["2", "4", "8", "16"]
+    values, _ = panels(records)
+    assert values.get_xlabel() == "depth (layers)"
+    assert values.get_ylabel() == "held-out loss (nats per token)"
+    assert values.get_xscale() == "log"
+    assert [tick.get_text() for tick in values.get_xticklabels()] == ["2", "4", "8", "16"]
+    scores = {d: [r.score for r in records if r.phase == "comparison" and r.x["value"] == d] for d in LOSSES}
+    means = [container[0].get_xydata()[0].tolist() for container in values.containers]
+    assert means == [[d, pytest.approx(np.mean(s))] for d, s in scores.items()]
+    bars = [container[2][0].get_segments()[0][:, 1] for container in values.containers]
+    for (low, high), of_point in zip(bars, scores.values(), strict=True):
+        expected = stats.t.interval(0.95, 2, loc=np.mean(of_point), scale=stats.sem(of_point))
+        assert (low, high) == pytest.approx(expected)
+    dots = [line.get_ydata().tolist() for line in lines_with(values, ".")]
+    assert dots == list(scores.values())
+
+
+def test_error_is_shown_as_exact_match():
+    records = tasks()
+    values, effects = panels(records)
+    assert values.get_ylabel() == "exact match, held out (%)"
+    dots = [line.get_ydata().tolist() for line in lines_with(values, ".")]
+    assert dots[1] == pytest.approx([100 * (1 - 0.15 * (1 - jitter)) for jitter in JITTER[:3]])
+    assert dots[2] == [100, 100, 100]
+    assert effects.get_xlabel().split("  ")[0].endswith("first is better")
+    assert "difference in error (percentage points)" in effects.get_xlabel()
+    means = [line.get_xdata()[0] for line in lines_with(effects, "o")]
+    assert means[0] == pytest.approx(-45 * (1 - np.mean(JITTER[:3])))
+    (span,) = effects.patches
+    assert (span.get_x(), span.get_width()) == pytest.approx((-2, 4))  # the margin, 0.02
+
+
+def test_no_tick_promises_more_than_all_answers():
+    records = tasks()
+    gone = {"point": "reverse", "point_index": 3, "x": None, "pairs": records[0].pairs, "study": "khop"}
+    records[-1] = make_diverged(metric="error", seed=2, **gone)
+    values, _ = panels(records)
+    assert values.get_ylim()[1] > 100
+    assert max(values.get_yticks()) <= 100
+
+
+def test_effects_have_a_row_for_each_pair():
+    records = depths(seeds=5)
     found = verdict(records)
-    means = [container[0].get_xydata()[0].tolist() for container in left.containers]
-    assert means == [[float(d), found.estimates[f"{d} x 128"].mean] for d in (2, 4, 8, 16)]
-    bars = [container[2][0].get_segments()[0][:, 1] for container in left.containers]
-    assert [(high - low) / 2 for low, high in bars] == pytest.approx(
-        [estimate.half_width for estimate in found.estimates.values()]
-    )
-    dots = [line.get_ydata() for line in left.lines if line.get_marker() == "."]
-    assert sorted(loss for losses in dots for loss in losses) == sorted(record.loss for record in records)
-    assert left.get_ylabel() == "final held-out loss (nats per token)"
-    assert right.get_ylabel() == "held-out loss (nats per token)"
-    assert right.get_xlabel() == "training tokens seen"
+    values, effects = figures.outcome(records, found).axes
+    labels = [tick.get_text() for tick in effects.get_yticklabels()]
+    assert labels == ["4 x 128 − 2 x 128", "8 x 128 − 4 x 128", "16 x 128 − 8 x 128"]  # noqa: RUF001
+    assert effects.get_ylim()[0] > effects.get_ylim()[1]  # the first pair at the top
+    phrases = [comparison.phrase for comparison in found.comparisons]
+    assert [text.replace("\n", " ") for text in texts(effects)] == phrases
+    for row, (a, b) in enumerate([(4, 2), (8, 4), (16, 8)]):
+        differences = [
+            x.score - y.score
+            for x in records
+            for y in records
+            if (x.x["value"], y.x["value"], x.seed, x.phase, y.phase)
+            == (a, b, y.seed, "comparison", "comparison")
+        ]
+        interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+        drawn = [line.get_xdata() for line in effects.lines if list(line.get_ydata()) == [row, row]]
+        assert drawn[0] == pytest.approx([interval.low, interval.high])
+        marks = [line for line in effects.lines if list(line.get_ydata()) == [row]]
+        assert marks[-1].get_xdata() == pytest.approx([np.mean(differences)])
+        assert marks[-1].get_color() == figures.WORDS[found.comparisons[row].word][0]
+    assert {comparison.word for comparison in found.comparisons} >= {"better"}
+    assert "held-out" in values.get_ylabel()
+
+
+def test_interval_much_wider_than_all_differences_is_cut_with_arrows():
+    records = [
+        make_record(depth=depth, seed=seed, score=score, tuning="none", pairs=PAIRS[:1], margin=0.0)
+        for depth, scores in {2: (3.5, 3.7), 4: (3.69, 3.5)}.items()
+        for seed, score in enumerate(scores)
+    ]
+    effects = panels(records)[1]
+    (interval,) = [line.get_xdata() for line in effects.lines if list(line.get_ydata()) == [0, 0]]
+    assert interval == pytest.approx([-0.02, 0.02])  # 4 times the difference of -0.005
+    assert [line.get_marker() for line in effects.lines[2:4]] == ["<", ">"]
+
+
+@pytest.mark.parametrize("seeds", [(0,), (5,)], ids=["one seed", "no common seed"])
+def test_pair_without_interval(seeds):
+    records = [make_record(depth=2, seed=0, score=3.6, pairs=PAIRS[:1])]
+    records += [make_record(depth=4, seed=seed, pairs=PAIRS[:1]) for seed in seeds]
+    values, effects = panels(records)
+    assert values.get_title() == "no intervals: one seed"
+    assert [container[2] for container in values.containers] == [()] * 2
+    assert not [line for line in effects.lines if list(line.get_ydata()) == [0, 0]]
+    assert len(lines_with(effects, "o")) == (1 if seeds == (0,) else 0)
+
+
+def test_every_word_of_a_verdict_has_a_look():
+    looks = {(color, marker, fill) for color, _, marker, fill in figures.WORDS.values()}
+    assert len(looks) == len(figures.WORDS) == 4
+
+
+def test_study_without_pairs_has_no_effect_plot():
+    assert len(panels(depths(pairs=[]))) == 1
+
+
+def test_runs_that_did_not_finish_are_marked():
+    records = depths(seeds=3, tuned=False)
+    records[-1] = make_diverged(depth=16, seed=2, pairs=PAIRS)
+    records[:3] = [
+        make_record(depth=2, seed=s, pairs=PAIRS, status="failed", error="killed", final=None)
+        for s in range(3)
+    ]
+    values, _ = panels(records)
+    assert texts(values) == ["3 of 3 failed", "1 of 3 diverged"]
+    assert [line.get_xdata()[0] for line in lines_with(values, "x")] == [2, 16]
+    labels = [label.replace("\n", " ") for label in legend(figures.curves(records))]
+    assert labels == ["2 x 128 (3 of 3 failed)", "4 x 128", "8 x 128", "16 x 128 (1 of 3 diverged)"]
+
+
+def test_point_that_was_only_tuned_is_shown_as_absent():
+    records = [r for r in depths() if r.phase == "tuning" or r.x["value"] != 16]
+    values, _ = panels(records)
+    assert texts(values) == ["no run"]
+    assert values.get_xscale() == "log"
+    assert legend(figures.curves(records))[-1] == "16 x 128 (no run)"
+
+
+def test_study_in_which_nothing_finished_is_drawn():
+    records = [make_diverged(depth=d, pairs=PAIRS[:1]) for d in (2, 4)]
+    assert panels(records)[0].get_title() == "no run finished"
+    assert size(figures.curves(records))[0] == 1380
+    assert figures.learning_rates(records, verdict(records)) is None
+
+
+def test_categories_stand_in_study_order_and_long_ones_are_slanted():
+    values = panels(tasks())[0]
+    labels = [tick.get_text() for tick in values.get_xticklabels()]
+    assert labels == ["none", "immediate", "repeat_all", "reverse"]
+    assert values.get_xticklabels()[0].get_rotation() == 0
+    long = [
+        make_record(point=f"{i} is-a-word-that-cannot-be-broken", point_index=i, x=None, pairs=[])
+        for i in range(9)
+    ]
+    assert panels(long)[0].get_xticklabels()[0].get_rotation() == 30
+
+
+def test_labels_of_many_close_values_do_not_collide():
+    records = [make_record(depth=d, pairs=[]) for d in range(1, 21)]
+    ticks = panels(records)[0].get_xticks()
+    assert len(ticks) < 20
+    assert (np.diff(np.log(ticks)) >= 0.03 * np.log(20) - 1e-9).all()
 
 
 def test_curves_are_means_over_seeds_against_tokens():
     records = depths()
-    _, right = panels(records)
-    thick = [line for line in right.lines if not line.get_label().startswith("_")]
-    thin = [line for line in right.lines if line.get_label().startswith("_")]
-    assert [line.get_label() for line in thick] == ["2 x 128", "4 x 128", "8 x 128", "16 x 128"]
-    assert len(thin) == len(records)
+    figure = figures.curves(records)
+    (axes,) = figure.axes
+    thick = [line for line in axes.lines if not line.get_label().startswith("_")]
+    thin = [line for line in axes.lines if line.get_label().startswith("_")]
+    assert legend(figure) == ["2 x 128", "4 x 128", "8 x 128", "16 x 128"]
+    assert len(thin) == 12  # tuning runs are not among them
     assert thick[0].get_xdata()[-1] == records[0].tokens_seen
-    assert thick[0].get_ydata()[-1] == pytest.approx(verdict(records).estimates["2 x 128"].mean)
+    assert thick[0].get_ydata()[-1] == pytest.approx(3.62 + np.mean(JITTER[:3]))
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in thick}
     assert len(looks) == len({marker for _, marker, _ in looks}) == 4
 
 
-def test_categories_stand_in_study_order():
-    left, _ = panels(strategies())
-    assert [tick.get_text() for tick in left.get_xticklabels()] == [
-        "none",
-        "immediate",
-        "repeat_all",
-        "reverse",
+def test_learning_rates_show_what_was_tried_chosen_and_lost():
+    records = [r for d in (2, 4) for r in make_tuning(depth=d, best=2e-3, score=3.6, pairs=PAIRS[:1])]
+    records += [
+        make_record(depth=d, seed=s, learning_rate=1e-3, pairs=PAIRS[:1]) for d in (2, 4) for s in (0, 1)
     ]
-    assert left.get_xscale() == "linear"
-    assert panels(strategies(7))[0].get_xticklabels()[0].get_rotation() == 30
-
-
-def test_one_seed_draws_no_interval(tmp_path):
-    left, _ = panels(depths(seeds=1))
-    assert [container[2] for container in left.containers] == [()] * 4
-    assert left.get_title() == "no intervals: one seed"
-    assert "One seed proves nothing" in figures.report(depths(seeds=1), tmp_path)
-
-
-def test_runs_that_did_not_finish_are_marked(tmp_path):
-    records = depths()
-    records[-1] = make_diverged(depth=16, seed=2)
-    records[:3] = [
-        make_record(depth=2, seed=s, status="failed", error="killed", final=None) for s in range(3)
+    figure = figures.learning_rates(records, verdict(records))
+    (axes,) = figure.axes
+    first = next(line for line in axes.lines if line.get_label() == "2 x 128")
+    assert first.get_xdata() == pytest.approx([0.0005, 0.001, 0.002, 0.004])
+    assert first.get_ydata() == pytest.approx([3.72, 3.63, 3.6, 3.63])
+    rings = [line for line in axes.lines if line.get_markersize() == 14]
+    assert [line.get_xydata()[0].tolist() for line in rings] == [[0.001, pytest.approx(3.63)]] * 2
+    crosses = lines_with(axes, "x")
+    assert [line.get_xdata()[0] for line in crosses] == [0.008, 0.008]
+    assert crosses[0].get_ydata()[0] != crosses[1].get_ydata()[0]  # the second does not hide the first
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == [
+        "0.0005",
+        "0.001",
+        "0.002",
+        "0.004",
+        "0.008",
     ]
-    left, right = panels(records)
-    assert [text.get_text() for text in left.texts] == ["3 of 3 failed", "1 of 3 diverged"]
-    assert [line.get_xdata()[0] for line in left.lines if line.get_marker() == "x"] == [2, 16]
-    legend = [text.get_text() for text in right.get_legend().get_texts()]
-    assert legend == ["2 x 128 (3 of 3 failed)", "4 x 128", "8 x 128", "16 x 128 (1 of 3 diverged)"]
-    text = figures.report(records, tmp_path)
-    assert re.search(r"^2 x 128 +0/3 +none", text, re.MULTILINE)
-    assert re.search(r"^16 x 128 +2/3 ", text, re.MULTILINE)
 
 
-def test_study_in_which_nothing_finished_is_drawn(tmp_path):
-    records = [make_diverged(depth=d) for d in (2, 4)]
-    assert panels(records)[0].get_title() == "no run finished"
-    text = figures.report(records, tmp_path)
-    assert "No run finished. 2 of 2 runs diverged" in text
-
-
-def test_table_has_budgets_differences_and_constants_once():
-    records = strategies()
-    text = tables.text(records, verdict(records))
-    head, outcomes = text.split("\n\n")  # no table of designs: they differ in the order of layers only
-    constants = " ".join(head.split("The same for all points:")[1].split())
-    assert constants.startswith(
-        "blocks 4, layers 4, width 128, heads 4, kv heads 2, ffn 256, parameters 1,000,004,"
-    )
-    assert constants.endswith("non-embedding 750,004, train FLOPs/token 6.3 M, tokens 2.05 M.")
-    points = [re.split("  +", line)[0] for line in outcomes.splitlines()]
-    assert points == ["point", "none", "immediate", "repeat_all", "reverse"]
-    assert max(map(len, text.splitlines())) <= 120
-    assert "against the baseline" in text
-    assert outcomes.splitlines()[1].endswith("  baseline")
-    row = next(line for line in text.splitlines() if line.startswith("repeat_all  "))
-    found = verdict(records).comparisons["repeat_all"]
-    assert row.split()[1] == "3/3"
-    assert row.endswith(found.word)
-    assert f"{found.difference.mean:+.4f} [{found.difference.low:+.4f}, {found.difference.high:+.4f}]" in row
-
-
-def test_deviation_is_from_the_first_point():
-    counts = {2: 1_000_000, 4: 1_012_345, 8: 990_000}
+def test_rate_that_learned_nothing_does_not_squeeze_the_others():
     records = [
-        make_record(depth=d, parameters={"total": 2_000_000, "embedding": 0, "non_embedding": n})
-        for d, n in counts.items()
+        *make_tuning(score=3.6, pairs=[]),
+        make_record(learning_rate=1e-1, phase="tuning", score=7.5, pairs=[]),
     ]
-    design = tables.text(records, verdict(records)).split("\n\n")[1]
-    assert [line.split()[-2:] for line in design.splitlines()[1:]] == [
-        ["+0.00", "%"],
-        ["+1.23", "%"],
-        ["-1.00", "%"],
-    ]
+    axes = figures.learning_rates(records, verdict(records)).axes[0]
+    assert axes.get_ylim()[1] < 5
 
 
-def test_csv_has_full_precision():
-    records = depths()
+def test_many_points_and_long_names_fit():
+    names = [f"{i:02d} repeat_all 0 1 2 3 0 1 2 3 with a long name" for i in range(18)]
+    changes = [
+        {"point": name, "point_index": i, "x": None, "pairs": [[name, names[0]] for name in names[1:6]]}
+        for i, name in enumerate(names)
+    ]
+    records = [make_record(seed=s, score=3.5 + 0.01 * s, **c) for c in changes for s in range(2)]
+    records += [make_diverged(phase="tuning", **c) for c in changes]
     found = verdict(records)
-    rows = list(csv.DictReader(io.StringIO(tables.csv_text(records, found))))
-    assert [row["point"] for row in rows] == ["2 x 128", "4 x 128", "8 x 128", "16 x 128"]
-    assert float(rows[0]["loss_mean"]) == found.estimates["2 x 128"].mean
-    assert float(rows[0]["difference_low"]) == found.comparisons["2 x 128"].difference.low
-    assert float(rows[0]["holm_p_value"]) == found.comparisons["2 x 128"].holm_p
-    assert rows[2]["difference"] == ""
-    assert rows[2]["reference"] == "8 x 128"
-    assert rows[0]["parameters_total"] == "1000002"
-    assert rows[0]["runs_finished"] == "3"
+    drawn = figures.outcome(records, found), figures.curves(records), figures.learning_rates(records, found)
+    for figure in drawn:
+        figure.set_dpi(150)
+        figure.draw_without_rendering()
+        texts = [text for legend in figure.legends for text in legend.get_texts()] + figure.texts
+        texts += [text for axes in figure.axes for text in (*axes.texts, *axes.get_xticklabels())]
+        for box in (text.get_window_extent() for text in texts):
+            assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+            assert 0 <= box.y0 < box.y1 <= figure.bbox.height
 
 
-def test_markdown_escapes_the_column_separator():
-    record = make_record(point="a|b")
-    assert "| a\\|b | 4 | 4 |" in tables.markdown([record], verdict([record]))
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(0, "0"), (12, "12"), (999.9, "1 k"), (2_048_000, "2.05 M"), (999_600, "1 M"), (6.3e18, "6.3 E")],
-)
-def test_quantity(number, text):
-    assert tables.quantity(number) == text
-
-
-def test_warnings_stand_first_and_in_the_figure(tmp_path):
-    records = depths()
-    records[0] = dataclasses.replace(records[0], git_commit="fedcba9")
-    text = figures.report(records, tmp_path)
-    assert text.startswith("Warning: The runs differ in git commit: fedcba9 (1 runs), 0123abc (11 runs).")
-    assert "Warning: The runs differ in git" in figures.draw(records, verdict(records)).texts[0].get_text()
-    assert (tmp_path / "shape-tiny.md").read_text().startswith("# shape-tiny\n\nWarning: The runs differ")
+def test_warnings_stand_in_the_figure():
+    caption = figures.outcome(depths(seeds=1), verdict(depths(seeds=1))).texts[0].get_text()
+    assert "Warning: One seed proves nothing" in caption
+    many = dataclasses.replace(verdict(depths()), warnings=[f"This is number {i}." for i in range(9)])
+    lines = figures.outcome(depths(), many).texts[0].get_text().splitlines()
+    assert lines[-2:] == ["Warning: This is number 3.", "And 5 more warnings, in the report."]
 
 
 def test_caption_states_the_scale():
     records = depths()
-    caption = figures.draw(records, verdict(records)).texts[0].get_text().replace("\n", " ")
+    caption = figures.outcome(records, verdict(records)).texts[0].get_text().replace("\n", " ")
     assert caption == (
         "1 M parameters (750 k non-embedding); 2.05 M training tokens; data: bundled (sha256 abababab); "
-        "3 seeds; held equal: non-embedding parameters within 2 %; device: 1 x cpu (cpu)."
+        "3 seeds; held equal: non-embedding parameters, within 0.0019 %; learning rate: tuned for each "
+        "point; device: 1 x cpu (cpu)."
     )
 
 
-def test_same_records_give_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_same_records_give_the_same_small_figure(suffix):
     records = depths(seeds=2)
-    for i, record in enumerate(reversed(records)):
-        results.write(record, tmp_path / "results" / record.study / f"{i}.json")
-    done = run_command(f"--workdir={tmp_path}", PYTHONHASHSEED="1", TZ="Asia/Tokyo")
-    assert done.returncode == 0, done.stderr
-    text = figures.report(records, tmp_path / "again")
-    assert text.replace(str(tmp_path / "again"), str(tmp_path / "figures")) in done.stdout
-    for suffix in ("png", "svg", "csv", "md"):
-        once, again = (tmp_path / place / f"shape-tiny.{suffix}" for place in ("figures", "again"))
-        assert once.read_bytes() == again.read_bytes(), suffix
+    once, again = (figures.render(figures.outcome(r, verdict(r)), suffix) for r in (records, records[::-1]))
+    assert once == again
+    assert len(once) < 150_000
 
 
 def test_figures_are_drawn_without_jax():
     code = "import sys, experiments.figures as _; print({'jax', 'matplotlib.pyplot'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
-
-
-def test_command_without_records_says_how_to_make_them(tmp_path):
-    done = run_command(f"--workdir={tmp_path / 'nowhere'}")
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line == (
-        f"error: {tmp_path}/nowhere/results: no records of runs (*.json); "
-        f"make some with: python -m experiments.sweep --workdir={tmp_path}/nowhere"
-    )
-
-
-def test_damaged_record_is_refused(tmp_path):
-    results.write(make_record(), tmp_path / "results" / "good.json")
-    (tmp_path / "results" / "bad.json").write_text("{")
-    with pytest.raises(UserError, match=r"results/bad\.json: not a readable JSON record"):
-        figures.redraw(tmp_path)
-    assert not (tmp_path / "figures").exists()
-
-
-def test_study_that_cannot_be_compared_does_not_stop_the_others(tmp_path, capsys):
-    for name, record in {
-        "a": make_record(study="a", seed=0),
-        "b": make_record(study="a", seed=1, steps=3),
-        "c": make_record(study="b"),
-    }.items():
-        results.write(record, tmp_path / "results" / f"{name}.json")
-    with pytest.raises(UserError, match="a:tiny: steps is 500"):
-        figures.redraw(tmp_path)
-    assert (tmp_path / "figures" / "b-tiny.png").exists()
-    assert not (tmp_path / "figures" / "a-tiny.png").exists()
-    assert "Only '4 x 128' finished" in capsys.readouterr().out

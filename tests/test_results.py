@@ -1,5 +1,6 @@
 """Records: what is written is read, damage is named, and a failed write loses nothing."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -14,16 +15,30 @@ from mobilellm_jax.results import Record
 
 SETTINGS = {
     "data": {"source": "bundled", "sequence_length": 256, "cache_dir": "~/.cache"},
-    "optimizer": {"learning_rate": 2e-3},
+    "optimizer": {"learning_rate": 2e-3, "warmup_steps": 50},
     "train": {"steps": 500, "batch_size": 16, "init_seed": 0, "data_seed": 0, "eval_rows": 0},
 }
 
 
-def make_record(*, depth: int = 4, loss: float = 3.5, seed: int = 0, **changes) -> Record:
-    """Returns a plausible finished run with 2,048,000 tokens; `loss` is its final held-out loss."""
+def make_record(
+    *,
+    depth: int = 4,
+    score: float = 3.5,
+    seed: int = 0,
+    learning_rate: float = 2e-3,
+    metric: str = "loss",
+    **changes,
+) -> Record:
+    """Returns a plausible finished run with 2,048,000 tokens; `score` is its final held-out loss or error."""
     width = 128
+    loss = score if metric == "loss" else 0.5 + score
     evaluations = [
-        {"step": step, "loss": loss + 0.8 * ((500 / step) ** 0.7 - 1), "bits_per_byte": 0.51 * loss}
+        {
+            "step": step,
+            "loss": loss + 0.8 * ((500 / step) ** 0.7 - 1),
+            "bits_per_byte": 0.51 * loss if metric == "loss" else None,
+            "error": score + (1 - score) * (1 - step / 500) if metric == "error" else None,
+        }
         for step in range(50, 501, 50)
     ]
     model = {
@@ -34,24 +49,42 @@ def make_record(*, depth: int = 4, loss: float = 3.5, seed: int = 0, **changes) 
         "ffn_width": 256,
         "head_dim": 32,
     }
+    settings = copy.deepcopy(SETTINGS)
+    settings["optimizer"]["learning_rate"] = learning_rate
+    settings["train"] |= {"init_seed": seed, "data_seed": seed}
     fields = {
         "study": "shape",
         "preset": "tiny",
         "point": f"{depth} x {width}",
         "point_index": depth,
         "seed": seed,
+        "phase": "comparison",
         "question": "Does depth or width help more?",
-        "matched": "non-embedding parameters within 2 %",
+        "matched": "non_embedding_parameters",
         "scientific": ["model.depth", "model.width"],
-        "baseline": None,
+        "nuisance": ["optimizer.learning_rate"],
+        "tuning": "grid",
+        "metric": metric,
+        "pairs": [["4 x 128", "2 x 128"]],
+        "margin": 0.02,
         "x": {"label": "depth (layers)", "value": depth, "log": True},
         "status": "finished",
         "error": None,
         "overrides": {"model.depth": depth, "model.width": width},
-        "config": {"model": model, **SETTINGS},
+        "config": {"model": model, **settings},
         "layer_plan": list(range(depth)),
         "parameters": {"total": 1_000_000 + depth, "embedding": 250_000, "non_embedding": 750_000 + depth},
-        "flops_per_token": {"train": 6.3e6, "inference": 2.1e6},
+        "budgets": {
+            "total_parameters": 1_000_000 + depth,
+            "embedding_parameters": 250_000,
+            "non_embedding_parameters": 750_000 + depth,
+            "train_flops_per_token": 6.3e6,
+            "inference_flops_per_token": 2.1e6,
+            "kv_cache_bytes_per_token": 512 * depth,
+            "decode_bytes_per_token": 4_000_000 + 4 * depth,
+            "optimizer_bytes": 16_000_000 + 16 * depth,
+            "activation_bytes": 8_000_000 + 100_000 * depth,
+        },
         "data": {"source_sha256": "ab" * 32, "tokenizer_sha256": "cd" * 32, "vocab_size": 2048},
         "steps": 500,
         "tokens_seen": 500 * 16 * 256,
@@ -69,12 +102,30 @@ def make_record(*, depth: int = 4, loss: float = 3.5, seed: int = 0, **changes) 
     return Record(**{**fields, **changes})
 
 
+def make_tuning(*, depth: int = 4, best: float = 2e-3, score: float = 3.5, **changes) -> list[Record]:
+    """Returns the learning-rate search of a point: `score` at `best`, a parabola in log2 beside it.
+
+    The rate four times the best diverged; `changes` are as in `make_record`.
+    """
+    runs = [
+        make_record(
+            depth=depth,
+            score=score + 0.03 * octaves**2,
+            learning_rate=best * 2**octaves,
+            **{"phase": "tuning", **changes},
+        )
+        for octaves in (-2, -1, 0, 1)
+    ]
+    return [*runs, make_diverged(depth=depth, learning_rate=best * 4, **{"phase": "tuning", **changes})]
+
+
 def make_diverged(**changes) -> Record:
     """Returns a run whose loss was not finite from step 300 on."""
     evaluations = [
-        {"step": s, "loss": 4.0 if s < 300 else math.nan, "bits_per_byte": None} for s in (100, 300)
+        {"step": s, "loss": 4.0 if s < 300 else math.nan, "bits_per_byte": None, "error": None}
+        for s in (100, 300)
     ]
-    gone = {"status": "diverged", "error": "loss is nan at step 300", "final": evaluations[-1], "steps": 300}
+    gone = {"status": "diverged", "error": "loss is nan at step 300", "final": evaluations[0], "steps": 300}
     return make_record(**{**gone, "evaluations": evaluations, "tokens_seen": 300 * 16 * 256, **changes})
 
 
@@ -88,10 +139,10 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
     results.write(make_diverged(train_curve=[[1, 7.6], [300, math.inf]]), tmp_path / "a.json")
     json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
     record = results.read(tmp_path / "a.json")
-    assert record.final == {"step": 300, "loss": None, "bits_per_byte": None}
+    assert record.evaluations[-1] == {"step": 300, "loss": None, "bits_per_byte": None, "error": None}
     assert record.train_curve[-1] == [300, None]
     with pytest.raises(ValueError, match="did not finish"):
-        _ = record.loss
+        _ = record.score
 
 
 def test_file_is_sorted_and_holds_one_pair_per_line(tmp_path):
@@ -134,7 +185,13 @@ def remove(name):
         (change(sead=1), "sead: no such field; did you mean seed"),
         (change(seed="0"), "seed: '0' is of type str; expected int"),
         (change(seed=True), "seed: True is of type bool; expected int"),
-        (change(baseline=3), r"baseline: 3 is of type int; expected str \| None"),
+        (change(git_commit=3), r"git_commit: 3 is of type int; expected str \| None"),
+        (change(phase="final"), "phase: 'final' is of type str; expected Literal"),
+        (change(tuning="random"), "tuning: 'random' is of type str; expected Literal"),
+        (change(metric="error"), "final.error: missing from a finished run"),
+        (change(pairs=[["a"]]), r"pairs: expected pairs \[point, other\]"),
+        (change(margin=1), "margin: 1 is of type int; expected float"),
+        (change(budgets__optimizer_bytes="1"), r"budgets.optimizer_bytes: '1' is of type str"),
         (change(scientific=["a", 1]), r"scientific\[1\]: 1 is of type int; expected str"),
         (change(layer_plan={}), "layer_plan: {} is of type dict"),
         (change(status="done"), "status: 'done' is of type str; expected Literal"),

@@ -1,0 +1,335 @@
+"""Writes tables, figures and a report of every study from its records alone: no training, no jax.
+
+    python -m experiments.report [--workdir=experiments]
+
+reads <workdir>/results/**.json and writes, for each study and preset,
+
+    reports/<study>-<preset>.html   everything in one file, figures included
+    reports/<study>-<preset>.md     the same; its figures are those in figures/
+    figures/<study>-<preset>.png    the outcome, also as .svg, and one row for each point as .csv
+    figures/<study>-<preset>-curves.png and, where they were tuned, -learning_rates.png
+
+The same records give the same bytes.
+"""
+
+import base64
+import dataclasses
+import datetime
+import html
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from experiments import cli, figures, tables
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.results import Record, by_point, by_study, newest, read_all, write_atomically
+from mobilellm_jax.statistics import format_estimate, format_score
+from mobilellm_jax.verdicts import Verdict, verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """A PNG in figures/ and what it shows."""
+
+    name: str
+    alt: str
+    png: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """Lines to be shown as they are."""
+
+    lines: list[str]
+
+
+Block = str | list[str] | tables.Columns | Image | Code  # paragraph, bullet points, table, ...
+Section = tuple[str, list[Block]]  # heading, content; without content it is left out
+
+# Light or dark as the reader's device wishes. The policy keeps anything from being loaded or run.
+_HTML = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ max-width: 60rem; margin: auto; padding: 1rem; font: 16px/1.5 system-ui, sans-serif }}
+.wide, pre {{ overflow-x: auto }}
+img {{ width: 100%; min-width: 40rem; background: white }}
+table {{ border-collapse: collapse; font-size: 0.9rem }}
+th, td {{ padding: 0.2rem 0.6rem; border-bottom: 1px solid #8888; text-align: right; vertical-align: top }}
+th:first-child, td:first-child {{ text-align: left }}
+.warnings {{ border-left: 0.3rem solid #d55e00; padding-left: 0.8rem }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+WARNINGS = "Read this first"
+
+
+def report(records: Sequence[Record], workdir: str | Path) -> str:
+    """Writes figures, table (CSV) and report (HTML, Markdown) of one study at one preset.
+
+    Returns:
+      The text to print: warnings, tables, verdict, and where the report lies.
+
+    Raises:
+      UserError: the runs cannot be compared, or a file cannot be written.
+    """
+    found = verdict(records)
+    facts = newest(records)
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(filter(None, [facts.study, facts.preset])))
+    drawn = {
+        "": figures.outcome(records, found),
+        "-curves": figures.curves(records),
+        "-learning_rates": figures.learning_rates(records, found),
+    }
+    images = {
+        suffix: Image(f"{stem}{suffix}.png", facts.question, figures.render(figure, "png"))
+        for suffix, figure in drawn.items()
+        if figure is not None
+    }
+    sections = contents(records, found, images)
+    folder = Path(workdir)
+    for image in images.values():
+        write_atomically(folder / "figures" / image.name, image.png)
+    write_atomically(folder / "figures" / f"{stem}.svg", figures.render(drawn[""], "svg"))
+    write_atomically(folder / "figures" / f"{stem}.csv", tables.csv_text(records, found).encode())
+    write_atomically(folder / "reports" / f"{stem}.html", to_html(facts.question, sections).encode())
+    write_atomically(folder / "reports" / f"{stem}.md", to_markdown(facts.question, sections).encode())
+    said = textwrap.fill(found.sentence, 110, break_long_words=False, break_on_hyphens=False)
+    warnings = [f"Warning: {warning}" for warning in found.warnings]
+    where = f"Report: {folder / 'reports' / stem}.html"
+    return "\n".join([*warnings, tables.text(records, found), "", said, where])
+
+
+def contents(records: Sequence[Record], found: Verdict, images: dict[str, Image]) -> list[Section]:
+    """Returns the report: what a sceptic must know first, then the finding, then what it rests on."""
+    facts = newest(records)
+    rates = [images["-learning_rates"]] if "-learning_rates" in images else []
+    return [
+        (WARNINGS, [found.warnings] if found.warnings else []),
+        ("Verdict", [found.sentence, images[""], tables.comparisons(records, found)]),
+        ("Designs", _designs(records, found)),
+        ("Learning rates", [*rates, *_learning_rates(facts, found)]),
+        ("Outcome of every seed", [_seeds(records, found)]),
+        ("Training curves", [images["-curves"]]),
+        ("Runs that did not finish", _unfinished(records, found)),
+        ("Cost", [_cost(records)]),
+        ("Data", [_data(records)]),
+        ("Code and device", [_origins(records)]),
+        ("To make it again", [Code(sorted({record.command for record in records}))]),
+    ]
+
+
+def _designs(records: Sequence[Record], found: Verdict) -> list[Block]:
+    raise NotImplementedError
+
+
+def _learning_rates(facts: Record, found: Verdict) -> list[Block]:
+    if not found.tuning:
+        missing = ", but no such run has a record" if facts.tuning == "grid" else ""
+        return [f"The learning rate is {figures.TUNED[facts.tuning]}{missing}."]
+    rows = [
+        {
+            "point": point,
+            "chosen": f"{tuning.chosen:.4g}",
+            "best tried": "at the edge" if tuning.at_edge else "inside",
+            "worse one step away by": "unknown"
+            if tuning.sensitivity is None
+            else format_score(tuning.sensitivity, facts.metric),
+            "tried": str(len(tuning.curve)),
+            "diverged or failed": ", ".join(f"{rate:.4g}" for rate, value in tuning.curve if value is None)
+            or "none",
+        }
+        for point, tuning in found.tuning.items()
+    ]
+    return [{name: [row[name] for row in rows] for name in rows[0]}]
+
+
+def _seeds(records: Sequence[Record], found: Verdict) -> tables.Columns:
+    """One row for each point, one column for each seed, then their mean and standard deviation."""
+    points, metric = figures.comparison_runs(records), newest(records).metric
+    columns: tables.Columns = {"point": list(points)}
+    for seed in sorted({run.seed for runs in points.values() for run in runs}):
+        values = [[_value(run) for run in runs if run.seed == seed] for runs in points.values()]
+        columns[f"seed {seed}"] = [*(value[0] if value else "no record" for value in values)]
+    means, spreads = [found.estimates.get(point) for point in points], [found.noise.get(p) for p in points]
+    columns["mean"] = ["none" if mean is None else format_estimate(mean, metric) for mean in means]
+    columns["standard deviation"] = ["unknown" if sd is None else format_score(sd, metric) for sd in spreads]
+    return columns
+
+
+def _value(run: Record) -> str:
+    if run.status != "finished":
+        return run.status
+    return format_score(1 - run.score if run.metric == "error" else run.score, run.metric)
+
+
+def _unfinished(records: Sequence[Record], found: Verdict) -> list[Block]:
+    rows = [
+        f"{run.name}, {run.phase}, learning rate {run.learning_rate:.4g}: "
+        f"{run.status} after {run.steps:,} steps: {run.error or 'no message'}"
+        for of_point in by_point(records).values()
+        for run in of_point
+        if run.status != "finished"
+    ]
+    return [found.failures or "All runs finished.", *([rows] if rows else [])]
+
+
+def _cost(records: Sequence[Record]) -> tables.Columns:
+    phases = {phase: [r for r in records if r.phase == phase] for phase in ("tuning", "comparison")}
+    columns: tables.Columns = {
+        "phase": [],
+        "runs": [],
+        "time (h:mm:ss)": [],
+        "tokens": [],
+        "training FLOPs": [],
+    }
+    for name, runs in {**phases, "total": list(records)}.items():
+        times = [run.timing["wall_s"] for run in runs]
+        seconds = round(sum(time for time in times if time is not None))
+        unknown = times.count(None)
+        cells = [
+            name,
+            str(len(runs)),
+            str(datetime.timedelta(seconds=seconds)) + (f" and {unknown} unknown" if unknown else ""),
+            tables.quantity(sum(run.tokens_seen for run in runs)),
+            tables.quantity(sum(run.tokens_seen * run.budgets["train_flops_per_token"] for run in runs)),
+        ]
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column.append(cell)
+    return columns
+
+
+def _data(records: Sequence[Record]) -> tables.Columns:
+    """All plain facts of the data card: source, hashes, licence and what else it says."""
+    cards = [record.data for record in records if record.data]
+    facts = sorted(
+        {(k, str(v)) for card in cards for k, v in card.items() if isinstance(v, str | int | float)}
+    )
+    return {"data card": [name for name, _ in facts], "": [value for _, value in facts]}
+
+
+def _origins(records: Sequence[Record]) -> tables.Columns:
+    """What the runs were made with and when; where that differs, with the number of runs."""
+    facts = {"git commit": Counter(str(record.git_commit or "unknown") for record in records)}
+    facts["device"] = Counter(record.device_name for record in records)
+    for name in sorted({name for record in records for name in record.versions}):
+        facts[name] = Counter(record.versions.get(name, "unknown") for record in records)
+    columns: tables.Columns = {"made with": [], "version": []}
+    for name, counts in facts.items():
+        columns["made with"].append(name)
+        several = [f"{value} ({count} runs)" for value, count in sorted(counts.items())]
+        columns["version"].append(", ".join(several if len(counts) > 1 else counts))
+    return columns
+
+
+def to_html(title: str, sections: Sequence[Section]) -> str:
+    """Returns one page that needs no other file; everything from the records is escaped."""
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    for heading, blocks in sections:
+        if blocks:
+            look = ' class="warnings"' if heading == WARNINGS else ""
+            body += [
+                f"<section{look}>",
+                f"<h2>{html.escape(heading)}</h2>",
+                *map(_html, blocks),
+                "</section>",
+            ]
+    return _HTML.format(title=html.escape(title), body="\n".join(body))
+
+
+def _html(block: Block) -> str:
+    match block:
+        case str():
+            return f"<p>{html.escape(block)}</p>"
+        case list():
+            return "<ul>\n" + "".join(f"<li>{html.escape(item)}</li>\n" for item in block) + "</ul>"
+        case Code(lines):
+            return f"<pre><code>{html.escape(chr(10).join(lines))}</code></pre>"
+        case Image(_, alt, png):
+            source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+            return f'<div class="wide"><img src="{source}" alt="{html.escape(alt)}"></div>'
+        case _:
+            cells = [
+                f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in tables.rows(block)
+            ]
+            head = "".join(f"<th>{html.escape(name)}</th>" for name in block)
+            return "\n".join(['<div class="wide"><table>', f"<tr>{head}</tr>", *cells, "</table></div>"])
+
+
+def to_markdown(title: str, sections: Sequence[Section]) -> str:
+    """Returns the same page, with links to the figures; what Markdown would take for marks is escaped."""
+    parts = [f"# {_plain(title)}"]
+    for heading, blocks in sections:
+        parts += [f"## {heading}", *map(_markdown, blocks)] if blocks else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case str():
+            return _plain(block)
+        case list():
+            return "\n".join(f"- {_plain(item)}" for item in block)
+        case Code(lines):
+            return "\n".join(f"    {' '.join(line.split())}" for line in lines)
+        case Image(name, alt, _):
+            return f"![{_plain(alt)}](../figures/{name})"
+        case _:
+            return tables.markdown_table(
+                {_plain(k): [_plain(c) for c in cells] for k, cells in block.items()}
+            )
+
+
+def _plain(text: str) -> str:
+    """Returns one line of Markdown that shows `text`, without markup, links or HTML."""
+    return re.sub(r"([\\`*<>\[\]|])", r"\\\1", " ".join(text.split())).replace("&", "&amp;")
+
+
+def redraw(workdir: str | Path) -> None:
+    """Reports every study that has records in `workdir`, and prints the findings.
+
+    Raises:
+      UserError: there are no records, one is damaged, or the runs of a study cannot be compared; the other
+        studies are reported all the same.
+    """
+    results = Path(workdir) / "results"
+    studies = by_study(read_all(results))
+    if not studies:
+        raise UserError(
+            f"{results}: no records of runs (*.json); "
+            f"make some with: python -m experiments.sweep --workdir={workdir}"
+        )
+    refused = []
+    for records in studies.values():
+        try:
+            print(report(records, workdir), end="\n\n")
+        except UserError as error:
+            refused.append(str(error))
+    if refused:
+        raise UserError("\n".join(refused))
+
+
+def main() -> int:
+    """Reports what is in --workdir, and returns the exit status."""
+    redraw(flags.FLAGS.workdir)
+    return 0
+
+
+if __name__ == "__main__":
+    # Defined here and not on import: commands that import `report` define --workdir themselves.
+    flags.DEFINE_string("workdir", "experiments", "directory of results/, reports/ and figures/")
+    cli.run(main)

@@ -1,0 +1,105 @@
+"""Which runs may be compared at all: what must be equal, what may differ, and what a reader is warned of."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.results import Record, by_study, newest
+
+_SEEDS = {"train.init_seed", "train.data_seed"}
+# Settings without influence on the loss, or that follow from others.
+_IDLE = re.compile(
+    r"train\.(init_seed|data_seed|log_every|checkpoint_every|eval_batch_size)|data\.cache_dir|mesh\..*"
+    r"|model\.(num_kv_heads|head_dim|ffn_width|remat|scan_unroll|loss_chunk)"
+)
+# Settings without which losses mean different things.
+_DECISIVE = re.compile(r"data\..*|train\.(steps|batch_size|eval_rows)")
+# Facts that tuning runs may have apart from comparison runs; among themselves they are equal.
+_OF_PHASE = re.compile(r"train\..*|steps|tokens seen")
+
+
+def check_comparable(records: Iterable[Record]) -> list[str]:
+    """Refuses to compare runs of one study and preset that differ in more than the study says.
+
+    A setting that the study names as scientific may differ between points. A nuisance, once tuned, may differ
+    between points and between tuning runs, but not between the comparison runs of one point. The hashes of
+    data and tokenizer may never differ.
+
+    Returns:
+      Warnings: runs of different code, libraries or devices, of a study that was changed in between, or tuned
+      under other conditions than compared.
+
+    Raises:
+      UserError: different data, tokenizer, metric, sequence length, batch or steps; comparison runs of one
+        point with different learning rates; one run twice; one label for two designs. The message names the
+        runs and the values.
+    """
+    warnings = []
+    for (study, preset), group in by_study(records).items():
+        facts: dict[tuple[bool, str], dict[str, list[Record]]] = {}
+        phases: dict[str, dict[str, set[str]]] = {}
+        for record in group:
+            for name, value, decisive in _facts(record, group):
+                if _OF_PHASE.fullmatch(name):
+                    phases.setdefault(name, {}).setdefault(record.phase, set()).add(str(value))
+                    name = name if record.phase == "comparison" else f"{name} of the tuning runs"
+                facts.setdefault((decisive, name), {}).setdefault(str(value), []).append(record)
+        for (decisive, name), runs in facts.items():
+            if decisive and len(runs) > 1:
+                a, b = list(runs)[:2]
+                raise UserError(
+                    f"{study}:{preset}: {name} is {a} in {runs[a][0].name}, but {b} in {runs[b][0].name}; "
+                    "such runs are not compared: make them again under equal conditions, or apart"
+                )
+            if len(runs) > 1:
+                counts = ", ".join(f"{value} ({len(records)} runs)" for value, records in runs.items())
+                warnings.append(f"The runs differ in {name}: {counts}.")
+        for name, values in phases.items():
+            tuned, compared = (", ".join(sorted(values.get(p, ()))) for p in ("tuning", "comparison"))
+            if tuned and compared and tuned != compared:
+                warnings.append(f"{name} was {tuned} in tuning, but {compared} in the comparison.")
+        runs = Counter(_identity(record) for record in group)
+        (run, count), *_ = runs.most_common()
+        if count > 1:
+            raise UserError(f"{study}:{preset}: {count} records of {run}; keep one of them")
+    return warnings
+
+
+def _identity(record: Record) -> str:
+    trial = [f"{name} {record.setting(name):g}" for name in record.nuisance if record.phase == "tuning"]
+    return " ".join([record.name, *(["in tuning at", ", ".join(trial)] if trial else [])])
+
+
+def _facts(record: Record, runs: Sequence[Record]) -> Iterator[tuple[str, object, bool]]:
+    """Yields (name, value, whether a difference is decisive) of what should be equal over a study's runs."""
+    facts = newest(runs)
+    scientific, nuisance = set(facts.scientific), set(facts.nuisance)
+    varied = scientific.union(*(run.overrides for run in runs))
+    if facts.tuning != "none":
+        varied |= nuisance
+    design = {k: v for k, v in sorted(record.overrides.items()) if k not in _SEEDS | nuisance}
+    yield f"the design of {record.point!r}", design, True
+    yield "metric", record.metric, True
+    if record.phase == "comparison":
+        yield from (
+            (f"{name} of the comparison runs of {record.point!r}", record.setting(name), True)
+            for name in record.nuisance
+        )
+    yield from (
+        (f"{name} of the data", v, True) for name, v in record.data.items() if name.endswith("sha256")
+    )
+    if record.status == "finished" and not scientific & {"train.steps", "train.batch_size"}:
+        yield "steps", record.steps, True
+        yield "tokens seen", record.tokens_seen, True
+    for group, settings in record.config.items():
+        for field, value in settings.items():
+            name = f"{group}.{field}"
+            is_decisive = bool(_DECISIVE.fullmatch(name))
+            if name not in scientific and not _IDLE.fullmatch(name) and (is_decisive or name not in varied):
+                yield name, value, is_decisive
+    yield "git commit", record.git_commit, False
+    yield "device", record.device_name, False
+    yield from ((f"{library} version", version, False) for library, version in record.versions.items())
+    for name in ("question", "matched", "scientific", "nuisance", "tuning", "pairs", "margin"):
+        yield name, getattr(record, name), False

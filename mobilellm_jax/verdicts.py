@@ -1,0 +1,383 @@
+"""Records in, findings out: what the runs of a study show, and what a sceptic must know first."""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from mobilellm_jax import statistics
+from mobilellm_jax.comparable import check_comparable
+from mobilellm_jax.results import Record, by_point, by_study, newest
+from mobilellm_jax.statistics import (
+    Decision,
+    Estimate,
+    PairedDifference,
+    format_bound,
+    format_p,
+    format_score,
+)
+
+TOLERANCE = 0.02  # of the matched budget
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What was found about one pair that the study asks about.
+
+    Attributes:
+      point, other: difference = point - other, in the study's metric; lower is better.
+      word: "better", "worse", "no difference" or "cannot tell", see `statistics.decide`.
+      phrase: the same with its number: "no difference larger than 0.02", "cannot tell with 3 seeds (needs
+        about 11)".
+      difference: over the common seeds; None: there is none.
+      holm_p: p-value by Holm's method over all `pairs` of the study.
+      seeds_needed: only for "cannot tell"; None where the spread over seeds is unknown.
+    """
+
+    point: str
+    other: str
+    word: str
+    phrase: str
+    difference: PairedDifference | None
+    holm_p: float | None
+    seeds_needed: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """The learning-rate search of one point.
+
+    Attributes:
+      curve: (learning rate, final metric) in ascending order; None: the run diverged or failed.
+      chosen: the rate of the point's comparison runs; before there are any, `best`; NaN where none finished.
+      at_edge: on one side of `best`, no rate was worse (one that diverged is), and the metric is not 0.
+      sensitivity: mean increase of the metric from `best` to its neighbours in the grid; infinite where one
+        diverged, None without neighbours.
+      best: the rate tried with the lowest metric, among equals the chosen one; None where none finished.
+    """
+
+    curve: list[tuple[float, float | None]]
+    chosen: float
+    at_edge: bool
+    sensitivity: float | None
+    best: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What was found in one study at one preset.
+
+    Attributes:
+      sentence: the finding in plain words.
+      estimates: final metric by point, in study order, of the points with a finished comparison run.
+      comparisons: in the order of the study's `pairs`.
+      tuning: learning-rate search by point; {} where nothing was tuned.
+      noise: standard deviation of the metric over seeds by point; None with one seed.
+      mismatch: by budget: max / min - 1 over the points; infinite where min is 0.
+      failures: counts and names of failed, diverged and missing runs of both phases; "" if none.
+      warnings: what a sceptic must read first.
+      seeds_vary: what differs between the runs of a point: "initialisation and data order",
+        "initialisation", "data order" or "nothing"; `noise` is the spread that this makes.
+    """
+
+    sentence: str
+    estimates: dict[str, Estimate]
+    comparisons: list[Comparison]
+    tuning: dict[str, Tuning]
+    noise: dict[str, float | None]
+    mismatch: dict[str, float]
+    failures: str
+    warnings: list[str]
+    seeds_vary: str
+
+
+def verdict(records: Sequence[Record]) -> Verdict:
+    """Says what the runs of one study at one preset show.
+
+    Comparison runs alone decide; tuning runs only say how good the learning rates are. A point that diverged
+    with some seeds is never called better than, or equal to, another on the strength of the seeds that
+    survived.
+
+    Raises:
+      UserError: the runs cannot be compared, see `check_comparable`.
+    """
+    if len(by_study(records)) != 1:
+        raise ValueError(f"expected the records of one study and preset, not {sorted(by_study(records))}")
+    incomparable = check_comparable(records)
+    facts = newest(records)
+    compared = [run for run in records if run.phase == "comparison"]
+    runs = by_point(compared)
+    scores: dict[str, dict[int, float]] = {}
+    for point, of_point in runs.items():
+        if finished := {run.seed: run.score for run in of_point if run.status == "finished"}:
+            scores[point] = finished
+    diverged = Counter(run.point for run in compared if run.status == "diverged")
+    pairs = [(a, b) for a, b in facts.pairs]
+    decisions = statistics.decide(scores, pairs, facts.margin)
+    comparisons = [
+        _compare(pair, decision, diverged, facts) for pair, decision in zip(pairs, decisions, strict=True)
+    ]
+    tuning = _tuning(records)
+    mismatch = {name: _mismatch([run.budgets[name] for run in records]) for name in facts.budgets}
+    failures = {phase: _failures(records, phase) for phase in ("comparison", "tuning")}
+    seeds_vary = _seeds_vary(runs)
+    return Verdict(
+        sentence=_sentence(facts, scores, comparisons, tuning, seeds_vary, failures["comparison"]),
+        estimates={point: statistics.mean_and_interval(list(s.values())) for point, s in scores.items()},
+        comparisons=comparisons,
+        tuning=tuning,
+        noise={point: statistics.standard_deviation(list(s.values())) for point, s in scores.items()},
+        mismatch=mismatch,
+        failures=" ".join(filter(None, failures.values())),
+        warnings=[
+            *_seed_warnings(facts, runs, scores, comparisons),
+            *(_survivors(point, count, len(runs[point])) for point, count in diverged.items()),
+            *_tuning_warnings(facts, runs, tuning),
+            *_mismatch_warnings(facts, mismatch),
+            *incomparable,
+        ],
+        seeds_vary=seeds_vary,
+    )
+
+
+def _compare(
+    pair: tuple[str, str], decision: Decision, diverged: Mapping[str, int], facts: Record
+) -> Comparison:
+    (point, other), difference, word = pair, decision.difference, decision.word
+    # What the surviving seeds say for a point is not said: its bad seeds are not among them.
+    favoured = {"better": [point], "worse": [other], "no difference": [point, other]}.get(word, [])
+    survivors = [name for name in favoured if diverged.get(name, 0)]
+    needed = None
+    if difference is None:
+        phrase = "cannot tell with no common seed"
+    elif survivors:
+        word = "cannot tell"
+        phrase = f"cannot tell with {_seeds(difference.n)} ({' and '.join(map(repr, survivors))} diverged)"
+    elif word == "cannot tell":
+        needed = statistics.seeds_needed(difference, len(facts.pairs), facts.margin)
+        enough = "at least 2" if difference.n == 1 else f"about {_two_digits(needed)}" if needed else ""
+        phrase = f"cannot tell with {_seeds(difference.n)}" + (f" (needs {enough})" if enough else "")
+    elif word == "no difference" and decision.bound is None:
+        phrase = f"no difference in any of {_seeds(difference.n)}"
+    elif word == "no difference" and decision.bound is not None:
+        phrase = f"no difference larger than {format_bound(decision.bound, facts.metric)}"
+    elif decision.bound is not None and decision.bound <= facts.margin:
+        phrase = f"{word}, but by no more than {format_bound(decision.bound, facts.metric)}"
+    else:
+        phrase = word
+    return Comparison(point, other, word, phrase, difference, decision.holm_p, needed)
+
+
+# --- words ----------------------------------------------------------------------------------------------
+
+
+def _sentence(
+    facts: Record,
+    scores: Mapping[str, Mapping[int, float]],
+    comparisons: Sequence[Comparison],
+    tuning: Mapping[str, Tuning],
+    seeds_vary: str,
+    failures: str,
+) -> str:
+    """Returns who is better than whom, who is equal and who cannot be told apart; then the failures."""
+    better: dict[str, list[str]] = {}
+    rest: dict[str, list[str]] = {}
+    for c in comparisons:
+        if c.difference is not None and c.word in ("better", "worse"):
+            winner, loser = (c.point, c.other) if c.word == "better" else (c.other, c.point)
+            by = format_score(abs(c.difference.mean), facts.metric)
+            phrase = c.phrase.removeprefix(c.word)
+            better.setdefault(winner, []).append(f"{loser!r} (by {by}, p {format_p(c.holm_p)}{phrase})")
+        else:
+            needs = re.search(r" \(.*\)$", c.phrase)
+            said = c.phrase.removesuffix(needs[0]) if needs else c.phrase
+            rest.setdefault(said, []).append(f"{c.point!r} and {c.other!r}{needs[0] if needs else ''}")
+    parts = [f"{winner!r} is better than {_join(losers)}." for winner, losers in better.items()]
+    for word in ("no difference", "cannot tell"):
+        said = {phrase: names for phrase, names in rest.items() if phrase.startswith(word)}
+        parts += [f"{phrase.capitalize()}: {'; '.join(names)}." for phrase, names in said.items()]
+    if better:
+        unit = "nats per token" if facts.metric == "loss" else "percentage points of exact match"
+        over = f", p is Holm's over {len(comparisons)} pairs" if len(comparisons) > 1 else ""
+        parts.append(f"Differences are in {unit} over paired seeds{over}.")
+    if not scores:
+        rates = [f"{t.chosen:.3g} for {point!r}" for point, t in tuning.items() if math.isfinite(t.chosen)]
+        parts = ["No comparison run finished."] + (
+            [f"Best learning rates: {', '.join(rates)}."] if rates else []
+        )
+    elif not comparisons:
+        means = [
+            f"{p!r} {format_score(float(np.mean([*s.values()])), facts.metric)}" for p, s in scores.items()
+        ]
+        parts = [f"No comparison was asked for. Mean {facts.metric}: {', '.join(means)}."]
+    elif seeds_vary != "nothing":
+        parts.append(f"Seeds change {seeds_vary}.")
+    return " ".join([*parts, failures]).strip()
+
+
+def _join(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed" + ("s" if count != 1 else "")
+
+
+def _two_digits(number: int) -> str:
+    """Returns 11 as "11" and 1234 as "1,200": an estimate from few seeds has no more digits than that."""
+    return f"{round(number, min(0, 2 - len(str(number)))):,}"
+
+
+def _failures(records: Sequence[Record], phase: str) -> str:
+    """Counts the runs that failed, diverged, or left no record though other points have that seed."""
+    runs = [run for run in records if run.phase == phase]
+    names = {
+        word: [
+            run.name + (f" at {run.learning_rate:.3g}" if phase == "tuning" else "")
+            for run in runs
+            if run.status == word
+        ]
+        for word in ("diverged", "failed")
+    }
+    total = len(runs)
+    if phase == "comparison" and runs:
+        there = {(run.point, run.seed) for run in runs}
+        wanted = [(point, seed) for point in by_point(records) for seed in sorted({run.seed for run in runs})]
+        names["left no record"] = [f"{p!r} seed {seed}" for p, seed in wanted if (p, seed) not in there]
+        total = len(wanted)
+    return " ".join(
+        f"{len(n)} of {total} {phase} runs {word}: {', '.join(n)}." for word, n in names.items() if n
+    )
+
+
+# --- learning rates and warnings ------------------------------------------------------------------------
+
+
+def _tuning(records: Sequence[Record]) -> dict[str, Tuning]:
+    """Returns the learning-rate search of every point that has tuning runs."""
+    found = {}
+    for point, runs in by_point(records).items():
+        trials: dict[float, list[Record]] = {}
+        for run in runs:
+            if run.phase == "tuning":
+                trials.setdefault(run.learning_rate, []).append(run)
+        chosen = next((run.learning_rate for run in runs if run.phase == "comparison"), None)
+        if trials:
+            found[point] = _search(dict(sorted(trials.items())), chosen)
+    return found
+
+
+def _search(trials: Mapping[float, Sequence[Record]], chosen: float | None) -> Tuning:
+    curve: list[tuple[float, float | None]] = []
+    seen: list[tuple[float, float]] = []  # infinite: diverged; a failed run says nothing about its rate
+    for rate, runs in trials.items():
+        finished = all(run.status == "finished" for run in runs)
+        value = float(np.mean([run.score for run in runs])) if finished else None
+        curve.append((rate, value))
+        if value is not None or any(run.status == "diverged" for run in runs):
+            seen.append((rate, math.inf if value is None else value))
+    lowest = min((value for _, value in seen), default=math.inf)
+    if lowest == math.inf:
+        return Tuning(curve, math.nan if chosen is None else chosen, True, None, None)
+    equal = [i for i, (_, value) in enumerate(seen) if value == lowest]
+    best = next((i for i in equal if seen[i][0] == chosen), equal[0])
+    below, above = seen[:best], seen[best + 1 :]
+    increase = [value - lowest for _, value in below[-1:] + above[:1]]
+    return Tuning(
+        curve=curve,
+        chosen=seen[best][0] if chosen is None else chosen,
+        at_edge=lowest > 0 and not all(any(v > lowest for _, v in side) for side in (below, above)),
+        sensitivity=float(np.mean(increase)) if increase else None,
+        best=seen[best][0],
+    )
+
+
+def _tuning_warnings(
+    facts: Record, runs: Mapping[str, Sequence[Record]], tuning: Mapping[str, Tuning]
+) -> Iterator[str]:
+    if facts.tuning == "none":
+        yield (
+            "The learning rate was not tuned: a point that looks better may only suit the given rate better."
+        )
+    if facts.tuning == "grid" and (untuned := [point for point in runs if point not in tuning]):
+        yield f"No tuning run was made for {_join([*map(repr, untuned)])}: the learning rate may not suit it."
+    if edges := [repr(point) for point, search in tuning.items() if search.at_edge]:
+        yield (
+            f"The best learning rate of {_join(edges)} lies at the edge of those tried: a better one may lie "
+            "beyond, and the comparison is unfair to it."
+        )
+    for point, search in tuning.items() if facts.tuning == "grid" else ():
+        if search.best is not None and search.chosen != search.best:
+            yield (
+                f"{point!r} was compared at learning rate {search.chosen:.3g}, but {search.best:.3g} was "
+                "better in tuning."
+            )
+
+
+def _seed_warnings(
+    facts: Record,
+    runs: Mapping[str, Sequence[Record]],
+    scores: Mapping[str, Mapping[int, float]],
+    comparisons: Sequence[Comparison],
+) -> Iterator[str]:
+    for count, why in ((1, "One seed proves nothing"), (2, "Intervals from two seeds are very wide")):
+        if few := [repr(point) for point, by_seed in scores.items() if len(by_seed) == count]:
+            yield f"{why}: {'all points' if len(few) == len(runs) else _join(few)}."
+    for c in comparisons:
+        a, b = (scores.get(point, {}) for point in (c.point, c.other))
+        if a.keys() != b.keys():
+            used = f"only the {len(a.keys() & b.keys())} in common are" if c.difference else "none is"
+            yield (
+                f"{c.point!r} and {c.other!r} finished different seeds, {_numbers(a)} against {_numbers(b)}: "
+                f"{used} compared."
+            )
+        elif c.difference is not None and c.difference.n > 1 and c.difference.sd == 0:
+            yield (
+                f"{c.point!r} and {c.other!r} differ by the same {c.difference.mean:g} in all seeds: the "
+                f"{facts.metric} is saturated, or the seeds have no effect."
+            )
+    orders: dict[int, set[int]] = {}
+    for run in (run for of_point in runs.values() for run in of_point):
+        orders.setdefault(run.seed, set()).add(run.setting("train.data_seed"))
+    if mixed := [seed for seed, found in orders.items() if len(found) > 1]:
+        yield f"Runs with equal seed saw the data in different orders (seeds {_numbers(mixed)}): not paired."
+
+
+def _numbers(seeds: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(seeds))) or "none"
+
+
+def _survivors(point: str, count: int, total: int) -> str:
+    if count == total:
+        return f"{point!r} diverged with every seed: no comparison shows how bad it is at its learning rate."
+    return (
+        f"{point!r} diverged with {count} of {_seeds(total)}. The seeds that survived flatter it, so that "
+        "nothing is concluded in its favour."
+    )
+
+
+def _mismatch(values: Sequence[float]) -> float:
+    return max(values) / min(values) - 1 if min(values) else (math.inf if max(values) else 0.0)
+
+
+def _mismatch_warnings(facts: Record, mismatch: Mapping[str, float]) -> Iterator[str]:
+    matched = facts.matched
+    if matched in mismatch and mismatch[matched] > TOLERANCE:
+        yield (
+            f"{matched.replace('_', ' ').capitalize()} were to be equal, but differ by up to "
+            f"{mismatch[matched]:.1%}: that may decide instead of what is compared."
+        )
+
+
+def _seeds_vary(runs: Mapping[str, Sequence[Record]]) -> str:
+    """Says which of the two kinds of randomness differs between the seeds of a point."""
+    kinds = {"train.init_seed": "initialisation", "train.data_seed": "data order"}
+    varied = [
+        kind
+        for name, kind in kinds.items()
+        if any(len({run.setting(name) for run in of_point}) > 1 for of_point in runs.values())
+    ]
+    return " and ".join(varied) or "nothing"
