@@ -73,7 +73,7 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
 def executed_flops_per_token(config: ModelConfig, length: int) -> float:
     """Returns what the forward pass computes: `forward_flops_per_token` with attention over all keys.
 
-    `model.Attention` multiplies every query with all `length` keys, and masks half of the products afterwards.
+    `model.Attention` multiplies every query with all `length` keys, and masks half of the products then.
     By XLA's own count, the compiled program takes 0.4 to 0.6 % more, and a training step without remat 0.8
     to 1.4 % more than three times this (384 wide, 64 tokens): what `forward_flops_per_token` leaves out.
     """
@@ -95,8 +95,10 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def kv_cache_bytes_per_token(config: ModelConfig) -> int:
-    """Returns what generation keeps for each token of context: 2 K H numbers of the compute dtype for every
-    layer applied. A shared block has one cache for each of its uses, since its inputs differ."""
+    """Returns what generation keeps for each token of context: 2 K H numbers for every layer applied.
+
+    They are of the compute dtype. A shared block has a cache for each of its uses, since its inputs differ.
+    """
     per_layer = 2 * config.num_kv_heads * config.head_dim
     return config.effective_depth * per_layer * _BYTES[config.compute_dtype]
 

@@ -1,0 +1,107 @@
+"""Shapes of equal cost, as rows for a config: widths, heads and feed-forward widths for each depth.
+
+  python -m experiments.shapes --budget=total_parameters:125M --depth=4,8,12 --head_dim=32,64 \\
+      --config=configs/mobilellm.py:125m
+  python -m experiments.shapes --budget=train_flops_per_token:300k --width=64,96
+  python -m experiments.shapes --budget=non_embedding_parameters:110k --depth=1,2,4,8 --head_dim=16 \\
+      --ffn_band=0.25 --config.model.ffn_width=344
+
+Everything else is as in --config, and so are the proportions: ffn_width / width (within --ffn_band) and the
+number of query heads for each key/value head. Where no shape fits, the nearest are printed.
+"""
+
+import re
+from collections.abc import Sequence
+
+from absl import flags
+
+from experiments import cli
+from mobilellm_jax import accounting
+from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.shapes import BUDGETS, Rules, Shape, solve
+
+_BUDGET = flags.DEFINE_string("budget", None, f"<name>:<value>, such as 110_000, 110k or 125M; {BUDGETS}")
+_DEPTH = flags.DEFINE_list("depth", [], "depths to find widths for, separated by commas")
+_WIDTH = flags.DEFINE_list("width", [], "widths to find depths for, separated by commas")
+_TOLERANCE = flags.DEFINE_float(
+    "tolerance", 0.02, "largest spread (max / min - 1) of the budget over all shapes, as in a study", 0, 0.99
+)
+_HEAD_DIM = flags.DEFINE_list("head_dim", [], "head sizes to choose from; default: the config's")
+_FFN_STEP = flags.DEFINE_integer("ffn_step", 4, "ffn_width is a multiple of it", 1)
+_FFN_BAND = flags.DEFINE_float(
+    "ffn_band", 0.15, "how far ffn_width / width may be from the config's", 0, 0.99
+)
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+
+
+def main() -> int:
+    """Prints the shapes, and returns the exit status."""
+    budget, target = parse_budget(_BUDGET.value)
+    if bool(_DEPTH.value) == bool(_WIDTH.value):
+        raise UserError("--depth, --width: give one of them, such as --depth=4,8,16, and not the other")
+    config = from_config_dict(flags.FLAGS.config)
+    length, rows = config.data.sequence_length, config.train.batch_size // config.train.accumulation_steps
+    spread = _TOLERANCE.value
+    rules = Rules(
+        head_dims=tuple(_integers("head_dim", _HEAD_DIM.value)),
+        ffn_step=_FFN_STEP.value,
+        ffn_band=_FFN_BAND.value,
+        tolerance=spread / (2 + spread),  # to each side: then no two shapes are further apart than `spread`
+    )
+    given = "depth" if _DEPTH.value else "width"
+    shapes = [
+        solve(config.model, budget, target, length=length, rules=rules, **{given: size})
+        for size in _integers(given, _DEPTH.value or _WIDTH.value)
+    ]
+    costs = [accounting.budgets(shape.config, length, rows) for shape in shapes]
+    print(table(shapes, costs))
+    matched = [cost[budget] for cost in costs]
+    print(f"\n{budget} differs by {max(matched) / min(matched) - 1:.2%} over these shapes\n\n{paste(shapes)}")
+    return 0
+
+
+def parse_budget(text: str | None) -> tuple[str, float]:
+    """Returns name and value of "<name>:<value>"; the value may have "_" and one of the units k, M, B and G.
+
+    Raises:
+      UserError: it has another form, there is no such budget, or the value is not positive.
+    """
+    name, _, value = (text or "").partition(":")
+    if name not in BUDGETS:
+        raise UserError(f"--budget={text or ''}: expected <name>:<value> with a name of {', '.join(BUDGETS)}")
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\d{1,2})?)([kmbg]?)", value.lower())
+    number = float(match[1]) * _UNITS[match[2]] if match else 0
+    if not number:
+        raise UserError(
+            f"--budget={text}: {value!r} is not a positive number such as 110_000, 110k, 125M or 1.5B"
+        )
+    return name, number
+
+
+def _integers(flag: str, words: Sequence[str]) -> list[int]:
+    for word in words:
+        if not re.fullmatch(r"\s*0*[1-9]\d{0,8}\s*", word):
+            raise UserError(f"--{flag}={','.join(words)}: {word!r} is not an integer of at least 1")
+    return [int(word) for word in words]
+
+
+def table(shapes: Sequence[Shape], costs: Sequence[dict[str, int | float]]) -> str:
+    """Returns fields, budgets and mismatch, a column for each shape."""
+    rows = [[name, *(f"{shape.fields[name]:,}" for shape in shapes)] for name in shapes[0].fields]
+    rows += [[name, *(f"{cost[name]:,.0f}" for cost in costs)] for name in costs[0]]
+    rows.append(["mismatch to the target", *(f"{shape.mismatch:+.2%}" for shape in shapes)])
+    name_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join("  ".join([row[0].ljust(name_width), *map(str.rjust, row[1:], widths)]) for row in rows)
+
+
+def paste(shapes: Sequence[Shape]) -> str:
+    """Returns the points of these shapes for the `sweep` of a config."""
+    rows = {name: tuple(shape.fields[name] for shape in shapes) for name in shapes[0].fields}
+    lines = [f"    model__{name}={values}," for name, values in rows.items()]
+    return "\n".join(["yield from base.zipped(", *lines, ")"])
+
+
+if __name__ == "__main__":
+    cli.run(main, default_config="configs/base.py")
