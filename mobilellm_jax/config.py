@@ -20,6 +20,7 @@ REMAT_POLICIES = ("none", "dots", "full")
 PARAMETERIZATIONS = ("standard", "mup", "completep")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "constant")
+TASKS = ("khop", "addition", "recall")  # synthetic, see `data/tasks.py`
 
 
 def _check(ok: bool, field: str, value: object, valid: str) -> None:
@@ -133,13 +134,18 @@ class ModelConfig:
         return len(self.plan)
 
 
+_SOURCES = {"bundled": "text", "files": "text", "tfds": "text", "tokens": "token ids"} | {t: t for t in TASKS}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where text comes from and how it becomes rows of token ids. See `data/`.
 
     Attributes:
-      source: "bundled", "files:<glob>", "tokens:<glob>" (jsonl of {"token_ids": [...]}) or "tfds:<name>".
-      valid_source: a source used whole as the held-out split; "" splits `source` by document.
+      source: "bundled", "files:<glob>", "tokens:<glob>" (jsonl of {"token_ids": [...]}), "tfds:<name>", or a
+        synthetic task, "khop:...", "addition:..." or "recall:..." with its numbers (`data/tasks.py`).
+      valid_source: a source used whole as the held-out split; "" splits `source` by document; of a task, the
+        same task with other numbers; "" draws other rows.
       valid_fraction: share of documents held out when `valid_source` is "".
       text_field: field that holds the text in jsonl files and TFDS examples.
       tokenizer: "bytes", "bpe:<vocabulary size>" (trained on `source` at first use),
@@ -170,25 +176,22 @@ class DataConfig:
                 ),
             },
         )
-        for name in ("source", "valid_source"):
+        kinds = [v.partition(":")[0] for v in (self.source, self.valid_source)]
+        valid = "'bundled' or one of " + ", ".join(f"'{kind}:...'" for kind in list(_SOURCES)[1:])
+        for name, kind in zip(("source", "valid_source"), kinds, strict=True):
             value = getattr(self, name)
-            is_source = value == "bundled" or value.startswith(("files:", "tokens:", "tfds:"))
-            _check(
-                is_source or (name == "valid_source" and not value),
-                f"data.{name}",
-                value,
-                "'bundled', 'files:<glob>', 'tokens:<glob>' or 'tfds:<name>'",
-            )
+            ok = kind in _SOURCES and (kind == value) == (kind == "bundled")
+            _check(ok or (name == "valid_source" and not value), f"data.{name}", value, valid)
         if self.valid_source:
-            kinds = {source.startswith("tokens:") for source in (self.source, self.valid_source)}
-            valid = (
-                "token ids, like data.source"
-                if self.source.startswith("tokens:")
-                else "text, like data.source"
-            )
-            _check(len(kinds) == 1, "data.valid_source", self.valid_source, valid)
+            wanted, there = (_SOURCES[kind] for kind in kinds)
+            _check(wanted == there, "data.valid_source", self.valid_source, f"{wanted}, like data.source")
         else:
             _check(0 < self.valid_fraction < 1, "data.valid_fraction", self.valid_fraction, "between 0 and 1")
+
+    @property
+    def is_task(self) -> bool:
+        """Whether rows come from a synthetic task, which has right answers but no text."""
+        return self.source.partition(":")[0] in TASKS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -318,9 +321,10 @@ class Config:
 
     def __post_init__(self) -> None:
         warmup, steps = self.optimizer.warmup_steps, self.train.steps
-        _check(
-            warmup <= steps, "optimizer.warmup_steps", warmup, f"at most train.steps={steps}"
-        )  # an unfinished warm-up never reaches the learning rate that the record reports
+        # An unfinished warm-up never reaches the learning rate that the record reports.
+        _check(warmup <= steps, "optimizer.warmup_steps", warmup, f"at most train.steps={steps}")
+        if self.data.is_task:
+            _check(self.train.eval_rows > 0, "train.eval_rows", 0, "at least 1: a task has no last row")
         if self.optimizer.name == "muon":  # the table of multipliers is for Adam
             standard = self.model.parameterization == "standard"
             _check(standard, "model.parameterization", self.model.parameterization, "'standard' with muon")
@@ -360,11 +364,8 @@ def _derive_model_fields(fields: dict[str, Any]) -> None:
         width, heads = fields["width"], fields["num_heads"]
         _check(heads >= 1, "model.num_heads", heads, "an integer of at least 1")
         if width % (2 * heads):
-            why = (
-                "is not divisible by"
-                if width % heads
-                else "leaves an odd head size, which RoPE cannot rotate, with"
-            )
+            odd = "leaves an odd head size, which RoPE cannot rotate, with"
+            why = "is not divisible by" if width % heads else odd
             nearest = 2 * heads * max(1, round(width / (2 * heads)))
             raise UserError(
                 f"model.width: {width} {why} model.num_heads={heads}; the nearest width that fits: {nearest} "

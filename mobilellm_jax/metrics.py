@@ -16,7 +16,8 @@ class MetricsLog:
     """Appends to the log of a run; when resuming, first drops the lines later than the checkpoint.
 
     Attributes:
-      evaluations: {"step", "loss", "bits_per_byte"} of all evaluations up to now, earlier sittings included.
+      evaluations: {"step", "loss", "bits_per_byte", "error"} of all evaluations up to now, earlier sittings
+        included.
       train_curve: [step, loss] of all training lines up to now.
       train_s: seconds of training up to the last line.
     """
@@ -45,9 +46,9 @@ class MetricsLog:
         line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
         self._add("train", {**line, "train_s": round(train_s, 3)})
 
-    def evaluation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
+    def evaluation(self, step: int, loss: float, bits_per_byte: float | None, error: float | None) -> None:
         """Adds an evaluation on the held-out split."""
-        self._add("eval", {"step": step, "loss": loss, "bits_per_byte": bits_per_byte})
+        self._add("eval", {"step": step, "loss": loss, "bits_per_byte": bits_per_byte, "error": error})
 
     def flush(self) -> None:
         """Hands all lines to the operating system, so that a checkpoint never knows more than the log."""

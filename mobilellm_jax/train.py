@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mobilellm_jax import data, model, partition
 from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import Config, ModelConfig, OptimizerConfig
+from mobilellm_jax.evaluate import eval_step, inputs_and_targets, scores
 from mobilellm_jax.metrics import MetricsLog
 from mobilellm_jax.optimizer import learning_rate_schedule, make_optimizer
 
@@ -48,7 +49,7 @@ def gradients(
     """Returns the mean loss in nats per token and its gradient over A micro-batches of M rows, S = T + 1."""
 
     def nats_and_count(params: model.Params, rows_MS: Int[Array, "M S"]) -> Any:
-        return model.loss(params, rows_MS[:, :-1], rows_MS[:, 1:], config)
+        return model.loss(params, *inputs_and_targets(rows_MS), config)
 
     def add(total: Any, rows_MS: Int[Array, "M S"]) -> tuple[Any, None]:
         value = jax.value_and_grad(nats_and_count, has_aux=True)(params, rows_MS)
@@ -86,13 +87,6 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def eval_step(
-    params: model.Params, rows_BS: Int[Array, "B S"], config: ModelConfig
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Returns the summed loss in nats of a batch of held-out rows, and the number of tokens it is over."""
-    return model.loss(params, rows_BS[:, :-1], rows_BS[:, 1:], config)
-
-
 # --- the compiled programs ------------------------------------------------------------------------------
 
 
@@ -103,7 +97,7 @@ class Programs:
     Attributes:
       init: key -> state.
       step: (state, rows, learning_rate) -> (state, metrics); the state is donated.
-      evaluate: (params, rows) -> (nats, tokens).
+      evaluate: (params, rows) -> sums.
       state: shapes, dtypes and shardings of the state.
       rows, eval_rows: the same, of a training and an evaluation batch.
     """
@@ -135,7 +129,7 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> Programs:
 
     def evaluate(params: model.Params, rows: jax.Array) -> Any:
         with partition.in_use(mesh):
-            return eval_step(params, rows, m)
+            return eval_step(params, rows, m, config.data.is_task)
 
     return Programs(
         init=jax.jit(
@@ -202,7 +196,8 @@ class Outcome:
       status: "finished", or "diverged" where the loss stopped being finite.
       error: for "diverged", at which step.
       steps: steps taken.
-      evaluations: {"step", "loss" (nats per token), "bits_per_byte" (None if unknown)} in order.
+      evaluations: {"step", "loss" (nats per token), "bits_per_byte", "error" (share of rows with a wrong
+        answer)} in order; the last two are None where they have no meaning.
       train_curve: [step, loss in nats per token] at every progress line.
       train_s: seconds in training steps, over all sittings.
       compile_s, wall_s: seconds in compilation (near 0 where an earlier run had the same shape) and in all,
@@ -220,7 +215,11 @@ class Outcome:
 
 
 def train(
-    config: Config, prepared: data.PreparedData, mesh: Mesh, workdir: Path, say: Callable[[str], None]
+    config: Config,
+    prepared: data.PreparedData | data.TaskData,
+    mesh: Mesh,
+    workdir: Path,
+    say: Callable[[str], None],
 ) -> Outcome:
     """Trains from scratch, or from the newest intact checkpoint in `workdir`, to `config.train.steps`.
 
@@ -269,12 +268,12 @@ def train(
             raise _Diverged(f"the loss is not finite at step {step}")
 
     def evaluate(step: int) -> float:
-        loss = _evaluate(programs, state.params, prepared, config)
+        loss, wrong = _evaluate(programs, state.params, prepared, config)
         # By the tokens per byte of all held-out text, also where `eval_rows` takes a part of it.
         bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
-        log.evaluation(step, loss, bits)
-        in_bits = f"  {bits:.4f} bits/byte" if bits else ""
-        say(f"step {step:,}/{t.steps:,}  held-out loss {loss:.4f}{in_bits}")
+        log.evaluation(step, loss, bits, wrong)
+        more = f"  {bits:.4f} bits/byte" if bits else "" if wrong is None else f"  {wrong:.1%} wrong"
+        say(f"step {step:,}/{t.steps:,}  held-out loss {loss:.4f}{more}")
         if not math.isfinite(loss):
             raise _Diverged(f"the held-out loss is not finite at step {step}")
         return loss
@@ -326,8 +325,10 @@ def _learning_rates(config: Config) -> np.ndarray:
     return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(config.train.steps)), np.float32)
 
 
-def _evaluate(programs: Programs, params: model.Params, prepared: data.PreparedData, config: Config) -> float:
-    """Returns the held-out loss in nats per token."""
+def _evaluate(
+    programs: Programs, params: model.Params, prepared: data.PreparedData | data.TaskData, config: Config
+) -> tuple[float, float | None]:
+    """Returns the held-out loss in nats per token, and for tasks the share of rows with a wrong answer."""
     batches = data.eval_batches(
         prepared,
         batch_size=config.train.eval_batch_size,
@@ -336,9 +337,7 @@ def _evaluate(programs: Programs, params: model.Params, prepared: data.PreparedD
         process_count=jax.process_count(),
     )
     place = functools.partial(jax.make_array_from_process_local_data, programs.eval_rows.sharding)
-    sums = [programs.evaluate(params, place(rows)) for rows in batches]
-    nats, count = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
-    return float(nats / count)
+    return scores(jax.device_get([programs.evaluate(params, place(rows)) for rows in batches]))
 
 
 class _Clock:

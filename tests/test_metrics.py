@@ -13,7 +13,7 @@ def write_steps(log: MetricsLog, steps: range) -> None:
     for step in steps:
         log.train(step, 5.0 - step, 1.0, 1e-3, 0.5 * step)
         if step % 2 == 0:
-            log.evaluation(step, 6.0 - step, 2.0)
+            log.evaluation(step, 6.0 - step, 2.0, 0.25)
     log.close()
 
 
@@ -31,7 +31,9 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
     write_steps(log, range(4, 7))
     assert [line["step"] for line in lines(tmp_path) if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines(tmp_path) if line["kind"] == "eval"] == [2, 4, 6]
+    last = {"step": 6, "loss": 0.0, "bits_per_byte": 2.0, "error": 0.25}
     assert [e["step"] for e in log.evaluations] == [2, 4, 6]
+    assert log.evaluations[-1] == last
 
 
 def test_starting_over_starts_an_empty_log(tmp_path):
@@ -69,3 +71,4 @@ def test_tensorboard_events_hold_the_same_numbers(tmp_path):
     assert values["train/loss", 2] == 3.0
     assert values["eval/loss", 2] == 4.0
     assert values["eval/bits_per_byte", 2] == 2.0
+    assert values["eval/error", 2] == 0.25

@@ -152,6 +152,20 @@ def test_the_loop_learns_evaluates_and_logs(tmp_path, corpus):
     assert "held-out loss" in lines[-1]
 
 
+def test_the_loop_counts_wrong_answers(tmp_path, corpus):
+    task = {"data.source": "recall:pairs=2,symbols=2,queries=2", "data.sequence_length": 9}
+    config = tiny_config(**{**corpus, **task, "train.eval_every": 12, "optimizer.learning_rate": 0.01})
+    outcome, lines = run_loop(config, tmp_path / "run")
+    (evaluation,) = outcome.evaluations
+    assert evaluation["bits_per_byte"] is None
+    assert 0 < evaluation["error"] < 1
+    assert evaluation["error"] * 16 == int(evaluation["error"] * 16)  # of 16 rows
+    assert f"{evaluation['error']:.1%} wrong" in lines[-1]
+    text, _ = run_loop(tiny_config(**{**corpus, "train.steps": 4}), tmp_path / "text")
+    assert text.evaluations[0]["error"] is None
+    assert text.evaluations[0]["bits_per_byte"] > 0
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path, corpus):
     config = tiny_config(**corpus, **{"optimizer.learning_rate": 1e30, "optimizer.schedule": "constant"})
     outcome, _ = run_loop(config, tmp_path / "run")
@@ -161,7 +175,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path, corpus):
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(train, "_evaluate", lambda *_: float("inf"))
+    monkeypatch.setattr(train, "_evaluate", lambda *_: (float("inf"), None))
     outcome, _ = run_loop(tiny_config(**corpus), tmp_path / "run")
     assert (outcome.status, outcome.steps) == ("diverged", 4)
     assert outcome.evaluations[-1]["loss"] is None

@@ -1,24 +1,26 @@
-"""Batches from prepared rows: random for training, in a fixed order for evaluation.
+"""Batches from prepared rows, random for training and in a fixed order for evaluation, or from a task.
 
 Letters: B rows in a batch, T tokens that a row predicts; a batch is int32 [B, T + 1]. With several
 processes each gets B / process_count rows, and together they get the rows that one process would.
 """
 
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from mobilellm_jax.data.prepare import PreparedData
+from mobilellm_jax.data.tasks import TaskData
 from mobilellm_jax.errors import UserError
 
 PADDING = -1  # the loss leaves negative targets out
 
 
 def train_batches(
-    prepared: PreparedData,
+    prepared: PreparedData | TaskData,
     *,
     batch_size: int,
     seed: int,
@@ -26,7 +28,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[np.ndarray]:
-    """Yields int32 [B / process_count, T + 1] without end, shuffled anew in every epoch.
+    """Yields int32 [B / process_count, T + 1] without end, shuffled anew in every epoch; tasks never repeat.
 
     Batches run over the border of two epochs, so a split of fewer rows than B is fine too.
 
@@ -41,9 +43,13 @@ def train_batches(
     Raises:
       UserError: B does not divide by `process_count`, or a file is damaged.
     """
+    local = _local_batch_size("train.batch_size", batch_size, process_count)
+    if isinstance(prepared, TaskData):
+        # Every process draws all rows: it takes less than a thousandth of a step, and makes counting simple.
+        batches = (prepared.rows("train", batch_size, seed, step) for step in itertools.count(start_step))
+        return (batch[process_index::process_count] for batch in batches)
     import grain  # here, because it imports jax, which preparing data does without
 
-    local = _local_batch_size("train.batch_size", batch_size, process_count)
     rows = _Rows(prepared, "train")
     order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
     # Numbers are batched before the rows are read: reading rows one by one is ten times slower.
@@ -54,7 +60,7 @@ def train_batches(
 
 
 def eval_batches(
-    prepared: PreparedData,
+    prepared: PreparedData | TaskData,
     *,
     batch_size: int,
     rows: int = 0,
@@ -67,7 +73,7 @@ def eval_batches(
       prepared: the rows.
       batch_size: B, rows of all processes together. The last batch is filled up with rows of -1.
       rows: the first `rows` of one shuffled order, the same for every run; 0, or more than there are, takes
-        all rows, in the order stored.
+        all rows, in the order stored. Of a task, the first `rows` of its held-out stream.
       process_index: this process, from 0.
       process_count: number of processes.
 
@@ -75,21 +81,28 @@ def eval_batches(
       UserError: B does not divide by `process_count`, or a file is damaged.
     """
     _local_batch_size("train.eval_batch_size", batch_size, process_count)
+    if isinstance(prepared, TaskData):
+        drawn = prepared.rows("valid", rows, 0, 0)
+        return _padded_batches(drawn.__getitem__, np.arange(rows), batch_size, process_index, process_count)
     source = _Rows(prepared, "valid")
     order = np.arange(len(source))
     if 0 < rows < len(source):
         generator = random.Random(0)  # of all generators, only random() is promised never to change
         order = np.argsort([generator.random() for _ in order], kind="stable")[:rows]
-    return _padded_batches(source, order, batch_size, process_index, process_count)
+    return _padded_batches(source.read, order, batch_size, process_index, process_count)
 
 
 def _padded_batches(
-    source: "_Rows", order: np.ndarray, batch_size: int, process_index: int, process_count: int
+    read: Callable[[np.ndarray], np.ndarray],
+    order: np.ndarray,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
 ) -> Iterator[np.ndarray]:
     for start in range(0, len(order), batch_size):
-        mine = order[start : start + batch_size][process_index::process_count]
-        batch = np.full((batch_size // process_count, source.width), PADDING, np.int32)
-        batch[: len(mine)] = source.read(mine)
+        rows = read(order[start : start + batch_size][process_index::process_count])
+        batch = np.full((batch_size // process_count, rows.shape[1]), PADDING, np.int32)
+        batch[: len(rows)] = rows
         yield batch
 
 

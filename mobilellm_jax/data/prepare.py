@@ -25,6 +25,7 @@ from tqdm import tqdm
 from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data import tokenizers
 from mobilellm_jax.data.sources import Document, OnRead, Source, open_source
+from mobilellm_jax.data.tasks import TaskData, open_task
 from mobilellm_jax.data.tokenizers import CARD_FILE, Tokenizer
 from mobilellm_jax.errors import UserError
 
@@ -62,14 +63,12 @@ class PreparedData:
 
     def bytes_per_token(self, split: str) -> float | None:
         """Returns bytes of text per token predicted; None where rows come from token ids without text."""
-        entry = self.card["splits"][split]
-        if entry["text_bytes"] is None:
-            return None
-        return entry["text_bytes"] / (entry["tokens"] - 1)  # nothing predicts the first token
+        size, tokens = (self.card["splits"][split][name] for name in ("text_bytes", "tokens"))
+        return None if size is None else size / (tokens - 1)  # nothing predicts the first token
 
 
-def prepare(data: DataConfig, vocab_size: int) -> PreparedData:
-    """Returns the rows for `data`, made at first use and found again later.
+def prepare(data: DataConfig, vocab_size: int) -> PreparedData | TaskData:
+    """Returns the rows for `data`, made at first use and found again later; tasks leave nothing on disk.
 
     Safe to interrupt and to call from several processes at once: one works, the others wait.
 
@@ -80,6 +79,10 @@ def prepare(data: DataConfig, vocab_size: int) -> PreparedData:
     Raises:
       UserError: bad input, text too short for a row, a vocabulary that does not fit, or disk trouble.
     """
+    if data.is_task:
+        task = open_task(data)
+        _check_vocab_size(vocab_size, task.train.vocab_size, f"data.source={data.source!r}")
+        return task
     has_text = not data.source.startswith("tokens:")
     tokenizer = tokenizers.open_tokenizer(data.tokenizer) if has_text else None
     needed = vocab_size  # token ids say what they need only when they are read
@@ -87,10 +90,9 @@ def prepare(data: DataConfig, vocab_size: int) -> PreparedData:
         needed = tokenizer.vocab_size if tokenizer else tokenizers.bpe_size(data.tokenizer)
         _check_vocab_size(vocab_size, needed, f"data.tokenizer={data.tokenizer!r}")
     source = open_source(data.source, data.text_field)
-    held_out = None
-    if data.valid_source:
-        held_out = open_source(data.valid_source, data.text_field, "data.valid_source")
-    is_bundled = "bundled" in (data.source, data.valid_source)
+    valid = data.valid_source
+    held_out = open_source(valid, data.text_field, "data.valid_source") if valid else None
+    is_bundled = "bundled" in (data.source, valid)
     card = {
         "format": FORMAT_VERSION,
         "source": source.name,
@@ -342,11 +344,8 @@ class _Packer:
             return
         stream = np.concatenate(self._pending)
         count = max(0, (len(stream) - 1) // self._length)
-        content, step, size = (
-            stream.tobytes(),
-            self._length * stream.itemsize,
-            (self._length + 1) * stream.itemsize,
-        )
+        content, step = stream.tobytes(), self._length * stream.itemsize
+        size = step + stream.itemsize
         for start in range(0, count * step, step):
             self._write(content[start : start + size])
         self._pending = [stream[count * self._length :]]
