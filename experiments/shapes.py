@@ -2,7 +2,8 @@
 
   python -m experiments.shapes --budget=total_parameters:125M --depth=4,8,12 --head_dim=32,64 \\
       --config=configs/mobilellm.py:125m
-  python -m experiments.shapes --budget=train_flops_per_token:300k --width=64,96
+  python -m experiments.shapes --budget=train_flops_per_token:0.8B --width=384,576 \\
+      --config=configs/mobilellm.py:125m
   python -m experiments.shapes --budget=non_embedding_parameters:110k --depth=1,2,4,8 --head_dim=16 \\
       --ffn_band=0.25 --config.model.ffn_width=344
 

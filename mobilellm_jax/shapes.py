@@ -16,7 +16,8 @@ BUDGETS = (
     "train_flops_per_token",
     "decode_bytes_per_token",
 )
-_MOST_HEADS, _MOST_DEPTH = 4096, 1024
+_MOST_DEPTH, _MOST_WIDTH = 1024, 16_384
+_NEAREST = 3  # shapes named where none fits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,10 +78,11 @@ def solve(
     """Returns the shape that meets a budget best, at a given depth or else at a given width.
 
     Everything but depth, width, heads and feed-forward width is as in `base`, and so is the number of query
-    heads for each key/value head; width = num_heads * head_dim. All shapes under `rules` with at most 4,096
-    heads, or 1,024 blocks, compete. Of those within the tolerance, the one whose ffn_width / width is closest
-    to the base's wins, and of equals the one closest to the target, and then the one with heads closest to
-    the base's size. Proportions go first, since a study that changes them answers another question.
+    heads for each key/value head; width = num_heads * head_dim. All shapes under `rules` that are at most
+    16,384 wide and 1,024 blocks deep compete. Of those within the tolerance, the one whose ffn_width / width
+    is closest to the base's wins, of equals the one closest to the target, and then the one with heads
+    closest to the base's size. Proportions go first, since a study that changes them answers another
+    question.
 
     Args:
       base: the model to vary.
@@ -99,8 +101,8 @@ def solve(
     _check(
         (depth is None) != (width is None), "depth, width", (depth, width), "one of them and not the other"
     )
-    for name, value in (("depth", depth), ("width", width)):
-        _check(value is None or value >= 1, name, value, "an integer of at least 1")
+    for name, value, most in (("depth", depth, _MOST_DEPTH), ("width", width, _MOST_WIDTH)):
+        _check(value is None or 1 <= value <= most, name, value, f"an integer from 1 to {most:,}")
     if width is not None and base.sharing not in STRATEGIES:
         raise UserError(f"width: {width}: the plan model.sharing={base.sharing!r} sets the depth; give depth")
     ratio = base.ffn_width / base.width
@@ -117,6 +119,7 @@ def solve(
 
     found = []  # the best of each depth, width and head size
     for sizes in _ascending(base, rules.head_dims or (base.head_dim,), depth, width):
+        too_large = 0
         for skeleton in sizes:
             ffn_widths = _ffn_widths(skeleton.width, ratio, rules)
             if not ffn_widths:
@@ -127,7 +130,9 @@ def solve(
                 found.append(Shape(most, high))
             elif low > rules.tolerance:
                 found.append(Shape(least, low))
-                break  # all that follow are larger still
+                too_large += 1
+                if too_large == _NEAREST:
+                    break  # all that follow are larger still
             else:
                 configs = [dataclasses.replace(skeleton, ffn_width=F) for F in ffn_widths]
                 found.append(min((Shape(config, mismatch(config)) for config in configs), key=rank))
@@ -139,7 +144,7 @@ def solve(
     if abs(found[0].mismatch) > rules.tolerance:
         at = f"depth {depth}" if width is None else f"width {width}"
         distinct = {(shape.config.depth, shape.config.width): shape for shape in reversed(found)}
-        nearest = "; ".join(map(_describe, sorted(distinct.values(), key=rank)[:3]))
+        nearest = "; ".join(map(_describe, sorted(distinct.values(), key=rank)[:_NEAREST]))
         raise UserError(
             f"{budget}: no shape of {at} is within {rules.tolerance:.2%} of {target:,.0f}; "
             f"nearest: {nearest}. Allow other head sizes, a wider ffn_band or a larger tolerance"
@@ -159,7 +164,7 @@ def _ascending(
 
     if depth is not None:
         for head_dim in head_dims:
-            yield (sized(depth, N, head_dim) for N in range(group, _MOST_HEADS + 1, group))
+            yield (sized(depth, N, head_dim) for N in range(group, _MOST_WIDTH // head_dim + 1, group))
         return
     assert width is not None
     fitting = [head_dim for head_dim in head_dims if width % (group * head_dim) == 0]
