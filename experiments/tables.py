@@ -123,7 +123,8 @@ def outcomes(records: Sequence[Record], verdict: Verdict) -> Columns:
     compared = {p: [r for r in runs if r.phase == "comparison"] for p, runs in by_point(records).items()}
     seeds = len({run.seed for runs in compared.values() for run in runs})
     for point, runs in compared.items():
-        estimate, search, noise = (d.get(point) for d in (verdict.estimates, verdict.tuning, verdict.noise))
+        estimate, search = verdict.estimates.get(point), verdict.tuning.get(point)
+        noise = verdict.noise.get(point)
         rate = search.chosen if search else runs[0].learning_rate if runs else math.nan
         finished = [run for run in runs if run.status == "finished"]
         bits = _bits_per_byte(finished)

@@ -364,7 +364,7 @@ def _survivors(point: str, count: int, total: int) -> str:
     )
 
 
-def _mismatch(values: Sequence[float]) -> float:
+def _mismatch(values: Sequence[int | float]) -> float:
     return max(values) / min(values) - 1 if min(values) else (math.inf if max(values) else 0.0)
 
 
