@@ -41,7 +41,8 @@ def test_facts_equal_for_all_points_stand_above_the_tables():
     lines = " ".join(text(depths()).split("\n\n")[0].split())
     assert lines == (
         "Does depth or width help more? Held equal: non-embedding parameters, within 0.1%. Learning rate: "
-        "tuned for each point. Smallest difference that matters: 0.02 nats per token. The same for all points: "
+        "tuned for each point. Smallest difference that matters: 0.02 nats per token. The same for all "
+        "points: "
         "width 128, heads 4, kv heads 2, ffn 256, tokens 2.05 M, embedding parameters 250 k, train FLOPs per "
         "token 6.3 M, inference FLOPs per token 2.1 M."
     )
