@@ -332,6 +332,7 @@ def _seed_warnings(
     for count, why in ((1, "One seed proves nothing"), (2, "Intervals from two seeds are very wide")):
         if few := [repr(point) for point, by_seed in scores.items() if len(by_seed) == count]:
             yield f"{why}: {'all points' if len(few) == len(runs) else _join(few)}."
+    same = "the error is saturated" if facts.metric == "error" else "both are one computation"
     for c in comparisons:
         a, b = (scores.get(point, {}) for point in (c.point, c.other))
         if a.keys() != b.keys():
@@ -342,8 +343,8 @@ def _seed_warnings(
             )
         elif c.difference is not None and c.difference.n > 1 and c.difference.sd == 0:
             yield (
-                f"{c.point!r} and {c.other!r} differ by the same {c.difference.mean:g} in all seeds: the "
-                f"{facts.metric} is saturated, or the seeds have no effect."
+                f"{c.point!r} and {c.other!r} differ by the same {c.difference.mean:g} in all seeds: "
+                f"{same}, or the seeds have no effect."
             )
     orders: dict[int, set[int]] = {}
     for run in (run for of_point in runs.values() for run in of_point):

@@ -122,6 +122,12 @@ def test_task_that_all_points_solve():
     )
 
 
+def test_same_computation_under_two_names():
+    found = verdict([make_record(depth=d, seed=s, score=3.5 + s) for d in (2, 4) for s in range(3)])
+    assert phrases(found) == ["no difference in any of 3 seeds"]
+    assert "both are one computation, or the seeds have no effect" in " ".join(found.warnings)
+
+
 def test_constant_difference_needs_more_seeds():
     records = [make_record(depth=d, seed=s, score=d / 8, metric="error") for d in (2, 4) for s in range(3)]
     assert phrases(verdict(records)) == ["cannot tell with 3 seeds (needs about 6)"]
