@@ -63,7 +63,14 @@ def test_configs_import_configs_only(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["experiments/figures.py", "mobilellm_jax/results.py", "mobilellm_jax/statistics.py"]
+    "name",
+    [
+        "experiments/figures.py",
+        "experiments/tables.py",
+        "mobilellm_jax/results.py",
+        "mobilellm_jax/statistics.py",
+        "mobilellm_jax/verdicts.py",
+    ],
 )
 def test_reading_results_imports_no_jax(name):
     """Nor does anything that these files import."""
