@@ -22,7 +22,7 @@ from PIL import Image
 
 from experiments import tables
 from mobilellm_jax.results import Record, by_point, newest
-from mobilellm_jax.verdicts import Comparison, Verdict
+from mobilellm_jax.verdicts import Comparison, Verdict, budget_name
 
 # Okabe and Ito's palette for all kinds of colour vision, without yellow, which is too pale for lines. The
 # three lists have different lengths, so that the looks of many points differ, in grey print too.
@@ -371,7 +371,7 @@ def _caption(records: Sequence[Record], found: Verdict) -> str:
         f"{span(tokens)} training tokens",
         f"data: {facts.setting('data.source')} (sha256 {', '.join(hashes) or 'unknown'})",
         f"{seeds} seed{'s' if seeds > 1 else ''}",
-        f"held equal: {facts.matched.replace('_', ' ').replace('non ', 'non-')}"
+        f"held equal: {budget_name(facts.matched)}"
         + (
             f", within {100 * found.mismatch[facts.matched]:.2g} %" if facts.matched in found.mismatch else ""
         ),

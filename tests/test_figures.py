@@ -1,11 +1,8 @@
-"""Figures from synthetic records: what they show, the same bytes twice, and no jax."""
+"""Figures from synthetic records: what they show, and the same bytes twice."""
 
 import dataclasses
 import io
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +13,6 @@ from test_results import make_diverged, make_record, make_tuning
 from experiments import figures
 from mobilellm_jax.verdicts import verdict
 
-ROOT = Path(__file__).parents[1]
 LOSSES = {2: 3.62, 4: 3.55, 8: 3.53, 16: 3.54}
 PAIRS = [["4 x 128", "2 x 128"], ["8 x 128", "4 x 128"], ["16 x 128", "8 x 128"]]
 JITTER = (0.0, 0.013, -0.008, 0.005, -0.011)
@@ -318,8 +314,3 @@ def test_same_records_give_the_same_small_figure(suffix):
     once, again = (figures.render(figures.outcome(r, verdict(r)), suffix) for r in (records, records[::-1]))
     assert once == again
     assert len(once) < 150_000
-
-
-def test_figures_are_drawn_without_jax():
-    code = "import sys, experiments.figures as _; print({'jax', 'matplotlib.pyplot'} & set(sys.modules))"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
