@@ -218,6 +218,11 @@ def _sentence(
     return " ".join([*parts, failures]).strip()
 
 
+def budget_name(key: str) -> str:
+    """Returns "non-embedding parameters" for "non_embedding_parameters"."""
+    return key.replace("non_", "non-").replace("_", " ").replace("kv", "key/value").replace("flops", "FLOPs")
+
+
 def _join(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
@@ -359,7 +364,7 @@ def _survivors(point: str, count: int, total: int) -> str:
     )
 
 
-def _mismatch(values: Sequence[float]) -> float:
+def _mismatch(values: Sequence[int | float]) -> float:
     return max(values) / min(values) - 1 if min(values) else (math.inf if max(values) else 0.0)
 
 
@@ -367,7 +372,7 @@ def _mismatch_warnings(facts: Record, mismatch: Mapping[str, float]) -> Iterator
     matched = facts.matched
     if matched in mismatch and mismatch[matched] > TOLERANCE:
         yield (
-            f"{matched.replace('_', ' ').capitalize()} were to be equal, but differ by up to "
+            f"The points were to have equal {budget_name(matched)}, but differ by up to "
             f"{mismatch[matched]:.1%}: that may decide instead of what is compared."
         )
 
