@@ -22,7 +22,7 @@ from PIL import Image
 
 from experiments import tables
 from mobilellm_jax.results import Record, by_point, newest
-from mobilellm_jax.verdicts import Comparison, Verdict, budget_name
+from mobilellm_jax.verdicts import Comparison, Verdict
 
 # Okabe and Ito's palette for all kinds of colour vision, without yellow, which is too pale for lines. The
 # three lists have different lengths, so that the looks of many points differ, in grey print too.
@@ -51,11 +51,6 @@ styled = matplotlib.style.context(["default", STYLE])
 VALUES = {"loss": "held-out loss (nats per token)", "error": "exact match, held out (%)"}
 DIFFERENCES = {"loss": "loss (nats per token)", "error": "error (percentage points)"}
 SCALE = {"loss": 1, "error": 100}
-TUNED = {
-    "grid": "tuned for each point",
-    "transferred": "transferred from another shape",
-    "none": "not tuned, one for all points",
-}
 
 
 @styled
@@ -73,7 +68,7 @@ def outcome(records: Sequence[Record], found: Verdict) -> Figure:
     heights = {  # inches
         "title": 0.12 + 0.25 * (title.count("\n") + 1),
         "values": 3.5 + (0.035 * max(map(len, labels)) if is_slanted else 0),
-        "effects": 1.15 + sum(0.2 + 0.19 * (label.count("\n") + 1) for label in rows) if rows else 0.0,
+        "effects": 1.15 + sum(0.14 + 0.17 * (label.count("\n") + 1) for label in rows) if rows else 0.0,
         "caption": 0.15 + 0.175 * (caption.count("\n") + 1),
     }
     total = sum(heights.values())
@@ -371,11 +366,6 @@ def _caption(records: Sequence[Record], found: Verdict) -> str:
         f"{span(tokens)} training tokens",
         f"data: {facts.setting('data.source')} (sha256 {', '.join(hashes) or 'unknown'})",
         f"{seeds} seed{'s' if seeds > 1 else ''}",
-        f"held equal: {budget_name(facts.matched)}"
-        + (
-            f", within {100 * found.mismatch[facts.matched]:.2g} %" if facts.matched in found.mismatch else ""
-        ),
-        f"learning rate: {TUNED[facts.tuning]}",
         f"device: {', '.join(devices)}",
     ]
-    return "; ".join(parts) + "."
+    return f"{'; '.join(parts)}. {tables.head(records, found)[1]}"

@@ -144,14 +144,13 @@ def contents(records: Sequence[Record], found: Verdict, images: dict[str, Image]
 
 def _learning_rates(facts: Record, found: Verdict) -> list[Block]:
     if not found.tuning:
-        missing = ", but no such run has a record" if facts.tuning == "grid" else ""
-        return [f"The learning rate is {figures.TUNED[facts.tuning]}{missing}."]
-    columns: tables.Columns = {"point": list(found.tuning), "chosen": [], "best lies": [], "tried": []}
+        return ["No learning rates were tried."]
+    columns: tables.Columns = {"point": list(found.tuning), "chosen": [], "best lies": [], "final values": []}
     for tuning in found.tuning.values():
         columns["chosen"].append("none" if math.isnan(tuning.chosen) else f"{tuning.chosen:.4g}")
         columns["best lies"].append("at the edge" if tuning.at_edge else "inside")
         values = ((rate, _value(value, facts.metric)) for rate, value in tuning.curve)
-        columns["tried"].append("; ".join(f"{rate:.4g}: {value}" for rate, value in values))
+        columns["final values"].append("; ".join(f"{rate:.4g}: {value}" for rate, value in values))
     return [columns]
 
 
@@ -300,7 +299,7 @@ def _markdown(block: Block) -> str:
 
 def _plain(text: str) -> str:
     """Returns one line of Markdown that shows `text`: no markup, links, entities or HTML."""
-    escaped = re.sub(r"([\\`*<]|\](?=[(\[:]))", r"\\\1", " ".join(text.split()))
+    escaped = re.sub(r"([\\`*]|<(?=[A-Za-z/!?])|\](?=[(\[:]))", r"\\\1", " ".join(text.split()))
     return re.sub(r"&(?=#?\w+;)", "&amp;", escaped)
 
 

@@ -7,7 +7,7 @@
 
 Finished points are skipped and a half-done one is resumed, so the same command again goes on after an
 interruption. A point that fails or diverges is recorded as such, and the others go on. In --workdir:
-results/ has one JSON record for each run, figures/ the tables and figures, runs/ checkpoints and logs.
+results/ has one JSON record for each run, reports/ and figures/ what they show, runs/ checkpoints and logs.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import cli, figures
+from experiments import cli, report
 from mobilellm_jax import accounting, data, results
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError
@@ -265,9 +265,9 @@ def _run(workdir: Path, point: Point) -> results.Record:
 
 
 def _finish(workdir: Path, records: Sequence[results.Record]) -> int:
-    """Prints table and verdict of each study, draws its figure, and returns the exit status."""
+    """Prints table and verdict of each study, writes its report, and returns the exit status."""
     for of_study in results.by_study(records).values():
-        print("\n" + figures.report(of_study, workdir / "figures"))
+        print("\n" + report.report(of_study, workdir))
     unfinished = [record for record in records if record.status != "finished"]
     for record in unfinished:
         print(f"{record.study}, {record.name}: {record.status}: {record.error}")
