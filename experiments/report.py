@@ -62,7 +62,8 @@ _HTML = """<!DOCTYPE html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark }}
-body {{ max-width: 60rem; margin: auto; padding: 1rem; font: 16px/1.5 system-ui, sans-serif }}
+body {{ max-width: 60rem; margin: auto; padding: 1rem; font: 16px/1.5 system-ui, sans-serif;
+       overflow-wrap: break-word }}
 .wide, pre {{ overflow-x: auto }}
 img {{ width: 100%; min-width: 40rem; background: white }}
 table {{ border-collapse: collapse; font-size: 0.9rem }}
