@@ -30,6 +30,7 @@ setup(
         "orbax-checkpoint>=0.12.1",
         "scipy>=1.15",
         "sentencepiece>=0.2.1",
+        "statsmodels>=0.15",
         "tensorboardX>=2.6.4",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.22",

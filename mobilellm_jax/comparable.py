@@ -57,7 +57,7 @@ def check_comparable(records: Iterable[Record]) -> list[str]:
                 warnings.append(f"The runs differ in {name}: {counts}.")
         for name, values in phases.items():
             tuned, compared = (", ".join(sorted(values.get(p, ()))) for p in ("tuning", "comparison"))
-            if tuned and compared and tuned != compared:
+            if name.startswith("train.") and tuned and compared and tuned != compared:
                 warnings.append(f"{name} was {tuned} in tuning, but {compared} in the comparison.")
         runs = Counter(_identity(record) for record in group)
         (run, count), *_ = runs.most_common()

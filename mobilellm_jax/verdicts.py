@@ -212,7 +212,8 @@ def _sentence(
         means = [
             f"{p!r} {format_score(float(np.mean([*s.values()])), facts.metric)}" for p, s in scores.items()
         ]
-        parts = [f"No comparison was asked for. Mean {facts.metric}: {', '.join(means)}."]
+        unit = "nats per token" if facts.metric == "loss" else "%"
+        parts = [f"No comparison was asked for. Mean {facts.metric} in {unit}: {', '.join(means)}."]
     elif seeds_vary != "nothing":
         parts.append(f"Seeds change {seeds_vary}.")
     return " ".join([*parts, failures]).strip()

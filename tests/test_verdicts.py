@@ -1,0 +1,503 @@
+"""What verdicts say about records: words, learning rates, failures, warnings, and what they refuse."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_results import SETTINGS, make_diverged, make_record, make_tuning
+
+from mobilellm_jax.comparable import check_comparable
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.verdicts import Tuning, verdict
+
+NOISE = np.random.default_rng(3).normal(0, 0.01, (8, 8))  # [point, seed]
+LOSSES = {2: 3.6, 4: 3.5, 8: 3.501}
+PAIRS = [["4 x 128", "2 x 128"], ["8 x 128", "2 x 128"], ["8 x 128", "4 x 128"]]
+
+
+def study(losses=LOSSES, seeds=5, **changes):
+    """Returns tuning and comparison runs of points with these mean losses; seeds have an effect in common."""
+    changes = {"pairs": PAIRS, **changes}
+    return [
+        run
+        for i, (depth, loss) in enumerate(losses.items())
+        for run in [
+            *make_tuning(depth=depth, score=loss, **changes),
+            *(
+                make_record(depth=depth, seed=seed, score=loss + 0.05 * seed + NOISE[i, seed], **changes)
+                for seed in range(seeds)
+            ),
+        ]
+    ]
+
+
+def only(records, phase):
+    return [record for record in records if record.phase == phase]
+
+
+def replace(records, new):
+    """Returns the records with `new` in place of the run of the same point, phase and seed."""
+    where = [(r.point, r.phase, r.seed) for r in records].index((new.point, new.phase, new.seed))
+    return [*records[:where], new, *records[where + 1 :]]
+
+
+def phrases(found):
+    return [comparison.phrase for comparison in found.comparisons]
+
+
+def test_every_pair_is_compared_over_seeds_at_the_tuned_rates():
+    records = study()
+    found = verdict(records)
+    loss = {
+        d: [r.score for r in only(records, "comparison") if r.setting("model.depth") == d] for d in LOSSES
+    }
+    p = [stats.ttest_rel(loss[a], loss[b]).pvalue for a, b in ((4, 2), (8, 2), (8, 4))]
+    assert [(c.point, c.other) for c in found.comparisons] == [tuple(pair) for pair in PAIRS]
+    assert [c.word for c in found.comparisons] == ["better", "better", "cannot tell"]
+    assert p[1] < p[0] < p[2]
+    assert [c.holm_p for c in found.comparisons] == pytest.approx([2 * p[0], 3 * p[1], p[2]])
+    assert found.comparisons[0].difference.mean == pytest.approx(np.mean(loss[4]) - np.mean(loss[2]))
+    assert phrases(found)[:2] == ["better", "better"]
+    assert phrases(found)[2] == f"cannot tell with 5 seeds (needs about {found.comparisons[2].seeds_needed})"
+    assert [e.mean for e in found.estimates.values()] == pytest.approx([np.mean(v) for v in loss.values()])
+    assert found.noise["2 x 128"] == pytest.approx(np.std(loss[2], ddof=1))
+    assert found.warnings == []
+
+
+def test_sentence_says_who_is_better_and_who_cannot_be_told_apart():
+    found = verdict(study())
+    by = [f"{abs(c.difference.mean):.4f}" for c in found.comparisons]
+    assert found.sentence == (
+        f"'4 x 128' is better than '2 x 128' (by {by[0]}, p = {found.comparisons[0].holm_p:.3f}). "
+        f"'8 x 128' is better than '2 x 128' (by {by[1]}, p < 0.001). "
+        f"Cannot tell with 5 seeds: '8 x 128' and '4 x 128' "
+        f"(needs about {found.comparisons[2].seeds_needed}). "
+        "Differences are in nats per token over paired seeds, p is Holm's over 3 pairs. "
+        "Seeds change initialisation and data order."
+    )
+
+
+def test_order_of_a_pair_does_not_change_who_is_better():
+    there, back = (verdict(study(pairs=[pair])) for pair in (PAIRS[0], PAIRS[0][::-1]))
+    assert [found.comparisons[0].word for found in (there, back)] == ["better", "worse"]
+    assert there.sentence == back.sentence
+
+
+def test_no_difference_is_bounded_and_a_small_one_is_named_as_such():
+    wide = verdict(study({4: 3.5, 8: 3.5}, pairs=[PAIRS[2]], margin=0.1))
+    difference = wide.comparisons[0].difference
+    bound = max(abs(difference.low), abs(difference.high))  # one pair: the interval shown
+    assert bound <= float(phrases(wide)[0].removeprefix("no difference larger than ")) <= 1.1 * bound
+    assert wide.sentence.startswith("No difference larger than 0.0")
+    small = verdict(study(pairs=[PAIRS[0]], margin=1.0))
+    assert small.comparisons[0].word == "better"
+    assert phrases(small)[0].startswith("better, but by no more than 0.1")
+    assert ", but by no more than 0.1" in small.sentence
+
+
+def test_error_is_counted_in_points_of_exact_match():
+    pairs, errors = [PAIRS[0]], {2: (0.5, 0.55, 0.58), 4: (0.1, 0.12, 0.11)}
+    records = [
+        make_record(depth=d, seed=seed, score=value, metric="error", pairs=pairs, tuning="transferred")
+        for d, values in errors.items()
+        for seed, value in enumerate(values)
+    ]
+    found = verdict(records)
+    assert found.sentence == (
+        f"'4 x 128' is better than '2 x 128' (by 43.33, p = {found.comparisons[0].holm_p:.3f}). "
+        "Differences are in percentage points of exact match over paired seeds. "
+        "Seeds change initialisation and data order."
+    )
+    assert found.warnings == []
+
+
+def test_task_that_all_points_solve():
+    records = [make_record(depth=d, seed=s, score=0.0, metric="error") for d in (2, 4) for s in range(3)]
+    found = verdict(records)
+    assert phrases(found) == ["no difference in any of 3 seeds"]
+    assert "'4 x 128' and '2 x 128' differ by the same 0 in all seeds: the error is saturated" in " ".join(
+        found.warnings
+    )
+
+
+def test_constant_difference_needs_more_seeds():
+    records = [make_record(depth=d, seed=s, score=d / 8, metric="error") for d in (2, 4) for s in range(3)]
+    assert phrases(verdict(records)) == ["cannot tell with 3 seeds (needs about 6)"]
+
+
+def test_few_seeds_are_warned_of():
+    one, two, three = (verdict(study(seeds=seeds)) for seeds in (1, 2, 3))
+    assert set(phrases(one)) == {"cannot tell with 1 seed (needs at least 2)"}
+    assert one.warnings == ["One seed proves nothing: all points."]
+    assert two.warnings == ["Intervals from two seeds are very wide: all points."]
+    assert three.warnings == []
+    assert one.noise == dict.fromkeys(one.estimates)
+    mixed = [r for r in study() if r.point != "2 x 128" or r.seed < 2]
+    assert "Intervals from two seeds are very wide: '2 x 128'." in verdict(mixed).warnings
+
+
+def test_seeds_that_differ_are_flagged_and_only_common_ones_compared():
+    records = [r for r in study({2: 3.6, 4: 3.5}, pairs=[PAIRS[0]]) if (r.point, r.seed) != ("2 x 128", 3)]
+    found = verdict(records)
+    assert found.comparisons[0].difference.n == 4
+    assert found.warnings == [
+        "'4 x 128' and '2 x 128' finished different seeds, 0, 1, 2, 3, 4 against 0, 1, 2, 4: only the 4 in "
+        "common are compared."
+    ]
+    assert found.failures.startswith("1 of 10 comparison runs left no record: '2 x 128' seed 3.")
+    apart = [make_record(depth=2, seed=0), make_record(depth=4, seed=1, score=9.0)]
+    found = verdict(apart)
+    assert phrases(found) == ["cannot tell with no common seed"]
+    assert (
+        "'4 x 128' and '2 x 128' finished different seeds, 1 against 0: none is compared." in found.warnings
+    )
+
+
+def test_equal_seeds_with_different_data_are_not_paired():
+    records = study()
+    odd = with_setting("train.data_seed", 77, depth=4, seed=3, score=3.5, pairs=PAIRS)
+    assert verdict(replace(records, odd)).warnings == [
+        "Runs with equal seed saw the data in different orders (seeds 3): not paired."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("varied", "said"),
+    [
+        (set(), "nothing"),
+        ({"init_seed"}, "initialisation"),
+        ({"data_seed"}, "data order"),
+        ({"init_seed", "data_seed"}, "initialisation and data order"),
+    ],
+    ids=["nothing", "initialisation", "order", "both"],
+)
+def test_what_the_seeds_vary_is_said(varied, said):
+    records = []
+    for record in study():
+        train = {**record.config["train"], **dict.fromkeys({"init_seed", "data_seed"} - varied, 0)}
+        records.append(dataclasses.replace(record, config={**record.config, "train": train}))
+    found = verdict(records)
+    assert found.seeds_vary == said
+    assert found.sentence.endswith(f"Seeds change {said}.") == (said != "nothing")
+
+
+# --- failures -------------------------------------------------------------------------------------------
+
+
+def test_runs_that_did_not_finish_are_counted_in_both_phases():
+    records = study({2: 3.6, 4: 3.5, 8: 3.7}, seeds=3)
+    records = replace(records, make_diverged(depth=2, seed=0, pairs=PAIRS))
+    lost = {"status": "failed", "error": "out of memory", "final": None}
+    records = replace(records, make_record(depth=4, seed=1, pairs=PAIRS, **lost))
+    del records[-1]
+    found = verdict(records)
+    of_comparison = (
+        "1 of 9 comparison runs diverged: '2 x 128' seed 0. 1 of 9 comparison runs failed: '4 x 128' seed 1. "
+        "1 of 9 comparison runs left no record: '8 x 128' seed 2."
+    )
+    assert found.sentence.endswith(of_comparison)
+    assert found.failures == (
+        f"{of_comparison} 3 of 15 tuning runs diverged: '2 x 128' seed 0 at 0.008, "
+        "'4 x 128' seed 0 at 0.008, '8 x 128' seed 0 at 0.008."
+    )
+    assert {point: e.n for point, e in found.estimates.items()} == dict.fromkeys(found.estimates, 2)
+    assert found.comparisons[0].difference.n == 1  # seed 2 is the only one that both finished
+
+
+@pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[0][::-1]], ids=["point", "other"])
+def test_seeds_that_survive_say_nothing_in_favour_of_a_point_that_diverged(pair):
+    records = study({2: 3.6, 4: 3.5}, pairs=[pair])
+    assert verdict(records).comparisons[0].word in ("better", "worse")
+    better_diverged = verdict(replace(records, make_diverged(depth=4, seed=3, pairs=[pair])))
+    assert phrases(better_diverged) == ["cannot tell with 4 seeds ('4 x 128' diverged)"]
+    assert better_diverged.comparisons[0].seeds_needed is None
+    flattered = (
+        "'4 x 128' diverged with 1 of 5 seeds. The seeds that survived flatter it, so that nothing is "
+        "concluded in its favour."
+    )
+    assert flattered in better_diverged.warnings
+    worse_diverged = verdict(replace(records, make_diverged(depth=2, seed=3, pairs=[pair])))
+    assert worse_diverged.comparisons[0].word == verdict(records).comparisons[0].word
+    equal = study({2: 3.6, 4: 3.6}, pairs=[pair], margin=0.1)
+    assert verdict(equal).comparisons[0].word == "no difference"
+    found = verdict(replace(equal, make_diverged(depth=2, seed=3, pairs=[pair], margin=0.1)))
+    assert phrases(found) == ["cannot tell with 4 seeds ('2 x 128' diverged)"]
+
+
+def test_point_that_always_diverges():
+    records = only(study({4: 3.5}, pairs=[PAIRS[0]]), "comparison")
+    found = verdict([*records, *(make_diverged(depth=2, seed=s, pairs=[PAIRS[0]]) for s in range(5))])
+    assert phrases(found) == ["cannot tell with no common seed"]
+    assert list(found.estimates) == ["4 x 128"]
+    assert "'2 x 128' diverged with every seed: no comparison shows how bad it is" in " ".join(found.warnings)
+
+
+def test_verdict_before_any_comparison_finished():
+    found = verdict(only(study({2: 3.6, 4: 3.5}), "tuning"))
+    assert found.sentence == (
+        "No comparison run finished. Best learning rates: 0.002 for '2 x 128', 0.002 for '4 x 128'."
+    )
+    assert (found.estimates, found.noise) == ({}, {})
+    assert set(phrases(found)) == {"cannot tell with no common seed"}
+    gone = verdict([make_diverged(depth=2, seed=seed) for seed in range(2)])
+    assert gone.sentence == (
+        "No comparison run finished. 2 of 2 comparison runs diverged: '2 x 128' seed 0, '2 x 128' seed 1."
+    )
+
+
+def test_study_without_pairs():
+    found = verdict(study(pairs=[]))
+    assert found.sentence.startswith(
+        "No comparison was asked for. Mean loss in nats per token: '2 x 128' 3.69"
+    )
+    assert found.comparisons == []
+
+
+def test_verdict_is_of_one_study():
+    with pytest.raises(ValueError, match="one study and preset"):
+        verdict([make_record(), make_record(preset="small")])
+
+
+# --- learning rates -------------------------------------------------------------------------------------
+
+
+def search(values: dict[float, float | str], chosen: float | None = None) -> tuple[Tuning, list[str]]:
+    """Returns the search of a point with these losses by rate, or how its run ended, and the warnings."""
+    runs = []
+    for rate, value in values.items():
+        of_rate = {"learning_rate": rate, "phase": "tuning", "pairs": []}
+        if value == "failed":
+            runs.append(make_record(status="failed", error="out of memory", final=None, **of_rate))
+        elif value == "diverged":
+            runs.append(make_diverged(**of_rate))
+        else:
+            runs.append(make_record(score=value, metric="error" if value < 1 else "loss", **of_rate))
+    metric = "error" if any(value != str(value) and value < 1 for value in values.values()) else "loss"
+    runs = [dataclasses.replace(run, metric=metric) for run in runs]
+    if chosen:
+        runs += [
+            make_record(seed=s, learning_rate=chosen, pairs=[], metric=metric, score=0.5) for s in range(3)
+        ]
+    found = verdict(runs)
+    return found.tuning["4 x 128"], found.warnings
+
+
+def test_search_is_read_from_the_tuning_runs():
+    tuned, warnings = search({0.004: 3.6, 0.001: 3.7, 0.002: 3.5}, chosen=0.002)
+    assert tuned.curve == [(0.001, 3.7), (0.002, 3.5), (0.004, 3.6)]
+    assert (tuned.chosen, tuned.best, tuned.at_edge) == (0.002, 0.002, False)
+    assert tuned.sensitivity == pytest.approx(0.15)
+    assert warnings == []
+    before, _ = search({0.004: 3.6, 0.001: 3.7, 0.002: 3.5})
+    assert before.chosen == 0.002
+    assert verdict([make_record()]).tuning == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "at_edge", "sensitivity"),
+    [
+        ({1e-3: 3.5, 2e-3: 3.6}, True, 0.1),
+        ({1e-3: 3.6, 2e-3: 3.5}, True, 0.1),
+        ({1e-3: 3.5}, True, None),
+        ({1e-3: 3.6, 2e-3: 3.5, 4e-3: "diverged"}, False, math.inf),
+        ({1e-3: 3.6, 2e-3: 3.5, 4e-3: "failed"}, True, 0.1),
+        ({1e-3: 3.6, 2e-3: 3.5, 4e-3: "failed", 8e-3: 3.7}, False, 0.15),
+        ({1e-3: 3.6, 2e-3: 3.5, 4e-3: 3.5}, True, 0.05),
+        ({1e-3: 0.6, 2e-3: 0.0, 4e-3: 0.0}, False, 0.3),  # nothing beyond the edge is better than no error
+    ],
+    ids=["low", "high", "single", "diverged", "failed", "failed inside", "plateau", "solved"],
+)
+def test_optimum_at_the_edge_is_flagged(values, at_edge, sensitivity):
+    tuned, warnings = search(values)
+    assert tuned.at_edge == at_edge
+    assert any("'4 x 128' lies at the edge of those tried" in warning for warning in warnings) == at_edge
+    assert tuned.sensitivity == (sensitivity if sensitivity is None else pytest.approx(sensitivity))
+
+
+def test_search_in_which_everything_diverged():
+    tuned, warnings = search({1e-3: "diverged", 2e-3: "diverged"})
+    assert tuned.curve == [(1e-3, None), (2e-3, None)]
+    assert math.isnan(tuned.chosen)
+    assert (tuned.best, tuned.at_edge, tuned.sensitivity) == (None, True, None)
+    assert len(warnings) == 1
+
+
+def test_rate_that_is_not_the_best_tried_is_flagged():
+    tuned, warnings = search({1e-3: 3.6, 2e-3: 3.5, 4e-3: 3.6}, chosen=4e-3)
+    assert (tuned.chosen, tuned.best) == (4e-3, 2e-3)
+    assert warnings == ["'4 x 128' was compared at learning rate 0.004, but 0.002 was better in tuning."]
+
+
+def test_rates_that_were_not_tuned_are_flagged():
+    records = only(study(tuning="none"), "comparison")
+    assert verdict(records).warnings == [
+        "The learning rate was not tuned: a point that looks better may only suit the given rate better."
+    ]
+    partly = [r for r in study() if r.phase == "comparison" or r.point == "2 x 128"]
+    assert verdict(partly).warnings == [
+        "No tuning run was made for '4 x 128' and '8 x 128': the learning rate may not suit it."
+    ]
+    assert verdict(only(study(tuning="transferred"), "comparison")).warnings == []
+
+
+# --- budgets --------------------------------------------------------------------------------------------
+
+
+def test_mismatch_of_every_budget_is_told_and_of_the_matched_one_warned_of():
+    found = verdict(study())
+    assert found.mismatch["kv_cache_bytes_per_token"] == 3.0
+    assert found.mismatch["embedding_parameters"] == 0.0
+    assert found.mismatch["non_embedding_parameters"] == pytest.approx(6 / 750_002)
+    assert list(found.mismatch) == list(make_record().budgets)
+    records = study()
+    records = [
+        dataclasses.replace(
+            r, budgets={**r.budgets, "non_embedding_parameters": 780_000, "activation_bytes": 0}
+        )
+        if r.point == "4 x 128"
+        else r
+        for r in records
+    ]
+    found = verdict(records)
+    assert found.mismatch["activation_bytes"] == math.inf
+    assert found.warnings == [
+        "The points were to have equal non-embedding parameters, but differ by up to 4.0%: that may decide "
+        "instead of what is compared."
+    ]
+
+
+# --- what may be compared -------------------------------------------------------------------------------
+
+
+def with_setting(name: str, value: object, **changes):
+    group, field = name.split(".")
+    record = make_record(**changes)
+    config = {**record.config, group: {**record.config[group], field: value}}
+    return dataclasses.replace(record, config=config)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            make_record(seed=1, data={"source_sha256": "other", "tokenizer_sha256": "cd" * 32}),
+            "source_sha256 of the data is abab.* in '4 x 128' seed 0, but other in '4 x 128' seed 1",
+        ),
+        (
+            make_record(seed=1, data={"source_sha256": "ab" * 32, "tokenizer_sha256": None}),
+            "tokenizer_sha256",
+        ),
+        (
+            make_record(phase="tuning", data={"source_sha256": "ab" * 32, "tokenizer_sha256": None}),
+            "tokenizer_sha256",
+        ),
+        (make_record(seed=1, steps=499), "steps is 500 in .* but 499 in"),
+        (make_record(seed=1, tokens_seen=7), "tokens seen is 2048000 in .* but 7 in"),
+        (make_record(seed=1, metric="error", score=0.1), "metric is loss in .* but error in"),
+        (with_setting("data.sequence_length", 512, seed=1), "data.sequence_length is 256 in .* but 512 in"),
+        (with_setting("train.batch_size", 8, seed=1), "train.batch_size is 16 in .* but 8 in"),
+        (with_setting("train.steps", 9, seed=1), "train.steps is 500 in .* but 9 in"),
+        (with_setting("train.eval_rows", 64, seed=1), "train.eval_rows is 0 in .* but 64 in"),
+        (make_record(), "2 records of '4 x 128' seed 0; keep one of them"),
+        (make_record(seed=1, overrides={"model.depth": 5}), "the design of '4 x 128' is"),
+        (
+            make_record(seed=1, learning_rate=4e-3),
+            "optimizer.learning_rate of the comparison runs of '4 x 128' is 0.002 in .* but 0.004 in",
+        ),
+    ],
+    ids=[
+        "source",
+        "tokenizer",
+        "tokenizer of tuning",
+        "steps",
+        "tokens",
+        "metric",
+        "length",
+        "batch",
+        "config steps",
+        "rows",
+        "twice",
+        "design",
+        "rate",
+    ],
+)
+def test_runs_under_unequal_conditions_are_refused(other, message):
+    with pytest.raises(UserError, match=f"shape:tiny: {message}"):
+        verdict([make_record(), other])
+
+
+def test_tuning_run_made_twice_is_refused():
+    runs = make_tuning()
+    with pytest.raises(
+        UserError,
+        match=r"2 records of '4 x 128' seed 0 in tuning at optimizer\.learning_rate 0\.001; keep one",
+    ):
+        check_comparable([*runs, runs[1]])
+
+
+@pytest.mark.parametrize(
+    ("other", "warning"),
+    [
+        (make_record(seed=1, git_commit=None), "git commit: 0123abc (1 runs), None (1 runs)"),
+        (
+            make_record(seed=1, device={"platform": "gpu", "kind": "H100", "count": 2}),
+            "device: 1 x cpu (cpu) (1 runs), 2 x H100 (gpu) (1 runs)",
+        ),
+        (
+            make_record(seed=1, versions={"python": "3.11.7", "jax": "0.11.0"}),
+            "jax version: 0.10.2 (1 runs), 0.11.0",
+        ),
+        (make_record(seed=1, question="Why?"), "question: Does"),
+        (make_record(seed=1, margin=0.5), "margin: 0.02 (1 runs), 0.5"),
+        (make_record(seed=1, pairs=[]), "pairs: "),
+        (make_record(seed=1, tuning="none"), "tuning: grid (1 runs), none"),
+        (
+            with_setting("optimizer.warmup_steps", 7, seed=1),
+            "optimizer.warmup_steps: 50 (1 runs), 7",
+        ),
+    ],
+    ids=["commit", "device", "jax", "question", "margin", "pairs", "tuning", "setting"],
+)
+def test_other_differences_are_warned_of(other, warning):
+    (found,) = check_comparable([make_record(), other])
+    assert found.startswith(f"The runs differ in {warning}")
+    assert found in verdict([make_record(), other]).warnings
+
+
+def test_rates_that_differ_though_not_tuned_are_warned_of():
+    records = [make_record(tuning="none"), make_record(depth=2, learning_rate=1e-3, tuning="none")]
+    (found,) = check_comparable(records)
+    assert found == "The runs differ in optimizer.learning_rate: 0.002 (1 runs), 0.001 (1 runs)."
+    assert check_comparable([dataclasses.replace(record, tuning="grid") for record in records]) == []
+
+
+def test_rates_tuned_over_another_horizon_are_warned_of():
+    short = [
+        with_setting("train.steps", 100, steps=100, tokens_seen=9, learning_rate=rate, phase="tuning")
+        for rate in (1e-3, 2e-3)
+    ]
+    assert check_comparable([make_record(), *short]) == [
+        "train.steps was 100 in tuning, but 500 in the comparison.",
+    ]
+
+
+def test_what_a_study_varies_is_neither_refused_nor_warned_of():
+    depth_2 = make_record(depth=2)
+    tuned = {"overrides": {**depth_2.overrides, "optimizer.learning_rate": 1e-3, "train.init_seed": 1}}
+    records = [
+        make_record(depth=2, learning_rate=1e-3),
+        make_record(depth=2, seed=1, learning_rate=1e-3, **tuned),
+        make_record(),
+        *make_tuning(depth=2),
+        make_record(depth=8, study="other", data={"source_sha256": "x", "tokenizer_sha256": "y"}),
+    ]
+    assert check_comparable(records) == []
+    horizon = {"scientific": ["train.steps"], "overrides": {"train.steps": 9}, "point": "short"}
+    short = with_setting("train.steps", 9, steps=9, tokens_seen=9 * 16 * 256, created="2027", **horizon)
+    assert check_comparable([make_record(scientific=["train.steps"]), short]) == []
+
+
+def test_settings_of_the_fixture_are_compared():
+    assert set(make_record().config) == {"model", *SETTINGS}
