@@ -99,6 +99,8 @@ def test_error_is_shown_as_exact_match():
     dots = [line.get_ydata().tolist() for line in lines_with(values, ".")]
     assert dots[1] == pytest.approx([100 * (1 - 0.15 * (1 - jitter)) for jitter in JITTER[:3]])
     assert dots[2] == [100, 100, 100]
+    low, high = values.containers[1][2][0].get_segments()[0][:, 1]
+    assert high - low == pytest.approx(2 * stats.t.ppf(0.975, 2) * stats.sem(dots[1]))
     assert effects.get_xlabel().split("  ")[0].endswith("first is better")
     assert "difference in error (percentage points)" in effects.get_xlabel()
     means = [line.get_xdata()[0] for line in lines_with(effects, "o")]
