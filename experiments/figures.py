@@ -189,7 +189,8 @@ def _draw_values(axes: Axes, records: Sequence[Record], found: Verdict) -> None:
     points, metric = comparison_runs(records), newest(records).metric
     places = [runs[0].x for runs in by_point(records).values()]
     numeric = [place for place in places if place is not None]
-    is_numeric = len(numeric) == len(places)
+    # Points at the same place would hide each other, and only their names would tell them apart.
+    is_numeric = len({place["value"] for place in numeric}) == len(places)
     values = [place["value"] for place in numeric] if is_numeric else list(range(len(points)))
     # Seeds stand beside their mean, so that they don't hide under the error bar.
     beside = axes.transData + ScaledTranslation(7 / 72, 0, axes.figure.dpi_scale_trans)

@@ -218,6 +218,14 @@ def test_categories_stand_in_study_order_and_long_ones_are_slanted():
     assert panels(long)[0].get_xticklabels()[0].get_rotation() == 30
 
 
+def test_points_at_the_same_place_are_drawn_as_categories():
+    places = [{"label": "depth (layers)", "value": value, "log": True} for value in (2, 4, 4)]
+    records = [make_record(depth=d, x=x, pairs=[]) for d, x in zip((2, 4, 8), places, strict=True)]
+    values = panels(records)[0]
+    assert [tick.get_text() for tick in values.get_xticklabels()] == ["2 x 128", "4 x 128", "8 x 128"]
+    assert values.get_xlabel() == ""
+
+
 def test_labels_of_many_close_values_do_not_collide():
     records = [make_record(depth=d, pairs=[]) for d in range(1, 21)]
     ticks = panels(records)[0].get_xticks()
@@ -261,6 +269,12 @@ def test_learning_rates_show_what_was_tried_chosen_and_lost():
         "0.004",
         "0.008",
     ]
+
+
+def test_rate_that_was_not_tried_has_no_ring():
+    records = [*make_tuning(pairs=[]), make_record(learning_rate=3e-3, pairs=[])]
+    axes = figures.learning_rates(records, verdict(records)).axes[0]
+    assert not [line for line in axes.lines if line.get_markersize() == 14]
 
 
 def test_rate_that_learned_nothing_does_not_squeeze_the_others():
