@@ -163,7 +163,7 @@ def use_small_recipe(config: ConfigDict, preset: str) -> None:
     config.data.tokenizer = f"bpe:{config.model.vocab_size}"
     config.data.sequence_length = 64 if tiny else 512
     config.optimizer.learning_rate = 5e-3 if tiny else 3e-3
-    config.optimizer.warmup_steps = 50 if tiny else 200
+    config.optimizer.warmup_steps = 120 if tiny else 200
     config.train.steps = 350 if tiny else 4000
     config.train.batch_size = 8 if tiny else 32
     config.train.eval_every = 50 if tiny else 500

@@ -51,11 +51,6 @@ styled = matplotlib.style.context(["default", STYLE])
 VALUES = {"loss": "held-out loss (nats per token)", "error": "exact match, held out (%)"}
 DIFFERENCES = {"loss": "loss (nats per token)", "error": "error (percentage points)"}
 SCALE = {"loss": 1, "error": 100}
-TUNED = {
-    "grid": "tuned for each point",
-    "transferred": "transferred from another shape",
-    "none": "not tuned, one for all points",
-}
 
 
 @styled
@@ -73,7 +68,7 @@ def outcome(records: Sequence[Record], found: Verdict) -> Figure:
     heights = {  # inches
         "title": 0.12 + 0.25 * (title.count("\n") + 1),
         "values": 3.5 + (0.035 * max(map(len, labels)) if is_slanted else 0),
-        "effects": 1.15 + sum(0.2 + 0.19 * (label.count("\n") + 1) for label in rows) if rows else 0.0,
+        "effects": 1.15 + sum(0.14 + 0.17 * (label.count("\n") + 1) for label in rows) if rows else 0.0,
         "caption": 0.15 + 0.175 * (caption.count("\n") + 1),
     }
     total = sum(heights.values())
@@ -194,7 +189,8 @@ def _draw_values(axes: Axes, records: Sequence[Record], found: Verdict) -> None:
     points, metric = comparison_runs(records), newest(records).metric
     places = [runs[0].x for runs in by_point(records).values()]
     numeric = [place for place in places if place is not None]
-    is_numeric = len(numeric) == len(places)
+    # Points at the same place would hide each other, and only their names would tell them apart.
+    is_numeric = len({place["value"] for place in numeric}) == len(places)
     values = [place["value"] for place in numeric] if is_numeric else list(range(len(points)))
     # Seeds stand beside their mean, so that they don't hide under the error bar.
     beside = axes.transData + ScaledTranslation(7 / 72, 0, axes.figure.dpi_scale_trans)
@@ -371,11 +367,6 @@ def _caption(records: Sequence[Record], found: Verdict) -> str:
         f"{span(tokens)} training tokens",
         f"data: {facts.setting('data.source')} (sha256 {', '.join(hashes) or 'unknown'})",
         f"{seeds} seed{'s' if seeds > 1 else ''}",
-        f"held equal: {facts.matched.replace('_', ' ').replace('non ', 'non-')}"
-        + (
-            f", within {100 * found.mismatch[facts.matched]:.2g} %" if facts.matched in found.mismatch else ""
-        ),
-        f"learning rate: {TUNED[facts.tuning]}",
         f"device: {', '.join(devices)}",
     ]
-    return "; ".join(parts) + "."
+    return f"{'; '.join(parts)}. {tables.head(records, found)[1]}"

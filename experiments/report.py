@@ -6,8 +6,8 @@ reads <workdir>/results/**.json and writes, for each study and preset,
 
     reports/<study>-<preset>.html   everything in one file, figures included
     reports/<study>-<preset>.md     the same; its figures are those in figures/
-    figures/<study>-<preset>.png    the outcome, also as .svg, and one row for each point as .csv
-    figures/<study>-<preset>-curves.png and, where they were tuned, -learning_rates.png
+    figures/<study>-<preset>.png    the outcome, also as .svg, and one row for each point as .csv;
+                                    besides -curves.png, -learning_rates.png and -comparisons.csv
 
 The same records give the same bytes.
 """
@@ -16,6 +16,7 @@ import base64
 import dataclasses
 import datetime
 import html
+import math
 import re
 import textwrap
 from collections import Counter
@@ -27,7 +28,7 @@ from absl import flags
 from experiments import cli, figures, tables
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.results import Record, by_point, by_study, newest, read_all, write_atomically
-from mobilellm_jax.statistics import format_estimate, format_score
+from mobilellm_jax.statistics import format_score
 from mobilellm_jax.verdicts import Verdict, verdict
 
 
@@ -61,7 +62,8 @@ _HTML = """<!DOCTYPE html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark }}
-body {{ max-width: 60rem; margin: auto; padding: 1rem; font: 16px/1.5 system-ui, sans-serif }}
+body {{ max-width: 60rem; margin: auto; padding: 1rem; font: 16px/1.5 system-ui, sans-serif;
+       overflow-wrap: break-word }}
 .wide, pre {{ overflow-x: auto }}
 img {{ width: 100%; min-width: 40rem; background: white }}
 table {{ border-collapse: collapse; font-size: 0.9rem }}
@@ -76,6 +78,11 @@ th:first-child, td:first-child {{ text-align: left }}
 </html>
 """
 WARNINGS = "Read this first"
+BUDGETS = "A star marks the budget held equal. FLOP, KV (key/value cache) and decode bytes are per token."
+UNITS = {
+    "loss": "Held-out loss after the last step, ± a 95 % t interval.",
+    "error": "Held-out answers that are exactly right after the last step, in percent, ± a 95 % t interval.",
+}
 
 
 def report(records: Sequence[Record], workdir: str | Path) -> str:
@@ -87,25 +94,27 @@ def report(records: Sequence[Record], workdir: str | Path) -> str:
     Raises:
       UserError: the runs cannot be compared, or a file cannot be written.
     """
-    found = verdict(records)
-    facts = newest(records)
+    # Files are read in the order of their names, which is not for a report to depend on.
+    records = sorted(records, key=lambda r: (r.point_index, r.point, r.phase, r.learning_rate, r.seed))
+    found, facts = verdict(records), newest(records)
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(filter(None, [facts.study, facts.preset])))
     drawn = {
-        "": figures.outcome(records, found),
-        "-curves": figures.curves(records),
-        "-learning_rates": figures.learning_rates(records, found),
+        "": ("Final values and differences", figures.outcome(records, found)),
+        "-curves": ("Held-out values during training", figures.curves(records)),
+        "-learning_rates": ("Final value against learning rate", figures.learning_rates(records, found)),
     }
     images = {
-        suffix: Image(f"{stem}{suffix}.png", facts.question, figures.render(figure, "png"))
-        for suffix, figure in drawn.items()
+        suffix: Image(f"{stem}{suffix}.png", alt, figures.render(figure, "png"))
+        for suffix, (alt, figure) in drawn.items()
         if figure is not None
     }
     sections = contents(records, found, images)
     folder = Path(workdir)
     for image in images.values():
         write_atomically(folder / "figures" / image.name, image.png)
-    write_atomically(folder / "figures" / f"{stem}.svg", figures.render(drawn[""], "svg"))
-    write_atomically(folder / "figures" / f"{stem}.csv", tables.csv_text(records, found).encode())
+    write_atomically(folder / "figures" / f"{stem}.svg", figures.render(drawn[""][1], "svg"))
+    for name, rows in (("", tables.csv_text), ("-comparisons", tables.comparisons_csv)):
+        write_atomically(folder / "figures" / f"{stem}{name}.csv", rows(records, found).encode())
     write_atomically(folder / "reports" / f"{stem}.html", to_html(facts.question, sections).encode())
     write_atomically(folder / "reports" / f"{stem}.md", to_markdown(facts.question, sections).encode())
     said = textwrap.fill(found.sentence, 110, break_long_words=False, break_on_hyphens=False)
@@ -117,13 +126,14 @@ def report(records: Sequence[Record], workdir: str | Path) -> str:
 def contents(records: Sequence[Record], found: Verdict, images: dict[str, Image]) -> list[Section]:
     """Returns the report: what a sceptic must know first, then the finding, then what it rests on."""
     facts = newest(records)
+    pairs = [tables.comparisons(records, found)] if found.comparisons else []
     rates = [images["-learning_rates"]] if "-learning_rates" in images else []
     return [
         (WARNINGS, [found.warnings] if found.warnings else []),
-        ("Verdict", [found.sentence, images[""], tables.comparisons(records, found)]),
-        ("Designs", _designs(records, found)),
+        ("Verdict", [found.sentence, images[""], *pairs]),
+        ("Designs", [*tables.head(records, found)[1:], *tables.designs(records, found), BUDGETS]),
         ("Learning rates", [*rates, *_learning_rates(facts, found)]),
-        ("Outcome of every seed", [_seeds(records, found)]),
+        ("Outcomes", [UNITS[facts.metric], tables.outcomes(records, found), _seeds(records)]),
         ("Training curves", [images["-curves"]]),
         ("Runs that did not finish", _unfinished(records, found)),
         ("Cost", [_cost(records)]),
@@ -133,48 +143,36 @@ def contents(records: Sequence[Record], found: Verdict, images: dict[str, Image]
     ]
 
 
-def _designs(records: Sequence[Record], found: Verdict) -> list[Block]:
-    raise NotImplementedError
-
-
 def _learning_rates(facts: Record, found: Verdict) -> list[Block]:
     if not found.tuning:
-        missing = ", but no such run has a record" if facts.tuning == "grid" else ""
-        return [f"The learning rate is {figures.TUNED[facts.tuning]}{missing}."]
-    rows = [
-        {
-            "point": point,
-            "chosen": f"{tuning.chosen:.4g}",
-            "best tried": "at the edge" if tuning.at_edge else "inside",
-            "worse one step away by": "unknown"
-            if tuning.sensitivity is None
-            else format_score(tuning.sensitivity, facts.metric),
-            "tried": str(len(tuning.curve)),
-            "diverged or failed": ", ".join(f"{rate:.4g}" for rate, value in tuning.curve if value is None)
-            or "none",
-        }
-        for point, tuning in found.tuning.items()
-    ]
-    return [{name: [row[name] for row in rows] for name in rows[0]}]
+        return ["No learning rates were tried."]
+    columns: tables.Columns = {"point": list(found.tuning), "chosen": [], "best lies": [], "final values": []}
+    for tuning in found.tuning.values():
+        columns["chosen"].append("none" if math.isnan(tuning.chosen) else f"{tuning.chosen:.4g}")
+        columns["best lies"].append("at the edge" if tuning.at_edge else "inside")
+        values = ((rate, _value(value, facts.metric)) for rate, value in tuning.curve)
+        columns["final values"].append("; ".join(f"{rate:.4g}: {value}" for rate, value in values))
+    return [columns]
 
 
-def _seeds(records: Sequence[Record], found: Verdict) -> tables.Columns:
-    """One row for each point, one column for each seed, then their mean and standard deviation."""
-    points, metric = figures.comparison_runs(records), newest(records).metric
+def _seeds(records: Sequence[Record]) -> tables.Columns:
+    """One row for each point, one column for each seed."""
+    points = figures.comparison_runs(records)
     columns: tables.Columns = {"point": list(points)}
     for seed in sorted({run.seed for runs in points.values() for run in runs}):
-        values = [[_value(run) for run in runs if run.seed == seed] for runs in points.values()]
-        columns[f"seed {seed}"] = [*(value[0] if value else "no record" for value in values)]
-    means, spreads = [found.estimates.get(point) for point in points], [found.noise.get(p) for p in points]
-    columns["mean"] = ["none" if mean is None else format_estimate(mean, metric) for mean in means]
-    columns["standard deviation"] = ["unknown" if sd is None else format_score(sd, metric) for sd in spreads]
+        found = [[run for run in runs if run.seed == seed] for runs in points.values()]
+        columns[f"seed {seed}"] = [_outcome(runs[0]) if runs else "no record" for runs in found]
     return columns
 
 
-def _value(run: Record) -> str:
-    if run.status != "finished":
-        return run.status
-    return format_score(1 - run.score if run.metric == "error" else run.score, run.metric)
+def _outcome(run: Record) -> str:
+    return _value(run.score, run.metric) if run.status == "finished" else run.status
+
+
+def _value(value: float | None, metric: str) -> str:
+    if value is None:
+        return "diverged or failed"
+    return format_score(1 - value if metric == "error" else value, metric)
 
 
 def _unfinished(records: Sequence[Record], found: Verdict) -> list[Block]:
@@ -224,15 +222,20 @@ def _data(records: Sequence[Record]) -> tables.Columns:
 
 def _origins(records: Sequence[Record]) -> tables.Columns:
     """What the runs were made with and when; where that differs, with the number of runs."""
-    facts = {"git commit": Counter(str(record.git_commit or "unknown") for record in records)}
-    facts["device"] = Counter(record.device_name for record in records)
+    dates, first = [record.created for record in records], newest(records)
+    facts = {
+        "study": Counter([f"{first.study}, preset {first.preset or 'none'}"]),
+        "runs ended": Counter([f"{min(dates)} to {max(dates)}"]),
+        "git commit": Counter(record.git_commit or "unknown" for record in records),
+        "device": Counter(record.device_name for record in records),
+    }
     for name in sorted({name for record in records for name in record.versions}):
         facts[name] = Counter(record.versions.get(name, "unknown") for record in records)
-    columns: tables.Columns = {"made with": [], "version": []}
+    columns: tables.Columns = {"what": [], "which": []}
     for name, counts in facts.items():
-        columns["made with"].append(name)
         several = [f"{value} ({count} runs)" for value, count in sorted(counts.items())]
-        columns["version"].append(", ".join(several if len(counts) > 1 else counts))
+        columns["what"].append(name)
+        columns["which"].append(", ".join(several if len(counts) > 1 else counts))
     return columns
 
 
@@ -264,7 +267,8 @@ def _html(block: Block) -> str:
             return f'<div class="wide"><img src="{source}" alt="{html.escape(alt)}"></div>'
         case _:
             cells = [
-                f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in tables.rows(block)
+                f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>"
+                for row in zip(*block.values(), strict=True)
             ]
             head = "".join(f"<th>{html.escape(name)}</th>" for name in block)
             return "\n".join(['<div class="wide"><table>', f"<tr>{head}</tr>", *cells, "</table></div>"])
@@ -295,8 +299,9 @@ def _markdown(block: Block) -> str:
 
 
 def _plain(text: str) -> str:
-    """Returns one line of Markdown that shows `text`, without markup, links or HTML."""
-    return re.sub(r"([\\`*<>\[\]|])", r"\\\1", " ".join(text.split())).replace("&", "&amp;")
+    """Returns one line of Markdown that shows `text`: no markup, links, entities or HTML."""
+    escaped = re.sub(r"([\\`*]|<(?=[A-Za-z/!?])|\](?=[(\[:]))", r"\\\1", " ".join(text.split()))
+    return re.sub(r"&(?=#?\w+;)", "&amp;", escaped)
 
 
 def redraw(workdir: str | Path) -> None:

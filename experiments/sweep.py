@@ -8,7 +8,7 @@
 Every point looks for its own learning rate first, with a seed of its own, and then trains with the same seeds
 as all others. Finished runs are skipped and a half-done one is resumed, so the same command again goes on
 after an interruption. A run that fails or diverges is recorded as such, and the others go on. In --workdir:
-results/ has one JSON record for each run, figures/ and reports/ what they show, runs/ checkpoints and logs.
+results/ has one JSON record for each run, reports/ and figures/ what they show, runs/ checkpoints and logs.
 """
 
 import contextlib
@@ -167,7 +167,7 @@ def _finish(points: Sequence[Point], workdir: Path) -> int:
     unfinished = []
     for study in dict.fromkeys(Path(point.name).parent for point in points):
         records = results.read_all(workdir / "results" / study)
-        print("\n" + report.write(records, workdir))
+        print("\n" + report.report(records, workdir))
         unfinished += [record for record in records if record.status != "finished"]
     for record in unfinished:
         print(f"{record.study}, {record.name}: {record.status}: {record.error}")

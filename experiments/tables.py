@@ -21,7 +21,7 @@ from mobilellm_jax.statistics import (
 from mobilellm_jax.verdicts import Verdict, budget_name
 
 Columns = dict[str, list[str]]  # header -> one cell for each row
-_BUDGETS = {  # headers short enough for a terminal
+_BUDGETS = {  # in the order shown, which a record does not keep; headers short enough for a terminal
     "total_parameters": "params",
     "embedding_parameters": "embed",
     "non_embedding_parameters": "non-embed",
@@ -79,7 +79,7 @@ def head(records: Sequence[Record], verdict: Verdict) -> list[str]:
         " nats per token" if facts.metric == "loss" else ""
     )
     constants = _split(_shapes(records))[1]
-    equal = [name for name, spread in verdict.mismatch.items() if not spread and len(by_point(records)) > 1]
+    equal = [name for name in _BUDGETS if not verdict.mismatch[name] and len(by_point(records)) > 1]
     constants |= {budget_name(name): quantity(facts.budgets[name]) for name in equal}
     lines = [
         facts.question,
@@ -100,9 +100,10 @@ def designs(records: Sequence[Record], verdict: Verdict) -> list[Columns]:
     shapes, _ = _split(_shapes(records))
     points, facts = by_point(records), newest(records)
     budgets = {"point": [*points]} if len(points) == 1 else {"point": [*points, "mismatch"]}
-    for name, spread in verdict.mismatch.items():
+    for name, label in _BUDGETS.items():
+        spread = verdict.mismatch[name]
         cells = [quantity(runs[0].budgets[name]) for runs in points.values()]
-        header = _BUDGETS[name] + (" *" if name == facts.matched else "")
+        header = label + (" *" if name == facts.matched else "")
         if len(points) == 1:
             budgets[header] = cells
         elif spread:
@@ -181,7 +182,7 @@ def csv_text(records: Sequence[Record], verdict: Verdict) -> str:
                 "layer_plan": " ".join(map(str, run.layer_plan)),
                 **{f"model.{name}": value for name, value in sorted(run.config["model"].items())},
                 **{f"parameters_{name}": value for name, value in sorted(run.parameters.items())},
-                **run.budgets,
+                **{name: run.budgets[name] for name in _BUDGETS},
                 "steps": max((r.steps for r in runs), default=None),
                 "tokens_seen": max((r.tokens_seen for r in runs), default=None),
                 "learning_rate": search.chosen if search else run.learning_rate,

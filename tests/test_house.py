@@ -64,13 +64,8 @@ def test_configs_import_configs_only(path):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "experiments/figures.py",
-        "experiments/tables.py",
-        "mobilellm_jax/results.py",
-        "mobilellm_jax/statistics.py",
-        "mobilellm_jax/verdicts.py",
-    ],
+    [f"experiments/{name}.py" for name in ("figures", "tables", "report")]
+    + [f"mobilellm_jax/{name}.py" for name in ("results", "statistics", "verdicts")],
 )
 def test_reading_results_imports_no_jax(name):
     """Nor does anything that these files import."""
