@@ -11,13 +11,15 @@ import pytest
 import scipy.stats
 from conftest import tiny_config
 
-from mobilellm_jax import data
+from configs import base, khop
+from mobilellm_jax import accounting, data
+from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
 
 KHOP = "khop:hops=3,min_hops=2,symbols=7,queries=2"
 ADDITION = "addition:operands=3,digits=2"
 RECALL = "recall:pairs=4,symbols=6,queries=3"
-LENGTHS = {KHOP: 19, ADDITION: 11, RECALL: 13}
+LENGTHS = {KHOP: 19, ADDITION: 11, RECALL: 9}
 SPECS = list(LENGTHS)
 
 
@@ -85,21 +87,25 @@ def test_addition_rows_add_up():
 
 
 def test_recall_rows_ask_for_pairs_that_they_hold():
-    places = collections.Counter()
+    places, values = collections.Counter(), collections.Counter()
     for tokens, is_answer in rows_of(RECALL):
-        pairs = dict(zip(tokens[:8:2], tokens[1:8:2], strict=True))
+        pairs = dict(divmod(token - 12, 6) for token in tokens[:4])
         assert len(pairs) == 4
-        assert all(key < 6 <= value < 12 for key, value in pairs.items())
-        asked = tokens[8::2]
+        assert pairs.keys() <= set(range(6))
+        asked = tokens[4::2]
         assert len(set(asked)) == 3
-        assert [pairs[key] for key in asked] == tokens[9::2]
-        assert is_answer == [False] * 8 + [False, True] * 3
+        assert [6 + pairs[key] for key in asked] == tokens[5::2]
+        assert is_answer == [False] * 4 + [False, True] * 3
         places.update(list(pairs).index(key) for key in asked)
+        values.update(pairs.values())
+    assert sorted(places) == list(range(4))
+    assert sorted(values) == list(range(6))
     assert scipy.stats.chisquare(list(places.values())).pvalue > 1e-3
+    assert scipy.stats.chisquare(list(values.values())).pvalue > 1e-3
 
 
 # Rows of batch 5 of seed 3. If this fails, raise FORMAT_VERSION: old records are of other data.
-HASHES = {KHOP: "65bf", ADDITION: "02db", RECALL: "5f62"}
+HASHES = {KHOP: "65bf", ADDITION: "02db", RECALL: "ccd8"}
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -126,9 +132,9 @@ def test_processes_share_the_rows_of_one(processes):
 
 
 def test_nothing_repeats_and_held_out_rows_are_no_training_rows():
-    prepared = make("recall:pairs=8,symbols=40,queries=4", **{"data.sequence_length": 23})
+    prepared = make("recall:pairs=8,symbols=12,queries=4", **{"data.sequence_length": 15})
     (held_out,) = data.eval_batches(prepared, batch_size=600, rows=600)
-    rows = [held_out, *(take(prepared, 100, seed=seed).reshape(-1, 24) for seed in (0, 1, 2))]
+    rows = [held_out, *(take(prepared, 100, seed=seed).reshape(-1, 16) for seed in (0, 1, 2))]
     assert len(np.unique(np.concatenate(rows), axis=0)) == 600 + 3 * 600
 
 
@@ -223,3 +229,20 @@ def test_the_largest_sums_do_not_overflow():
     answer = task.rows(nines)[0, -17:]
     assert int("".join(map(str, answer[::-1]))) == 12 * (10**15 - 1)
     assert dataclasses.astuple(task) == (12, 15)
+
+
+@pytest.mark.parametrize("preset", khop.PRESETS)
+def test_the_study_fits_its_task(preset):
+    """Rows without padding, no unused token id, equal parameters, and pairs of points that are there."""
+    study, labels, sizes = khop.study(preset), [], []
+    for overrides in khop.sweep(preset):
+        labels.append(" x ".join(str(overrides[name]) for name in study["scientific"]))
+        config = from_config_dict(base.update(khop.get_config(preset), overrides))
+        prepared = data.prepare(config.data, config.model.vocab_size)
+        assert prepared.train.length == config.data.sequence_length
+        assert prepared.train.vocab_size == config.model.vocab_size
+        assert config.train.eval_every * 5 == config.train.steps
+        sizes.append(accounting.parameters(config.model).non_embedding)
+    assert len(set(labels)) == len(labels) == (3 if preset == "orders" else 7)
+    assert {label for pair in study["pairs"] for label in pair} == set(labels)
+    assert max(sizes) / min(sizes) - 1 <= study["tolerance"]

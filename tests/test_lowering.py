@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from configs import base, depth_vs_width, layer_sharing, mobilellm
+from configs import base, depth_vs_width, khop, layer_sharing, mobilellm
 from mobilellm_jax import partition
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.train import make_programs
@@ -18,7 +18,7 @@ MESH = AbstractMesh((8, 1, 1), partition.AXES, axis_types=(AxisType.Auto,) * 3)
 def programs() -> Iterator[tuple[str, Config]]:
     """Yields every config once; points that two studies share make one program."""
     seen = set()
-    for study in (depth_vs_width, layer_sharing):
+    for study in (depth_vs_width, layer_sharing, khop):
         for preset in study.PRESETS:
             for overrides in study.sweep(preset):
                 config = from_config_dict(base.update(study.get_config(preset), overrides))

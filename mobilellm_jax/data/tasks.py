@@ -165,18 +165,20 @@ class Addition(Task):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recall(Task):
-    """Associative recall with several queries (Arora et al. 2023, arXiv 2312.04927): needs no depth.
+    """Associative recall with several queries (Arora et al. 2023, arXiv 2312.04927): any depth will do.
 
-    Pairs of a key and its value, then every key of `queries` of them with its value. Keys are all different,
-    values need not be. With pairs=3, symbols=4 (keys A to D, values a to d), queries=2:
+    Pairs of a key and its value, one token each, then `queries` of the keys with their values. Keys are all
+    different, values need not be. With pairs=3, symbols=4 (keys A to D, values a to d), queries=2:
 
-      .C .a .A .d .D .a  .A =d .C =a
+      .(C>a) .(A>d) .(D>a)  .A =d .C =a
 
-    Two attention layers do it for any number of pairs: one tells a value its key, one looks it up.
+    One attention layer does it. (Key and value as two tokens, as in the reference, take a layer more, which
+    tells the value its key.)
 
     Attributes:
       pairs: pairs in a row.
-      symbols: keys, and values, that there are: token ids 0 to symbols - 1, and the next `symbols`.
+      symbols: keys, and values, that there are: token ids 0 to symbols - 1, and the next `symbols`; the pair
+        key>value is 2 symbols + symbols key + value, counting values from 0.
       queries: pairs asked for, each at most once.
     """
 
@@ -191,11 +193,11 @@ class Recall(Task):
 
     @property
     def vocab_size(self) -> int:
-        return 2 * self.symbols
+        return 2 * self.symbols + self.symbols**2
 
     @property
     def length(self) -> int:
-        return 2 * self.pairs + 2 * self.queries - 1
+        return self.pairs + 2 * self.queries - 1
 
     @property
     def draws(self) -> int:
@@ -204,12 +206,12 @@ class Recall(Task):
     def rows(self, random_BR: np.ndarray) -> np.ndarray:
         n, pairs = self.symbols, self.pairs
         key_BP = _permutations(random_BR[:, :n])[:, :pairs]
-        value_BP = n + _integers(random_BR[:, n : n + pairs], n)
+        value_BP = _integers(random_BR[:, n : n + pairs], n)
         asked_BQ = _permutations(random_BR[:, n + pairs :])[:, : self.queries]
-        told_BP2 = ~np.stack([key_BP, value_BP], axis=2)
         key_BQ, value_BQ = (np.take_along_axis(x_BP, asked_BQ, axis=1) for x_BP in (key_BP, value_BP))
-        asked_BQ2 = np.stack([~key_BQ, value_BQ], axis=2)
-        return np.concatenate([x.reshape(len(x), -1) for x in (told_BP2, asked_BQ2)], axis=1)
+        pairs_BQ2 = np.stack([~key_BQ, n + value_BQ], axis=2)
+        told_BP = ~(2 * n + n * key_BP + value_BP)
+        return np.concatenate([told_BP, pairs_BQ2.reshape(len(told_BP), -1)], axis=1)
 
 
 _CLASSES: dict[str, Any] = dict(zip(TASKS, (KHop, Addition, Recall), strict=True))
