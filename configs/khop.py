@@ -53,28 +53,25 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     return config
 
 
-def study(preset: str) -> dict[str, object]:
-    """Returns what is asked, and how the answer is read."""
+def study(preset: str) -> base.Study:
+    """Returns what is asked, and how it is answered."""
     (_, _, wide, _), (_, _, middle, _), (_, _, thin, _) = _shapes(preset)
     one, two, four = (f"{u} x {width} x none" for u, width in ((1, wide), (2, middle), (4, thin)))
     loop = f"1 x {wide} x immediate"
     immediate, repeat_all, reverse = (f"2 x {middle} x {s}" for s in ("immediate", "repeat_all", "reverse"))
-    orders = [[repeat_all, immediate], [immediate, reverse], [repeat_all, reverse]]
-    depths = [[two, one], [four, one], [loop, one], [four, two], [repeat_all, two], [loop, four]]
-    return {
-        "question": "Which shapes of equal size learn to look up as often as the question asks?",
-        "scientific": ["model.depth", "model.width", "model.sharing"],
-        "x": None,
-        "x_label": "blocks x width x sharing",
-        "nuisance": ["optimizer.learning_rate"],
-        "learning_rates": (2**-7, 2**-5),
-        "pairs": orders if preset == "orders" else depths + orders,
-        "metric": "error",
-        "margin": 0.02,
-        "seeds": 5,
-        "matched": "non_embedding_parameters",
-        "tolerance": 0.01,
-    }
+    orders = ((repeat_all, immediate), (immediate, reverse), (repeat_all, reverse))
+    depths = ((two, one), (four, one), (loop, one), (four, two), (repeat_all, two), (loop, four))
+    return base.Study(
+        question="Which shapes of equal size learn to look up as often as the question asks?",
+        scientific=("model.depth", "model.width", "model.sharing"),
+        learning_rates=(2**-7, 2**-5),
+        pairs=orders if preset == "orders" else depths + orders,
+        metric="error",
+        margin=0.02,
+        seeds=5,
+        matched="non_embedding_parameters",
+        tolerance=0.01,
+    )
 
 
 def sweep(preset: str) -> Iterator[base.Overrides]:
