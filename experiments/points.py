@@ -76,8 +76,8 @@ class Point:
 
     @property
     def runs(self) -> int:
-        """Runs that it takes at least: tuning ends no earlier than with the grid and two refinements."""
-        return self.seeds + (len(self.learning_rates) + 2 if self.learning_rates else 0)
+        """Runs that it takes at least: tuning ends no earlier than with the grid and one refinement."""
+        return self.seeds + (len(self.learning_rates) + 1 if self.learning_rates else 0)
 
     @property
     def flops(self) -> float:

@@ -206,7 +206,7 @@ def _in_processes(points: Sequence[Point], workdir: Path, jobs: int) -> None:
     """
     context = multiprocessing.get_context("spawn")
     cores = sorted(os.sched_getaffinity(0))
-    free = [cores[i::jobs] for i in range(jobs)]
+    free = [cores[i::jobs] or cores for i in range(jobs)]
     waiting, running, broken = list(points), {}, []
     with _interrupted_by_sigterm():
         try:

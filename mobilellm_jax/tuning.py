@@ -31,7 +31,8 @@ def next_learning_rate(tried: Mapping[float, float], grid: Sequence[float]) -> f
     if best == octaves[-1]:
         return 2 ** (best + step) if best < high + FURTHEST * step else None
     place = octaves.index(best)
-    for neighbour in (octaves[place - 1], octaves[place + 1]):
+    # The better neighbour's side first: where that finds a new best, the search is over.
+    for neighbour in sorted((octaves[place - 1], octaves[place + 1]), key=lambda octave: tried[2**octave]):
         if abs(best - neighbour) > FINEST:
             return 2 ** ((best + neighbour) / 2)
     return None

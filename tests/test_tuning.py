@@ -34,8 +34,9 @@ def test_finds_the_best_power_of_two(best, grid):
 
 
 def test_number_of_runs():
-    """Three of the grid and two that refine; every extension costs one more."""
+    """Three of the grid and one or two that refine; every extension costs one more."""
     assert len(search(lambda octave: (octave + 7) ** 2)) == 5
+    assert len(search(lambda octave: (octave + 6.1) ** 2)) == 4
     assert len(search(lambda octave: (octave + 5) ** 2)) == 6
     assert len(search(lambda octave: (octave + 3) ** 2)) == 7
 
