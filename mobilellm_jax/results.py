@@ -216,7 +216,7 @@ def by_point(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def newest(records: Iterable[Record]) -> Record:
-    """Returns the record whose question, matched budget and baseline speak for the study."""
+    """Returns the record whose question, pairs, margin and other facts of the study speak for it."""
     return max(records, key=lambda r: (r.created, r.point_index, r.seed))
 
 

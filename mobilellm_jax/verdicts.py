@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from mobilellm_jax import statistics
+from mobilellm_jax import rates, statistics
 from mobilellm_jax.comparable import check_comparable
+from mobilellm_jax.rates import Tuning
 from mobilellm_jax.results import Record, by_point, by_study, newest
 from mobilellm_jax.statistics import (
     Decision,
@@ -44,26 +45,6 @@ class Comparison:
     difference: PairedDifference | None
     holm_p: float | None
     seeds_needed: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """The learning-rate search of one point.
-
-    Attributes:
-      curve: (learning rate, final metric) in ascending order; None: the run diverged or failed.
-      chosen: the rate of the point's comparison runs; before there are any, `best`; NaN where none finished.
-      at_edge: on one side of `best`, no rate was worse (one that diverged is), and the metric is not 0.
-      sensitivity: mean increase of the metric from `best` to its neighbours in the grid; infinite where one
-        diverged, None without neighbours.
-      best: the rate tried with the lowest metric, among equals the chosen one; None where none finished.
-    """
-
-    curve: list[tuple[float, float | None]]
-    chosen: float
-    at_edge: bool
-    sensitivity: float | None
-    best: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +101,7 @@ def verdict(records: Sequence[Record]) -> Verdict:
     comparisons = [
         _compare(pair, decision, diverged, facts) for pair, decision in zip(pairs, decisions, strict=True)
     ]
-    tuning = _tuning(records)
+    tuning = rates.searches(records)
     mismatch = {name: _mismatch([run.budgets[name] for run in records]) for name in facts.budgets}
     failures = {phase: _failures(records, phase) for phase in ("comparison", "tuning")}
     seeds_vary = _seeds_vary(runs)
@@ -135,7 +116,7 @@ def verdict(records: Sequence[Record]) -> Verdict:
         warnings=[
             *_seed_warnings(facts, runs, scores, comparisons),
             *(_survivors(point, count, len(runs[point])) for point, count in diverged.items()),
-            *_tuning_warnings(facts, runs, tuning),
+            *rates.warnings(facts, list(runs), tuning),
             *_mismatch_warnings(facts, mismatch),
             *incomparable,
         ],
@@ -259,68 +240,7 @@ def _failures(records: Sequence[Record], phase: str) -> str:
     )
 
 
-# --- learning rates and warnings ------------------------------------------------------------------------
-
-
-def _tuning(records: Sequence[Record]) -> dict[str, Tuning]:
-    """Returns the learning-rate search of every point that has tuning runs."""
-    found = {}
-    for point, runs in by_point(records).items():
-        trials: dict[float, list[Record]] = {}
-        for run in runs:
-            if run.phase == "tuning":
-                trials.setdefault(run.learning_rate, []).append(run)
-        chosen = next((run.learning_rate for run in runs if run.phase == "comparison"), None)
-        if trials:
-            found[point] = _search(dict(sorted(trials.items())), chosen)
-    return found
-
-
-def _search(trials: Mapping[float, Sequence[Record]], chosen: float | None) -> Tuning:
-    curve: list[tuple[float, float | None]] = []
-    seen: list[tuple[float, float]] = []  # infinite: diverged; a failed run says nothing about its rate
-    for rate, runs in trials.items():
-        finished = all(run.status == "finished" for run in runs)
-        value = float(np.mean([run.score for run in runs])) if finished else None
-        curve.append((rate, value))
-        if value is not None or any(run.status == "diverged" for run in runs):
-            seen.append((rate, math.inf if value is None else value))
-    lowest = min((value for _, value in seen), default=math.inf)
-    if lowest == math.inf:
-        return Tuning(curve, math.nan if chosen is None else chosen, True, None, None)
-    equal = [i for i, (_, value) in enumerate(seen) if value == lowest]
-    best = next((i for i in equal if seen[i][0] == chosen), equal[0])
-    below, above = seen[:best], seen[best + 1 :]
-    increase = [value - lowest for _, value in below[-1:] + above[:1]]
-    return Tuning(
-        curve=curve,
-        chosen=seen[best][0] if chosen is None else chosen,
-        at_edge=lowest > 0 and not all(any(v > lowest for _, v in side) for side in (below, above)),
-        sensitivity=float(np.mean(increase)) if increase else None,
-        best=seen[best][0],
-    )
-
-
-def _tuning_warnings(
-    facts: Record, runs: Mapping[str, Sequence[Record]], tuning: Mapping[str, Tuning]
-) -> Iterator[str]:
-    if facts.tuning == "none":
-        yield (
-            "The learning rate was not tuned: a point that looks better may only suit the given rate better."
-        )
-    if facts.tuning == "grid" and (untuned := [point for point in runs if point not in tuning]):
-        yield f"No tuning run was made for {_join([*map(repr, untuned)])}: the learning rate may not suit it."
-    if edges := [repr(point) for point, search in tuning.items() if search.at_edge]:
-        yield (
-            f"The best learning rate of {_join(edges)} lies at the edge of those tried: a better one may lie "
-            "beyond, and the comparison is unfair to it."
-        )
-    for point, search in tuning.items() if facts.tuning == "grid" else ():
-        if search.best is not None and search.chosen != search.best:
-            yield (
-                f"{point!r} was compared at learning rate {search.chosen:.3g}, but {search.best:.3g} was "
-                "better in tuning."
-            )
+# --- warnings -------------------------------------------------------------------------------------------
 
 
 def _seed_warnings(
@@ -332,19 +252,23 @@ def _seed_warnings(
     for count, why in ((1, "One seed proves nothing"), (2, "Intervals from two seeds are very wide")):
         if few := [repr(point) for point, by_seed in scores.items() if len(by_seed) == count]:
             yield f"{why}: {'all points' if len(few) == len(runs) else _join(few)}."
-    for c in comparisons:
-        a, b = (scores.get(point, {}) for point in (c.point, c.other))
-        if a.keys() != b.keys():
-            used = f"only the {len(a.keys() & b.keys())} in common are" if c.difference else "none is"
+    points = dict.fromkeys(point for c in comparisons for point in (c.point, c.other))
+    seeds = set().union(*(scores.get(point, {}) for point in points))
+    for point in points:
+        missing = seeds - scores.get(point, {}).keys()
+        if missing == seeds:
+            yield f"{point!r} has no finished run: it is not compared."
+        elif missing:
             yield (
-                f"{c.point!r} and {c.other!r} finished different seeds, {_numbers(a)} against {_numbers(b)}: "
-                f"{used} compared."
+                f"{point!r} has no finished run with seed {_numbers(missing)}, unlike other points: its "
+                "pairs are compared over the common seeds only."
             )
-        elif c.difference is not None and c.difference.n > 1 and c.difference.sd == 0:
-            yield (
-                f"{c.point!r} and {c.other!r} differ by the same {c.difference.mean:g} in all seeds: the "
-                f"{facts.metric} is saturated, or the seeds have no effect."
-            )
+    if same := [c for c in comparisons if c.difference and c.difference.n > 1 and c.difference.sd == 0]:
+        why = "the error is saturated" if facts.metric == "error" else "both are one computation"
+        yield (
+            f"The same difference in every seed: {'; '.join(f'{c.point!r} and {c.other!r}' for c in same)}. "
+            f"Either {why}, or the seeds have no effect."
+        )
     orders: dict[int, set[int]] = {}
     for run in (run for of_point in runs.values() for run in of_point):
         orders.setdefault(run.seed, set()).add(run.setting("train.data_seed"))
