@@ -5,6 +5,7 @@ JAX_PLATFORMS is set before jax is imported, so that no test touches an accelera
 array shapes in them.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,9 @@ jaxtyping.install_import_hook("mobilellm_jax", "beartype.beartype")
 
 from mobilellm_jax import model  # noqa: E402, after the hook
 from mobilellm_jax.config import Config, ModelConfig, from_config_dict  # noqa: E402
+
+# Every verdict collects garbage (statsmodels does), for 0.3 s if it has to look through all of jax.
+gc.freeze()
 
 # Sizes differ wherever they may, so that swapped axes cannot pass unseen.
 _TINY = {

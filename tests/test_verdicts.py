@@ -338,6 +338,11 @@ def test_rate_that_is_not_the_best_tried_is_flagged():
     assert warnings == ["'4 x 128' was compared at learning rate 0.004, but 0.002 was better in tuning."]
 
 
+def test_of_equally_good_rates_any_may_be_chosen():
+    tuned, warnings = search({1e-3: 0.6, 2e-3: 0.0, 4e-3: 0.0}, chosen=4e-3)
+    assert (tuned.chosen, tuned.best, warnings) == (4e-3, 4e-3, [])
+
+
 def test_rates_that_were_not_tuned_are_flagged():
     records = only(study(tuning="none"), "comparison")
     assert verdict(records).warnings == [

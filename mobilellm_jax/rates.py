@@ -1,0 +1,90 @@
+"""The learning-rate search of every point, from the tuning runs, and whether it was fair to the point."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from mobilellm_jax.results import Record, by_point
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """The learning-rate search of one point.
+
+    Attributes:
+      curve: (learning rate, final metric) in ascending order; None: the run diverged or failed.
+      chosen: the rate of the point's comparison runs; before there are any, `best`; NaN where none finished.
+      at_edge: on one side of `best`, no rate was worse (one that diverged is), and the metric is not 0.
+      sensitivity: mean increase of the metric from `best` to its neighbours in the grid; infinite where one
+        diverged, None without neighbours.
+      best: the rate tried with the lowest metric, among equals the chosen one; None where none finished.
+    """
+
+    curve: list[tuple[float, float | None]]
+    chosen: float
+    at_edge: bool
+    sensitivity: float | None
+    best: float | None
+
+
+def searches(records: Sequence[Record]) -> dict[str, Tuning]:
+    """Returns the learning-rate search of every point that has tuning runs."""
+    found = {}
+    for point, runs in by_point(records).items():
+        trials: dict[float, list[Record]] = {}
+        for run in runs:
+            if run.phase == "tuning":
+                trials.setdefault(run.learning_rate, []).append(run)
+        chosen = next((run.learning_rate for run in runs if run.phase == "comparison"), None)
+        if trials:
+            found[point] = _search(dict(sorted(trials.items())), chosen)
+    return found
+
+
+def _search(trials: Mapping[float, Sequence[Record]], chosen: float | None) -> Tuning:
+    curve: list[tuple[float, float | None]] = []
+    seen: list[tuple[float, float]] = []  # infinite: diverged; a failed run says nothing about its rate
+    for rate, runs in trials.items():
+        finished = all(run.status == "finished" for run in runs)
+        value = float(np.mean([run.score for run in runs])) if finished else None
+        curve.append((rate, value))
+        if value is not None or any(run.status == "diverged" for run in runs):
+            seen.append((rate, math.inf if value is None else value))
+    lowest = min((value for _, value in seen), default=math.inf)
+    if lowest == math.inf:
+        return Tuning(curve, math.nan if chosen is None else chosen, True, None, None)
+    equal = [i for i, (_, value) in enumerate(seen) if value == lowest]
+    best = next((i for i in equal if seen[i][0] == chosen), equal[0])
+    below, above = seen[:best], seen[best + 1 :]
+    increase = [value - lowest for _, value in below[-1:] + above[:1]]
+    return Tuning(
+        curve=curve,
+        chosen=seen[best][0] if chosen is None else chosen,
+        at_edge=lowest > 0 and not all(any(v > lowest for _, v in side) for side in (below, above)),
+        sensitivity=float(np.mean(increase)) if increase else None,
+        best=seen[best][0],
+    )
+
+
+def warnings(facts: Record, points: Sequence[str], tuning: Mapping[str, Tuning]) -> Iterator[str]:
+    """Yields what may be unfair about the learning rates at which `points` were compared."""
+    if facts.tuning == "none":
+        yield (
+            "The learning rate was not tuned: a point that looks better may only suit the given rate better."
+        )
+    if facts.tuning == "grid" and (untuned := [point for point in points if point not in tuning]):
+        names = " and ".join(map(repr, untuned))
+        yield f"No tuning run was made for {names}: the learning rate may not suit it."
+    if edges := [repr(point) for point, search in tuning.items() if search.at_edge]:
+        yield (
+            f"The best learning rate of {' and '.join(edges)} lies at the edge of those tried: a better one "
+            "may lie beyond, and the comparison is unfair to it."
+        )
+    for point, search in tuning.items() if facts.tuning == "grid" else ():
+        if search.best is not None and search.chosen != search.best:
+            yield (
+                f"{point!r} was compared at learning rate {search.chosen:.3g}, but {search.best:.3g} was "
+                "better in tuning."
+            )
