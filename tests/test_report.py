@@ -231,7 +231,8 @@ def test_what_records_say_cannot_become_markup():
     records = [make_record(versions={EVIL: EVIL}, **changes), make_diverged(seed=1, error=EVIL, **changes)]
     records += make_tuning(**changes)
     page, text = make([dataclasses.replace(r, versions={EVIL: EVIL}) for r in records])
-    assert "script" not in page.tags
+    evil_header = Page(report.to_html("", [("", [{EVIL: [EVIL]}])]))
+    assert "script" not in page.tags + evil_header.tags
     assert page.tags.count("img") == 3
     assert not page.values("onerror")
     assert EVIL in page.text
@@ -269,7 +270,7 @@ def test_study_with_next_to_nothing_is_reported(tmp_path, records):
 
 
 def test_command_gives_the_same_bytes_elsewhere(tmp_path):
-    records = study()
+    records = [*study(), make_diverged(depth=2, phase="tuning", learning_rate=16e-3, pairs=PAIRS)]
     for i, record in enumerate(reversed(records)):
         results.write(record, tmp_path / "a" / "results" / record.study / f"{i}.json")
     done = subprocess.run(
