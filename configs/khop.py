@@ -41,7 +41,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         data.source = f"khop:hops={hops},min_hops=1,symbols=7,queries=4"
         data.valid_source = f"khop:hops={hops},min_hops={hops},symbols=7,queries=1"  # one answer, and no help
         data.sequence_length = 6 + sum(k + 8 for k in range(1, hops + 1))
-    config.optimizer.learning_rate = 2**-6
+    config.optimizer.learning_rate = 2**-7
     config.optimizer.warmup_steps = 50
     train.steps = _STEPS[preset]
     train.batch_size = 32
@@ -67,7 +67,7 @@ def study(preset: str) -> dict[str, object]:
         "x": None,
         "x_label": "blocks x width x sharing",
         "nuisance": ["optimizer.learning_rate"],
-        "learning_rates": (2**-7, 2**-5),
+        "learning_rates": (2**-8, 2**-7, 2**-6),
         "pairs": orders if preset == "orders" else depths + orders,
         "metric": "error",
         "margin": 0.02,
