@@ -2,11 +2,15 @@
 
   python -m experiments.sweep --config=configs/khop.py:tiny
 
-An answer is exactly right or not, so that small models can be told apart in minutes. `tiny` compares one wide
-block, two, four thin ones, one applied four times, and two applied twice in each of three orders.
+An answer is exactly right or not, so that small models can be told apart in minutes. `tiny` compares one
+wide block, two, four thin ones, one applied four times, and two applied twice in each of three orders, on
+two lookups; a run takes 6 to 18 seconds of one CPU core. With 1,000 steps at 2**-7, one wide block is wrong
+in 40 % (3 seeds: 17 % to 63 %), all others in less than 2 %; at 2**-6 some of the others are wrong in 4 %
+to 39 %, so that an untuned comparison would have found something else.
 
-`orders` asks for one hop more, of the three orders alone. `control` asks the shapes of `tiny` for a single
-lookup, which needs no depth. `laptop` is `tiny` with a hop more, twice the parameters and 4,000 steps.
+`orders` asks for three lookups, of the three orders alone; a run takes about a minute. `control` asks the
+shapes of `tiny` for a single lookup, which needs no depth. `laptop` is `tiny` with a lookup more, twice the
+parameters and 4,000 steps; it should take an hour on 2 cores, and has not been run.
 """
 
 from collections.abc import Iterator
@@ -27,7 +31,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     """Returns what all points have in common."""
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
-    config.model.init_std = 0.2  # about 1 / sqrt(width): at 0.02, 800 steps do not find the first lookup
+    config.model.init_std = 0.2  # about 1 / sqrt(width)
     config.model.rope_base = 1e8  # rows are short: with 1e4, position blurs the match by content
     data, train = config.data, config.train
     if preset == "control":
