@@ -5,6 +5,7 @@ Exit statuses: 0 done; 1 some run failed or diverged; 2 bad input; 130 interrupt
 
 import importlib.util
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,6 +51,13 @@ def config_spec() -> str:
 def overrides() -> dict[str, Any]:
     """Returns the `--config.<field>=<value>` flags of the command line as {"model.width": 64, ...}."""
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))
+
+
+def command() -> str:
+    """Returns the command line, as one would type it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    arguments = [spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]]
+    return shlex.join(["python", "-m", *arguments])
 
 
 def config_first(argv: Sequence[str], default_config: str) -> list[str]:

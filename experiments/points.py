@@ -13,6 +13,7 @@ from mobilellm_jax import accounting
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.run import flatten
+from mobilellm_jax.verdicts import budget_name
 
 # Added to the seeds of the runs that look for the learning rate, so that a point is not judged on the noise
 # that its learning rate was chosen by.
@@ -145,6 +146,7 @@ def _study_points(
         "metric": study.metric,
         "pairs": _pairs(study, labels),
         "margin": study.margin,
+        "command": cli.command(),
     }
     points = []
     for index, (label, (row, config)) in enumerate(zip(labels, rows, strict=True)):
@@ -200,7 +202,7 @@ def _check_study(spec: str, study: Study, labels: Sequence[str], configs: Sequen
     spread = max(sizes) / min(sizes) - 1
     if spread > study.tolerance:
         raise UserError(
-            f"--config={spec}: the points are to have equal {study.matched.replace('_', ' ')} within "
+            f"--config={spec}: the points are to have equal {budget_name(study.matched)} within "
             f"{study.tolerance:.0%}, but they run from {min(sizes):,} to {max(sizes):,}, {spread:.1%} apart; "
             "python -m experiments.shapes finds shapes that fit"
         )

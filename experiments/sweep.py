@@ -213,9 +213,7 @@ def _in_processes(points: Sequence[Point], workdir: Path, jobs: int) -> None:
             while waiting or running:
                 while waiting and free:
                     point, mine = waiting.pop(0), free.pop(0)
-                    process = context.Process(
-                        target=_child, args=(point, workdir, mine, sys.argv), daemon=True
-                    )
+                    process = context.Process(target=_child, args=(point, workdir, mine), daemon=True)
                     with _without_sigint():
                         process.start()
                     running[process.sentinel] = process, point, mine
@@ -240,9 +238,8 @@ def _in_processes(points: Sequence[Point], workdir: Path, jobs: int) -> None:
         )
 
 
-def _child(point: Point, workdir: Path, cores: Sequence[int], argv: list[str]) -> None:
+def _child(point: Point, workdir: Path, cores: Sequence[int]) -> None:
     """What the process of a point does."""
-    sys.argv = argv  # for the command in its records
     os.sched_setaffinity(0, cores)  # before jax starts its threads
     enable_compilation_cache()
     try:

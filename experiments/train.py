@@ -45,6 +45,7 @@ def main() -> int:
         margin=0.0,
         x=None,
         overrides=cli.overrides(),
+        command=cli.command(),
     )
     path = workdir / "record.json"
     record = finished_record(path, config)

@@ -26,6 +26,7 @@ _EVALUATION = ("step", "loss", "bits_per_byte", "error")
 _KEYS = {  # that nested fields must have
     "x": ("label", "value", "log"),
     "parameters": ("total", "embedding", "non_embedding"),
+    "budgets": ("total_parameters", "non_embedding_parameters", "train_flops_per_token"),
     "final": _EVALUATION,
     "best": _EVALUATION,
     "timing": ("wall_s", "compile_s", "train_s", "tokens_per_second"),
@@ -125,7 +126,7 @@ class Record:
     @property
     def score(self) -> float:
         """Final held-out value of `metric` of a finished run; lower is better."""
-        value = self.final and self.final[self.metric]
+        value = self.final[self.metric] if self.final else None
         if self.status != "finished" or value is None:
             raise ValueError(f"{self.name} did not finish")
         return float(value)

@@ -5,7 +5,6 @@ import datetime
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,7 +143,6 @@ def planned_fields(config: Config) -> dict[str, Any]:
         "git_commit": results.git_commit(),
         "versions": results.versions(),
         "device": device(),
-        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -209,8 +207,3 @@ def thin(curve: list[Any], most: int) -> list[Any]:
     """Returns at most `most` evenly spaced points of a curve, the last one always."""
     stride = max(1, -(-len(curve) // most))
     return curve[::-1][::stride][::-1]
-
-
-def _module() -> str:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).name

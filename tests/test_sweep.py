@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import base, depth_vs_width, layer_sharing, lr_transfer, noise
+from configs import base, depth_vs_width, khop, layer_sharing, lr_transfer, noise
 from experiments import cli, sweep
 from experiments.points import points_of
 from mobilellm_jax import accounting, results
@@ -160,7 +160,7 @@ def test_points_side_by_side_give_the_same_records_as_one_after_the_other(tuned_
     one, two = (results.read_all(tmp_path / workdir / "results") for workdir in ("one", "two"))
     key = lambda r: (r.point, r.phase, r.seed, r.learning_rate, r.command)  # noqa: E731
     assert list(map(key, one)) == list(map(key, two))
-    assert [r.score for r in one] == pytest.approx([r.score for r in two], abs=1e-4)
+    assert [r.score for r in one] == pytest.approx([r.score for r in two], abs=1e-2)  # 8 devices, and 1
     output = capfd.readouterr().out
     assert "mini/tiny/reverse  2 of 2 points done" in output or "mini/tiny/none  2 of 2 points done" in output
 
@@ -213,7 +213,8 @@ def test_a_sweep_leaves_records_figures_and_a_verdict_and_repeats_nothing(study,
     assert records[2].tokens_seen == 4 * 8 * 16
     assert records[2].config["train"]["init_seed"] == records[2].config["train"]["data_seed"] == 0
     assert records[0].final["loss"] != records[1].final["loss"]
-    assert {p.suffix for p in (workdir / "figures").iterdir()} == {".png", ".svg", ".csv", ".md"}
+    assert {p.suffix for p in (workdir / "figures").iterdir()} == {".png", ".svg", ".csv"}
+    assert {p.suffix for p in (workdir / "reports").iterdir()} == {".html", ".md"}
     log = workdir / "runs" / "mini" / "tiny" / "none-s0" / "metrics.jsonl"
     before = log.stat().st_mtime_ns
     assert sweep.sweep(points(study), workdir, jobs=1) == 0
@@ -311,7 +312,7 @@ def test_a_collection_runs_its_studies(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", [depth_vs_width, layer_sharing, lr_transfer, noise], ids=lambda m: m.__name__
+    "module", [depth_vs_width, layer_sharing, lr_transfer, noise, khop], ids=lambda m: m.__name__
 )
 def test_every_point_of_every_study_is_valid_and_matched(module):
     for preset in module.PRESETS:

@@ -1,12 +1,12 @@
 """Synthetic tasks: short problems, drawn anew for every batch, that some depths can solve and others cannot.
 
 A source such as "khop:hops=4,min_hops=1,symbols=9,queries=3" names a task and all its numbers; there are no
-defaults. Nothing is prepared on disk and nothing repeats: batch n of a run comes from numpy's counter-based
-Philox generator at counter n, so the state of the data is the step alone. Held-out rows come from a key of
-their own, the same for all runs.
+defaults. Nothing is prepared on disk, and rows repeat only by chance: batch n of a run comes from numpy's
+counter-based Philox generator at counter n, so the state of the data is the step alone. Held-out rows come
+from a key of their own, the same for all runs.
 
 Only answers are targets. A token that is input only is stored as its bitwise complement, ~token, which is
-negative; `train.inputs_and_targets` undoes it. Written below with a dot: "a.b" is input only, "=c" an answer.
+negative; `evaluate.inputs_and_targets` undoes it. In the examples below, ".a" is input only, "=b" an answer.
 In training and evaluation, the right answers before a position are among its inputs, so that a row counts as
 right exactly when greedy decoding would have found all its answers.
 """
@@ -64,7 +64,8 @@ class KHop(Task):
     of 12 symbols to themselves in 4 hops), and more than twice as many symbols as hops, so that going back is
     no shorter. The first answer of a section has no help from others of its number of hops, and the most hops
     come first, so that nothing but arrows helps the first answer of all: done one by one, its lookups take
-    `hops` attention layers. Fewer hops are the easier lesson on the way.
+    `hops` attention layers. (Of few symbols, a wide layer can learn combinations by heart; of 7, two hops.)
+    Fewer hops are the easier lesson on the way.
 
     Attributes:
       hops, min_hops: largest and smallest k in a row.
