@@ -27,6 +27,7 @@ class Study:
       nuisance: the learning rate, which is tuned for each point so that it does not decide the answer.
       learning_rates: the grid that the search starts from, powers of 2, rising, in equal steps; see
         `mobilellm_jax/tuning.py`. Empty: the rate of the config for all points.
+      tuning_seeds: runs of the best rate and its neighbours, where one run may pick the wrong one.
       matched: the budget that all points have in common, see `accounting.budgets`; "tokens" where the sizes
         differ on purpose, and all points only see equally many training tokens.
       tolerance: largest difference in it, as a fraction.
@@ -45,6 +46,7 @@ class Study:
     labels: Sequence[str] = ()
     nuisance: Sequence[str] = ("optimizer.learning_rate",)
     learning_rates: Sequence[float]
+    tuning_seeds: int = 1
     matched: str
     tolerance: float
     seeds: int

@@ -2,13 +2,14 @@
 
   python -m experiments.sweep --config=configs/depth_vs_width.py:tiny
 
-`tiny` holds the non-embedding parameters equal, which the paper does not: its models hold the total about
-equal, so that its deep models also spend more of it outside the embedding. It takes about 2 minutes on 2
-CPU cores and trains for 350 steps: it shows the machinery, and what depth does to very small models at the
-start of training, at one learning rate that suits some of them better than others. It cannot show what the
-paper's 250 billion tokens show.
+`tiny` and `laptop_*` hold the non-embedding parameters equal, which the paper does not: its models hold the
+total about equal, so that its deep models also spend more of it outside the embedding. Every point gets its
+own learning rate. `tiny` trains 111,000 parameters for 350 steps, about 4 minutes on 2 CPU cores: it shows
+the protocol, and what depth does to very small models at the start of training.
 
-`small` asks the same of models of about 2M parameters and 66M tokens.
+`laptop_*` train 37,000, 110,000 and 330,000 parameters for 1,000 steps, and 110,000 for 3,000 (`long`): the
+trend with size and horizon, together under an hour, see `depth_scaling.py`. `small` asks the same of models
+of about 2M parameters and 66M tokens, on a GPU.
 
 `paper_125m` and `paper_350m` are the paper's exact shapes and recipe, for a pod.
 """
@@ -19,7 +20,8 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-PRESETS = ("tiny", "small", "paper_125m", "paper_350m")
+LAPTOP = ("laptop_37k", "laptop_110k", "laptop_330k", "laptop_110k_long")
+PRESETS = ("tiny", *LAPTOP, "small", "paper_125m", "paper_350m")
 
 # depth, num_heads, width
 _PAPER = {
@@ -47,9 +49,13 @@ _PAPER = {
         (66, 10, 640),
     ),
 }
-# depth, num_heads, width, ffn_width; F is the multiple of 4 that brings all blocks together closest to
-# the size of the third row
+# depth, num_heads, width, ffn_width, as found by
+#   python -m experiments.shapes --budget=non_embedding_parameters:110k --depth=1,2,4,8 --head_dim=16 \
+#       --ffn_band=0.25 --config.model.ffn_width=344
+# (37k: head sizes from 8 to 24 and --ffn_band=0.3; 330k: head size 12)
 _MATCHED = {
+    "laptop_37k": ((1, 4, 56, 144), (2, 2, 40, 100), (4, 2, 28, 72), (8, 1, 18, 60)),
+    "laptop_330k": ((1, 14, 168, 436), (2, 10, 120, 300), (4, 7, 84, 216), (8, 5, 60, 148)),
     "tiny": ((1, 6, 96, 256), (2, 4, 64, 204), (4, 3, 48, 128), (8, 2, 32, 100)),
     "small": ((2, 8, 256, 688), (4, 6, 192, 432), (8, 4, 128, 344), (16, 3, 96, 216), (32, 2, 64, 168)),
 }
@@ -63,13 +69,20 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         base.use_paper_recipe(config)
         config.model.share_embedding = False  # paper: its parameter counts fit untied embeddings only
     else:
-        base.use_small_recipe(config, preset)
+        base.use_small_recipe(config, "small" if preset == "small" else "tiny")
+    if preset in LAPTOP:
+        config.train.steps = 3000 if preset.endswith("long") else 1000
+        config.train.eval_every = config.train.steps // 5
+        config.train.checkpoint_every = config.train.steps // 2
+        config.train.log_every = config.train.steps // 2
+        config.train.eval_rows = 512
     return config
 
 
 def study(preset: str) -> base.Study:
     """Returns what is asked, and how it is answered."""
     paper = preset in _PAPER
+    shallowest = next(sweep(preset))
     return base.Study(
         question="Is a deep and thin model better than a shallow and wide one of the same size?",
         scientific=("model.depth", "model.width"),
@@ -77,9 +90,11 @@ def study(preset: str) -> base.Study:
         x_label="distinct blocks (depth)",
         learning_rates=(2**-10, 2**-9, 2**-8) if paper else (2**-9, 2**-7),
         matched="total_parameters" if paper else "non_embedding_parameters",
+        tuning_seeds=2 if preset == "tiny" else 1,
         tolerance=0.25 if paper else 0.02,
-        seeds=5 if preset == "tiny" else 3,
-        margin=0.02,
+        seeds={"tiny": 5, **dict.fromkeys(LAPTOP, 4)}.get(preset, 3),
+        baseline=f"{shallowest['model.depth']} x {shallowest['model.width']}",
+        margin=0.05 if preset == "tiny" else 0.02,
     )
 
 
@@ -89,7 +104,8 @@ def sweep(preset: str) -> Iterator[base.Overrides]:
         depths, heads, widths = zip(*_PAPER[preset], strict=True)
         yield from base.zipped(model__depth=depths, model__num_heads=heads, model__width=widths)
     else:
-        depths, heads, widths, ffns = zip(*_MATCHED[preset], strict=True)
+        rows = _MATCHED["tiny" if preset.startswith("laptop_110k") else preset]
+        depths, heads, widths, ffns = zip(*rows, strict=True)
         yield from base.zipped(
             model__depth=depths, model__num_heads=heads, model__width=widths, model__ffn_width=ffns
         )

@@ -4,7 +4,7 @@
 
 All points have the same blocks; the three that share apply them twice, and so cost about twice the FLOPs of
 the baseline. Their plans differ in order only. `tiny` takes about 4 minutes on 2 CPU cores, and 350 steps of
-a 4-block model cannot show the paper's differences of 0.2 to 0.9 points of zero-shot accuracy, each from one
+a 3-block model cannot show the paper's differences of 0.2 to 0.9 points of zero-shot accuracy, each from one
 run.
 
 `small` is the same for 8 blocks. `paper_125m` and `paper_350m` are the shapes of table 2 (8 and 15 blocks).
@@ -18,7 +18,7 @@ from configs import base
 
 # depth, num_heads, width, ffn_width (None: the rule in base.py)
 _SHAPES = {
-    "tiny": (4, 3, 48, 128),
+    "tiny": (3, 4, 56, 144),
     "small": (8, 4, 128, 344),
     "paper_125m": (8, 16, 896, None),  # paper appendix E: 16 heads, head size 56
     "paper_350m": (15, 16, 1280, None),  # the same: head size 80
@@ -49,9 +49,10 @@ def study(preset: str) -> base.Study:
         baseline="none",
         learning_rates=(2**-10, 2**-9, 2**-8) if paper else (2**-9, 2**-7),
         matched="non_embedding_parameters",
+        tuning_seeds=2 if preset == "tiny" else 1,
         tolerance=0.0,
         seeds=5 if preset == "tiny" else 3,
-        margin=0.02,
+        margin=0.05 if preset == "tiny" else 0.02,
     )
 
 

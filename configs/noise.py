@@ -37,11 +37,12 @@ def study(preset: str) -> base.Study:
         scientific=("train.init_seed",),
         labels=("A", "A again") if both else ("A",),
         learning_rates=(2**-9, 2**-7) if both else (),
+        tuning_seeds=2,
         matched="total_parameters",
         tolerance=0.0,
         seeds=8,
         vary=("init", "data") if both else (preset,),
-        margin=0.1,
+        margin=0.05,
     )
 
 

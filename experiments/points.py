@@ -43,6 +43,7 @@ class Point:
       config: the validated config, at the study's learning rate and first seeds.
       facts: what all its records have in common.
       learning_rates: the grid that tuning starts from; empty where nothing is tuned.
+      tuning_seeds: runs of the best rate and its neighbours.
       seeds: number of runs that count.
       vary: the seeds that change from run to run: "init", "data".
     """
@@ -50,6 +51,7 @@ class Point:
     config: Config
     facts: dict[str, Any]
     learning_rates: tuple[float, ...]
+    tuning_seeds: int
     seeds: int
     vary: tuple[str, ...]
 
@@ -59,8 +61,8 @@ class Point:
         label = re.sub(r"[^A-Za-z0-9_.]+", "-", self.facts["point"])
         return f"{self.facts['study']}/{self.facts['preset']}/{label}"
 
-    def tuning_run(self, learning_rate: float) -> Run:
-        return self._run("tuning", f"lr{learning_rate:.3g}", learning_rate, TUNING_SEED)
+    def tuning_run(self, learning_rate: float, index: int) -> Run:
+        return self._run("tuning", f"lr{learning_rate:.3g}-s{index}", learning_rate, TUNING_SEED + index)
 
     def comparison_runs(self, learning_rate: float) -> Iterator[Run]:
         for seed in range(self.seeds):
@@ -78,7 +80,8 @@ class Point:
     @property
     def runs(self) -> int:
         """Runs that it takes at least: tuning ends no earlier than with the grid and one refinement."""
-        return self.seeds + (len(self.learning_rates) + 1 if self.learning_rates else 0)
+        tuning = len(self.learning_rates) + 1 + 3 * (self.tuning_seeds - 1)
+        return self.seeds + (tuning if self.learning_rates else 0)
 
     @property
     def flops(self) -> float:
@@ -153,7 +156,14 @@ def _study_points(
         x = study.x and {"label": study.x_label, "value": settings[index][study.x], "log": True}
         facts = {"point": label, "point_index": index, "x": x, "overrides": {**row, **overrides}}
         points.append(
-            Point(config, {**shared, **facts}, learning_rates, seeds or study.seeds, tuple(study.vary))
+            Point(
+                config=config,
+                facts={**shared, **facts},
+                learning_rates=learning_rates,
+                tuning_seeds=study.tuning_seeds,
+                seeds=seeds or study.seeds,
+                vary=tuple(study.vary),
+            )
         )
     return points
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 from experiments import cli, report
@@ -42,7 +43,7 @@ from mobilellm_jax.run import (
     run,
 )
 from mobilellm_jax.train import duration
-from mobilellm_jax.tuning import best_learning_rate, next_learning_rate
+from mobilellm_jax.tuning import best_learning_rate, next_trial
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs", "directory of results/, figures/, reports/ and runs/")
 _LIST = flags.DEFINE_bool("list", False, "print the points with what they cost, and train nothing")
@@ -106,14 +107,15 @@ def do_point(point: Point, workdir: Path) -> None:
     """
     rate = point.config.optimizer.learning_rate
     if point.learning_rates:
-        tried: dict[float, float] = {}
-        while (next_rate := next_learning_rate(tried, point.learning_rates)) is not None:
-            record = _do(point.tuning_run(next_rate), workdir)
+        tried: dict[float, list[float]] = {}
+        while trial := next_trial(tried, point.learning_rates, point.tuning_seeds):
+            record = _do(point.tuning_run(*trial), workdir)
             if record.status == "failed":
                 return
             loss = record.final and record.final["loss"]
-            tried[next_rate] = math.inf if record.status == "diverged" or loss is None else loss
-        rate = best_learning_rate(tried)
+            diverged = record.status == "diverged" or loss is None
+            tried.setdefault(trial[0], []).append(math.inf if diverged else loss)
+        rate = best_learning_rate({rate: float(np.mean(losses)) for rate, losses in tried.items()})
         _say(point.name, f"learning rate {rate:.3g}, of {len(tried)} tried")
     for comparison in point.comparison_runs(rate):
         _do(comparison, workdir)
@@ -150,7 +152,7 @@ def _check(point: Point, workdir: Path) -> int:
     if not point.learning_rates:
         known = list(point.comparison_runs(point.config.optimizer.learning_rate))
     else:
-        known = [point.tuning_run(rate) for rate in point.learning_rates]
+        known = [point.tuning_run(rate, 0) for rate in point.learning_rates]
     for run_ in known:
         if finished_record(_record_path(workdir, run_), run_.config) is None:
             claim_workdir(workdir / "runs" / run_.name, run_.config)

@@ -38,6 +38,31 @@ def next_learning_rate(tried: Mapping[float, float], grid: Sequence[float]) -> f
     return None
 
 
+def next_trial(
+    tried: Mapping[float, Sequence[float]], grid: Sequence[float], seeds: int
+) -> tuple[float, int] | None:
+    """Returns (rate, index of its seed) of the run to do next, or None when the search is over.
+
+    The search is made with one seed. Then the best rate and its two neighbours, whose order one run may well
+    get wrong, are repeated until they have `seeds` runs each; means decide, and may send the search on.
+
+    Args:
+      tried: learning rate -> final losses, infinite where training diverged.
+      grid: as in `next_learning_rate`.
+      seeds: at least 1.
+    """
+    means = {rate: sum(losses) / len(losses) for rate, losses in tried.items()}
+    rate = next_learning_rate(means, grid)
+    if rate is not None:
+        return rate, 0
+    rates = sorted(tried)
+    place = rates.index(best_learning_rate(means))
+    for near in rates[max(0, place - 1) : place + 2]:
+        if len(tried[near]) < seeds and math.isfinite(means[near]):
+            return near, len(tried[near])
+    return None
+
+
 def best_learning_rate(tried: Mapping[float, float]) -> float:
     """Returns the rate with the lowest loss; of equal ones, and where all diverged, the lowest."""
     return min(tried, key=lambda rate: (tried[rate], rate))

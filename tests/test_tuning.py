@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mobilellm_jax.tuning import FURTHEST, best_learning_rate, next_learning_rate
+from mobilellm_jax.tuning import FURTHEST, best_learning_rate, next_learning_rate, next_trial
 
 GRID = (2**-9, 2**-7, 2**-5)
 
@@ -58,3 +58,32 @@ def test_goes_down_where_all_rates_diverge():
 
 def test_equal_losses_take_the_lower_rate():
     assert best_learning_rate({0.1: 1.0, 0.01: 1.0, 0.001: 2.0}) == 0.01
+
+
+def test_a_lucky_run_is_found_out():
+    """2^-5 has a lucky first run; its repetition sends the search back to 2^-7, which is best."""
+    lucky = {(-5, 0): 0.0}
+    tried = {}
+    while trial := next_trial(tried, GRID, seeds=3):
+        rate, index = trial
+        assert index == len(tried.get(rate, []))
+        octave = math.log2(rate)
+        tried.setdefault(rate, []).append(lucky.get((octave, index), 1 + abs(octave + 7)))
+    means = {rate: sum(losses) / len(losses) for rate, losses in tried.items()}
+    assert best_learning_rate(means) == 2**-7
+    assert [len(tried[2.0**octave]) for octave in (-8, -7, -6)] == [3, 3, 3]
+    assert len(tried[2**-9]) == 1
+
+
+def test_a_rate_that_diverges_is_not_repeated():
+    tried = {}
+    while trial := next_trial(tried, GRID, seeds=2):
+        octave = math.log2(trial[0])
+        tried.setdefault(trial[0], []).append(math.inf if octave > -7 else abs(octave + 7))
+    assert {math.log2(rate): len(losses) for rate, losses in tried.items()} == {
+        -9: 1,
+        -8: 2,
+        -7: 2,
+        -6: 1,
+        -5: 1,
+    }
