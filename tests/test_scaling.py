@@ -1,10 +1,17 @@
 """Power laws and their crossing, on losses made from known ones."""
 
+import dataclasses
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+from test_results import make_record
 
 from mobilellm_jax import scaling
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.results import write
 
 SIZES = (1e4, 1e5, 1e6)
 
@@ -52,3 +59,75 @@ def test_no_statement_where_the_data_allow_none(second, spread):
 def test_too_few_sizes_or_seeds(losses):
     with pytest.raises(UserError, match="two sizes or more, with two seeds or more"):
         scaling.fit(losses)
+
+
+# The command.
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """Three sizes and a long run: deep models lose by 0.1 at the smallest size and win by 0.1 at the largest."""
+    for preset, parameters, steps, gap in (
+        ("small", 10_000, 500, 0.1),
+        ("middle", 100_000, 500, 0.0),
+        ("large", 1_000_000, 500, -0.1),
+        ("long", 100_000, 2_000, -0.2),
+    ):
+        for depth in (1, 8):
+            for seed in range(4):
+                noise = 0.004 * np.random.default_rng([seed, depth, parameters]).normal()
+                score = 12 * parameters**-0.1 + (gap / 2 if depth == 8 else -gap / 2) + noise
+                record = make_record(
+                    depth=depth,
+                    seed=seed,
+                    score=score,
+                    preset=preset,
+                    steps=steps,
+                    pairs=[["8 x 128", "1 x 128"]],
+                )
+                budgets = {**record.budgets, "non_embedding_parameters": parameters + depth}
+                write(
+                    dataclasses.replace(record, budgets=budgets),
+                    tmp_path / "results" / "shape" / preset / f"{depth}-s{seed}.json",
+                )
+    return tmp_path
+
+
+def run_command(workdir, presets="small,middle,large,long"):
+    command = [sys.executable, "-m", "experiments.scaling", f"--workdir={workdir}", "--study=shape"]
+    return subprocess.run([*command, f"--presets={presets}"], capture_output=True, text=True, check=False)
+
+
+def test_report_of_three_sizes_and_a_long_run(workdir):
+    done = run_command(workdir)
+    assert done.returncode == 0, done.stderr
+    crossing = re.search(r"below the shallow one at [\d,]+ parameters \[([\d,]+), ([\d,]+)\]", done.stdout)
+    low, high = (float(number.replace(",", "")) for number in crossing.groups())
+    assert 40_000 < low < high < 150_000  # a gap weighs more where the loss is lower
+    assert "After 500 steps: shallow: loss falls as N^-0." in done.stdout
+    assert "After 2,000 steps" not in done.stdout  # one size makes no line
+    rows = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("| ")}
+    assert "worse" in rows["small"]
+    assert "better" in rows["large"]
+    assert "better" in rows["long"]
+    assert (workdir / "reports" / "shape-scaling.md").read_text().strip() == done.stdout.strip()
+    assert (workdir / "figures" / "shape-scaling.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("presets", "message"),
+    [("small,huge", "no records of shape:huge; make them with: python -m experiments.sweep"), ("", "")],
+)
+def test_presets_without_records(workdir, presets, message):
+    done = run_command(workdir, presets)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_presets_on_other_data_are_refused(workdir):
+    for path in (workdir / "results" / "shape" / "large").iterdir():
+        path.write_text(re.sub(r'"source_sha256": "[^"]*"', '"source_sha256": "other"', path.read_text()))
+    done = run_command(workdir)
+    assert done.returncode == 2
+    assert "differ in source_sha256" in done.stderr
