@@ -7,11 +7,12 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from mobilellm_jax import validation as rules
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.sharing import LayerPlan, layer_plan
 
@@ -21,29 +22,6 @@ PARAMETERIZATIONS = ("standard", "mup", "completep")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "constant")
 TASKS = ("khop", "addition", "recall")  # synthetic, see `data/tasks.py`
-
-
-def _check(ok: bool, field: str, value: object, valid: str) -> None:
-    if not ok:
-        raise UserError(f"{field}: {value!r} is not valid; expected {valid}")
-
-
-def _check_all(prefix: str, config: object, rules: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
-    for name, (is_valid, valid) in rules.items():
-        value = getattr(config, name)
-        _check(is_valid(value), f"{prefix}.{name}", value, valid)
-
-
-_POSITIVE_INT = (lambda v: v >= 1, "an integer of at least 1")
-_COUNT = (lambda v: v >= 0, "an integer of at least 0")
-_POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
-_NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a number of at least 0")
-_FRACTION = (lambda v: 0 <= v <= 1, "a number from 0 to 1")
-_BELOW_ONE = (lambda v: 0 <= v < 1, "a number from 0 up to, but less than, 1")
-
-
-def _one_of(names: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
-    return lambda v: v in names, "one of " + ", ".join(names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,17 +78,18 @@ class ModelConfig:
     loss_chunk: int
 
     def __post_init__(self) -> None:
-        sizes = "vocab_size depth width num_heads num_kv_heads head_dim ffn_width num_repeats scan_unroll"
-        _check_all(
+        sizes = "vocab_size depth width num_heads num_kv_heads head_dim ffn_width num_repeats scan_unroll "
+        sizes += "loss_chunk base_width base_depth"
+        rules.check_all(
             "model",
             self,
             {
-                **dict.fromkeys([*sizes.split(), "loss_chunk", "base_width", "base_depth"], _POSITIVE_INT),
-                **dict.fromkeys(["rope_base", "norm_epsilon", "init_std"], _POSITIVE),
-                "ffn_kind": _one_of(FFN_KINDS),
-                "parameterization": _one_of(PARAMETERIZATIONS),
-                "compute_dtype": _one_of(("float32", "bfloat16")),
-                "remat": _one_of(REMAT_POLICIES),
+                **dict.fromkeys(sizes.split(), rules.POSITIVE_INT),
+                **dict.fromkeys(["rope_base", "norm_epsilon", "init_std"], rules.POSITIVE),
+                "ffn_kind": rules.one_of(FFN_KINDS),
+                "parameterization": rules.one_of(PARAMETERIZATIONS),
+                "compute_dtype": rules.one_of(("float32", "bfloat16")),
+                "remat": rules.one_of(REMAT_POLICIES),
             },
         )
         if self.num_heads % self.num_kv_heads:
@@ -163,11 +142,11 @@ class DataConfig:
     cache_dir: str
 
     def __post_init__(self) -> None:
-        _check_all(
+        rules.check_all(
             "data",
             self,
             {
-                "sequence_length": _POSITIVE_INT,
+                "sequence_length": rules.POSITIVE_INT,
                 "text_field": (bool, "the name of a field"),
                 "cache_dir": (bool, "a directory"),
                 "tokenizer": (
@@ -181,12 +160,16 @@ class DataConfig:
         for name, kind in zip(("source", "valid_source"), kinds, strict=True):
             value = getattr(self, name)
             ok = kind in _SOURCES and (kind == value) == (kind == "bundled")
-            _check(ok or (name == "valid_source" and not value), f"data.{name}", value, valid)
+            rules.check(ok or (name == "valid_source" and not value), f"data.{name}", value, valid)
         if self.valid_source:
             wanted, there = (_SOURCES[kind] for kind in kinds)
-            _check(wanted == there, "data.valid_source", self.valid_source, f"{wanted}, like data.source")
+            rules.check(
+                wanted == there, "data.valid_source", self.valid_source, f"{wanted}, like data.source"
+            )
         else:
-            _check(0 < self.valid_fraction < 1, "data.valid_fraction", self.valid_fraction, "between 0 and 1")
+            rules.check(
+                0 < self.valid_fraction < 1, "data.valid_fraction", self.valid_fraction, "between 0 and 1"
+            )
 
     @property
     def is_task(self) -> bool:
@@ -225,17 +208,17 @@ class OptimizerConfig:
     clip_norm: float
 
     def __post_init__(self) -> None:
-        _check_all(
+        rules.check_all(
             "optimizer",
             self,
             {
-                **dict.fromkeys(["learning_rate", "epsilon", "clip_norm"], _POSITIVE),
-                **dict.fromkeys(["final_fraction", "decay_fraction"], _FRACTION),
-                **dict.fromkeys(["beta1", "beta2", "momentum"], _BELOW_ONE),
-                "name": _one_of(OPTIMIZERS),
-                "schedule": _one_of(SCHEDULES),
-                "warmup_steps": _COUNT,
-                "weight_decay": _NOT_NEGATIVE,
+                **dict.fromkeys(["learning_rate", "epsilon", "clip_norm"], rules.POSITIVE),
+                **dict.fromkeys(["final_fraction", "decay_fraction"], rules.FRACTION),
+                **dict.fromkeys(["beta1", "beta2", "momentum"], rules.BELOW_ONE),
+                "name": rules.one_of(OPTIMIZERS),
+                "schedule": rules.one_of(SCHEDULES),
+                "warmup_steps": rules.COUNT,
+                "weight_decay": rules.NOT_NEGATIVE,
             },
         )
 
@@ -270,15 +253,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive = "steps batch_size accumulation_steps eval_every eval_batch_size checkpoint_every log_every"
-        _check_all(
+        rules.check_all(
             "train",
             self,
             {
-                **dict.fromkeys(positive.split(), _POSITIVE_INT),
+                **dict.fromkeys(positive.split(), rules.POSITIVE_INT),
                 **dict.fromkeys(
                     ["init_seed", "data_seed"], (lambda v: 0 <= v < 2**32, "an integer from 0 to 2**32 - 1")
                 ),
-                "eval_rows": _COUNT,
+                "eval_rows": rules.COUNT,
             },
         )
         if self.batch_size % self.accumulation_steps:
@@ -305,8 +288,8 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
         for name, size in zip(("data", "fsdp", "tensor"), sizes, strict=True):
-            _check(size == -1 or size >= 1, f"mesh.{name}", size, "an integer of at least 1, or -1")
-        _check(sizes.count(-1) <= 1, "mesh", sizes, "at most one axis of size -1")
+            rules.check(size == -1 or size >= 1, f"mesh.{name}", size, "an integer of at least 1, or -1")
+        rules.check(sizes.count(-1) <= 1, "mesh", sizes, "at most one axis of size -1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -322,12 +305,14 @@ class Config:
     def __post_init__(self) -> None:
         warmup, steps = self.optimizer.warmup_steps, self.train.steps
         # An unfinished warm-up never reaches the learning rate that the record reports.
-        _check(warmup <= steps, "optimizer.warmup_steps", warmup, f"at most train.steps={steps}")
+        rules.check(warmup <= steps, "optimizer.warmup_steps", warmup, f"at most train.steps={steps}")
         if self.data.is_task:
-            _check(self.train.eval_rows > 0, "train.eval_rows", 0, "at least 1: a task has no last row")
+            rules.check(self.train.eval_rows > 0, "train.eval_rows", 0, "at least 1: a task has no last row")
         if self.optimizer.name == "muon":  # the table of multipliers is for Adam
             standard = self.model.parameterization == "standard"
-            _check(standard, "model.parameterization", self.model.parameterization, "'standard' with muon")
+            rules.check(
+                standard, "model.parameterization", self.model.parameterization, "'standard' with muon"
+            )
 
 
 def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
@@ -362,7 +347,7 @@ def _derive_model_fields(fields: dict[str, Any]) -> None:
         fields["ffn_width"] = default_ffn_width(fields["ffn_kind"], fields["width"])
     if fields["head_dim"] is None:
         width, heads = fields["width"], fields["num_heads"]
-        _check(heads >= 1, "model.num_heads", heads, "an integer of at least 1")
+        rules.check(heads >= 1, "model.num_heads", heads, "an integer of at least 1")
         if width % (2 * heads):
             odd = "leaves an odd head size, which RoPE cannot rotate, with"
             why = "is not divisible by" if width % heads else odd

@@ -66,7 +66,7 @@ def test_too_few_sizes_or_seeds(losses):
 
 @pytest.fixture
 def workdir(tmp_path):
-    """Three sizes and a long run: deep models lose by 0.1 at the smallest size and win by 0.1 at the largest."""
+    """Three sizes and a long run: deep models lose by 0.1 at the smallest and win by 0.1 at the largest."""
     for preset, parameters, steps, gap in (
         ("small", 10_000, 500, 0.1),
         ("middle", 100_000, 500, 0.0),
