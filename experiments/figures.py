@@ -120,10 +120,9 @@ def curves(records: Sequence[Record]) -> Figure:
 
 @styled
 def learning_rates(records: Sequence[Record], found: Verdict) -> Figure | None:
-    """Returns the value against learning rate of every tuned point; None if no point was tuned."""
+    """Returns the loss against learning rate of every tuned point; None if no point was tuned."""
     if not found.tuning:
         return None
-    metric = newest(records).metric
     order = list(by_point(records))
     best: list[float] = []
     figure, axes = _with_legend_beside([_legend(point) for point in found.tuning])
@@ -131,7 +130,7 @@ def learning_rates(records: Sequence[Record], found: Verdict) -> Figure | None:
     rates = sorted({rate for tuning in found.tuning.values() for rate, _ in tuning.curve})
     for point, tuning in found.tuning.items():
         look = _look(order.index(point))
-        tried = {rate: _shown(metric, value) for rate, value in tuning.curve if value is not None}
+        tried = {rate: value for rate, value in tuning.curve if value is not None}
         axes.plot(list(tried), list(tried.values()), **look, ms=5, lw=1.5, label=_legend(point))
         best += [min(tried.values())] if tried else []
         if tuning.chosen in tried:
@@ -140,25 +139,24 @@ def learning_rates(records: Sequence[Record], found: Verdict) -> Figure | None:
         for rate in (rate for rate, value in tuning.curve if value is None):
             gone.setdefault(rate, []).append(look["color"])
     low, high = axes.get_ylim()
-    if metric == "loss" and best:  # a run that learned nothing would squeeze the optima to one line
+    if best:  # a run that learned nothing would squeeze the optima to one line
         high = min(high, max(best) + 1)
         axes.set_ylim(low, high)
-    if gone:  # crosses at the bad end, one below the other so that they don't hide each other
+    if gone:  # crosses at the top, one below the other so that they don't hide each other
         most = max(map(len, gone.values()))
         room = (high - low) * min(1, 0.06 + 0.06 * most)
-        bad, axis = (1.0, (low, high + room)) if metric == "loss" else (0.0, (low - room, high))
-        axes.set_ylim(axis)
-        step = room / (high - low + room) / (most + 1) * (-1 if bad else 1)
+        axes.set_ylim(low, high + room)
+        step = room / (high - low + room) / (most + 1)
         for rate, of_points in gone.items():
             for place, color in enumerate(of_points, start=1):
                 at = axes.get_xaxis_transform()
-                axes.plot(rate, bad + step * place, "x", color=color, ms=8, mew=2, transform=at)
+                axes.plot(rate, 1 - step * place, "x", color=color, ms=8, mew=2, transform=at)
     axes.set_xscale("log", base=2)
     marked = _apart(rates, 1.6)  # refined rates lie too close together for a label each
     axes.set_xticks(marked, [f"{rate:.2g}" for rate in marked], rotation=30 if len(marked) > 8 else 0)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("learning rate")
-    axes.set_ylabel(VALUES[metric])
+    axes.set_ylabel(VALUES["loss"])
     crosses = "; cross: diverged or failed" if gone else ""
     axes.set_title(f"ring: the rate of the comparison{crosses}", fontsize=10, color="0.25")
     axes.figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=4)

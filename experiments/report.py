@@ -101,7 +101,7 @@ def report(records: Sequence[Record], workdir: str | Path) -> str:
     drawn = {
         "": ("Final values and differences", figures.outcome(records, found)),
         "-curves": ("Held-out values during training", figures.curves(records)),
-        "-learning_rates": ("Final value against learning rate", figures.learning_rates(records, found)),
+        "-learning_rates": ("Final loss against learning rate", figures.learning_rates(records, found)),
     }
     images = {
         suffix: Image(f"{stem}{suffix}.png", alt, figures.render(figure, "png"))
@@ -132,7 +132,7 @@ def contents(records: Sequence[Record], found: Verdict, images: dict[str, Image]
         (WARNINGS, [found.warnings] if found.warnings else []),
         ("Verdict", [found.sentence, images[""], *pairs]),
         ("Designs", [*tables.head(records, found)[1:], *tables.designs(records, found), BUDGETS]),
-        ("Learning rates", [*rates, *_learning_rates(facts, found)]),
+        ("Learning rates", [*rates, *_learning_rates(found)]),
         ("Outcomes", [UNITS[facts.metric], tables.outcomes(records, found), _seeds(records)]),
         ("Training curves", [images["-curves"]]),
         ("Runs that did not finish", _unfinished(records, found)),
@@ -143,16 +143,19 @@ def contents(records: Sequence[Record], found: Verdict, images: dict[str, Image]
     ]
 
 
-def _learning_rates(facts: Record, found: Verdict) -> list[Block]:
+def _learning_rates(found: Verdict) -> list[Block]:
     if not found.tuning:
         return ["No learning rates were tried."]
-    columns: tables.Columns = {"point": list(found.tuning), "chosen": [], "best lies": [], "final values": []}
+    columns: tables.Columns = {"point": list(found.tuning), "chosen": [], "best lies": [], "final losses": []}
     for tuning in found.tuning.values():
         columns["chosen"].append("none" if math.isnan(tuning.chosen) else f"{tuning.chosen:.4g}")
         columns["best lies"].append("at the edge" if tuning.at_edge else "inside")
-        values = ((rate, _value(value, facts.metric)) for rate, value in tuning.curve)
-        columns["final values"].append("; ".join(f"{rate:.4g}: {value}" for rate, value in values))
-    return [columns]
+        values = [f"{rate:.4g}: {'none' if v is None else f'{v:.4f}'}" for rate, v in tuning.curve]
+        columns["final losses"].append("; ".join(values))
+    best = [tuning.best for tuning in found.tuning.values() if tuning.best]
+    if not best:
+        return [columns]
+    return [f"The best rates of all points lie within a factor of {max(best) / min(best):.3g}.", columns]
 
 
 def _seeds(records: Sequence[Record]) -> tables.Columns:
@@ -166,13 +169,9 @@ def _seeds(records: Sequence[Record]) -> tables.Columns:
 
 
 def _outcome(run: Record) -> str:
-    return _value(run.score, run.metric) if run.status == "finished" else run.status
-
-
-def _value(value: float | None, metric: str) -> str:
-    if value is None:
-        return "diverged or failed"
-    return format_score(1 - value if metric == "error" else value, metric)
+    if run.status != "finished":
+        return run.status
+    return format_score(1 - run.score if run.metric == "error" else run.score, run.metric)
 
 
 def _unfinished(records: Sequence[Record], found: Verdict) -> list[Block]:

@@ -112,9 +112,7 @@ def do_point(point: Point, workdir: Path) -> None:
             record = _do(point.tuning_run(*trial), workdir)
             if record.status == "failed":
                 return
-            loss = record.final and record.final["loss"]
-            diverged = record.status == "diverged" or loss is None
-            tried.setdefault(trial[0], []).append(math.inf if diverged else loss)
+            tried.setdefault(trial[0], []).append(record.loss if record.status == "finished" else math.inf)
         rate = best_learning_rate({rate: float(np.mean(losses)) for rate, losses in tried.items()})
         _say(point.name, f"learning rate {rate:.3g}, of {len(tried)} tried")
     for comparison in point.comparison_runs(rate):

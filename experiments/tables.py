@@ -114,7 +114,8 @@ def designs(records: Sequence[Record], verdict: Verdict) -> list[Columns]:
 def outcomes(records: Sequence[Record], verdict: Verdict) -> Columns:
     """Returns what came of each point: its learning rate, mean ± 95 % interval, noise over seeds, and losses.
 
-    `sensitivity` is how much worse the next learning rates tried are; "edge" marks an optimum at the edge.
+    `sensitivity` is how much higher the loss is at the next learning rates tried; "edge" marks an optimum at
+    the edge.
     """
     metric = newest(records).metric
     score = "loss (nats/token)" if metric == "loss" else "exact match, %"
@@ -133,7 +134,7 @@ def outcomes(records: Sequence[Record], verdict: Verdict) -> Columns:
             point,
             ("none" if math.isnan(rate) else f"{rate:.3g}")
             + (" (edge)" if search and search.at_edge else ""),
-            "" if search is None or search.sensitivity is None else _sensitivity(search.sensitivity, metric),
+            "" if search is None or search.sensitivity is None else _sensitivity(search.sensitivity),
             format_estimate(estimate, metric) if estimate else "none",
             "" if bits is None else f"{bits:.4f}",
             "" if noise is None else format_score(noise, metric),
@@ -272,8 +273,8 @@ def _p(value: float | None) -> str:
     return "" if value is None else format_p(value).removeprefix("= ")
 
 
-def _sensitivity(value: float, metric: str) -> str:
-    return "+" + format_score(value, metric) if math.isfinite(value) else "diverges"
+def _sensitivity(value: float) -> str:
+    return "+" + format_score(value, "loss") if math.isfinite(value) else "diverges"
 
 
 def _bits_per_byte(finished: Sequence[Record]) -> float | None:

@@ -14,12 +14,12 @@ class Tuning:
     """The learning-rate search of one point.
 
     Attributes:
-      curve: (learning rate, final metric) in ascending order; None: the run diverged or failed.
+      curve: (learning rate, mean final loss) in ascending order; None: a run diverged or failed.
       chosen: the rate of the point's comparison runs; before there are any, `best`; NaN where none finished.
-      at_edge: on one side of `best`, no rate was worse (one that diverged is), and the metric is not 0.
-      sensitivity: mean increase of the metric from `best` to its neighbours in the grid; infinite where one
+      at_edge: on one side of `best`, no rate was worse (one that diverged is).
+      sensitivity: mean increase of the loss from `best` to its neighbours in the grid; infinite where one
         diverged, None without neighbours.
-      best: the rate tried with the lowest metric, among equals the chosen one; None where none finished.
+      best: the rate tried with the lowest loss, among equals the chosen one; None where none finished.
     """
 
     curve: list[tuple[float, float | None]]
@@ -48,7 +48,7 @@ def _search(trials: Mapping[float, Sequence[Record]], chosen: float | None) -> T
     seen: list[tuple[float, float]] = []  # infinite: diverged; a failed run says nothing about its rate
     for rate, runs in trials.items():
         finished = all(run.status == "finished" for run in runs)
-        value = float(np.mean([run.score for run in runs])) if finished else None
+        value = float(np.mean([run.loss for run in runs])) if finished else None
         curve.append((rate, value))
         if value is not None or any(run.status == "diverged" for run in runs):
             seen.append((rate, math.inf if value is None else value))
@@ -62,7 +62,7 @@ def _search(trials: Mapping[float, Sequence[Record]], chosen: float | None) -> T
     return Tuning(
         curve=curve,
         chosen=seen[best][0] if chosen is None else chosen,
-        at_edge=lowest > 0 and not all(any(v > lowest for _, v in side) for side in (below, above)),
+        at_edge=not all(any(v > lowest for _, v in side) for side in (below, above)),
         sensitivity=float(np.mean(increase)) if increase else None,
         best=seen[best][0],
     )

@@ -126,7 +126,15 @@ class Record:
     @property
     def score(self) -> float:
         """Final held-out value of `metric` of a finished run; lower is better."""
-        value = self.final[self.metric] if self.final else None
+        return self._final(self.metric)
+
+    @property
+    def loss(self) -> float:
+        """Final held-out loss of a finished run, nats per token."""
+        return self._final("loss")
+
+    def _final(self, name: str) -> float:
+        value = self.final[name] if self.final else None
         if self.status != "finished" or value is None:
             raise ValueError(f"{self.name} did not finish")
         return float(value)

@@ -173,11 +173,12 @@ def test_errors_are_shown_as_exact_match():
 
 def test_learning_rates_say_what_was_tried():
     rows = table(make(study())[1], "Learning rates")
-    tried = "0.0005: 3.7200; 0.001: 3.6300; 0.002: 3.6000; 0.004: 3.6300; 0.008: diverged or failed"
+    tried = "0.0005: 3.7200; 0.001: 3.6300; 0.002: 3.6000; 0.004: 3.6300; 0.008: none"
     assert rows == [
-        ["point", "chosen", "best lies", "final values"],
+        ["point", "chosen", "best lies", "final losses"],
         *([f"{depth} x 128", "0.002", "inside", tried] for depth in SCORES),
     ]
+    assert "The best rates of all points lie within a factor of 1." in make(study())[1]
     (row,) = table(make(make_tuning(pairs=[])[:3])[1], "Learning rates")[1:]
     assert row[2] == "at the edge"
 
