@@ -236,7 +236,7 @@ def test_kept_activations_are_what_jax_saves_for_the_backward_pass(remat, comput
     saved = [
         x for x in saved_for_backward(m) if not np.issubdtype(x.dtype, np.integer)
     ]  # tokens, and numbers of blocks
-    layers = [x for x in saved if x.shape[0] == m.effective_depth]
+    layers = [x for x in saved if x.shape[:1] == (m.effective_depth,)]
     kept = accounting.kept_activation_bytes(m, LENGTH, BATCH)
     assert m.effective_depth * kept == sum(x.size * x.dtype.itemsize for x in layers)
     norm = [x for x in saved if x.shape[:2] == (BATCH, LENGTH) and x.shape[2] in (1, m.width)]

@@ -236,7 +236,7 @@ def test_the_study_fits_its_task(preset):
     """Rows without padding, no unused token id, equal parameters, and pairs of points that are there."""
     study, labels, sizes = khop.study(preset), [], []
     for overrides in khop.sweep(preset):
-        labels.append(" x ".join(str(overrides[name]) for name in study["scientific"]))
+        labels.append(" x ".join(str(overrides[name]) for name in study.scientific))
         config = from_config_dict(base.update(khop.get_config(preset), overrides))
         prepared = data.prepare(config.data, config.model.vocab_size)
         assert prepared.train.length == config.data.sequence_length
@@ -244,5 +244,5 @@ def test_the_study_fits_its_task(preset):
         assert config.train.eval_every * 5 == config.train.steps
         sizes.append(accounting.parameters(config.model).non_embedding)
     assert len(set(labels)) == len(labels) == (3 if preset == "orders" else 7)
-    assert {label for pair in study["pairs"] for label in pair} == set(labels)
-    assert max(sizes) / min(sizes) - 1 <= study["tolerance"]
+    assert {label for pair in study.pairs for label in pair} == set(labels)
+    assert max(sizes) / min(sizes) - 1 <= study.tolerance
