@@ -3,7 +3,7 @@
   python -m experiments.sweep --config=configs/layer_sharing.py:tiny
 
 All points have the same blocks; the three that share apply them twice, and so cost about twice the FLOPs of
-the baseline. Their plans differ in order only. `tiny` takes about 4 minutes on 2 CPU cores, and 350 steps of
+the baseline. Their plans differ in order only. `tiny` takes about 5 minutes on 2 CPU cores, and 350 steps of
 a 3-block model cannot show the paper's differences of 0.2 to 0.9 points of zero-shot accuracy, each from one
 run.
 

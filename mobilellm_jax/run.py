@@ -200,7 +200,12 @@ def _cpu() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    return f"{names[0] if names else platform.machine()}, {_cores()}"
+
+
+def _cores() -> str:
+    count = len(os.sched_getaffinity(0))
+    return f"{count} core{'s' if count > 1 else ''}"
 
 
 def thin(curve: list[Any], most: int) -> list[Any]:
