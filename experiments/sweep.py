@@ -55,7 +55,7 @@ _JOBS = flags.DEFINE_integer(
 
 # For the expected time only, measured on the tiny studies on 2 CPU cores: the share of the matrix rate that
 # training reaches, and the seconds that a point (process, compilation) and a run (evaluation, saving) cost.
-_EFFICIENCY, _POINT_S, _RUN_S = 0.2, 10.0, 1.2
+_EFFICIENCY, _POINT_S, _RUN_S = 0.12, 10.0, 1.2
 
 
 def main() -> int:
