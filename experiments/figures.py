@@ -44,7 +44,6 @@ STYLE = {
     "grid.color": "0.9",
     "axes.axisbelow": True,
     "text.parse_math": False,
-    "svg.hashsalt": "mobilellm_jax",  # element ids would be random otherwise
 }
 styled = matplotlib.style.context(["default", STYLE])
 # What the axes show. For "error" that is its complement, in percent: 100 is perfect, higher is better.
@@ -164,16 +163,13 @@ def learning_rates(records: Sequence[Record], found: Verdict) -> Figure | None:
 
 
 @styled
-def render(figure: Figure, suffix: str) -> bytes:
-    """Returns "png" or "svg", the same bytes for the same figure: no dates, no versions, no random ids."""
-    file = BytesIO()
-    nothing = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[suffix]
-    figure.savefig(file, format=suffix, dpi=150, metadata=nothing)
-    if suffix == "png":  # 255 colours look the same and take a third of the space
-        image = Image.open(file).convert("RGB").quantize(255)
-        file = BytesIO()
-        image.save(file, "png", optimize=True)
-    return file.getvalue()
+def render(figure: Figure) -> bytes:
+    """Returns a PNG, the same bytes for the same figure."""
+    drawn, small = BytesIO(), BytesIO()
+    figure.savefig(drawn, format="png", dpi=150)
+    # 255 colours look the same and take a third of the space; what matplotlib notes of itself is left behind.
+    Image.open(drawn).convert("RGB").quantize(255).save(small, "png", optimize=True)
+    return small.getvalue()
 
 
 def comparison_runs(records: Sequence[Record]) -> dict[str, list[Record]]:

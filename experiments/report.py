@@ -6,7 +6,7 @@ reads <workdir>/results/**.json and writes, for each study and preset,
 
     reports/<study>-<preset>.html   everything in one file, figures included
     reports/<study>-<preset>.md     the same; its figures are those in figures/
-    figures/<study>-<preset>.png    the outcome, also as .svg, and one row for each point as .csv;
+    figures/<study>-<preset>.png    the outcome, and one row for each point as .csv;
                                     besides -curves.png, -learning_rates.png and -comparisons.csv
 
 The same records give the same bytes.
@@ -104,7 +104,7 @@ def report(records: Sequence[Record], workdir: str | Path) -> str:
         "-learning_rates": ("Final loss against learning rate", figures.learning_rates(records, found)),
     }
     images = {
-        suffix: Image(f"{stem}{suffix}.png", alt, figures.render(figure, "png"))
+        suffix: Image(f"{stem}{suffix}.png", alt, figures.render(figure))
         for suffix, (alt, figure) in drawn.items()
         if figure is not None
     }
@@ -112,7 +112,6 @@ def report(records: Sequence[Record], workdir: str | Path) -> str:
     folder = Path(workdir)
     for image in images.values():
         write_atomically(folder / "figures" / image.name, image.png)
-    write_atomically(folder / "figures" / f"{stem}.svg", figures.render(drawn[""][1], "svg"))
     for name, rows in (("", tables.csv_text), ("-comparisons", tables.comparisons_csv)):
         write_atomically(folder / "figures" / f"{stem}{name}.csv", rows(records, found).encode())
     write_atomically(folder / "reports" / f"{stem}.html", to_html(facts.question, sections).encode())

@@ -62,7 +62,7 @@ def main() -> int:
     )
     _check_same_data(sizes)
     text = report(sizes, f"{study}-scaling.png")
-    write_atomically(workdir / "figures" / f"{study}-scaling.png", figures.render(draw(sizes), "png"))
+    write_atomically(workdir / "figures" / f"{study}-scaling.png", figures.render(draw(sizes)))
     write_atomically(workdir / "reports" / f"{study}-scaling.md", text.encode())
     print(text)
     return 0

@@ -102,7 +102,7 @@ def files(folder):
 
 def test_files_and_the_text_to_print(tmp_path):
     text = report.report(study(), tmp_path)
-    names = "shape-tiny.png shape-tiny-curves.png shape-tiny-learning_rates.png shape-tiny.svg shape-tiny.csv"
+    names = "shape-tiny.png shape-tiny-curves.png shape-tiny-learning_rates.png shape-tiny.csv"
     names += " shape-tiny-comparisons.csv"
     expected = {f"figures/{name}" for name in names.split()}
     assert files(tmp_path).keys() == expected | {"reports/shape-tiny.html", "reports/shape-tiny.md"}
@@ -321,3 +321,15 @@ def test_study_that_cannot_be_compared_does_not_stop_the_others(tmp_path):
     with pytest.raises(UserError, match="a:tiny: steps is 500"):
         report.redraw(tmp_path)
     assert [path.name for path in (tmp_path / "reports").glob("*.html")] == ["b-tiny.html"]
+
+
+def test_committed_reports_say_what_the_committed_records_show():
+    studies = results.by_study(results.read_all(ROOT / "experiments" / "results"))
+    assert {("depth_vs_width", "tiny"), ("layer_sharing", "tiny"), ("khop", "tiny")} <= studies.keys()
+    for (study, preset), records in studies.items():
+        found = verdict(records)
+        text = (ROOT / "experiments" / "reports" / f"{study}-{preset}.md").read_text()
+        assert report._plain(found.sentence) in text, (study, preset)
+        assert all(report._plain(warning) in text for warning in found.warnings), (study, preset)
+    (same,) = verdict(studies["noise", "tiny"]).comparisons
+    assert same.word == "no difference"

@@ -219,7 +219,7 @@ def test_a_sweep_leaves_records_figures_and_a_verdict_and_repeats_nothing(study,
     assert records[2].tokens_seen == 4 * 8 * 16
     assert records[2].config["train"]["init_seed"] == records[2].config["train"]["data_seed"] == 0
     assert records[0].final["loss"] != records[1].final["loss"]
-    assert {p.suffix for p in (workdir / "figures").iterdir()} == {".png", ".svg", ".csv"}
+    assert {p.suffix for p in (workdir / "figures").iterdir()} == {".png", ".csv"}
     assert {p.suffix for p in (workdir / "reports").iterdir()} == {".html", ".md"}
     log = workdir / "runs" / "mini" / "tiny" / "none-s0" / "metrics.jsonl"
     before = log.stat().st_mtime_ns
