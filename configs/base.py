@@ -25,8 +25,9 @@ class Study:
       scientific: fields that the question is about; their values label the points.
       labels: names of the points, where the values of the scientific fields do not say it.
       nuisance: the learning rate, which is tuned for each point so that it does not decide the answer.
-      learning_rates: the grid that the search starts from, powers of 2, rising, in equal steps; see
+      learning_rates: the grid that the search starts from, rising by one factor; see
         `mobilellm_jax/tuning.py`. Empty: the rate of the config for all points.
+      transferred: that rate was tuned at the base shape, and mup or completep carry it to all points.
       tuning_seeds: runs of the best rate and its neighbours, where one run may pick the wrong one.
       matched: the budget that all points have in common, see `accounting.budgets`; "tokens" where the sizes
         differ on purpose, and all points only see equally many training tokens.
@@ -46,6 +47,7 @@ class Study:
     labels: Sequence[str] = ()
     nuisance: Sequence[str] = ("optimizer.learning_rate",)
     learning_rates: Sequence[float]
+    transferred: bool = False
     tuning_seeds: int = 1
     matched: str
     tolerance: float

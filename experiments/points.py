@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.base import Study
 from experiments import cli
-from mobilellm_jax import accounting
+from mobilellm_jax import accounting, results
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.run import flatten
@@ -79,7 +79,7 @@ class Point:
 
     @property
     def runs(self) -> int:
-        """Runs that it takes at least: tuning ends no earlier than with the grid and one refinement."""
+        """About how many runs it takes: for tuning the grid, a refinement, and the repetitions."""
         tuning = len(self.learning_rates) + 1 + 3 * (self.tuning_seeds - 1)
         return self.seeds + (tuning if self.learning_rates else 0)
 
@@ -133,8 +133,8 @@ def _study_points(
         except UserError as error:
             raise UserError(f"--config={spec}, point {row}: {error}") from None
     configs = [config for _, config in rows]
-    # A learning rate on the command line is one for all points.
-    learning_rates = () if "optimizer.learning_rate" in overrides else tuple(study.learning_rates)
+    given = "optimizer.learning_rate" in overrides  # one rate for all points
+    learning_rates = () if given else tuple(study.learning_rates)
     settings = [flatten(to_dict(config)) for config in configs]
     labels = list(study.labels) or [" x ".join(str(s[name]) for name in study.scientific) for s in settings]
     _check_study(spec, study, labels, configs)
@@ -145,16 +145,17 @@ def _study_points(
         "matched": study.matched,
         "scientific": list(study.scientific),
         "nuisance": list(study.nuisance),
-        "tuning": _tuning(learning_rates, configs),
+        "tuning": "grid" if learning_rates else "transferred" if study.transferred and not given else "none",
         "metric": study.metric,
         "pairs": _pairs(study, labels),
         "margin": study.margin,
         "command": cli.command(),
+        "git_commit": results.git_commit(),  # once: files may be edited while the sweep runs
     }
     points = []
     for index, (label, (row, config)) in enumerate(zip(labels, rows, strict=True)):
         x = study.x and {"label": study.x_label, "value": settings[index][study.x], "log": True}
-        facts = {"point": label, "point_index": index, "x": x, "overrides": {**row, **overrides}}
+        facts = {"point": label, "point_index": index, "x": x, "overrides": row}
         points.append(
             Point(
                 config=config,
@@ -166,13 +167,6 @@ def _study_points(
             )
         )
     return points
-
-
-def _tuning(learning_rates: Sequence[float], configs: Sequence[Config]) -> str:
-    if learning_rates:
-        return "grid"
-    standard = any(config.model.parameterization == "standard" for config in configs)
-    return "none" if standard else "transferred"
 
 
 def _pairs(study: Study, labels: Sequence[str]) -> list[list[str]]:
@@ -192,6 +186,15 @@ def _check_study(spec: str, study: Study, labels: Sequence[str], configs: Sequen
     for label in named - set(labels):
         raise UserError(f"--config={spec}: no point {label!r} to compare with; {did_you_mean(label, labels)}")
     rates = study.learning_rates
+    if tuple(study.nuisance) != ("optimizer.learning_rate",):
+        raise UserError(
+            f"--config={spec}: nuisance: {study.nuisance} cannot be tuned; only optimizer.learning_rate can"
+        )
+    standard = any(config.model.parameterization == "standard" for config in configs)
+    if study.transferred and (standard or rates):
+        raise UserError(
+            f"--config={spec}: transferred: takes points with mup or completep, and no learning_rates"
+        )
     steps = [b / a for a, b in pairwise(rates)]
     if rates and (len(rates) < 2 or min(steps) <= 1 or max(steps) > min(steps) * (1 + 1e-9)):
         raise UserError(
@@ -245,7 +248,7 @@ def table(points: Sequence[Point]) -> str:
                 f"{counts.non_embedding:,}",
                 f"{accounting.train_flops_per_token(c.model, c.data.sequence_length):.3g}",
                 f"{c.train.steps * c.train.batch_size * c.data.sequence_length:,}",
-                f"{'>= ' if point.learning_rates else ''}{point.runs}",
+                f"{'about ' if point.learning_rates else ''}{point.runs}",
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]

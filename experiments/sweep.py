@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +58,8 @@ _JOBS = flags.DEFINE_integer(
 # training reaches, and the seconds that a point (process, compilation) and a run (evaluation, saving) cost.
 _EFFICIENCY, _POINT_S, _RUN_S = 0.12, 10.0, 1.2
 
+_EXPECTED = ("tuning", "diverged")
+
 
 def main() -> int:
     """Runs the sweep, and returns the exit status."""
@@ -77,8 +80,14 @@ def sweep(points: Sequence[Point], workdir: Path, jobs: int | None = None) -> in
         process; None takes one for each core on a CPU and 1 on an accelerator.
 
     Raises:
-      UserError: bad data, or a `workdir` of another sweep; found before anything is compiled.
+      UserError: bad data, or a `workdir` of or in use by another sweep; found before anything is compiled.
+        Or a point broke off, for example when memory ran out; the others are done and reported.
     """
+    with _locked(workdir):
+        return _sweep(points, workdir, jobs)
+
+
+def _sweep(points: Sequence[Point], workdir: Path, jobs: int | None) -> int:
     enable_compilation_cache()
     if jobs is None:
         jobs = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
@@ -88,15 +97,28 @@ def sweep(points: Sequence[Point], workdir: Path, jobs: int | None = None) -> in
         data.prepare(data_config, vocab_size)
     if todo:
         total, left = sum(point.runs for point in points), sum(missing.values())
-        print(f"\n{total - left} of {total} runs or more are done already", end="; ")
+        print(f"\n{total - left} of about {total} runs are done already", end="; ")
         seconds = expected_seconds([(point, missing[point.name]) for point in todo])
         print(f"the rest will take about {duration(seconds / min(jobs, len(todo)))} (m:ss)", flush=True)
     if jobs > 1 and len(todo) > 1:
-        _in_processes(sorted(todo, key=lambda point: -point.flops), workdir, min(jobs, len(todo)))
+        broken = _in_processes(sorted(todo, key=lambda point: -point.flops), workdir, min(jobs, len(todo)))
     else:
-        for point in todo:
+        broken = _one_by_one(todo, workdir)
+    status = _finish(points, workdir)
+    if broken:
+        raise UserError("\n".join(broken))
+    return status
+
+
+def _one_by_one(points: Sequence[Point], workdir: Path) -> list[str]:
+    """Does the points, and returns what went wrong with any."""
+    broken = []
+    for point in points:
+        try:
             do_point(point, workdir)
-    return _finish(points, workdir)
+        except UserError as error:
+            broken.append(f"{point.name}: {error}")
+    return broken
 
 
 def do_point(point: Point, workdir: Path) -> None:
@@ -156,21 +178,38 @@ def _check(point: Point, workdir: Path) -> int:
             claim_workdir(workdir / "runs" / run_.name, run_.config)
     done = results.read_all(workdir / "results" / Path(point.name).parent)
     mine = [record for record in done if record.point == point.facts["point"] and record.status != "failed"]
-    there = sum(record.phase == "comparison" and record.seed < point.seeds for record in mine)
+    compared = [record for record in mine if record.phase == "comparison"]
+    for record in compared:
+        if record.tuning != point.facts["tuning"]:
+            raise UserError(
+                f"{workdir}: the learning rate of {record.name} is of another kind, {record.tuning!r} "
+                f"and not {point.facts['tuning']!r}. Use another --workdir, or delete what is there"
+            )
+        for run_ in point.comparison_runs(record.learning_rate):
+            finished_record(_record_path(workdir, run_), run_.config)  # raises if made with other settings
+    there = sum(record.seed < point.seeds for record in compared)
     if there == point.seeds:
         return 0
-    return max(point.runs - there - sum(record.phase == "tuning" for record in mine), point.seeds - there)
+    return max(point.runs - there - len(mine) + len(compared), point.seeds - there)
 
 
 def _finish(points: Sequence[Point], workdir: Path) -> int:
     """Reports on the studies that the points belong to, and returns the exit status."""
-    unfinished = []
+    unfinished, refused = [], []
     for study in dict.fromkeys(Path(point.name).parent for point in points):
         records = results.read_all(workdir / "results" / study)
-        print("\n" + report.report(records, workdir))
-        unfinished += [record for record in records if record.status != "finished"]
+        if not records:
+            continue
+        try:
+            print("\n" + report.report(records, workdir))
+        except UserError as error:  # the other studies are reported all the same
+            refused.append(str(error))
+        # A rate that diverges in tuning is what the search was looking for: the upper end.
+        unfinished += [r for r in records if r.status != "finished" and (r.phase, r.status) != _EXPECTED]
     for record in unfinished:
         print(f"{record.study}, {record.name}: {record.status}: {record.error}")
+    if refused:
+        raise UserError("\n".join(refused))
     return 1 if unfinished else 0
 
 
@@ -196,13 +235,12 @@ def expected_seconds(runs: Sequence[tuple[Point, int]]) -> float:
 # --- points side by side --------------------------------------------------------------------------------
 
 
-def _in_processes(points: Sequence[Point], workdir: Path, jobs: int) -> None:
+def _in_processes(points: Sequence[Point], workdir: Path, jobs: int) -> list[str]:
     """Does the points in processes of their own, `jobs` at a time, each on its part of the CPU cores.
 
     A tiny model does not keep two cores busy: with a core each, two of them train in 0.6 to 0.7 of the time.
 
-    Raises:
-      UserError: a process ended early; the points of the others are done.
+    Returns what to say of points whose process ended early.
     """
     context = multiprocessing.get_context("spawn")
     cores = sorted(os.sched_getaffinity(0))
@@ -231,11 +269,12 @@ def _in_processes(points: Sequence[Point], workdir: Path, jobs: int) -> None:
             for process, _, _ in running.values():
                 process.join()
             raise
-    if broken:
-        raise UserError(
-            f"the process of {', '.join(broken)} ended early; what it said is above. A negative status is "
-            "the signal that ended it: 9 where memory ran out, for which --jobs=1 may help"
-        )
+    if not broken:
+        return []
+    return [
+        f"the process of {', '.join(broken)} ended early; what it said is above. A negative status is the "
+        "signal that ended it: -9 where memory ran out, for which --jobs=1 may help"
+    ]
 
 
 def _child(point: Point, workdir: Path, cores: Sequence[int]) -> None:
@@ -248,6 +287,19 @@ def _child(point: Point, workdir: Path, cores: Sequence[int]) -> None:
         sys.exit(f"{point.name}  error: {error}")
     except KeyboardInterrupt as stop:
         sys.exit(f"{point.name}  {stop}")
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    """Keeps a second sweep out of `workdir`, which would train the same runs in the same directories."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(workdir / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(f"--workdir={workdir}: another sweep is at work there") from None
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from None
 
 
 @contextlib.contextmanager

@@ -46,6 +46,7 @@ def main() -> int:
         x=None,
         overrides=cli.overrides(),
         command=cli.command(),
+        git_commit=results.git_commit(),
     )
     path = workdir / "record.json"
     record = finished_record(path, config)

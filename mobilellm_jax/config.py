@@ -182,7 +182,7 @@ class OptimizerConfig:
     """Optimizer and learning-rate schedule. See `optimizer.py`.
 
     Attributes:
-      name: "adamw", or "muon" for the matrices of the blocks (and AdamW for the rest).
+      name: "adamw", or "muon" for the matrices of the blocks (and Adam for the rest).
       learning_rate: peak learning rate.
       schedule: "cosine", "wsd" (warm-up, stable, linear decay) or "constant" (after warm-up).
       warmup_steps: steps of linear warm-up from 0.

@@ -15,6 +15,8 @@ of the blocks; embedding, head and norm gains keep their init and learning rate.
 `mup` is Yang et al. (2022, arXiv 2203.03466), `completep` Dey et al. (2025, arXiv 2505.01618, table 1 with
 alpha = 1). The learning rate times the weight decay, which is what decays a weight, is the same for all
 shapes. Attention keeps its scale 1 / sqrt(H), so the head size is to stay fixed while the width changes.
+Clipping by the global norm comes before Adam and scales all gradients of a step alike, by a factor that no
+rule here knows of.
 
 Layer sharing. What depth has to tame is the sum over the residual stream, and that has one term for each
 layer *applied*, so the branches are divided by the effective depth. With alpha = 1 the changes of the

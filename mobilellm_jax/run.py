@@ -140,7 +140,6 @@ def planned_fields(config: Config) -> dict[str, Any]:
             "non_embedding": counts.non_embedding,
         },
         "budgets": accounting.budgets(config.model, length, rows),
-        "git_commit": results.git_commit(),
         "versions": results.versions(),
         "device": device(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -190,22 +189,18 @@ def measured_fields(config: Config, card: dict[str, Any], outcome: Outcome) -> d
 
 
 def device() -> dict[str, Any]:
-    """Returns platform, kind and number of the devices of all processes; for a CPU its model and cores."""
+    """Returns platform, kind and number of the devices of all processes, and the CPU cores of this one."""
     first = jax.devices()[0]
     kind = _cpu() if first.platform == "cpu" else first.device_kind
-    return {"platform": first.platform, "kind": kind, "count": jax.device_count()}
+    cores = len(os.sched_getaffinity(0))
+    return {"platform": first.platform, "kind": kind, "count": jax.device_count(), "cores": cores}
 
 
 def _cpu() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {_cores()}"
-
-
-def _cores() -> str:
-    count = len(os.sched_getaffinity(0))
-    return f"{count} core{'s' if count > 1 else ''}"
+    return names[0] if names else platform.machine()
 
 
 def thin(curve: list[Any], most: int) -> list[Any]:

@@ -37,8 +37,8 @@ class Crossing:
 
     Attributes:
       size: of the fits to all seeds; None where they are parallel.
-      low, high: percentile bootstrap interval of the crossings that lie above the smallest size; None where
-        fewer than `LEVEL` of the resamples cross there, and nothing can be said.
+      low, high: percentile bootstrap interval; None where an end of it lies below the smallest size, or
+        nowhere, and nothing can be said.
       share: of the resamples that cross above the smallest size with the second family below afterwards.
     """
 
@@ -68,15 +68,16 @@ def crossing(first: Losses, second: Losses) -> Crossing:
     sizes = _crossing(*samples)
     smallest = min([*first, *second])
     crosses = np.isfinite(sizes) & (sizes >= smallest) & (samples[2] < samples[0])
-    share = float(np.mean(crosses))
-    low, high = (
-        np.quantile(sizes[crosses], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if share >= LEVEL else (None, None)
-    )
+    already_below = samples[3] + samples[2] * np.log(smallest) < samples[1] + samples[0] * np.log(smallest)
+    sizes = np.where(crosses, sizes, np.where(already_below, 0, np.inf))
+    # Inverted, because between an infinite size and a finite one there is nothing to interpolate.
+    low, high = np.quantile(sizes, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
+    is_known = low > 0 and np.isfinite(high)
     return Crossing(
         size=float(size) if np.isfinite(size) else None,
-        low=None if low is None else float(low),
-        high=None if high is None else float(high),
-        share=share,
+        low=float(low) if is_known else None,
+        high=float(high) if is_known else None,
+        share=float(np.mean(crosses)),
     )
 
 

@@ -124,7 +124,8 @@ def decide(scores: Mapping[str, Mapping[int, float]], pairs: Sequence[Pair], mar
     Returns:
       One decision for each pair, by the first rule that fits:
       "better", "worse": Holm's p-value is below 5 %. In at most 5 % of studies without any true difference is
-        one of the pairs called so.
+        one of the pairs called so, if the number of seeds was fixed before: adding seeds until a pair is
+        decided, and testing each time, finds more false differences than that.
       "no difference": the t interval at level 1 - 5 % / (number of pairs) lies within the margin on both
         sides. These intervals hold for all pairs at once in 95 % of studies, so that `bound` may be quoted
         even for the pair where it came out smallest. For one pair this is the two one-sided tests (TOST) at

@@ -281,7 +281,7 @@ def train(
     status, error, step = "finished", None, start
     pending: tuple[int, dict[str, Array]] | None = None  # metrics that the device may still be computing
     try:
-        with _signals() as signals:
+        with _signals() as signals, contextlib.closing(checkpoints):  # a signal still waits for the last save
             for step in range(start + 1, t.steps + 1):
                 rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(batches))
                 state, metrics = programs.step(state, rows, learning_rates[step - 1])
@@ -305,7 +305,6 @@ def train(
     except _Diverged as divergence:
         status, error = "diverged", str(divergence)
     finally:
-        checkpoints.close()
         log.close()
     return Outcome(
         status=status,
@@ -374,7 +373,8 @@ def _signals() -> Iterator[list[str]]:
         signal.signal(number, previous[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, receive)
+        if signal.getsignal(number) != signal.SIG_IGN:  # a sweep's process, which the sweep itself stops
+            previous[number] = signal.signal(number, receive)
     try:
         yield received
     finally:

@@ -17,24 +17,23 @@ def next_learning_rate(tried: Mapping[float, float], grid: Sequence[float]) -> f
 
     Args:
       tried: learning rate -> final loss; infinite where training diverged.
-      grid: at least two rates, rising, equally spaced in octaves.
+      grid: at least two rates, rising by one factor.
     """
     for rate in grid:
         if rate not in tried:
             return rate
-    octaves = sorted(map(math.log2, tried))
-    best = math.log2(best_learning_rate(tried))
-    low, high = math.log2(grid[0]), math.log2(grid[-1])
-    step = (high - low) / (len(grid) - 1)
-    if best == octaves[0]:
-        return 2 ** (best - step) if best > low - FURTHEST * step else None
-    if best == octaves[-1]:
-        return 2 ** (best + step) if best < high + FURTHEST * step else None
-    place = octaves.index(best)
+    rates = sorted(tried)
+    place = rates.index(best_learning_rate(tried))
+    best, step = rates[place], (grid[-1] / grid[0]) ** (1 / (len(grid) - 1))
+    furthest = step ** (FURTHEST - 0.5)  # the half keeps rounding from adding a step or losing one
+    if place == 0:
+        return best / step if best > grid[0] / furthest else None
+    if place == len(rates) - 1:
+        return best * step if best < grid[-1] * furthest else None
     # The better neighbour's side first: where that finds a new best, the search is over.
-    for neighbour in sorted((octaves[place - 1], octaves[place + 1]), key=lambda octave: tried[2**octave]):
-        if abs(best - neighbour) > FINEST:
-            return 2 ** ((best + neighbour) / 2)
+    for neighbour in sorted((rates[place - 1], rates[place + 1]), key=lambda rate: tried[rate]):
+        if abs(math.log2(best / neighbour)) > FINEST + 1e-9:
+            return math.sqrt(best * neighbour)
     return None
 
 

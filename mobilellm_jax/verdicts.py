@@ -190,12 +190,15 @@ def _sentence(
             [f"Best learning rates: {', '.join(rates)}."] if rates else []
         )
     elif not comparisons:
-        means = [
-            f"{p!r} {format_score(float(np.mean([*s.values()])), facts.metric)}" for p, s in scores.items()
-        ]
+        found = []
+        for point, of_point in scores.items():
+            values = list(of_point.values())
+            spread = statistics.standard_deviation(values)
+            noise = "" if spread is None else f" (standard deviation {format_score(spread, facts.metric)})"
+            found.append(f"{point!r} {format_score(float(np.mean(values)), facts.metric)}{noise}")
         unit = "nats per token" if facts.metric == "loss" else "%"
-        parts = [f"No comparison was asked for. Mean {facts.metric} in {unit}: {', '.join(means)}."]
-    elif seeds_vary != "nothing":
+        parts = [f"No comparison was asked for. Mean {facts.metric} in {unit}: {', '.join(found)}."]
+    if scores and seeds_vary != "nothing":
         parts.append(f"Seeds change {seeds_vary}.")
     return " ".join([*parts, failures]).strip()
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import pytest
 
 from configs import base, depth_vs_width, khop, layer_sharing, lr_transfer, noise
@@ -108,7 +109,7 @@ def test_every_point_is_tuned_and_then_judged_on_other_seeds(tuned_study, tmp_pa
 def test_rates_that_diverge_are_recorded_and_tuned_around(tuned_study, tmp_path, monkeypatch):
     curve = lambda octave: math.inf if octave > -8 else 3 + (octave + 11) ** 2  # noqa: E731
     monkeypatch.setattr(sweep, "run", losses(curve))
-    assert sweep.sweep(points(tuned_study, only=["none"]), tmp_path / "w", jobs=1) == 1
+    assert sweep.sweep(points(tuned_study, only=["none"]), tmp_path / "w", jobs=1) == 0
     records = results.read_all(tmp_path / "w" / "results")
     assert {r.learning_rate for r in records if r.phase == "comparison"} == {2**-11}
     assert [r.learning_rate for r in records if r.status == "diverged"] == [2**-7]
@@ -117,8 +118,38 @@ def test_rates_that_diverge_are_recorded_and_tuned_around(tuned_study, tmp_path,
 def test_a_learning_rate_on_the_command_line_is_one_for_all(tuned_study, tmp_path):
     chosen = points(tuned_study, {"optimizer.learning_rate": 1e-3})
     assert {(p.learning_rates, p.facts["tuning"]) for p in chosen} == {((), "none")}
-    completep = points(tuned_study, {"optimizer.learning_rate": 1e-3, "model.parameterization": "completep"})
-    assert {p.facts["tuning"] for p in completep} == {"transferred"}
+
+
+def test_a_transferred_rate_takes_a_parameterization_that_transfers(study):
+    study.write_text(study.read_text().replace("learning_rates=()", "learning_rates=(), transferred=True"))
+    with pytest.raises(UserError, match="transferred: takes points with mup or completep"):
+        points(study)
+    completep = {"model.parameterization": "completep"}
+    assert {p.facts["tuning"] for p in points(study, completep)} == {"transferred"}
+    given = points(study, {**completep, "optimizer.learning_rate": 1e-3})
+    assert {p.facts["tuning"] for p in given} == {"none"}
+
+
+def test_records_of_another_sweep_are_not_counted_as_done(tuned_study, tmp_path, monkeypatch):
+    """Made with one rate for all, or with other steps: refused, and not reported as tuned."""
+    monkeypatch.setattr(sweep, "run", losses(lambda octave: 3 + (octave + 8) ** 2))
+    sweep.sweep(points(tuned_study, {"optimizer.learning_rate": 0.01}, only=["none"]), tmp_path / "w", jobs=1)
+    with pytest.raises(UserError, match="is of another kind, 'none' and not 'grid'"):
+        sweep.sweep(points(tuned_study, only=["none"]), tmp_path / "w", jobs=1)
+    sweep.sweep(points(tuned_study, only=["none"]), tmp_path / "x", jobs=1)
+    for path in (tmp_path / "x" / "results").rglob("*lr*.json"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"train\.steps is 4 there and 5 here"):
+        sweep.sweep(points(tuned_study, {"train.steps": 5}, only=["none"]), tmp_path / "x", jobs=1)
+
+
+def test_a_second_sweep_in_the_same_workdir_is_refused(study, tmp_path):
+    (tmp_path / "w").mkdir()
+    with (
+        filelock.FileLock(tmp_path / "w" / ".lock"),
+        pytest.raises(UserError, match="another sweep is at work"),
+    ):
+        sweep.sweep(points(study), tmp_path / "w")
 
 
 def test_seeds_change_what_the_study_varies(study):
@@ -136,6 +167,7 @@ def test_seeds_change_what_the_study_varies(study):
         ("learning_rates=(0.1,)", "two or more"),
         ("learning_rates=(0.1, 0.05)", "rising"),
         ("learning_rates=(1, 2, 8)", "rising by one factor"),
+        ("nuisance=['optimizer.beta2']", "only optimizer.learning_rate can"),
         ("matched='non_embedding'", "no budget 'non_embedding'; did you mean non_embedding_parameters"),
     ],
 )
@@ -205,9 +237,9 @@ def test_a_sweep_leaves_records_figures_and_a_verdict_and_repeats_nothing(study,
     workdir = tmp_path / "w"
     assert sweep.sweep(points(study), workdir, jobs=1) == 0
     output = capsys.readouterr().out
-    assert "0 of 4 runs or more are done already; the rest will take about 0:" in output
+    assert "0 of about 4 runs are done already; the rest will take about 0:" in output
     assert "Q?" in output
-    assert "annot tell" in output or "better" in output or "worse" in output
+    assert "'reverse' and 'none'" in output or "'none' is better than 'reverse'" in output
     records = results.read_all(workdir / "results")
     assert [(r.point, r.seed, r.status) for r in records] == [
         ("none", 0, "finished"),
@@ -254,8 +286,9 @@ def test_a_point_that_diverges_is_recorded_and_not_repeated(study, tmp_path, cap
     assert sweep.sweep(chosen, tmp_path / "w") == 1
     (record,) = results.read_all(tmp_path / "w" / "results")
     assert record.status == "diverged"
+    capsys.readouterr()
     assert sweep.sweep(chosen, tmp_path / "w") == 1
-    assert "runs are done already" not in capsys.readouterr().out.partition("diverged")[2]
+    assert "tokens/s" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("record", [True, False], ids=["finished", "half-done"])
@@ -274,7 +307,7 @@ def test_other_logging_and_checkpointing_is_the_same_sweep(study, tmp_path, caps
     sweep.sweep(points(study, seeds=1, only=["none"]), tmp_path / "w")
     capsys.readouterr()
     assert sweep.sweep(points(study, {"train.log_every": 1}, seeds=1, only=["none"]), tmp_path / "w") == 0
-    assert "step" not in capsys.readouterr().out
+    assert "tokens/s" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

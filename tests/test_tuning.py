@@ -52,8 +52,16 @@ def test_gives_up_at_an_edge_that_is_never_left(slope, edge):
 
 def test_goes_down_where_all_rates_diverge():
     tried = search(lambda octave: math.inf if octave > -12 else -octave)
-    assert best_learning_rate(tried) == 2.0**-12 or tried[best_learning_rate(tried)] < math.inf
-    assert min(tried) < 2**-12
+    assert best_learning_rate(tried) == 2.0**-12
+    assert 2.0**-11 in tried
+
+
+@pytest.mark.parametrize("grid", [(3e-4, 1.2e-3), (5e-3, 1e-2), (1e-3, 1e-2), (1e-4, 1e-3, 1e-2)])
+def test_grids_of_other_numbers(grid):
+    """Rates that are no powers of 2 are found too, within an octave of the best."""
+    tried = search(lambda octave: (octave + 8.3) ** 2, grid)
+    assert abs(math.log2(best_learning_rate(tried)) + 8.3) <= 0.5
+    assert len(tried) <= 8
 
 
 def test_equal_losses_take_the_lower_rate():
