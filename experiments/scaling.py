@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from experiments import cli, figures, tables
 from mobilellm_jax import scaling
@@ -188,8 +189,9 @@ def draw(sizes: Sequence[Size]) -> Figure:
                 axes.axvspan(cross.low, min(cross.high, largest * 3), color="0.85", zorder=0)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.3g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: tables.quantity(value))
     axes.set_xlabel("non-embedding parameters")
     axes.set_ylabel("held-out loss (nats per token)")
