@@ -58,8 +58,6 @@ _JOBS = flags.DEFINE_integer(
 # training reaches, and the seconds that a point (process, compilation) and a run (evaluation, saving) cost.
 _EFFICIENCY, _POINT_S, _RUN_S = 0.12, 10.0, 1.2
 
-_EXPECTED = ("tuning", "diverged")
-
 
 def main() -> int:
     """Runs the sweep, and returns the exit status."""
@@ -185,7 +183,8 @@ def _check(point: Point, workdir: Path) -> int:
                 f"{workdir}: the learning rate of {record.name} is of another kind, {record.tuning!r} "
                 f"and not {point.facts['tuning']!r}. Use another --workdir, or delete what is there"
             )
-        for run_ in point.comparison_runs(record.learning_rate):
+    for rate in {record.learning_rate for record in compared}:
+        for run_ in point.comparison_runs(rate):
             finished_record(_record_path(workdir, run_), run_.config)  # raises if made with other settings
     there = sum(record.seed < point.seeds for record in compared)
     if there == point.seeds:
@@ -205,7 +204,8 @@ def _finish(points: Sequence[Point], workdir: Path) -> int:
         except UserError as error:  # the other studies are reported all the same
             refused.append(str(error))
         # A rate that diverges in tuning is what the search was looking for: the upper end.
-        unfinished += [r for r in records if r.status != "finished" and (r.phase, r.status) != _EXPECTED]
+        found = [r for r in records if (r.phase, r.status) != ("tuning", "diverged")]
+        unfinished += [record for record in found if record.status != "finished"]
     for record in unfinished:
         print(f"{record.study}, {record.name}: {record.status}: {record.error}")
     if refused:
