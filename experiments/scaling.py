@@ -80,11 +80,16 @@ def size(preset: str, records: Sequence[Record]) -> Size:
         point: [run for run in of_point if run.phase == "comparison" and run.status == "finished"]
         for point, of_point in by_point(records).items()
     }
+    asked = {point for pair in records[0].pairs for point in pair}
+    if absent := sorted(point for point in asked if not runs.get(point)):
+        raise UserError(
+            f"{preset}: no finished run of {', '.join(map(repr, absent))}; leave it out of --presets"
+        )
     ordered = sorted(runs, key=lambda point: by_point(records)[point][0].setting("model.depth"))
     shallow, deep = ordered[0], ordered[-1]
     comparison = next((c for c in found.comparisons if (c.point, c.other) == (deep, shallow)), None)
-    if comparison is None or not runs[shallow] or not runs[deep]:
-        raise UserError(f"{preset}: no finished comparison of {deep!r} with {shallow!r}")
+    if comparison is None:
+        raise UserError(f"{preset}: the study does not compare {deep!r} with {shallow!r}")
     return Size(preset, runs[deep][0].steps, runs[shallow], runs[deep], found, comparison)
 
 

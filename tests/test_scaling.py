@@ -125,6 +125,15 @@ def test_presets_without_records(workdir, presets, message):
     assert "Traceback" not in done.stderr
 
 
+def test_a_preset_without_its_deepest_point_is_refused(workdir):
+    """It would pass for the family of the deepest with another depth."""
+    for path in (workdir / "results" / "shape" / "long").glob("8-*"):
+        path.unlink()
+    done = run_command(workdir)
+    assert done.returncode == 2
+    assert "long: no finished run of '8 x 128'; leave it out of --presets" in done.stderr
+
+
 def test_presets_on_other_data_are_refused(workdir):
     for path in (workdir / "results" / "shape" / "large").iterdir():
         path.write_text(re.sub(r'"source_sha256": "[^"]*"', '"source_sha256": "other"', path.read_text()))
