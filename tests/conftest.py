@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Without it jaxlib makes as many threads as devices; a collective blocks one of them for each device, and
+# was once seen to wait for ever for a participant that had none left.
+os.environ.setdefault("PJRT_NPROC", "16")
 
 import jax
 import jaxtyping
@@ -22,7 +25,10 @@ from configs import base
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 if jax.__version_info__[:2] == (0, 10):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    # A machine that stands still for 40 s is no reason to abort.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=200"
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # one program at a time, for the same reason
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("mobilellm_jax", "beartype.beartype")
 
