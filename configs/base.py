@@ -40,6 +40,8 @@ class Study:
       baseline: label of the point that the others are compared with; None compares all pairs.
       pairs: or just these pairs of labels.
       x, x_label: field on the figure's x axis; None draws the points as categories.
+      series, series_label: field whose values are drawn as lines over x, with "<value> <label>" as legend;
+        None draws one line.
     """
 
     question: str
@@ -59,6 +61,8 @@ class Study:
     pairs: Sequence[tuple[str, str]] = ()
     x: str | None = None
     x_label: str = ""
+    series: str | None = None
+    series_label: str = ""
 
 
 def get_config(preset: str = "") -> ConfigDict:

@@ -155,6 +155,8 @@ def _study_points(
     points = []
     for index, (label, (row, config)) in enumerate(zip(labels, rows, strict=True)):
         x = study.x and {"label": study.x_label, "value": settings[index][study.x], "log": True}
+        if x and study.series:
+            x["series"] = f"{settings[index][study.series]} {study.series_label}"
         facts = {"point": label, "point_index": index, "x": x, "overrides": row}
         points.append(
             Point(

@@ -59,7 +59,8 @@ class Record:
       metric: what is compared, lower is better: a key of the evaluations, "loss" or "error".
       pairs: [point, other] for every comparison asked for; the family that Holm's method corrects.
       margin: the smallest difference in `metric` that matters.
-      x: {"label", "value", "log"}, the place on the figure's x axis; None draws the points as categories.
+      x: {"label", "value", "log"}, the place on the figure's x axis, and "series" where there are several
+        lines; None draws the points as categories.
       status, error: how the run ended, and the message if it did not finish.
       overrides: dotted fields that make this point differ from the study's config.
       config: the whole validated config, nested.

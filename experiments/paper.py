@@ -1,0 +1,152 @@
+"""The paper's rows beside our points: what each study reproduces, from the tables in `experiments/paper/`."""
+
+import csv
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "paper"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One model of the paper.
+
+    Attributes:
+      label: what it is called here.
+      printed: parameters in millions, as printed (without the gains of the norms); "" where they are not.
+      accuracy: average zero-shot accuracy on the paper's eight tasks, in percent; None where it is not given.
+      x: its place on the x axis of the study's figure; None in studies without one.
+      series: which of several lines over x it belongs to; "" where there is one line.
+    """
+
+    label: str
+    printed: str
+    accuracy: float | None
+    x: float | None
+    series: str
+
+
+Cells = dict[str, str]  # column -> text
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """How the rows of a study are read from a table; names in braces are its columns.
+
+    Attributes:
+      table: file name in `experiments/paper/`.
+      what: figure and table of the paper, for captions.
+      label, series: formats.
+      printed: column of the printed parameters; "": the table does not have them.
+      x: place on the x axis.
+      group: size group; the study's preset is `paper_<group>`, or `paper` where there are no groups.
+      only: whether a row belongs to the study.
+    """
+
+    table: str
+    what: str
+    label: str
+    printed: str = "params_printed_M"
+    x: Callable[[Cells], float] | None = None
+    series: str = ""
+    group: Callable[[Cells], str] = operator.itemgetter("group")
+    only: Callable[[Cells], bool] = lambda _: True
+
+
+_LATER = {"SmolLM-135M": "smollm", "SmolLM-360M": "smollm"} | {
+    f"MobileLLM-R1-{size}": "r1" for size in ("140M", "360M", "950M")
+}
+SOURCES = {
+    "depth_vs_width": Source(
+        "table11_depth_vs_width", "figure 4, table 11", "{layers} x {dim}", x=lambda row: float(row["layers"])
+    ),
+    "head_groups": Source(
+        "table13_fig5_heads_kvheads",
+        "figure 5, table 13",
+        "{heads} x {kv_heads}",
+        x=lambda row: float(row["kv_heads"]),
+        series="{heads} heads",
+    ),
+    "embedding_sharing": Source("table01_embedding_sharing", "table 1", "{variant}"),
+    "layer_sharing": Source("table02_layer_sharing_strategy", "table 2", "{sharing}", "params_M"),
+    "repeats": Source(
+        "table14_repeat_count",
+        "table 14",
+        "{repeat}",
+        printed="",
+        x=lambda row: float(row["applied_layers"]) / float(row["distinct_layers"]),
+    ),
+    "roadmap": Source(
+        "table10_fig3_roadmap",
+        "figure 3, table 10",
+        "{technique}",
+        only=lambda row: row["train_tokens"] == "0.25T",
+    ),
+    "mobilellm": Source(
+        "table09_model_zoo", "table 9", "{model}", "params_printed_paper", group=lambda _: ""
+    ),
+    "followups": Source(
+        "followups",
+        "the model cards",
+        "{model}",
+        "params_printed",
+        group=lambda row: _LATER[row["model"]],
+        only=lambda row: row["model"] in _LATER,
+    ),
+}
+
+
+@functools.cache
+def table(name: str) -> list[Cells]:
+    """Returns the rows of `experiments/paper/<name>.csv`."""
+    with open(FOLDER / f"{name}.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def rows(study: str) -> dict[str, list[Row]]:
+    """Returns the paper's rows of a study by size group: "125M", "350M"; "" where there are no groups.
+
+    They are in the order of the paper, which is that of the study's points at its `paper` presets. Empty for
+    a study that is not in the paper.
+    """
+    groups: dict[str, list[Row]] = {}
+    if study not in SOURCES:
+        return groups
+    source = SOURCES[study]
+    for row in filter(source.only, table(source.table)):
+        accuracy = row["Avg"] if "Avg" in row else _published_accuracy().get(row["model"], "")
+        groups.setdefault(source.group(row), []).append(
+            Row(
+                label=source.label.format_map(row),
+                printed=row[source.printed].partition(" ")[0] if source.printed else "",
+                accuracy=float(accuracy) if accuracy else None,
+                x=source.x(row) if source.x else None,
+                series=source.series.format_map(row),
+            )
+        )
+    return groups
+
+
+def of_preset(study: str, preset: str) -> list[Row]:
+    """Returns the rows that the points of a study are at a `paper` preset, in their order; [] at others."""
+    return {f"paper_{group.lower()}".strip("_"): of for group, of in rows(study).items()}.get(preset, [])
+
+
+def agrees(printed: str, count: int) -> bool:
+    """Says whether `count` is the printed number ("134.1", "1.01B") to every digit shown, rounded or cut off.
+
+    The models' own cards do both: 949.6 million parameters are printed as 949M. Without a unit, millions.
+    """
+    number = Decimal(printed.rstrip("MB"))
+    exact = Decimal(count) / (10**9 if printed.endswith("B") else 10**6)
+    return number in (exact.quantize(number, ROUND_HALF_UP), exact.quantize(number, ROUND_DOWN))
+
+
+def _published_accuracy() -> dict[str, str]:
+    """Average accuracy by model, where a table of shapes does not say it."""
+    tables = (table("table03_main_zero_shot"), table("table08_larger_models_zero_shot"))
+    return {row["model"]: row["Avg"] for of_table in tables for row in of_table}
