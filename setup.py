@@ -40,8 +40,11 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # To open experiments/explore.ipynb in a Jupyter that is there, or to run it without one.
+        "notebook": ["ipykernel>=7.0", "ipywidgets>=8.1", "nbclient>=0.11"],
         "test": [
             "beartype>=0.22",
+            "jupytext>=1.19",
             "pyright[nodejs]>=1.1.400",
             "pytest>=9.0",
             "pytest-xdist>=3.8",
