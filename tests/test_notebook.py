@@ -33,7 +33,7 @@ def test_notebook_is_made_from_its_text():
 
 @pytest.mark.slow
 def test_every_cell_runs(tmp_path):
-    """As for a reader whose Jupyter runs in experiments/; nothing is installed, and nothing written to HOME."""
+    """As for a reader whose Jupyter runs in experiments/; nothing is installed, no cache is left in HOME."""
     import nbclient  # of the `notebook` extra
     import nbformat
 
