@@ -93,7 +93,7 @@ def draw_plans(depth=4, num_repeats=2, own_plan="0 1 2 1 2 3"):
         try:
             plan = layer_plan(name, depth, 1 if once else num_repeats)
         except UserError as error:
-            axes.text(0, row, textwrap.fill(str(error), 95), va="center", fontsize=9)
+            axes.text(0.05, row, textwrap.fill(str(error), 95), va="center", fontsize=9)
             continue
         for layer, block in enumerate(plan):
             shade = block / max(depth - 1, 1)
@@ -102,7 +102,7 @@ def draw_plans(depth=4, num_repeats=2, own_plan="0 1 2 1 2 3"):
                 layer + 0.45, row, str(block), ha="center", va="center", color="w" if shade < 0.6 else "k"
             )
     axes.set_yticks(range(len(names)), [*STRATEGIES, "own plan"])
-    axes.set(xlim=(0, max(8, depth * num_repeats)), ylim=(len(names) - 0.5, -0.5))
+    axes.set(xlim=(0, max(8, depth * num_repeats, len(own_plan.split()))), ylim=(len(names) - 0.5, -0.5))
     axes.set_xlabel("layers applied, from input to output")
     axes.grid(visible=False)
     plt.show()
