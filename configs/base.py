@@ -144,6 +144,28 @@ def check_preset(file: str, preset: str, presets: Sequence[str]) -> None:
         raise ValueError(f"{Path(file).name} has no preset {preset!r}; valid presets: {valid}")
 
 
+def use_recipe(config: ConfigDict, preset: str) -> None:
+    """Sets the recipe of a preset: that of the paper for `paper*`, else the small one."""
+    if preset.startswith("paper"):
+        use_paper_recipe(config)
+    else:
+        use_small_recipe(config, preset)
+
+
+def protocol(preset: str) -> dict[str, Any]:
+    """Returns the fields of a `Study` that depend on what a run costs.
+
+    `paper*` has one learning rate for all shapes, as the paper; its three seeds are ours, the paper has one.
+    """
+    tiny = preset == "tiny"
+    return {
+        "learning_rates": () if preset.startswith("paper") else (2**-9, 2**-7),
+        "tuning_seeds": 2 if tiny else 1,
+        "seeds": 5 if tiny else 3,
+        "margin": 0.05 if tiny else 0.02,
+    }
+
+
 def use_paper_recipe(config: ConfigDict) -> None:
     """Sets the vocabulary, batch and schedule of MobileLLM's ablations, for accelerators."""
     config.model.vocab_size = 32_000  # paper section 2.2.3

@@ -88,13 +88,10 @@ def study(preset: str) -> base.Study:
         scientific=("model.depth", "model.width"),
         x="model.depth",
         x_label="distinct blocks (depth)",
-        learning_rates=() if paper else (2**-9, 2**-7),  # paper: one rate for all shapes
         matched="total_parameters" if paper else "non_embedding_parameters",
-        tuning_seeds=2 if preset == "tiny" else 1,
         tolerance=0.25 if paper else 0.02,
-        seeds={"tiny": 5, **dict.fromkeys(LAPTOP[:3], 4)}.get(preset, 3),
         baseline=f"{shallowest['model.depth']} x {shallowest['model.width']}",
-        margin=0.05 if preset == "tiny" else 0.02,
+        **base.protocol(preset) | ({"seeds": 4} if preset in LAPTOP[:3] else {}),
     )
 
 

@@ -30,11 +30,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     """Returns what all points have in common."""
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
+    base.use_recipe(config, preset)
     if preset.startswith("paper"):
-        base.use_paper_recipe(config)
-        config.model.share_embedding = False  # paper: its parameter counts fit untied embeddings only
-    else:
-        base.use_small_recipe(config, preset)
+        config.model.share_embedding = False  # its parameter counts fit untied embeddings only
     model = config.model
     model.depth, model.num_heads, model.width, model.ffn_width = _SHAPES[preset]
     return config
@@ -42,17 +40,13 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 def study(preset: str) -> base.Study:
     """Returns what is asked, and how it is answered."""
-    paper = preset.startswith("paper")
     return base.Study(
         question="Does applying every block twice help, and in which order?",
         scientific=("model.sharing",),
         baseline="none",
-        learning_rates=() if paper else (2**-9, 2**-7),  # paper: one rate for all shapes
         matched="non_embedding_parameters",
-        tuning_seeds=2 if preset == "tiny" else 1,
         tolerance=0.0,
-        seeds=5 if preset == "tiny" else 3,
-        margin=0.05 if preset == "tiny" else 0.02,
+        **base.protocol(preset),
     )
 
 

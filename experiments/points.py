@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.base import Study
-from experiments import cli
+from experiments import cli, paper
 from mobilellm_jax import accounting, results
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError, did_you_mean
@@ -224,21 +224,16 @@ def _check_study(spec: str, study: Study, labels: Sequence[str], configs: Sequen
 
 
 def table(points: Sequence[Point]) -> str:
-    """Returns what each point is and costs, one line for each."""
-    header = (
-        "study",
-        "point",
-        "plan",
-        "parameters",
-        "as printed",
-        "non-emb.",
-        "FLOPs/token",
-        "tokens",
-        "runs",
-    )
-    rows = [list(header)]
+    """Returns what each point is and costs, one line for each.
+
+    "no gains" are the parameters without the gains of the norms, which is how the paper counts; beside them
+    is what it prints, where the points are rows of the paper.
+    """
+    header = ["study", "point", "plan", "parameters", "no gains", "paper", "non-emb.", "FLOPs/token"]
+    rows = [[*header, "tokens", "runs"]]
     for point in points:
         c, counts = point.config, accounting.parameters(point.config.model)
+        printed = paper.of_preset(point.facts["study"], point.facts["preset"])
         plan = " ".join(map(str, c.model.plan))
         rows.append(
             [
@@ -247,13 +242,16 @@ def table(points: Sequence[Point]) -> str:
                 plan if len(plan) <= 24 else f"{plan[:14]} ... ({c.model.effective_depth})",
                 f"{counts.total:,}",
                 f"{counts.as_printed:,}",
+                printed[point.facts["point_index"]].printed if printed else "",
                 f"{counts.non_embedding:,}",
                 f"{accounting.train_flops_per_token(c.model, c.data.sequence_length):.3g}",
                 f"{c.train.steps * c.train.batch_size * c.data.sequence_length:,}",
                 f"{'about ' if point.learning_rates else ''}{point.runs}",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    if not any(row[5] for row in rows[1:]):
+        rows = [[*row[:5], *row[6:]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = 3  # columns of words; the numbers go to the right
 
     def line(row: Sequence[str]) -> str:

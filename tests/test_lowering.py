@@ -7,7 +7,18 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from configs import base, depth_vs_width, khop, layer_sharing, mobilellm
+from configs import (
+    base,
+    depth_vs_width,
+    embedding_sharing,
+    followups,
+    head_groups,
+    khop,
+    layer_sharing,
+    mobilellm,
+    repeats,
+    roadmap,
+)
 from mobilellm_jax import partition
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.train import make_programs
@@ -18,7 +29,17 @@ MESH = AbstractMesh((8, 1, 1), partition.AXES, axis_types=(AxisType.Auto,) * 3)
 def programs() -> Iterator[tuple[str, Config]]:
     """Yields every config once; points that two studies share make one program."""
     seen = set()
-    for study in (depth_vs_width, layer_sharing, khop):
+    for study in (
+        depth_vs_width,
+        layer_sharing,
+        khop,
+        head_groups,
+        embedding_sharing,
+        repeats,
+        roadmap,
+        mobilellm,
+        followups,
+    ):
         for preset in study.PRESETS:
             for overrides in study.sweep(preset):
                 config = from_config_dict(base.update(study.get_config(preset), overrides))
@@ -26,8 +47,6 @@ def programs() -> Iterator[tuple[str, Config]]:
                     seen.add(config)
                     words = " ".join(str(value) for value in overrides.values())
                     yield f"{study.__name__.removeprefix('configs.')}:{preset} {words}", config
-    for preset in mobilellm.PRESETS:
-        yield f"mobilellm:{preset}", from_config_dict(mobilellm.get_config(preset))
     muon = base.update(mobilellm.get_config("125m"), {"optimizer.name": "muon"})
     yield "mobilellm:125m with muon", from_config_dict(muon)
 

@@ -1,0 +1,31 @@
+"""Every comparison of architectures in the paper, one after another.
+
+  python -m experiments.sweep --config=configs/paper.py:tiny
+
+About 45 minutes on 2 CPU cores, resumable. `get_config` has the fields that all studies have.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+# What there is at each size: the paper has no second embedding table, and one list of published models.
+_BOTH = ("roadmap", "depth_vs_width", "head_groups", "layer_sharing", "repeats")
+_STUDIES = {
+    "tiny": (*_BOTH, "embedding_sharing", "mobilellm", "followups"),
+    "small": (*_BOTH, "embedding_sharing", "mobilellm", "followups"),
+    "paper_125m": (*_BOTH, "embedding_sharing"),
+    "paper_350m": _BOTH,
+}
+PRESETS = tuple(_STUDIES)
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+    """Returns the fields there are."""
+    base.check_preset(__file__, preset, PRESETS)
+    return base.get_config()
+
+
+def studies(preset: str) -> list[str]:
+    """Returns the studies, in the order in which they run."""
+    return [f"configs/{name}.py:{preset}" for name in _STUDIES[preset]]

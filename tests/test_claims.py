@@ -1,0 +1,80 @@
+"""The page of claims: what the paper's tables say, what the records say, and the judgement."""
+
+import pytest
+from test_results import make_record
+
+from experiments import claims
+from experiments.points import points_of
+from mobilellm_jax.verdicts import verdict
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "judged"),
+    [
+        (["better"], "better", "agree"),
+        (["cannot tell", "better"], "better", "agree"),
+        (["worse", "cannot tell"], "better", "disagree"),
+        (["worse", "better"], "better", "cannot tell"),
+        (["cannot tell"], "better", "cannot tell"),
+        (["no difference"], "better", "cannot tell"),  # smaller than matters, but perhaps there
+        (["no difference"], "not worse", "agree"),
+        (["worse"], "not worse", "disagree"),
+        (["worse"], "worse", "agree"),
+        (["better"], "worse", "disagree"),
+    ],
+)
+def test_judgement(words, expected, judged):
+    assert claims.judge(words, expected) == judged
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.text)
+def test_the_study_of_a_claim_asks_about_its_pairs(claim, preset):
+    points = points_of(f"configs/{claim.study}.py:{preset}", {}, None, ())
+    labels = [point.facts["point"] for point in points]
+    asked = points[0].facts["pairs"]
+    for point, other in claim.pairs:
+        assert [labels[point], labels[other]] in asked
+
+
+def three_seeds(depth, score, **changes):
+    pairs = [["2 x 128", "1 x 128"], ["4 x 128", "1 x 128"]]
+    place = {1: 0, 2: 1, 4: 2}[depth]
+    return [
+        make_record(
+            depth=depth,
+            seed=seed,
+            score=score + 0.001 * seed * depth,
+            point_index=place,
+            pairs=pairs,
+            **changes,
+        )
+        for seed in range(3)
+    ]
+
+
+def section(text, heading):
+    return text.split(f"## {heading}\n")[1].split("\n## ")[0]
+
+
+def test_page_says_what_paper_and_records_say():
+    records = [
+        run
+        for depth, score in ((1, 3.5), (2, 3.3), (4, 3.6))
+        for run in three_seeds(depth, score, study="embedding_sharing")
+    ]
+    text = claims.page([(records, verdict(records))])
+    tying = section(
+        text,
+        "Tying the embeddings saves a tenth of the parameters and costs little; "
+        "spent on depth, what is saved makes up for it.",
+    )
+    # table 1 of the paper, by hand
+    assert "125M: + emb-share 44.6 against Without emb-share 44.8 (-0.2), " in tying
+    assert "+ emb-share, more depth 45.0 against Without emb-share 44.8 (+0.2)." in tying
+    assert "- **cannot tell** at [tiny](reports/embedding_sharing-tiny.md)" in tying  # one for, one against
+    assert "750 k non-embedding parameters, 2.05 M tokens, 3 seeds" in tying
+    assert "2 x 128 against 1 x 128: -0.1990" in tying
+    assert "worse" in tying
+    assert "Not run here." in section(text, "SwiGLU is better than ReLU.")
+    assert section(text, "Not tested here").count("- ") == len(claims.UNTESTED)
