@@ -127,14 +127,14 @@ UNTESTED = (
     "Chat is better than with other models of its size: section 3.3.1, table 5.",
 )
 _INTRODUCTION = (
-    "Written by `python -m experiments.report` from the records beside this file and the tables of "
-    "[the paper](https://arxiv.org/abs/2402.14905). The paper gives the average zero-shot accuracy on eight "
-    "tasks, of one run each at one learning rate. We compare held-out loss in nats per token, lower is better, "
-    "over several seeds, each point at its own best learning rate.",
-    "*Agree* and *disagree* are said where a difference is significant after Holm's correction, or shown to "
-    "be too small to matter where that is the claim; the rest is *cannot tell*. Very small models at the "
-    "start of training say little about 125 million parameters and 0.25 trillion tokens: where they disagree, "
-    "the claim may still hold at its own scale.",
+    "Written by `python -m experiments.report` from the records beside this file and the tables of [the "
+    "paper](https://arxiv.org/abs/2402.14905). The paper gives the average zero-shot accuracy on eight "
+    "tasks, of one run each at one learning rate. We compare held-out loss in nats per token, lower is "
+    "better, over several seeds, each point at its own best learning rate.",
+    "*Agree* and *disagree* are said where a difference is significant after Holm's correction, or "
+    "shown to be too small to matter where that is the claim; the rest is *cannot tell*. Very small "
+    "models at the start of training say little about 125 million parameters and 0.25 trillion tokens: "
+    "where they disagree, the claim may still hold at its own scale.",
 )
 
 
