@@ -43,7 +43,7 @@ VARIANTS = [
 
 
 def test_every_published_model_is_counted():
-    assert set(PUBLISHED) == set(mobilellm.PRESETS)
+    assert set(PUBLISHED) == set(mobilellm.PRESETS) - {"paper", "tiny", "small"}  # these are studies
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)

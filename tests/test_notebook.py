@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "experiments/explore.ipynb"
 COMMAND = "jupytext --to ipynb --update experiments/explore.py"
-SECONDS = 180  # on one CPU core it takes 50
+SECONDS = 600  # for one cell, to end one that hangs; all of them take 30 s on two idle CPU cores
 
 
 def without_ids(notebook: dict[str, Any]) -> dict[str, Any]:
@@ -38,10 +37,9 @@ def test_every_cell_runs(tmp_path):
     import nbformat
 
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    start = time.monotonic()
     client = nbclient.NotebookClient(
         notebook,
-        timeout=SECONDS,  # for one cell
+        timeout=SECONDS,
         kernel_name="python3",  # jupyter_client starts it with the Python that runs here
         resources={"metadata": {"path": str(NOTEBOOK.parent)}},
     )
@@ -49,7 +47,6 @@ def test_every_cell_runs(tmp_path):
     (tmp_path / "tmp").mkdir()
     environment |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path / "tmp"), "PIP_NO_INDEX": "1"}
     client.execute(env=environment)  # raises what a cell raises
-    assert time.monotonic() - start < SECONDS
     assert not (tmp_path / ".cache/mobilellm_jax").exists()
     # A widget shows what its function raises, and no cell fails for it.
     widgets = notebook.metadata["widgets"]["application/vnd.jupyter.widget-state+json"]["state"].values()

@@ -378,5 +378,5 @@ def test_paper_presets_have_the_papers_parameter_counts():
 
 def test_a_config_file_alone_says_how_to_run_it():
     with pytest.raises(UserError, match="not a study"):
-        points(Path("configs/mobilellm.py:125m"))
+        points(Path("configs/base.py"))
     assert json.dumps(cli.load_config("configs/mobilellm.py:125m")[2].to_dict())
