@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 from experiments import paper
-from experiments.tables import quantity
+from experiments.tables import plain, quantity
 from mobilellm_jax.results import Record, by_point, newest
 from mobilellm_jax.statistics import format_difference
 from mobilellm_jax.verdicts import Comparison, Verdict
@@ -126,6 +126,7 @@ UNTESTED = (
     "At 350M, API calling is as good as with LLaMA-v2 7B: section 3.3.2, table 6.",
     "Chat is better than with other models of its size: section 3.3.1, table 5.",
 )
+TITLE = "# What the paper claims, and what we found"
 _INTRODUCTION = (
     "Written by `python -m experiments.report` from the records beside this file and the tables of [the "
     "paper](https://arxiv.org/abs/2402.14905). The paper gives the average zero-shot accuracy on eight "
@@ -141,7 +142,7 @@ _INTRODUCTION = (
 def page(studies: Iterable[tuple[Sequence[Record], Verdict]]) -> str:
     """Returns the page in Markdown, from the records and the verdict of every study at every preset."""
     studies = sorted(studies, key=lambda study: newest(study[0]).preset)
-    parts = ["# What the paper claims, and what we found", *_INTRODUCTION]
+    parts = [TITLE, *_INTRODUCTION]
     for claim in CLAIMS:
         ours = [
             _ours(claim, records, verdict)
@@ -199,7 +200,7 @@ def _ours(claim: Claim, records: Sequence[Record], verdict: Verdict) -> str:
         f"- **{judge([c.word for c in asked], claim.expected)}** at "
         f"[{facts.preset}](reports/{facts.study}-{facts.preset}.md) ({size} non-embedding parameters, "
         f"{quantity(max(record.tokens_seen for record in records))} tokens, {seeds} seeds): "
-        f"{'; '.join(map(_finding, asked))}."
+        f"{plain('; '.join(map(_finding, asked)))}."
     )
 
 

@@ -63,7 +63,7 @@ from IPython.display import display
 from ipywidgets import interact
 
 from configs import base, layer_sharing
-from experiments import figures, paper, tables
+from experiments import drawing, paper, tables
 from mobilellm_jax import accounting, data, results
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
@@ -72,7 +72,7 @@ from mobilellm_jax.sharing import STRATEGIES, layer_plan
 from mobilellm_jax.train import train
 from mobilellm_jax.verdicts import budget_name, verdict
 
-plt.style.use(figures.STYLE)
+plt.style.use(drawing.STYLE)
 
 # %% [markdown]
 # ## 2. Layer plans
@@ -196,11 +196,11 @@ for sharing, num_repeats in MODELS.items():
 # %%
 _, axes = plt.subplots(figsize=(9, 4))
 for index, (sharing, outcome) in enumerate(outcomes.items()):
-    color = figures.COLORS[index]
+    color = drawing.COLORS[index]
     axes.plot(*zip(*outcome.train_curve, strict=True), color=color, lw=0.8, alpha=0.6)
     steps = [evaluation["step"] for evaluation in outcome.evaluations]
     losses = [evaluation["loss"] for evaluation in outcome.evaluations]
-    look = {"marker": figures.MARKERS[index], "ls": figures.DASHES[index], "color": color}
+    look = {"marker": drawing.MARKERS[index], "ls": drawing.DASHES[index], "color": color}
     axes.plot(steps, losses, **look, label=f"{sharing}, held-out text")
 axes.axhline(math.log(512), color="0.5", ls=":", label="guessing evenly")
 axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)")
@@ -233,14 +233,14 @@ found = verdict(records)
 _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
 for index, (group, rows) in enumerate(paper.rows("layer_sharing").items()):
     accuracy = pd.Series({row.label: row.accuracy for row in rows}, dtype=float)
-    look = {"marker": figures.MARKERS[index], "color": figures.COLORS[index]}
+    look = {"marker": drawing.MARKERS[index], "color": drawing.COLORS[index]}
     gains = [accuracy[name] - accuracy[NAMES["none"]] for name in NAMES.values()]
     left.plot(list(NAMES), gains, ls="none", ms=8, **look, label=f"{group} parameters")
 for point, estimate in found.estimates.items():
-    right.errorbar(point, estimate.mean, estimate.half_width, marker="o", capsize=4, color=figures.COLORS[2])
+    right.errorbar(point, estimate.mean, estimate.half_width, marker="o", capsize=4, color=drawing.COLORS[2])
 left.legend(frameon=False)
 left.set(title="the paper, table 2: higher is better", ylabel="accuracy minus baseline (points)")
-right.set(title="ours, tiny: lower is better", ylabel=figures.VALUES["loss"])
+right.set(title="ours, tiny: lower is better", ylabel=drawing.VALUES["loss"])
 plt.show()
 
 # %% [markdown]

@@ -40,6 +40,7 @@ class Source:
     Attributes:
       table: file name in `experiments/paper/`.
       what: figure and table of the paper, for captions.
+      tokens: training tokens of its models.
       label, series: formats.
       printed: column of the printed parameters; "": the table does not have them.
       x: place on the x axis.
@@ -51,6 +52,7 @@ class Source:
     what: str
     label: str
     printed: str = "params_printed_M"
+    tokens: str = "0.25T"
     x: Callable[[Cells], float] | None = None
     series: str = ""
     group: Callable[[Cells], str] = operator.itemgetter("group")
@@ -87,7 +89,12 @@ SOURCES = {
         only=lambda row: row["train_tokens"] == "0.25T",
     ),
     "mobilellm": Source(
-        "table09_model_zoo", "table 9", "{model}", "params_printed_paper", group=lambda _: ""
+        "table09_model_zoo",
+        "tables 3, 8 and 9",
+        "{model}",
+        "params_printed_paper",
+        tokens="1T",
+        group=lambda _: "",
     ),
     "followups": Source(
         "followups",

@@ -6,10 +6,10 @@ reads <workdir>/results/**.json and writes, for each study and preset,
 
     reports/<study>-<preset>.html   everything in one file, figures included
     reports/<study>-<preset>.md     the same; its figures are those in figures/
-    figures/<study>-<preset>.png    the outcome, and one row for each point as .csv;
-                                    besides -curves.png, -learning_rates.png and -comparisons.csv
+    figures/                        what `experiments.figures` writes
 
-The same records give the same bytes.
+and README.md: what the paper claims beside what the records say, and all figures, with links to config,
+command and records. The same records give the same bytes.
 """
 
 import base64
@@ -17,7 +17,6 @@ import dataclasses
 import datetime
 import html
 import math
-import re
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -25,20 +24,12 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli, figures, tables
+from experiments import beside_paper, claims, cli, drawing, figures, gallery, tables
+from experiments.figures import Image
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.results import Record, by_point, by_study, newest, read_all, write_atomically
+from mobilellm_jax.results import Record, by_point, newest, write_atomically
 from mobilellm_jax.statistics import format_score
 from mobilellm_jax.verdicts import Verdict, verdict
-
-
-@dataclasses.dataclass(frozen=True)
-class Image:
-    """A PNG in figures/ and what it shows."""
-
-    name: str
-    alt: str
-    png: bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,45 +85,37 @@ def report(records: Sequence[Record], workdir: str | Path) -> str:
     Raises:
       UserError: the runs cannot be compared, or a file cannot be written.
     """
-    # Files are read in the order of their names, which is not for a report to depend on.
-    records = sorted(records, key=lambda r: (r.point_index, r.point, r.phase, r.learning_rate, r.seed))
-    found, facts = verdict(records), newest(records)
-    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(filter(None, [facts.study, facts.preset])))
-    drawn = {
-        "": ("Final values and differences", figures.outcome(records, found)),
-        "-curves": ("Held-out values during training", figures.curves(records)),
-        "-learning_rates": ("Final loss against learning rate", figures.learning_rates(records, found)),
-    }
-    images = {
-        suffix: Image(f"{stem}{suffix}.png", alt, figures.render(figure))
-        for suffix, (alt, figure) in drawn.items()
-        if figure is not None
-    }
-    sections = contents(records, found, images)
-    folder = Path(workdir)
-    for image in images.values():
-        write_atomically(folder / "figures" / image.name, image.png)
-    for name, rows in (("", tables.csv_text), ("-comparisons", tables.comparisons_csv)):
-        write_atomically(folder / "figures" / f"{stem}{name}.csv", rows(records, found).encode())
-    write_atomically(folder / "reports" / f"{stem}.html", to_html(facts.question, sections).encode())
-    write_atomically(folder / "reports" / f"{stem}.md", to_markdown(facts.question, sections).encode())
+    records, found = figures.in_order(records), verdict(records)
+    return _report(records, found, figures.write(records, found, workdir), workdir)
+
+
+def _report(records: Sequence[Record], found: Verdict, images: dict[str, Image], workdir: str | Path) -> str:
+    facts, sections = newest(records), contents(records, found, images)
+    path = Path(workdir) / "reports" / figures.stem(records)
+    for suffix, page in ((".html", to_html), (".md", to_markdown)):
+        write_atomically(f"{path}{suffix}", page(facts.question, sections).encode())
     said = textwrap.fill(found.sentence, 110, break_long_words=False, break_on_hyphens=False)
     warnings = [f"Warning: {warning}" for warning in found.warnings]
-    where = f"Report: {folder / 'reports' / stem}.html"
-    return "\n".join([*warnings, tables.text(records, found), "", said, where])
+    return "\n".join([*warnings, tables.text(records, found), "", said, f"Report: {path}.html"])
 
 
 def contents(records: Sequence[Record], found: Verdict, images: dict[str, Image]) -> list[Section]:
     """Returns the report: what a sceptic must know first, then the finding, then what it rests on."""
     facts = newest(records)
     pairs = [tables.comparisons(records, found)] if found.comparisons else []
-    rates = [images["-learning_rates"]] if "-learning_rates" in images else []
+    paper = beside_paper.table(records, found)
+
+    def shown(suffix: str) -> list[Block]:
+        return [images[suffix]] if suffix in images else []
+
     return [
         (WARNINGS, [found.warnings] if found.warnings else []),
         ("Verdict", [found.sentence, images[""], *pairs]),
+        ("Beside the paper", [*shown("-paper"), paper] if paper else []),
         ("Designs", [*tables.head(records, found)[1:], *tables.designs(records, found), BUDGETS]),
-        ("Learning rates", [*rates, *_learning_rates(found)]),
+        ("Learning rates", [*shown("-learning_rates"), *_learning_rates(found)]),
         ("Outcomes", [UNITS[facts.metric], tables.outcomes(records, found), _seeds(records)]),
+        ("Against parameters and FLOPs", shown("-costs")),
         ("Training curves", [images["-curves"]]),
         ("Runs that did not finish", _unfinished(records, found)),
         ("Cost", [_cost(records)]),
@@ -159,7 +142,7 @@ def _learning_rates(found: Verdict) -> list[Block]:
 
 def _seeds(records: Sequence[Record]) -> tables.Columns:
     """One row for each point, one column for each seed."""
-    points = figures.comparison_runs(records)
+    points = drawing.comparison_runs(records)
     columns: tables.Columns = {"point": list(points)}
     for seed in sorted({run.seed for runs in points.values() for run in runs}):
         found = [[run for run in runs if run.seed == seed] for runs in points.values()]
@@ -274,7 +257,7 @@ def _html(block: Block) -> str:
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
     """Returns the same page, with links to the figures; what Markdown would take for marks is escaped."""
-    parts = [f"# {_plain(title)}"]
+    parts = [f"# {tables.plain(title)}"]
     for heading, blocks in sections:
         parts += [f"## {heading}", *map(_markdown, blocks)] if blocks else []
     return "\n\n".join(parts) + "\n"
@@ -283,45 +266,38 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
 def _markdown(block: Block) -> str:
     match block:
         case str():
-            return _plain(block)
+            return tables.plain(block)
         case list():
-            return "\n".join(f"- {_plain(item)}" for item in block)
+            return "\n".join(f"- {tables.plain(item)}" for item in block)
         case Code(lines):
             return "\n".join(f"    {' '.join(line.split())}" for line in lines)
         case Image(name, alt, _):
-            return f"![{_plain(alt)}](../figures/{name})"
+            return f"![{tables.plain(alt)}](../figures/{name})"
         case _:
             return tables.markdown_table(
-                {_plain(k): [_plain(c) for c in cells] for k, cells in block.items()}
+                {tables.plain(k): [tables.plain(c) for c in cells] for k, cells in block.items()}
             )
-
-
-def _plain(text: str) -> str:
-    """Returns one line of Markdown that shows `text`: no markup, links, entities or HTML."""
-    escaped = re.sub(r"([\\`*]|<(?=[A-Za-z/!?])|\](?=[(\[:]))", r"\\\1", " ".join(text.split()))
-    return re.sub(r"&(?=#?\w+;)", "&amp;", escaped)
 
 
 def redraw(workdir: str | Path) -> None:
     """Reports every study that has records in `workdir`, and prints the findings.
 
     Raises:
-      UserError: there are no records, one is damaged, or the runs of a study cannot be compared; the other
-        studies are reported all the same.
+      UserError: there are no records, one is damaged, a README.md is there that this did not write, or the
+        runs of a study cannot be compared; the other studies are reported all the same.
     """
-    results = Path(workdir) / "results"
-    studies = by_study(read_all(results))
-    if not studies:
-        raise UserError(
-            f"{results}: no records of runs (*.json); "
-            f"make some with: python -m experiments.sweep --workdir={workdir}"
-        )
-    refused = []
-    for records in studies.values():
-        try:
-            print(report(records, workdir), end="\n\n")
-        except UserError as error:
-            refused.append(str(error))
+    page = Path(workdir) / "README.md"
+    if page.exists() and not page.read_text(encoding="utf-8").startswith(claims.TITLE):
+        raise UserError(f"{page}: is not a page of this command, and would be lost; choose another --workdir")
+    studies, refused = figures.read_studies(workdir)
+    drawn = []
+    for records, found in studies:
+        images = figures.write(records, found, workdir)
+        print(_report(records, found, images, workdir), end="\n\n")
+        drawn.append((records, images))
+    text = "\n".join([claims.page(studies), gallery.section(drawn, Path(workdir))])
+    write_atomically(page, text.encode())
+    print(f"Claims and all figures: {page}")
     if refused:
         raise UserError("\n".join(refused))
 

@@ -16,7 +16,7 @@ from absl import flags
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from experiments import cli, figures, tables
+from experiments import cli, drawing, tables
 from mobilellm_jax import scaling
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.results import Record, by_point, by_study, read_all, write_atomically
@@ -63,7 +63,7 @@ def main() -> int:
     )
     _check_same_data(sizes)
     text = report(sizes, f"{study}-scaling.png")
-    write_atomically(workdir / "figures" / f"{study}-scaling.png", figures.render(draw(sizes)))
+    write_atomically(workdir / "figures" / f"{study}-scaling.png", drawing.render(draw(sizes)))
     write_atomically(workdir / "reports" / f"{study}-scaling.md", text.encode())
     print(text)
     return 0
@@ -172,16 +172,16 @@ def _fitted(group: Sequence[Size]) -> str:
     )
 
 
-@figures.styled
+@drawing.styled
 def draw(sizes: Sequence[Size]) -> Figure:
     """Returns loss against non-embedding parameters, with the fits and, where they allow it, the crossing."""
-    figure = Figure(figsize=(figures.WIDTH, 4.6), layout="constrained")
+    figure = Figure(figsize=(drawing.WIDTH, 4.6), layout="constrained")
     axes = figure.subplots()
     largest, smallest = max(s.parameters for s in sizes), min(s.parameters for s in sizes)
     for index, (steps, group) in enumerate(by_horizon(sizes).items()):
         for family, losses in zip(("shallow", "deep"), families(group), strict=True):
-            color = figures.COLORS[0 if family == "shallow" else 1]
-            marker, dash = figures.MARKERS[index], figures.DASHES[index]
+            color = drawing.COLORS[0 if family == "shallow" else 1]
+            marker, dash = drawing.MARKERS[index], drawing.DASHES[index]
             for n, values in losses.items():
                 label = f"{family}est, {steps:,} steps" if n == min(losses) else None
                 axes.plot([n] * len(values), values, marker, color=color, ms=5, alpha=0.7, label=label)

@@ -4,8 +4,9 @@ import csv
 import io
 import json
 import math
+import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,12 @@ def markdown_table(columns: Columns) -> str:
     return "\n".join(
         [row(list(columns)), "|---" + "|---:" * (len(columns) - 1) + "|", *map(row, _rows(columns))]
     )
+
+
+def plain(text: str) -> str:
+    """Returns one line of Markdown that shows `text`: no markup, links, entities or HTML."""
+    escaped = re.sub(r"([\\`*]|<(?=[A-Za-z/!?])|\](?=[(\[:]))", r"\\\1", " ".join(text.split()))
+    return re.sub(r"&(?=#?\w+;)", "&amp;", escaped)
 
 
 def head(records: Sequence[Record], verdict: Verdict) -> list[str]:
@@ -199,7 +206,7 @@ def csv_text(records: Sequence[Record], verdict: Verdict) -> str:
                 "bits_per_byte_mean": _bits_per_byte(finished),
             }
         )
-    return _csv(rows)
+    return to_csv(rows)
 
 
 def comparisons_csv(records: Sequence[Record], verdict: Verdict) -> str:
@@ -226,7 +233,7 @@ def comparisons_csv(records: Sequence[Record], verdict: Verdict) -> str:
         }
         for c in verdict.comparisons
     ]
-    return _csv(rows)
+    return to_csv(rows)
 
 
 def quantity(number: float) -> str:
@@ -287,7 +294,8 @@ def _rows(columns: Columns) -> list[list[str]]:
     return [list(row) for row in zip(*columns.values(), strict=True)]
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows, each from column to value, as CSV with a header."""
     file = io.StringIO()
     writer = csv.DictWriter(
         file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"

@@ -114,11 +114,11 @@ def verdict(records: Sequence[Record]) -> Verdict:
         mismatch=mismatch,
         failures=" ".join(filter(None, failures.values())),
         warnings=[
+            *incomparable,
             *_seed_warnings(facts, runs, scores, comparisons),
             *(_survivors(point, count, len(runs[point])) for point, count in diverged.items()),
             *rates.warnings(facts, list(runs), tuning),
             *_mismatch_warnings(facts, mismatch),
-            *incomparable,
         ],
         seeds_vary=seeds_vary,
     )
@@ -257,11 +257,12 @@ def _seed_warnings(
             yield f"{why}: {'all points' if len(few) == len(runs) else _join(few)}."
     points = dict.fromkeys(point for c in comparisons for point in (c.point, c.other))
     seeds = set().union(*(scores.get(point, {}) for point in points))
+    if gone := [repr(point) for point in points if not scores.get(point)]:
+        has, they = ("has", "it is") if len(gone) == 1 else ("have", "they are")
+        yield f"{_join(gone)} {has} no finished run: {they} not compared."
     for point in points:
         missing = seeds - scores.get(point, {}).keys()
-        if missing == seeds:
-            yield f"{point!r} has no finished run: it is not compared."
-        elif missing:
+        if missing and missing != seeds:
             yield (
                 f"{point!r} has no finished run with seed {_numbers(missing)}, unlike other points: its "
                 "pairs are compared over the common seeds only."

@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import stats
 from test_results import make_diverged, make_record, make_tuning
 
-from experiments import figures
+from experiments import drawing, figures
 from mobilellm_jax.verdicts import verdict
 
 LOSSES = {2: 3.62, 4: 3.55, 8: 3.53, 16: 3.54}
@@ -70,7 +70,7 @@ def lines_with(axes, marker):
 
 
 def size(figure):
-    with Image.open(io.BytesIO(figures.render(figure))) as image:
+    with Image.open(io.BytesIO(drawing.render(figure))) as image:
         return image.size
 
 
@@ -140,7 +140,7 @@ def test_effects_have_a_row_for_each_pair():
         assert drawn[0] == pytest.approx([interval.low, interval.high])
         marks = [line for line in effects.lines if list(line.get_ydata()) == [row]]
         assert marks[-1].get_xdata() == pytest.approx([np.mean(differences)])
-        assert marks[-1].get_color() == figures.WORDS[found.comparisons[row].word][0]
+        assert marks[-1].get_color() == drawing.WORDS[found.comparisons[row].word][0]
     assert {comparison.word for comparison in found.comparisons} >= {"better"}
     assert "held-out" in values.get_ylabel()
 
@@ -169,8 +169,8 @@ def test_pair_without_interval(seeds):
 
 
 def test_every_word_of_a_verdict_has_a_look():
-    looks = {(color, marker, fill) for color, _, marker, fill in figures.WORDS.values()}
-    assert len(looks) == len(figures.WORDS) == 4
+    looks = {(color, marker, fill) for color, _, marker, fill in drawing.WORDS.values()}
+    assert len(looks) == len(drawing.WORDS) == 4
 
 
 def test_study_without_pairs_has_no_effect_plot():
@@ -326,6 +326,6 @@ def test_caption_states_the_scale():
 
 def test_same_records_give_the_same_small_figure():
     records = depths(seeds=2)
-    once, again = (figures.render(figures.outcome(r, verdict(r))) for r in (records, records[::-1]))
+    once, again = (drawing.render(figures.outcome(r, verdict(r))) for r in (records, records[::-1]))
     assert once == again
     assert len(once) < 150_000

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_results import make_diverged, make_record, make_tuning
 
-from experiments import report
+from experiments import report, tables
 from mobilellm_jax import results
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.verdicts import verdict
@@ -329,7 +329,7 @@ def test_committed_reports_say_what_the_committed_records_show():
     for (study, preset), records in studies.items():
         found = verdict(records)
         text = (ROOT / "experiments" / "reports" / f"{study}-{preset}.md").read_text()
-        assert report._plain(found.sentence) in text, (study, preset)
-        assert all(report._plain(warning) in text for warning in found.warnings), (study, preset)
+        assert tables.plain(found.sentence) in text, (study, preset)
+        assert all(tables.plain(warning) in text for warning in found.warnings), (study, preset)
     (same,) = verdict(studies["noise", "tiny"]).comparisons
     assert same.word == "no difference"
