@@ -47,8 +47,8 @@ def draw(records: Sequence[Record], found: Verdict) -> Figure | None:
     _draw_paper(left, groups, looks, facts.x["label"] if facts.x else "", is_stairs)
     axes = right.subplots()
     drawing.draw_values(axes, records, found, looks, ROOM, is_reversed=True)
-    up = "the axis is reversed: up is better" if facts.metric == "loss" else "up is better"
-    axes.set_title(f"ours, {facts.preset}: {axes.get_title()}\n{up}", fontsize=10, color="0.25")
+    up = "axis reversed: up is better" if facts.metric == "loss" else "up is better"
+    axes.set_title(f"ours, {facts.preset}; {up}\n{axes.get_title()}", fontsize=10, color="0.25")
     if is_stairs:
         _climb(axes, found, facts.metric)
     return figure
@@ -68,7 +68,7 @@ def table(records: Sequence[Record], found: Verdict) -> tables.Columns:
     return {
         "of": [f"{row['of']}, {row['size']}".removesuffix(", ") for row in rows],
         "point": column("point"),
-        "parameters": column("parameters"),
+        "parameters": [_size(row["parameters_printed"], row["parameters"]) for row in rows],
         "accuracy, %": column("accuracy"),
         "loss (nats/token)" if metric == "loss" else "exact match, %": [
             format_estimate(estimate, metric) if estimate else "" for estimate in estimates
@@ -101,7 +101,8 @@ def _rows(records: Sequence[Record], found: Verdict) -> list[dict[str, Any]]:
             "point": row.label,
             "x": row.x,
             "line": row.series,
-            "parameters": f"{row.printed} M".replace("M M", "M").replace("B M", "B") if row.printed else None,
+            "parameters_printed": row.printed or None,
+            "parameters": None,
             "accuracy": row.accuracy,
             "metric": None,
             "score_mean": None,
@@ -122,7 +123,7 @@ def _rows(records: Sequence[Record], found: Verdict) -> list[dict[str, Any]]:
                 "point": point,
                 "x": x.get("value"),
                 "line": x.get("series", ""),
-                "parameters": tables.quantity(runs[0].parameters["total"]),
+                "parameters": runs[0].parameters["total"],
                 "metric": facts.metric,
                 "score_mean": estimate and estimate.mean,
                 "score_interval_half_width": estimate and estimate.half_width,
@@ -130,6 +131,13 @@ def _rows(records: Sequence[Record], found: Verdict) -> list[dict[str, Any]]:
             }
         )
     return [dict.fromkeys(rows[0]) | row for row in rows]
+
+
+def _size(printed: str | None, count: int | None) -> str:
+    """Returns the digits that the paper prints, in millions unless it says so; or three of our own."""
+    if printed is None:
+        return "" if count is None else tables.quantity(count)
+    return f"{printed[:-1]} {printed[-1]}" if printed[-1] in "MB" else f"{printed} M"
 
 
 def _draw_paper(

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 from experiments import paper
-from experiments.tables import plain, quantity
+from experiments.tables import Columns, markdown_table, plain, quantity
 from mobilellm_jax.results import Record, by_point, newest
 from mobilellm_jax.statistics import format_difference
 from mobilellm_jax.verdicts import Comparison, Verdict
@@ -142,14 +142,24 @@ _INTRODUCTION = (
 def page(studies: Iterable[tuple[Sequence[Record], Verdict]]) -> str:
     """Returns the page in Markdown, from the records and the verdict of every study at every preset."""
     studies = sorted(studies, key=lambda study: newest(study[0]).preset)
-    parts = [TITLE, *_INTRODUCTION]
+    columns: Columns = {"claim": [], **{word: [] for word in ("agree", "disagree", "cannot tell")}}
+    parts = []
     for claim in CLAIMS:
-        ours = [
-            _ours(claim, records, verdict)
-            for records, verdict in studies
-            if newest(records).study == claim.study
-        ]
-        parts += [f"## {claim.text}", _paper_says(claim), "\n".join(filter(None, ours)) or "Not run here."]
+        judged: dict[str, list[str]] = {}
+        ours = []
+        for records, verdict in studies:
+            facts, asked = newest(records), _asked(claim, records, verdict)
+            if facts.study == claim.study and not asked:
+                ours.append(f"- At {plain(facts.preset)} there are no records yet of the points it is about.")
+            elif asked:
+                word = judge([c.word for c in asked], claim.expected)
+                judged.setdefault(word, []).append(plain(facts.preset))
+                ours.append(_ours(word, records, asked))
+        columns["claim"].append(claim.text)
+        for word in list(columns)[1:]:
+            columns[word].append(", ".join(judged.get(word, [])))
+        parts += [f"## {claim.text}", _paper_says(claim), "\n".join(ours) or "Not run here."]
+    parts = [TITLE, *_INTRODUCTION, markdown_table(columns), *parts]
     parts += ["## Not tested here", "\n".join(f"- {claim}" for claim in UNTESTED)]
     return "\n\n".join(parts) + "\n"
 
@@ -183,23 +193,27 @@ def _paper_says(claim: Claim) -> str:
     return f"Paper ({claim.where}), accuracy in percent: {'; '.join(said)}.{note}"
 
 
-def _ours(claim: Claim, records: Sequence[Record], verdict: Verdict) -> str:
-    """Returns judgement, scale and finding; "" if none of the pairs was asked about."""
+def _asked(claim: Claim, records: Sequence[Record], verdict: Verdict) -> list[Comparison]:
+    """Returns the comparisons of a study that test the claim; [] if it is another study's."""
+    if newest(records).study != claim.study:
+        return []
     places = {point: runs[0].point_index for point, runs in by_point(records).items()}
-    asked = [
+    return [
         c
         for c in verdict.comparisons
         if not claim.pairs or (places.get(c.point), places.get(c.other)) in claim.pairs
     ]
-    if not asked:
-        return ""
+
+
+def _ours(judged: str, records: Sequence[Record], asked: Sequence[Comparison]) -> str:
+    """Returns judgement, scale and finding."""
     facts, seeds = newest(records), max(c.difference.n if c.difference else 0 for c in asked)
     sizes = [record.parameters["non_embedding"] for record in records]
     size = " to ".join(dict.fromkeys(quantity(number) for number in (min(sizes), max(sizes))))
+    tokens = quantity(max(record.tokens_seen for record in records))
     return (
-        f"- **{judge([c.word for c in asked], claim.expected)}** at "
-        f"[{facts.preset}](reports/{facts.study}-{facts.preset}.md) ({size} non-embedding parameters, "
-        f"{quantity(max(record.tokens_seen for record in records))} tokens, {seeds} seeds): "
+        f"- **{judged}** at [{facts.preset}](reports/{facts.study}-{facts.preset}.md) "
+        f"({size} non-embedding parameters, {tokens} tokens, {seeds} seeds): "
         f"{plain('; '.join(map(_finding, asked)))}."
     )
 

@@ -59,11 +59,11 @@ import textwrap
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from IPython.display import display
+from IPython.display import Image, display
 from ipywidgets import interact
 
 from configs import base, layer_sharing
-from experiments import drawing, paper, tables
+from experiments import beside_paper, drawing, tables
 from mobilellm_jax import accounting, data, results
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
@@ -221,27 +221,9 @@ plt.show()
 # and scales differ: compare the *order*, not the numbers.
 
 # %%
-NAMES = {  # our point: the paper's row
-    "none": "baseline (none)",
-    "immediate": "immediate block-wise",
-    "repeat_all": "repeat-all-over",
-    "reverse": "reverse",
-}
 records = results.read_all("experiments/results/layer_sharing/tiny")
 found = verdict(records)
-
-_, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-for index, (group, rows) in enumerate(paper.rows("layer_sharing").items()):
-    accuracy = pd.Series({row.label: row.accuracy for row in rows}, dtype=float)
-    look = {"marker": drawing.MARKERS[index], "color": drawing.COLORS[index]}
-    gains = [accuracy[name] - accuracy[NAMES["none"]] for name in NAMES.values()]
-    left.plot(list(NAMES), gains, ls="none", ms=8, **look, label=f"{group} parameters")
-for point, estimate in found.estimates.items():
-    right.errorbar(point, estimate.mean, estimate.half_width, marker="o", capsize=4, color=drawing.COLORS[2])
-left.legend(frameon=False)
-left.set(title="the paper, table 2: higher is better", ylabel="accuracy minus baseline (points)")
-right.set(title="ours, tiny: lower is better", ylabel=drawing.VALUES["loss"])
-plt.show()
+display(Image(drawing.render(beside_paper.draw(records, found))))
 
 # %% [markdown]
 # The same in words, with what a sceptic should know first. Every study's report begins like this.

@@ -54,9 +54,9 @@ def read_studies(workdir: str | Path) -> tuple[list[tuple[list[Record], Verdict]
     """
     results = Path(workdir) / "results"
     found, refused = [], []
-    for records in by_study(read_all(results)).values():
+    for records in map(in_order, by_study(read_all(results)).values()):
         try:
-            found.append((in_order(records), verdict(records)))
+            found.append((records, verdict(records)))
         except UserError as error:  # the other studies are shown all the same
             refused.append(str(error))
     if not found and not refused:

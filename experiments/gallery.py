@@ -57,7 +57,7 @@ def _config(facts: Record) -> Path:
 
 
 def _command(facts: Record) -> str:
-    """Returns the command for all points; those that made the records, perhaps in parts, are in the report."""
+    """Returns the command for all points; those that made the records are in the report."""
     if not _config(facts).is_file():
         return " ".join(facts.command.replace("`", "'").split())
     preset = f":{facts.preset}" if facts.preset else ""

@@ -85,7 +85,8 @@ def report(records: Sequence[Record], workdir: str | Path) -> str:
     Raises:
       UserError: the runs cannot be compared, or a file cannot be written.
     """
-    records, found = figures.in_order(records), verdict(records)
+    records = figures.in_order(records)
+    found = verdict(records)
     return _report(records, found, figures.write(records, found, workdir), workdir)
 
 

@@ -318,8 +318,8 @@ def test_caption_states_the_scale():
     records = depths()
     caption = figures.outcome(records, verdict(records)).texts[0].get_text().replace("\n", " ")
     assert caption == (
-        "1 M parameters (750 k non-embedding); 2.05 M training tokens; data: bundled (sha256 abababab); "
-        "3 seeds; device: 1 x cpu (cpu). Held equal: non-embedding parameters, within 0.1%. Learning rate: "
+        "1 M parameters (750 k non-embedding); vocabulary of 2048; 2.05 M training tokens in 500 steps; "
+        "data: bundled (sha256 abababab); 3 seeds; device: 1 x cpu (cpu). Held equal: non-embedding parameters, within 0.1%. Learning rate: "
         "tuned for each point. Smallest difference that matters: 0.02 nats per token."
     )
 

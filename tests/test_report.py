@@ -25,6 +25,7 @@ HEADINGS = [
     "Designs",
     "Learning rates",
     "Outcomes",
+    "Against parameters and FLOPs",
     "Training curves",
     "Runs that did not finish",
     "Cost",
@@ -79,7 +80,7 @@ class Page(HTMLParser):
 def make(records):
     """Returns the report as an HTML page and as Markdown, with empty images: to draw them takes time."""
     found = verdict(records)
-    suffixes = ["", "-curves", *(["-learning_rates"] if found.tuning else [])]
+    suffixes = ["", "-costs", "-curves", *(["-learning_rates"] if found.tuning else [])]
     images = {suffix: report.Image(f"shape{suffix}.png", "what it shows", b"") for suffix in suffixes}
     sections = report.contents(records, found, images)
     title = records[0].question
@@ -102,8 +103,8 @@ def files(folder):
 
 def test_files_and_the_text_to_print(tmp_path):
     text = report.report(study(), tmp_path)
-    names = "shape-tiny.png shape-tiny-curves.png shape-tiny-learning_rates.png shape-tiny.csv"
-    names += " shape-tiny-comparisons.csv"
+    names = "shape-tiny.png shape-tiny-costs.png shape-tiny-curves.png shape-tiny-learning_rates.png"
+    names += " shape-tiny.csv shape-tiny-comparisons.csv"
     expected = {f"figures/{name}" for name in names.split()}
     assert files(tmp_path).keys() == expected | {"reports/shape-tiny.html", "reports/shape-tiny.md"}
     assert " ".join(verdict(study()).sentence.split()) in " ".join(text.split())
@@ -118,7 +119,8 @@ def test_page_is_whole_in_one_file(tmp_path):
     assert "link" not in page.tags
     assert not page.values("href")
     assert "width=device-width, initial-scale=1" in page.values("content")
-    names = ["shape-tiny.png", "shape-tiny-learning_rates.png", "shape-tiny-curves.png"]
+    suffixes = ("", "-learning_rates", "-costs", "-curves")
+    names = [f"shape-tiny{suffix}.png" for suffix in suffixes]
     images = [base64.b64decode(value.removeprefix("data:image/png;base64,")) for value in page.values("src")]
     assert images == [(tmp_path / "figures" / name).read_bytes() for name in names]
     text = (tmp_path / "reports" / "shape-tiny.md").read_text()
@@ -234,7 +236,7 @@ def test_what_records_say_cannot_become_markup():
     page, text = make([dataclasses.replace(r, versions={EVIL: EVIL}) for r in records])
     evil_header = Page(report.to_html("", [("", [{EVIL: [EVIL]}])]))
     assert "script" not in page.tags + evil_header.tags
-    assert page.tags.count("img") == 3
+    assert page.tags.count("img") == 4
     assert not page.values("onerror")
     assert EVIL in page.text
     prose = re.sub("^    .*$", "", text, flags=re.MULTILINE)  # but for code
