@@ -27,7 +27,7 @@ def draw(records: Sequence[Record], found: Verdict) -> Figure | None:
     A study that compares each of its points with the one before is drawn as a staircase, with the change at
     every step.
     """
-    facts, groups = newest(records), _with_accuracy(newest(records).study)
+    facts, groups = newest(records), accuracies(newest(records).study)
     if not groups:
         return None
     source = paper.SOURCES[facts.study]
@@ -83,7 +83,7 @@ def csv_text(records: Sequence[Record], found: Verdict) -> str:
     return tables.to_csv(rows) if rows else ""
 
 
-def _with_accuracy(study: str) -> dict[str, list[paper.Row]]:
+def accuracies(study: str) -> dict[str, list[paper.Row]]:
     """Returns the paper's rows of a study that have an accuracy, by size group."""
     groups = {
         group: [row for row in rows if row.accuracy is not None] for group, rows in paper.rows(study).items()
@@ -109,7 +109,7 @@ def _rows(records: Sequence[Record], found: Verdict) -> list[dict[str, Any]]:
             "score_interval_half_width": None,
             "seeds": None,
         }
-        for group, of_group in _with_accuracy(facts.study).items()
+        for group, of_group in accuracies(facts.study).items()
         for row in of_group
     ]
     if not rows:

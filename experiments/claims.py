@@ -105,7 +105,7 @@ CLAIMS = (
         ((1, 0), (2, 0), (3, 0)),
     ),
     Claim(
-        "More repeats than two still help, but less.",
+        "Applying every block two to four times in a row is better than once.",
         "appendix E, table 14",
         "repeats",
         ((1, 0), (2, 0), (3, 0)),

@@ -332,15 +332,24 @@ def _curve(run: Record) -> dict[int, float]:
     }
 
 
-def main() -> int:
-    """Draws what is in --workdir, and returns the exit status."""
-    workdir = flags.FLAGS.workdir
+def redraw(workdir: str | Path) -> None:
+    """Draws every study that has records in `workdir`, and prints the names of the files.
+
+    Raises:
+      UserError: there are no records, one is damaged, or the runs of a study cannot be compared; the other
+        studies are drawn all the same.
+    """
     studies, refused = read_studies(workdir)
     for records, found in studies:
         for image in write(records, found, workdir).values():
             print(Path(workdir) / "figures" / image.name)
     if refused:
         raise UserError("\n".join(refused))
+
+
+def main() -> int:
+    """Draws what is in --workdir, and returns the exit status."""
+    redraw(flags.FLAGS.workdir)
     return 0
 
 

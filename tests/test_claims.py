@@ -77,4 +77,10 @@ def test_page_says_what_paper_and_records_say():
     assert "2 x 128 against 1 x 128: -0.1990" in tying
     assert "worse" in tying
     assert "Not run here." in section(text, "SwiGLU is better than ReLU.")
+    rows = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(claims.CLAIMS)
+    assert [row for row in rows if row.endswith("|  |  | tiny |")] == [rows[2 + 3]]
+    only_tied = [run for run in records if run.x["value"] == 2]
+    missing = claims.page([(only_tied, verdict(only_tied))])
+    assert "- At tiny there are no records yet of the points it is about." in missing
     assert section(text, "Not tested here").count("- ") == len(claims.UNTESTED)

@@ -233,6 +233,87 @@ def test_labels_of_many_close_values_do_not_collide():
     assert (np.diff(np.log(ticks)) >= 0.03 * np.log(20) - 1e-9).all()
 
 
+def test_lines_over_x_have_one_look_each_and_stand_beside_each_other():
+    places = [(heads, kv) for heads in (8, 4) for kv in (1, 2, 4)]
+    records = [
+        make_record(
+            point=f"{heads} x {kv}",
+            point_index=i,
+            x={"label": "key/value heads", "value": kv, "log": True, "series": f"{heads} heads"},
+            pairs=[],
+            seed=seed,
+            score=3.5 + 0.01 * i + 0.001 * seed,
+        )
+        for i, (heads, kv) in enumerate(places)
+        for seed in (0, 1)
+    ]
+    (values,) = panels(records)
+    assert values.get_xlabel() == "key/value heads"
+    assert [text.get_text() for text in values.get_legend().get_texts()] == ["8 heads", "4 heads"]
+    bars = [container[0] for container in values.containers]
+    assert [bar.get_xdata()[0] for bar in bars] == [1, 2, 4, 1, 2, 4]
+    looks = [(bar.get_color(), bar.get_marker()) for bar in bars]
+    assert looks == [looks[0]] * 3 + [looks[3]] * 3
+    assert looks[0] != looks[3]
+    across = [bar.get_transform().transform(bar.get_xydata()[0])[0] for bar in bars]
+    assert across[0] < across[3] < across[1] < across[4]
+    joined = [line.get_xydata().tolist() for line in values.lines if len(line.get_xdata()) == 2]
+    means = [bar.get_xydata()[0].tolist() for bar in bars]
+    assert [means[0], means[1]] in joined
+    assert [means[2], means[3]] not in joined
+
+
+def test_costs_show_size_and_training_flops_of_a_run():
+    records = [
+        dataclasses.replace(
+            run,
+            parameters={**run.parameters, "non_embedding": 100_000 * run.x["value"]},
+            budgets={**run.budgets, "train_flops_per_token": 2e5 * run.x["value"]},
+        )
+        for run in depths(seeds=2)
+    ]
+    figure = figures.costs(records, verdict(records))
+    sizes, flops = figure.axes
+    assert (sizes.get_xlabel(), flops.get_xlabel()) == ("non-embedding parameters", "training FLOPs of a run")
+    assert sizes.get_ylabel() == "held-out loss (nats per token)"
+    for axes, unit in ((sizes, 100_000), (flops, 2e5 * 2_048_000)):
+        means = [container[0].get_xydata()[0] for container in axes.containers]
+        assert [x / unit for x, _ in means] == pytest.approx([2, 4, 8, 16])
+        assert [y for _, y in means] == pytest.approx([e.mean for e in verdict(records).estimates.values()])
+    assert [text.get_text() for text in figure.subfigs[0].legends[0].get_texts()] == [
+        f"{depth} x 128" for depth in LOSSES
+    ]
+    assert "2 seeds" in figure.texts[0].get_text()
+
+
+def test_costs_of_points_of_equal_cost_stand_side_by_side():
+    records = tasks(count=3)
+    records = [
+        dataclasses.replace(
+            r, budgets={**r.budgets, "train_flops_per_token": 1e6 if r.point == "none" else 2e6}
+        )
+        for r in records
+    ]
+    sizes, flops = figures.costs(records, verdict(records)).axes
+    bars = [container[0] for container in sizes.containers]
+    across = [bar.get_transform().transform(bar.get_xydata()[0])[0] for bar in bars]
+    assert min(np.diff(across)) > 10
+    low, high = sizes.get_xlim()
+    assert high / low > 1.04  # equal sizes are not drawn apart
+    assert sizes.get_title() == flops.get_title() == "nearly equal x: side by side"
+    bottom, top = sizes.get_ylim()
+    for container in sizes.containers:
+        for end in container[2][0].get_segments()[0][:, 1] if container[2] else ():
+            assert bottom < end < top
+
+
+def test_costs_that_do_not_differ_are_not_drawn():
+    records = tasks()
+    assert figures.costs(records, verdict(records)) is None
+    alone = depths(pairs=[])[:3]
+    assert figures.costs(alone, verdict(alone)) is None
+
+
 def test_curves_are_means_over_seeds_against_tokens():
     records = depths()
     figure = figures.curves(records)
@@ -319,8 +400,9 @@ def test_caption_states_the_scale():
     caption = figures.outcome(records, verdict(records)).texts[0].get_text().replace("\n", " ")
     assert caption == (
         "1 M parameters (750 k non-embedding); vocabulary of 2048; 2.05 M training tokens in 500 steps; "
-        "data: bundled (sha256 abababab); 3 seeds; device: 1 x cpu (cpu). Held equal: non-embedding parameters, within 0.1%. Learning rate: "
-        "tuned for each point. Smallest difference that matters: 0.02 nats per token."
+        "data: bundled (sha256 abababab); 3 seeds; device: 1 x cpu (cpu). Held equal: non-embedding "
+        "parameters, within 0.1%. Learning rate: tuned for each point. Smallest difference that matters: "
+        "0.02 nats per token."
     )
 
 

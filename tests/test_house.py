@@ -64,7 +64,10 @@ def test_configs_import_configs_only(path):
 
 @pytest.mark.parametrize(
     "name",
-    [f"experiments/{name}.py" for name in ("figures", "tables", "report")]
+    [
+        f"experiments/{name}.py"
+        for name in ("figures", "beside_paper", "drawing", "gallery", "claims", "tables", "report")
+    ]
     + [f"mobilellm_jax/{name}.py" for name in ("results", "statistics", "verdicts")],
 )
 def test_reading_results_imports_no_jax(name):

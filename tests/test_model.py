@@ -91,6 +91,7 @@ def _numpy_ffn(x, w, m):
         {"num_kv_heads": 1},
         {"share_embedding": False},
         {"rope_base": 100.0, "norm_epsilon": 0.1},
+        *({"head_dim": size} for size in (28, 160)),  # smallest and largest of the paper's table 13
         *({"ffn_kind": kind} for kind in FFN_KINDS if kind != "swiglu"),
         *SHARING,
     ],
@@ -356,6 +357,18 @@ def test_initialisation():
 def _adam_step(gradients, state, params):
     updates, state = optax.adam(1e-2).update(gradients, state)
     return optax.apply_updates(params, updates), state
+
+
+@pytest.mark.parametrize("head_dim", [28, 40, 56, 80, 112, 160])
+def test_every_head_size_of_the_paper_trains(head_dim):
+    """Table 13 has 8 to 32 heads at widths of 896 and 1,280; each step follows the gradient."""
+    m = tiny_model(head_dim=head_dim)
+    params, batch = random_params(m), random_batch(m)
+    (nats, _), gradients = loss_and_gradients(params, *batch, m)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradients)))
+    stepped = jax.tree.map(lambda p, g: p - 1e-3 / norm * g, params, gradients)
+    (after, _), _ = loss_and_gradients(stepped, *batch, m)
+    assert float(nats - after) == pytest.approx(1e-3 * norm, rel=0.1)
 
 
 @pytest.mark.parametrize("sharing", SHARING, ids=str)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_results import make_diverged, make_record, make_tuning
 
-from experiments import report, tables
+from experiments import claims, figures, report, tables
 from mobilellm_jax import results
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.verdicts import verdict
@@ -323,15 +323,76 @@ def test_study_that_cannot_be_compared_does_not_stop_the_others(tmp_path):
     with pytest.raises(UserError, match="a:tiny: steps is 500"):
         report.redraw(tmp_path)
     assert [path.name for path in (tmp_path / "reports").glob("*.html")] == ["b-tiny.html"]
+    assert "### b, tiny" in (tmp_path / "README.md").read_text()
+
+
+def write_all(records, workdir):
+    for i, record in enumerate(records):
+        results.write(record, workdir / "results" / record.study / record.preset / f"{i}.json")
+
+
+def test_figures_alone_are_the_same_files(tmp_path, capsys):
+    write_all(study(), tmp_path / "a")
+    figures.redraw(tmp_path / "a")
+    report.report(study(), tmp_path / "b")
+    assert files(tmp_path / "a" / "figures") == files(tmp_path / "b" / "figures")
+    assert not (tmp_path / "a" / "reports").exists()
+    there = {str(path) for path in (tmp_path / "a" / "figures").glob("*.png")}
+    assert set(capsys.readouterr().out.split()) == there
+
+
+def test_every_figure_leads_to_its_config_command_records_and_report(tmp_path):
+    sharing = [
+        make_record(study="layer_sharing", point=point, point_index=i, x=None, pairs=[["immediate", "none"]])
+        for i, point in enumerate(("none", "immediate"))
+    ]
+    write_all([make_record(pairs=[], question="First | or *last*?"), *sharing], tmp_path)
+    report.redraw(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    gallery = text.split("## All figures\n")[1]
+    links = re.findall(r"\]\(([^)]*)\)", gallery)
+    assert all((tmp_path / link).exists() for link in links), links
+    shown = {Path(link).name for link in links if link.startswith("figures/")}
+    assert shown == {path.name for path in (tmp_path / "figures").glob("*.png")}
+    first, second = gallery.split("### ")[1:]
+    assert first.startswith("layer_sharing, tiny\n")  # the paper's come first
+    assert "beside ours](figures/layer_sharing-tiny-paper.png)" in first
+    assert {"reports/layer_sharing-tiny.md", "results/layer_sharing/tiny"} <= set(links)
+    (config,) = [link for link in links if link.endswith(".py")]
+    assert (tmp_path / config).resolve() == ROOT / "configs" / "layer_sharing.py"
+    assert "`python -m experiments.sweep --config=configs/layer_sharing.py:tiny`" in first
+    assert "[2 records](results/layer_sharing/tiny)" in first
+    assert "First | or \\*last\\*?" in second
+    assert f"`{make_record().command}`" in second  # of a study whose config is not here
+    report.redraw(tmp_path)  # its own page may be replaced
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_a_readme_of_someone_else_is_not_replaced(tmp_path):
+    write_all([make_record(pairs=[])], tmp_path)
+    (tmp_path / "README.md").write_text("# My project")
+    with pytest.raises(UserError, match=r"README\.md: is not a page of this command"):
+        report.redraw(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# My project"
+    assert not (tmp_path / "reports").exists()
 
 
 def test_committed_reports_say_what_the_committed_records_show():
     studies = results.by_study(results.read_all(ROOT / "experiments" / "results"))
     assert {("depth_vs_width", "tiny"), ("layer_sharing", "tiny"), ("khop", "tiny")} <= studies.keys()
+    judged = []
     for (study, preset), records in studies.items():
         found = verdict(records)
         text = (ROOT / "experiments" / "reports" / f"{study}-{preset}.md").read_text()
         assert tables.plain(found.sentence) in text, (study, preset)
         assert all(tables.plain(warning) in text for warning in found.warnings), (study, preset)
+        csv = (ROOT / "experiments" / "figures" / f"{study}-{preset}.csv").read_text()
+        assert csv == tables.csv_text(figures.in_order(records), found), (study, preset)
+        judged.append((records, found))
+    page = (ROOT / "experiments" / "README.md").read_text()
+    assert page.startswith(claims.page(judged))
+    gallery = page.split("## All figures")[1]
+    assert set(re.findall("^### (.*)", gallery, re.MULTILINE)) == {", ".join(key) for key in studies}
+    assert all((ROOT / "experiments" / link).exists() for link in re.findall(r"\]\(([^)]*)\)", gallery))
     (same,) = verdict(studies["noise", "tiny"]).comparisons
     assert same.word == "no difference"

@@ -239,6 +239,8 @@ def test_point_that_always_diverges():
     assert phrases(found) == ["cannot tell with no common seed"]
     assert list(found.estimates) == ["4 x 128"]
     assert "'2 x 128' has no finished run: it is not compared." in found.warnings
+    alone = verdict([record for record in study() if record.point == "8 x 128"])
+    assert "'4 x 128' and '2 x 128' have no finished run: they are not compared." in alone.warnings
     assert "'2 x 128' diverged with every seed: no comparison shows how bad it is" in " ".join(found.warnings)
 
 
