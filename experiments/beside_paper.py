@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from experiments import drawing, paper, tables
+from experiments import claims, drawing, paper, tables
 from mobilellm_jax.results import Record, by_point, newest
 from mobilellm_jax.statistics import format_estimate
 from mobilellm_jax.verdicts import Verdict
@@ -31,26 +31,27 @@ def draw(records: Sequence[Record], found: Verdict) -> Figure | None:
     if not groups:
         return None
     source = paper.SOURCES[facts.study]
+    notes = [claim.note for claim in claims.CLAIMS if claim.study == facts.study and claim.note]
     first = (
         f"The paper ({source.what}): average zero-shot accuracy on eight tasks after {source.tokens} "
-        "training tokens, one run of each model at one learning rate."
+        f"training tokens, one run of each model at one learning rate. {' '.join(notes)}"
     )
-    names = [*(row.label for rows in groups.values() for row in rows), *by_point(records)]
-    slanted = source.x is None and drawing.categories(names, ROOM * 2)[1]
-    height = 4.2 + (0.04 * max(map(len, names)) if slanted else 0)
+    sides = [*([row.label for row in rows] for rows in groups.values()), list(by_point(records))]
+    is_slanted = source.x is None and any(drawing.categories(side, ROOM)[1] for side in sides)
+    height = 4.2 + (0.04 * max(len(label) for side in sides for label in side) if is_slanted else 0)
     figure = drawing.framed(facts.question, drawing.caption(records, found, first), height)
     left, right = figure.subfigures(1, 2)
     ours = drawing.series_of(records) or [""]
     lines = dict.fromkeys([*(row.series for rows in groups.values() for row in rows), *ours])
     looks = {line: drawing.look(index) for index, line in enumerate(lines)}
-    is_stairs = facts.pairs == [[later, earlier] for earlier, later in pairwise(by_point(records))]
+    is_stairs = len(facts.pairs) > 1 and all(a[0] == b[1] for a, b in pairwise(facts.pairs))
     _draw_paper(left, groups, looks, facts.x["label"] if facts.x else "", is_stairs)
     axes = right.subplots()
     drawing.draw_values(axes, records, found, looks, ROOM, is_reversed=True)
     up = "axis reversed: up is better" if facts.metric == "loss" else "up is better"
     axes.set_title(f"ours, {facts.preset}; {up}\n{axes.get_title()}", fontsize=10, color="0.25")
     if is_stairs:
-        _climb(axes, found, facts.metric)
+        _climb(axes, list(by_point(records)), found, facts.metric)
     return figure
 
 
@@ -61,8 +62,8 @@ def table(records: Sequence[Record], found: Verdict) -> tables.Columns:
     if not rows:
         return {}
 
-    def column(name: str, show: Any = str) -> list[str]:
-        return ["" if row[name] is None else show(row[name]) for row in rows]
+    def column(name: str) -> list[str]:
+        return ["" if row[name] is None else str(row[name]) for row in rows]
 
     estimates = [found.estimates.get(row["point"]) if row["of"] == "ours" else None for row in rows]
     return {
@@ -177,16 +178,20 @@ def _draw_paper(
     panel.supylabel("average zero-shot accuracy (%)", fontsize=11)
 
 
-def _climb(axes: Axes, found: Verdict, metric: str) -> None:
-    """Joins our points to a staircase, and writes the change at every step below it, with its verdict."""
-    points = list(found.estimates)
-    means = [drawing.shown(metric, found.estimates[point].mean) for point in points]
-    axes.step(range(len(means)), means, where="mid", color="0.5", lw=1.2)
+def _climb(axes: Axes, points: list[str], found: Verdict, metric: str) -> None:
+    """Joins our points to a staircase, and writes the change at every step below it, with its verdict.
+
+    A step of which a point is missing is left out.
+    """
     low, high = axes.get_ylim()
     axes.set_ylim(low - 0.25 * (high - low), high)
-    for place, comparison in enumerate(found.comparisons, start=1):
+    for comparison in found.comparisons:
         if comparison.difference is not None:
+            ends = comparison.other, comparison.point
+            places = [points.index(point) for point in ends]
+            means = [drawing.shown(metric, found.estimates[point].mean) for point in ends]
+            axes.step(places, means, where="mid", color="0.5", lw=1.2)
             change = f"{comparison.difference.mean * drawing.SCALE[metric]:+.2g}"
             said = {"ha": "center", "va": "bottom", "fontsize": 9, "color": drawing.WORDS[comparison.word][1]}
             text = f"{change}\n{comparison.word}".replace("cannot tell", "cannot\ntell")
-            axes.text(place, 0.02, text, transform=axes.get_xaxis_transform(), **said)
+            axes.text(places[1], 0.02, text, transform=axes.get_xaxis_transform(), **said)

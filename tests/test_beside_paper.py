@@ -115,6 +115,16 @@ def test_roadmap_is_a_staircase_with_the_change_at_every_step():
     assert {c.word for c in found} >= {"better"}
 
 
+def test_staircase_leaves_out_steps_of_which_a_point_is_missing():
+    theirs, ours = panels([r for r in twins("roadmap") if r.point != "+ deep and thin"])
+    assert len(theirs["125M"].texts) == 5
+    steps = [line for line in ours.lines if line.get_drawstyle() == "steps-mid"]
+    assert [list(line.get_xdata()) for line in steps] == [[0, 1], [2, 3], [3, 4]]
+    assert [text.get_position()[0] for text in ours.texts] == [1, 3, 4]
+    theirs, ours = panels([r for r in twins("roadmap") if r.point == "+ layer sharing"])
+    assert (len(theirs["350M"].texts), len(ours.texts)) == (5, 0)
+
+
 def test_heads_are_lines_over_key_value_heads_on_both_sides():
     theirs, ours = panels(twins("head_groups"))
     lines = theirs["125M"].lines
@@ -137,6 +147,7 @@ def test_caption_says_what_both_sides_are():
         "2048; 2.05 M training tokens in 500 steps; data: bundled (sha256 abababab); 2 seeds; "
         "device: 1 x cpu (cpu)."
     )
+    assert "those of the public OPT-125M" in draw(twins("roadmap")).texts[0].get_text().replace("\n", " ")
     assert "after 1T training tokens" in draw(twins("mobilellm")).texts[0].get_text()
 
 
