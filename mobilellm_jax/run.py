@@ -21,6 +21,8 @@ from mobilellm_jax.train import Outcome, train
 # Fields that may differ when a run is resumed: they change where and how it is computed, not what.
 _MAY_CHANGE = ("mesh.", "data.cache_dir", "train.log_every", "train.checkpoint_every")
 
+TOKENIZER = "tokenizer"  # folder of a run directory, as `data.save_tokenizer` writes it
+
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that a second run of the same shape starts at once."""
@@ -65,6 +67,16 @@ def open_run(workdir: Path) -> tuple[Config, model.Params]:
     config = from_config_dict(_read_config(path))
     like = jax.eval_shape(lambda: model.init(jax.random.key(0), config.model))
     return config, load_params(workdir / "checkpoints", like)
+
+
+def open_tokenizer(workdir: Path) -> data.Tokenizer | None:
+    """Returns the tokenizer that a run keeps in `tokenizer/`; None where it keeps none.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    directory = workdir / TOKENIZER
+    return data.load_tokenizer(directory) if directory.exists() else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

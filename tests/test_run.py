@@ -14,6 +14,8 @@ from conftest import assert_trees_close, random_params, tiny_config
 from mobilellm_jax import run
 from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import from_config_dict, to_dict
+from mobilellm_jax.data import save_tokenizer
+from mobilellm_jax.data.tokenizers import train_bpe
 from mobilellm_jax.errors import UserError
 
 
@@ -89,6 +91,18 @@ def test_what_is_no_run_is_not_opened(workdir):
     shutil.rmtree(workdir / "checkpoints")
     with pytest.raises(UserError, match="checkpoints: there is no checkpoint"):
         run.open_run(workdir)
+
+
+def test_a_run_keeps_its_tokenizer(workdir):
+    assert run.open_tokenizer(workdir) is None
+    tokenizer = train_bpe("bpe:300", ["some words and some more words"])
+    save_tokenizer(tokenizer, workdir / run.TOKENIZER)
+    restored = run.open_tokenizer(workdir)
+    assert (restored.sha256, restored.bos_id, restored.eos_id) == (tokenizer.sha256, 0, 1)
+    assert restored.encode_batch(["some words"]) == tokenizer.encode_batch(["some words"])
+    (workdir / run.TOKENIZER / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        run.open_tokenizer(workdir)
 
 
 def test_a_curve_is_thinned_to_its_last_point():
