@@ -197,13 +197,8 @@ def _constrain(x: Any, *axes: Any) -> Any:
 
 def apply(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T V"]:
     """Returns float32 logits of the token after each position."""
-    return logits(params, hidden(params, tokens_BT, config))
-
-
-def logits(params: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """Returns the float32 logits that `hidden` or `extend` lead to."""
     with jax.named_scope("head"):
-        return _logits(x_BTD, _head(params))
+        return _logits(hidden(params, tokens_BT, config), _head(params))
 
 
 def _head(params: Params) -> Float[Array, "V D"]:
