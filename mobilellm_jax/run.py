@@ -140,7 +140,7 @@ def run(
 
     Args:
       config: the run.
-      workdir: its own directory; gets config.json, metrics.jsonl, tensorboard/ and checkpoints/.
+      workdir: its own directory; gets config.json, metrics.jsonl, tokenizer/, tensorboard/ and checkpoints/.
       describe: `results.Record` with the fields that only the study knows already set (`functools.partial`).
       say: gets the progress lines.
 
@@ -151,6 +151,8 @@ def run(
     mesh = check(config)
     claim_workdir(workdir, config)
     prepared = data.prepare(config.data, config.model.vocab_size)
+    if isinstance(prepared, data.PreparedData) and prepared.card["tokenizer"] and jax.process_index() == 0:
+        data.save_tokenizer(data.load_tokenizer(prepared.directory), workdir / TOKENIZER)
     outcome = train(config, prepared, mesh, workdir, say)
     return describe(**measured_fields(config, prepared.card, outcome))
 
