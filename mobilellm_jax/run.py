@@ -21,6 +21,7 @@ from mobilellm_jax.train import Outcome, train
 # Fields that may differ when a run is resumed: they change where and how it is computed, not what.
 _MAY_CHANGE = ("mesh.", "data.cache_dir", "train.log_every", "train.checkpoint_every")
 
+IMPORTED = "imported.json"  # in a run directory whose weights were imported
 TOKENIZER = "tokenizer"  # folder of a run directory, as `data.save_tokenizer` writes it
 
 
@@ -41,9 +42,13 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     """Makes `workdir` and writes `config.json` into it, if it holds no checkpoint of another run.
 
     Raises:
-      UserError: the directory cannot be written, or holds a run with another config.
+      UserError: the directory cannot be written, or holds imported weights or a run with another config.
     """
     path = workdir / "config.json"
+    if (workdir / IMPORTED).exists():
+        raise UserError(
+            f"--workdir={workdir}: holds imported weights, without an optimizer state to go on from"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if any(workdir.glob("checkpoints/*")):  # before the first, there is nothing to lose
@@ -140,7 +145,7 @@ def run(
 
     Args:
       config: the run.
-      workdir: its own directory; gets config.json, metrics.jsonl, tensorboard/ and checkpoints/.
+      workdir: its own directory; gets config.json, metrics.jsonl, tokenizer/, tensorboard/ and checkpoints/.
       describe: `results.Record` with the fields that only the study knows already set (`functools.partial`).
       say: gets the progress lines.
 
@@ -151,6 +156,8 @@ def run(
     mesh = check(config)
     claim_workdir(workdir, config)
     prepared = data.prepare(config.data, config.model.vocab_size)
+    if isinstance(prepared, data.PreparedData) and prepared.card["tokenizer"] and jax.process_index() == 0:
+        data.save_tokenizer(data.load_tokenizer(prepared.directory), workdir / TOKENIZER)
     outcome = train(config, prepared, mesh, workdir, say)
     return describe(**measured_fields(config, prepared.card, outcome))
 
