@@ -13,6 +13,7 @@ need the extra: pip install -e '.[eval]'.
 import datetime
 import importlib.metadata
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,22 @@ def main() -> int:
     enable_compilation_cache()
     mesh = partition.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))  # a copy of the model on every device
     lm = harness.Adapter(params, config, tokenizer, mesh, _BOS.value)
-    published = paper.published(config.model)
-    table = _Table(published)
+    name, published = paper.published(config.model) or ("", {})
+    say = jax.process_index() == 0
+    if say and name:
+        print(f"paper: {name}")
+    if say:
+        _print_row("task", {column: column for column in _COLUMNS})
+    done = []
     for name, task in tasks.items():
         before = lm.shortened
-        result = harness.run_task(lm, name, task, _LIMIT.value)
-        table.add(result)
-        document[name] = _entry(result, config, lm.shortened - before)
-        if jax.process_index() == 0:
+        done.append(harness.run_task(lm, name, task, _LIMIT.value))
+        document[name] = _entry(done[-1], config, lm.shortened - before)
+        if say:
+            _print_result(done[-1], published)
             results.write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
-    if jax.process_index() == 0:
-        table.print()
+    if say:
+        _print_average(done, published)
         if left_out:
             print(f"left out, as {data_dir} has no file for them: {', '.join(left_out)}")
         if lm.shortened:
@@ -110,46 +116,40 @@ def _entry(result: Any, config: Config, shortened: int) -> dict[str, Any]:
     }
 
 
-class _Table:
-    """Accuracies in percent, with standard errors, beside what a guess and the paper's model get."""
+# Width of each column of the table; the task's name stands before them, other metrics after.
+_COLUMNS = {"items": 6, "acc": 11, "acc_norm": 11, "chance": 7, "majority": 9, "paper": 7}
 
-    def __init__(self, published: tuple[str, paper.Cells] | None) -> None:
-        self._results: list[Any] = []
-        self._paper = published
 
-    def add(self, result: Any) -> None:
-        self._results.append(result)
+def _print_row(task: str, cells: dict[str, str], other: str = "") -> None:
+    padded = [cells.get(name, "").rjust(width) for name, width in _COLUMNS.items()]
+    print(" ".join([task.ljust(28), *padded, other]).rstrip(), flush=True)
 
-    def print(self) -> None:
-        head = ["task", "items", "acc", "acc_norm", "other", "chance", "majority"]
-        rows = [head + ([self._paper[0]] if self._paper else [])]
-        rows += [self._row(result) for result in self._results]
-        eight = [result for result in self._results if result.task in PAPER_COLUMNS]
-        if len(eight) > 1:
-            rows.append(self._average(eight))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for first, *cells in rows:
-            padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-            print("  ".join([first.ljust(widths[0]), *padded]).rstrip())
 
-    def _row(self, result: Any) -> list[str]:
-        metrics = dict(result.metrics)
-        shares = [_cell(*metrics.pop(name, (None, None))) for name in ("acc", "acc_norm")]
-        other = ", ".join(f"{name} {_other(name, *value)}" for name, value in metrics.items())
-        row = [result.task, f"{result.items:,}", *shares, other, _cell(result.chance), _cell(result.majority)]
-        return row + ([self._paper[1].get(PAPER_COLUMNS.get(result.task, ""), "")] if self._paper else [])
+def _print_result(result: Any, published: paper.Cells) -> None:
+    metrics = dict(result.metrics)
+    shares = {name: _cell(*metrics.pop(name)) for name in ("acc", "acc_norm") if name in metrics}
+    cells = {
+        "items": f"{result.items:,}",
+        **shares,
+        "chance": _cell(result.chance),
+        "majority": _cell(result.majority),
+        "paper": published.get(PAPER_COLUMNS.get(result.task, ""), ""),
+    }
+    other = ", ".join(f"{name} {_other(name, *value)}" for name, value in metrics.items())
+    _print_row(result.task, cells, other)
 
-    def _average(self, eight: list[Any]) -> list[str]:
-        means = [
-            _cell(sum(result.metrics[name][0] for result in eight) / len(eight))
-            for name in ("acc", "acc_norm")
-        ]
-        baselines = [
-            _cell(sum(getattr(r, name) for r in eight) / len(eight)) for name in ("chance", "majority")
-        ]
-        row = [f"average of {len(eight)} of the paper's 8", "", *means, "", *baselines]
-        complete = len(eight) == len(PAPER_COLUMNS)
-        return row + ([self._paper[1]["Avg"] if complete else ""] if self._paper else [])
+
+def _print_average(done: list[Any], published: paper.Cells) -> None:
+    """Prints averages over those of the paper's tasks that were asked, if there are several."""
+    of_paper = [result for result in done if result.task in PAPER_COLUMNS]
+    if len(of_paper) < 2:
+        return
+    means = {name: statistics.fmean(r.metrics[name][0] for r in of_paper) for name in ("acc", "acc_norm")}
+    means |= {name: statistics.fmean(getattr(r, name) for r in of_paper) for name in ("chance", "majority")}
+    complete = len(of_paper) == len(PAPER_COLUMNS)
+    cells = {name: _cell(mean) for name, mean in means.items()}
+    cells["paper"] = published.get("Avg", "") if complete else ""
+    _print_row(f"average, {len(of_paper)} of the paper's 8", cells)
 
 
 def _cell(share: float | None, error: float | None = None) -> str:

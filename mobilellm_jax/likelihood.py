@@ -113,7 +113,7 @@ def log_likelihoods(
     """
     rows = _rows(requests, max_length)
     answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # that of an empty continuation
-    bar = tqdm(total=sum(len(row.requests) for row in rows), desc=progress, disable=not progress)
+    bar = tqdm(total=sum(len(row.requests) for row in rows), desc=progress, disable=not progress, leave=False)
 
     def read(batch: Sequence[_Row], out: Any) -> None:
         log_p_BJ, is_best_BJ = jax.device_get(out)
