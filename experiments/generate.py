@@ -11,7 +11,7 @@ and compiling is not part of the speed of decoding.
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -30,12 +30,14 @@ _PROMPT_IDS = flags.DEFINE_multi_string(
     "prompt_ids", [], "or token ids to continue, as they are, such as 1,403; several make a batch"
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "at most; else what the context has room for")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token; 1 draws as the model says")
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "0: the most probable token; 1: drawn as the model says"
+)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that together have this probability")
 _SEED = flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0)
 _CONTEXT = flags.DEFINE_integer("context", None, "longest prompt and text; else the length of a training row")
-_PRINT_IDS = flags.DEFINE_bool("print_ids", False, "print token ids, those of the prompt included, and no text")
+_PRINT_IDS = flags.DEFINE_bool("print_ids", False, "print ids, those of the prompt included, and no text")
 
 
 def main() -> int:

@@ -60,7 +60,8 @@ def choose(
         falling_BV = -jnp.sort(-logits_BV, axis=-1)
         p_BV = jax.nn.softmax(falling_BV, axis=-1)
         before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV  # probability of all that is more probable
-        least_B1 = jnp.min(falling_BV, axis=-1, keepdims=True, where=before_BV < sampling.top_p, initial=jnp.inf)
+        kept_BV = jnp.where(before_BV < sampling.top_p, falling_BV, jnp.inf)
+        least_B1 = jnp.min(kept_BV, axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
     next_keys_B, keys_B = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV), next_keys_B
@@ -116,8 +117,8 @@ class Generator:
     ) -> Iterator[list[int | None]]:
         """Checks, compiles, and returns an iterator over steps: the next token of each prompt.
 
-        It is None once a prompt's text has ended, which it does with `eos_id`. The choices for a prompt follow
-        from the seed and from its place among the prompts.
+        It is None once a prompt's text has ended, which it does with `eos_id`. The choices for a prompt
+        follow from the seed and from its place among the prompts.
 
         Args:
           prompts: token ids.
@@ -138,7 +139,9 @@ class Generator:
         inputs = tokens_BT, padding_B, keys_B
         return self._steps(self._compile(inputs, _round_up(length + steps)), inputs, steps, eos_id)
 
-    def _steps(self, programs: Any, inputs: Any, steps: int, eos_id: int | None) -> Iterator[list[int | None]]:
+    def _steps(
+        self, programs: Any, inputs: Any, steps: int, eos_id: int | None
+    ) -> Iterator[list[int | None]]:
         first, more = programs
         state, tokens_B = first(self._params, *inputs)
         ended = [False] * len(inputs[0])

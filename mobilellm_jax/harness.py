@@ -242,6 +242,8 @@ def load_tasks(names: Sequence[str], data_dir: Path | None) -> tuple[dict[str, A
                 f"--tasks: the data of {name} can't be had from the hub: {type(error).__name__}: {reason}; "
                 "--data_dir=<folder> reads local files"
             ) from None
+    if not tasks:
+        raise UserError(f"--data_dir={data_dir}: there is no file for any of {', '.join(left_out)}")
     return tasks, left_out
 
 

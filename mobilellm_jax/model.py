@@ -161,10 +161,10 @@ def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
     embedding_key, head_key, blocks_key = jax.random.split(key, 3)
     normal = nn.initializers.normal(config.init_std)
     vocab_by_width = (config.vocab_size, config.width)
-    x_BTD = jnp.zeros((1, 1, config.width))
+    x_BTD, rope = jnp.zeros((1, 1, config.width)), rope_table(jnp.zeros((1, 1), int), config)
 
     def init_block(block_key: PRNGKeyArray) -> Params:
-        return dict(Block(config).init(block_key, x_BTD, rope_table(jnp.zeros((1, 1), int), config))["params"])
+        return dict(Block(config).init(block_key, x_BTD, rope)["params"])
 
     params: Params = {
         "embedding": normal(embedding_key, vocab_by_width),
@@ -282,7 +282,7 @@ def extend(
     The caller sees to it that they fit: beyond the last slot they would overwrite what is there. What stands
     at padding has no meaning.
     """
-    B, T = tokens_BT.shape
+    T = tokens_BT.shape[1]
     slot_T, slot_S = cache.used + jnp.arange(T), jnp.arange(cache.keys.shape[2])
     block, rope = Block(config), rope_table(slot_T[None, :] - cache.padding[:, None], config)
     is_token_BS = slot_S[None, :] >= cache.padding[:, None]

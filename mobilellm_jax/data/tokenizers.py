@@ -254,6 +254,15 @@ def adds_space(tokenizer: Tokenizer) -> bool:
     return words == word + word
 
 
+def adds_bos(tokenizer: Tokenizer, directory: Path) -> bool:
+    """Whether transformers would put BOS before a text, given the files in `directory`."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return _from_json(tokenizer.file_bytes).encode("").ids[:1] == [tokenizer.bos_id]
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_bytes()) if path.exists() else {}
+    return settings.get("add_bos_token", True)  # SentencePiece: Llama's, which does unless told not to
+
+
 def _from_json(file_bytes: bytes) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(file_bytes.decode())
