@@ -3,13 +3,11 @@
 Exit statuses: 0 done; 1 some run failed or diverged; 2 bad input; 130 interrupted, resumable.
 """
 
-import contextlib
 import importlib.util
 import os
 import shlex
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -104,29 +102,6 @@ def _parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
     return rest
-
-
-@contextlib.contextmanager
-def new_directory(flag: str, path: str | None) -> Iterator[Path]:
-    """Yields a directory that takes the name of `path`, the value of `flag`, in the end, if nothing fails.
-
-    Raises:
-      UserError: no path, one that is there and not empty, or one that cannot be written.
-    """
-    if not path:
-        raise UserError(f"--{flag}: say which directory to make, such as --{flag}=runs/new")
-    final = Path(path).absolute()
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    try:
-        if final.exists() and (not final.is_dir() or any(final.iterdir())):
-            raise UserError(f"--{flag}={path}: is there already; use another, or delete what is there")
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(final)
-    except OSError as error:
-        raise UserError(f"--{flag}={path}: cannot write there ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
 
 
 def run(main: Callable[[], int], default_config: str = "") -> None:

@@ -1,292 +1,144 @@
-"""Weights of Hugging Face's Llama, in and out, as safetensors; config.json is in `huggingface_config.py`.
+"""Hugging Face folders in and out: a checkpoint of the Llama architecture becomes a run directory, and back.
 
-A linear layer there is stored [out, in], here [in, out] with heads as axes of their own; blocks are stacked
-here. Both pair the dimensions i and i + H/2 of a head in RoPE, so weights only change their layout, and a
-round trip is bit-exact. Letters as in `model.py`.
-
-Layer sharing has no form there: an exported model has one layer for each layer *applied*, in plan order; told
-the plan, import folds them back. The multipliers of muP and CompleteP go into the weights.
+Tensors are in `huggingface_weights.py`, config.json is in `huggingface_config.py`. PyTorch is not needed.
 """
 
 import contextlib
 import json
-import math
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import ml_dtypes
-import numpy as np
 import sentencepiece
 import tokenizers
-from safetensors import SafetensorError, safe_open
+from ml_collections import ConfigDict
 
-from mobilellm_jax import model
-from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.tokenizers import CARD_FILE, SentencePieceTokenizer, Tokenizer
-from mobilellm_jax.errors import UserError
-from mobilellm_jax.huggingface_config import read_object
-from mobilellm_jax.parameterization import multipliers
-
-INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
-_HOW_TO_CONVERT = (
-    "only safetensors are read, as unpickling a .bin or .pt file runs whatever code is in it; convert it "
-    "where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new), in transformers"
+from mobilellm_jax import run
+from mobilellm_jax.checkpoint import Checkpoints
+from mobilellm_jax.config import Config, from_config_dict, to_dict
+from mobilellm_jax.data.tokenizers import (
+    CARD_FILE,
+    SentencePieceTokenizer,
+    Tokenizer,
+    open_tokenizer,
+    save_tokenizer,
 )
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.huggingface_config import (
+    check_exportable,
+    context_length,
+    export_config,
+    model_fields,
+    read_object,
+)
+from mobilellm_jax.huggingface_weights import INDEX, WEIGHTS, read_params, write_params
+from mobilellm_jax.run import IMPORTED, TOKENIZER, open_run
 
-# --- which tensor is where ------------------------------------------------------------------------------
-
-_TOP = {
-    "model.embed_tokens.weight": "embedding",
-    "model.norm.weight": "final_norm/gain",
-    "lm_head.weight": "head",
-}
-_LAYER = {
-    "input_layernorm": "attention_norm/gain",
-    "self_attn.q_proj": "attention/query",
-    "self_attn.k_proj": "attention/key",
-    "self_attn.v_proj": "attention/value",
-    "self_attn.o_proj": "attention/output",
-    "post_attention_layernorm": "ffn_norm/gain",
-    "mlp.gate_proj": "ffn/gate",
-    "mlp.up_proj": "ffn/up",
-    "mlp.down_proj": "ffn/down",
-}
+_SPECS = {"tokenizer.json": "huggingface", "tokenizer.model": "sentencepiece"}  # the first that is there
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+FILES = ("config.json", WEIGHTS, INDEX, "*.safetensors", *_SPECS, *_BESIDE)  # that import reads
 
 
-class Place(NamedTuple):
-    """Where a tensor is in our parameters.
+def import_run(
+    folder: Path, workdir: Path, defaults: ConfigDict, sharing: str = "", num_repeats: int = 1
+) -> Config:
+    """Makes a run directory of a folder with config.json and safetensors, and returns its config.
 
-    Attributes:
-      shape: its shape in the file.
-      path: names on the way to the leaf.
-      block: u, its index in the stack of blocks; None outside.
-    """
+    It has weights, as float32, but no optimizer state: it can be opened, but not trained on.
 
-    shape: tuple[int, ...]
-    path: tuple[str, ...]
-    block: int | None
-
-    def leaf(self, params: model.Params) -> np.ndarray:
-        """Returns the view of `params` that holds the tensor, in our layout."""
-        array: Any = params
-        for name in self.path:
-            array = array[name]
-        return array if self.block is None else array[self.block]
-
-
-def places(config: ModelConfig) -> dict[str, Place]:
-    """Returns the place of every tensor of the model's Hugging Face form, by name; layers in plan order."""
-    D, F, H = config.width, config.ffn_width, config.head_dim
-    query, key_value = config.num_heads * H, config.num_kv_heads * H
-    shapes = {
-        "self_attn.q_proj": (query, D),
-        "self_attn.k_proj": (key_value, D),
-        "self_attn.v_proj": (key_value, D),
-        "self_attn.o_proj": (D, query),
-        "mlp.gate_proj": (F, D),
-        "mlp.up_proj": (F, D),
-        "mlp.down_proj": (D, F),
-    }
-    found = {}
-    for name, path in _TOP.items():
-        if path != "head" or not config.share_embedding:
-            shape = (D,) if path == "final_norm/gain" else (config.vocab_size, D)
-            found[name] = Place(shape, tuple(path.split("/")), None)
-    for layer, block in enumerate(config.plan):
-        for name, path in _LAYER.items():
-            place = Place(shapes.get(name, (D,)), ("blocks", *path.split("/")), block)
-            found[f"model.layers.{layer}.{name}.weight"] = place
-    return found
-
-
-# --- in -------------------------------------------------------------------------------------------------
-
-
-def read_params(folder: Path, config: ModelConfig) -> model.Params:
-    """Returns the weights in a folder as float32 parameters in NumPy, which is exact.
-
-    All names, shapes and dtypes are checked before the first is read; then tensors are read one by one, so
-    that no more than the model and one tensor are in memory.
+    Args:
+      folder: what to import; a tokenizer.json or tokenizer.model in it is taken along.
+      workdir: the directory to make.
+      defaults: of all fields that the folder does not determine.
+      sharing: folds layers that are copies back into blocks, by this strategy or explicit plan; "" does not.
+      num_repeats: layers made of each block, with a strategy.
 
     Raises:
-      UserError: no safetensors, a file that is missing or damaged, a tensor that is missing, unknown, or of
-        another shape or dtype, or layers that `config.plan` says are copies and are not.
+      UserError: the folder is damaged or holds another architecture, or `workdir` is there or not writable.
     """
-    wanted = places(config)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
-    with contextlib.ExitStack() as stack:
-        tensors = _open(folder, stack)
-        spare = _check_names(folder, tensors, wanted, config)
-        for name, place in wanted.items():
-            _check_tensor(folder, name, tensors[name].get_slice(name), place.shape)
-        params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-        first: dict[tuple[Any, ...], str] = {}
-        for name, place in wanted.items():
-            leaf = place.leaf(params)
-            tensor = tensors[name].get_tensor(name).astype(np.float32, copy=False)
-            tensor = (tensor if place.block is None else tensor.T).reshape(leaf.shape)
-            same = first.setdefault((place.path, place.block), name)
-            if same == name:
-                leaf[...] = tensor
-            elif not _same_bits(leaf, tensor):
-                raise UserError(
-                    f"{folder}: {name} differs from {same}, and by the plan "
-                    f"{' '.join(map(str, config.plan))} they are one block"
-                )
-        for name in spare:
-            _check_spare(folder, name, tensors[name].get_tensor(name), params, config)
-    return params
+    with _new_directory("workdir", workdir) as directory:
+        hf = read_object(folder / "config.json")
+        fields = model_fields(hf, sharing, num_repeats)
+        spec = _copy_tokenizer(folder, fields["vocab_size"], directory)
+        config = _config(defaults, fields, context_length(hf), spec, workdir)
+        # The official MobileLLM keeps one layer for each block; everybody else one for each layer applied.
+        layers = tuple(range(config.model.depth)) if hf.get("layer_sharing") else config.model.plan
+        params = read_params(folder, config.model, layers)
+        checkpoints = Checkpoints(directory / "checkpoints")
+        checkpoints.save(0, {"params": params}, None)
+        checkpoints.close()
+        _write_json(directory / IMPORTED, {"source": folder.name, "config": hf})
+        _write_json(directory / "config.json", to_dict(config))
+    return config
 
 
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether float32 arrays are equal, also in NaN and in the sign of zero."""
-    return np.array_equal(np.ascontiguousarray(a).view(np.uint32), np.ascontiguousarray(b).view(np.uint32))
+def export_run(workdir: Path, target: Path, dtype: str) -> Config:
+    """Makes a folder that transformers loads, of a run, trained or imported, and returns the run's config.
 
-
-def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Returns the open file of every tensor, by the tensor's name."""
-    index = folder / INDEX
-    said: dict[str, Any] | None = None
-    if (folder / WEIGHTS).is_file():
-        names = [WEIGHTS]
-    elif index.is_file():
-        said = read_object(index).get("weight_map")
-        if not isinstance(said, dict) or not all(isinstance(name, str) for name in said.values()):
-            raise UserError(f"{index}: has no weight_map from tensors to files")
-        names = sorted(set(said.values()))
-    else:
-        pickles = sorted(p.name for kind in ("bin", "pt", "pth") for p in folder.glob(f"*.{kind}"))
-        there = f" (there is {pickles[0]})" if pickles else ""
-        raise UserError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there{there}; {_HOW_TO_CONVERT}")
-    tensors: dict[str, Any] = {}
-    for name in names:
-        # A path could lead out of the folder. Links are followed: the hub's cache is made of them.
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index}: {name!r} is not the name of a safetensors file in the folder")
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: is missing, and named in {INDEX}")
-        try:
-            file = stack.enter_context(safe_open(folder / name, framework="np"))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / name}: not a whole safetensors file ({error})") from None
-        for tensor in file.keys():  # noqa: SIM118, not a mapping
-            if tensor in tensors or (said is not None and said.get(tensor) != name):
-                raise UserError(f"{folder / name}: holds {tensor}, which {INDEX} says is elsewhere")
-            tensors[tensor] = file
-    return tensors
-
-
-def _check_names(
-    folder: Path, tensors: Mapping[str, Any], wanted: Mapping[str, Place], config: ModelConfig
-) -> list[str]:
-    """Returns the names of tensors that are no parameters, but follow from them or from the config."""
-    missing = [name for name in wanted if name not in tensors]
-    if missing:
-        hint = "; config.json does not tie the head to the embedding" if missing == ["lm_head.weight"] else ""
-        raise UserError(f"{folder}: {_some(missing)} missing{hint}")
-    spare = [name for name in tensors if name not in wanted]
-    unknown = [
-        name
-        for name in spare
-        if not name.endswith("rotary_emb.inv_freq")
-        and not (name == "lm_head.weight" and config.share_embedding)
-    ]
-    if unknown:
-        raise UserError(f"{folder}: {_some(unknown)} not part of a Llama with this config.json")
-    return spare
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
-
-
-def _check_tensor(folder: Path, name: str, tensor: Any, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.get_shape()) != shape:
-        raise UserError(
-            f"{folder}: {name} has the shape {tuple(tensor.get_shape())}, and by config.json {shape}"
-        )
-    if tensor.get_dtype() not in _DTYPES.values():
-        raise UserError(
-            f"{folder}: {name} is of type {tensor.get_dtype()}; valid: {', '.join(_DTYPES.values())}"
-        )
-
-
-def _check_spare(
-    folder: Path, name: str, value: np.ndarray, params: model.Params, config: ModelConfig
-) -> None:
-    """Checks that a tensor that is no parameter says what the parameters or the config say."""
-    if name == "lm_head.weight":
-        same = value.shape == params["embedding"].shape
-        same = same and _same_bits(value.astype(np.float32), params["embedding"])
-        what = "the embedding, which config.json ties it to"
-    else:
-        frequency_h = config.rope_base ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
-        same = value.shape == frequency_h.shape
-        same = same and np.allclose(value.astype(np.float64), frequency_h, rtol=0.01)  # bfloat16 has 3 digits
-        what = "the rope_theta of config.json"
-    if not same:
-        raise UserError(f"{folder}: {name} disagrees with {what}")
-
-
-# --- out ------------------------------------------------------------------------------------------------
-
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-DTYPES = tuple(_DTYPES)
-
-
-def write_params(path: Path, params: model.Params, config: ModelConfig, dtype: str) -> None:
-    """Writes the weights as one safetensors file, tensor by tensor.
-
-    float32 is exact, but for the multipliers of muP and CompleteP: a weight times one that is no power of two
-    is rounded once more.
+    Args:
+      workdir: the run.
+      target: the folder to make.
+      dtype: of the weights, one of `huggingface_weights.DTYPES`.
 
     Raises:
-      UserError: a weight is too large for `dtype`.
+      UserError: there is no intact run, it is not a Llama, or `target` is there or not writable.
     """
-    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    wanted = places(config)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers asks for
-    end = 0
-    for name, place in wanted.items():
-        start, end = end, end + math.prod(place.shape) * kind.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": place.shape, "data_offsets": (start, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data start at a multiple of 8
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in _tensors(params, config):
-            with np.errstate(over="ignore"):
-                cast = tensor.astype(kind)
-            if np.isinf(cast.astype(np.float32)).any() and not np.isinf(tensor).any():
-                raise UserError(f"--dtype={dtype}: {name} has weights that are too large for it")
-            file.write(np.ascontiguousarray(cast).tobytes())
+    with _new_directory("target", target) as directory:
+        config, params = open_run(workdir)
+        check_exportable(config.model)
+        tokenizer = run.open_tokenizer(workdir)
+        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos")}
+        if (workdir / IMPORTED).exists():
+            hf = read_object(workdir / IMPORTED)["config"]
+            special = {name: hf.get(name) for name in special}
+        if tokenizer is not None:
+            _write_tokenizer(directory, tokenizer, workdir / TOKENIZER)
+        _write_json(directory / "config.json", export_config(config, dtype, special))
+        write_params(directory / WEIGHTS, params, config.model, dtype)
+    return config
 
 
-def _tensors(params: model.Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields float32 tensors in the layout of the file, with the multipliers in them."""
-    m = multipliers(config)
-    # Tied to the embedding, the head cannot be scaled; the norm before it can, to the same effect.
-    scales = {
-        ("final_norm", "gain"): m.logits,
-        ("blocks", "attention", "output"): m.residual,
-        ("blocks", "ffn", "down"): m.residual,
-    }
-    for name, place in places(config).items():
-        tensor = place.leaf(params)
-        if place.block is not None:
-            tensor = tensor.reshape(place.shape[::-1]).T
-        scale = scales.get(place.path, 1.0)
-        yield name, tensor if scale == 1.0 else (tensor.astype(np.float64) * scale).astype(np.float32)
+def _copy_tokenizer(folder: Path, vocab_size: int, workdir: Path) -> str | None:
+    """Copies the tokenizer, if there is one, and returns the kind and name of its file.
+
+    Raises:
+      UserError: it cannot be read, or has ids that the model does not have.
+    """
+    specs = [f"{kind}:{folder / name}" for name, kind in _SPECS.items() if (folder / name).is_file()]
+    tokenizer = open_tokenizer(specs[0]) if specs else None
+    if tokenizer is None:
+        return None
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{specs[0]}: has ids up to {tokenizer.vocab_size - 1}, and config.json says vocab_size={vocab_size}"
+        )
+    save_tokenizer(tokenizer, workdir / TOKENIZER)
+    for beside in _BESIDE:
+        if (folder / beside).is_file():
+            shutil.copy(folder / beside, workdir / TOKENIZER)
+    return tokenizer.spec
 
 
-# --- the tokenizer --------------------------------------------------------------------------------------
+def _config(
+    defaults: ConfigDict, fields: dict[str, Any], context: int, spec: str | None, workdir: Path
+) -> Config:
+    """Returns the config of an imported run. What it was trained on is not known."""
+    values = defaults.to_dict()
+    values["model"] |= fields
+    values["data"] |= {"sequence_length": context, "source": "files:unknown" if spec else "tokens:unknown"}
+    if spec:
+        kind, _, name = spec.partition(":")
+        values["data"]["tokenizer"] = f"{kind}:{workdir / TOKENIZER / name}"
+    return from_config_dict(values)
 
 
-def write_tokenizer(target: Path, tokenizer: Tokenizer, folder: Path) -> None:
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _write_tokenizer(target: Path, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the files of a tokenizer that `AutoTokenizer` reads.
 
     Args:
@@ -328,3 +180,24 @@ def _bytes_tokenizer() -> str:
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(["<bos>", "<eos>"])  # 256 and 257
     return tokenizer.to_str()
+
+
+@contextlib.contextmanager
+def _new_directory(flag: str, path: Path) -> Iterator[Path]:
+    """Yields a directory that takes the name of `path`, the value of `flag`, in the end, if nothing fails.
+
+    Raises:
+      UserError: the path is there and not empty, or cannot be written.
+    """
+    final = path.absolute()
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        if final.exists() and (not final.is_dir() or any(final.iterdir())):
+            raise UserError(f"--{flag}={path}: is there already; use another, or delete what is there")
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(final)
+    except OSError as error:
+        raise UserError(f"--{flag}={path}: cannot write there ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
