@@ -188,7 +188,8 @@ def check_prompts(
         if len(prompt) + least > context:
             raise UserError(
                 f"prompt {number}: its {len(prompt)} tokens and max_new_tokens={least} after them do not fit "
-                f"in the context of {context}; shorten them, or set a larger context than the model has seen"
+                f"in the context of {context}; shorten them, or set --context: by default it is the length "
+                "that the model was trained on"
             )
 
 
