@@ -36,9 +36,9 @@ class Sampling:
     top_p: float
 
     def __post_init__(self) -> None:
-        rules.check("temperature", self.temperature, *rules.NOT_NEGATIVE)
-        rules.check("top_k", self.top_k, *rules.COUNT)
-        rules.check("top_p", self.top_p, lambda v: 0 < v <= 1, "above 0, at most 1")
+        _check("temperature", self.temperature, rules.NOT_NEGATIVE)
+        _check("top_k", self.top_k, rules.COUNT)
+        _check("top_p", self.top_p, (lambda v: 0 < v <= 1, "a number above 0, and at most 1"))
         if self.temperature == 0 and (self.top_k, self.top_p) != (0, 1.0):
             raise UserError(
                 f"temperature: with 0 the most probable token is taken, so top_k={self.top_k} and "
@@ -107,7 +107,7 @@ class Generator:
 
     def __init__(self, params: model.Params, config: ModelConfig, sampling: Sampling, context: int) -> None:
         """Takes float32 parameters; `context` is the largest length of a prompt and what comes after it."""
-        rules.check("context", context, *rules.POSITIVE_INT)
+        _check("context", context, rules.POSITIVE_INT)
         self.config, self.sampling, self.context = config, sampling, context
         self._params = jax.device_put(_in_compute_dtype(params, config))
         self._programs: dict[tuple[int, int, int], tuple[Any, Any]] = {}
@@ -175,9 +175,8 @@ def check_prompts(
     Raises:
       UserError: it cannot, or there is none; the message names the prompt, counted from 1.
     """
-    rules.check("prompts", len(prompts), *rules.POSITIVE_INT)
     least = 1 if max_new_tokens is None else max_new_tokens
-    rules.check("max_new_tokens", least, *rules.POSITIVE_INT)
+    _check("max_new_tokens", least, rules.POSITIVE_INT)
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) == 0:
             raise UserError(f"prompt {number}: is empty; the model needs a token to begin with")
@@ -189,8 +188,14 @@ def check_prompts(
         if len(prompt) + least > context:
             raise UserError(
                 f"prompt {number}: its {len(prompt)} tokens and max_new_tokens={least} after them do not fit "
-                f"in the context of {context}; shorten them, or set a larger context than the model has seen"
+                f"in the context of {context}; shorten them, or set --context: by default it is the length "
+                "that the model was trained on"
             )
+
+
+def _check(name: str, value: Any, rule: rules.Rule) -> None:
+    is_valid, valid = rule
+    rules.check(is_valid(value), name, value, valid)
 
 
 def _round_up(length: int) -> int:

@@ -289,14 +289,14 @@ def extend(
     sees_B1TS = is_token_BS[:, None, None, :] & (slot_S[None, :] <= slot_T[:, None])[None, None, :, :]
 
     def layer(carry: Any, plan: Any) -> tuple[Any, None]:
-        x_BTD, *memory = carry
+        x_BTD, *read = carry
         l, u = plan  # noqa: E741, the letter of layers
 
         def attend(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> tuple[Array, Any]:
             at = (l, 0, cache.used, 0, 0)
             whole = [
                 lax.dynamic_update_slice(old_LBSKH, new_BTKH[None], at)
-                for old_LBSKH, new_BTKH in zip(memory, (k_BTKH, v_BTKH), strict=True)
+                for old_LBSKH, new_BTKH in zip(read, (k_BTKH, v_BTKH), strict=True)
             ]
             k_BSKH, v_BSKH = (lax.dynamic_index_in_dim(w_LBSKH, l, keepdims=False) for w_LBSKH in whole)
             return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=sees_B1TS), whole
