@@ -112,7 +112,8 @@ def _copy_tokenizer(folder: Path, vocab_size: int, workdir: Path) -> str | None:
         return None
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{specs[0]}: has ids up to {tokenizer.vocab_size - 1}, and config.json says vocab_size={vocab_size}"
+            f"{specs[0]}: has ids up to {tokenizer.vocab_size - 1}, and config.json says "
+            f"vocab_size={vocab_size}"
         )
     save_tokenizer(tokenizer, workdir / TOKENIZER)
     for beside in _BESIDE:

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+import sentencepiece
 from conftest import (
     SHARING,
     apply,
@@ -81,19 +83,26 @@ def error(actual, expected):
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
+def random_run(i, **overrides):
+    """Returns the config and the parameters of a shape; larger weights would turn rounding into chaos."""
+    config = tiny_config(
+        **{f"model.{name}": value for name, value in {**random_shape(i), **overrides}.items()}
+    )
+    scale = min(1.0, 4 / config.model.width**0.5)
+    params = random_params(config.model)
+    params["blocks"] = jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 2 else leaf, params["blocks"])
+    return config, params
+
+
 @pytest.mark.parametrize("i", range(20))
 def test_logits_loss_and_gradients_equal_transformers(tmp_path, i, record_property):
-    config = tiny_config(**{f"model.{name}": value for name, value in random_shape(i).items()})
-    m, params = config.model, random_params(config.model)
-    theirs = load(export(tmp_path, config, params))
+    config, params = random_run(i)
+    m, theirs = config.model, load(export(tmp_path, config, params))
     assert theirs.config.num_hidden_layers == m.effective_depth
     tokens_BT, targets_BT = random_batch(m)
-    logits_BTV = theirs(torch.tensor(tokens_BT, dtype=torch.long)).logits
+    logits_BTV = theirs(torch.tensor(tokens_BT).long()).logits
     nats = torch.nn.functional.cross_entropy(
-        logits_BTV.flatten(0, 1),
-        torch.tensor(targets_BT.ravel(), dtype=torch.long),
-        ignore_index=-1,
-        reduction="sum",
+        logits_BTV.flatten(0, 1), torch.tensor(targets_BT).long().ravel(), ignore_index=-1, reduction="sum"
     )
     nats.backward()
     expected = jax.tree.map(np.zeros_like, params)
@@ -106,36 +115,24 @@ def test_logits_loss_and_gradients_equal_transformers(tmp_path, i, record_proper
     errors = {
         "logits": error(apply(params, tokens_BT, m), logits_BTV.detach().numpy()),
         "loss": abs(float(ours) / nats.item() - 1),
-        "gradients": max(
-            error(a, b) for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
-        ),
+        "gradients": max(jax.tree.leaves(jax.tree.map(error, actual, expected))),
     }
-    record_property(
-        "figures", {f"parity with transformers, float32, {name}": e for name, e in errors.items()}
-    )
+    record_property("figures", {f"transformers, float32, {name}": e for name, e in errors.items()})
     assert max(errors.values()) < 1e-4, errors
 
 
 @pytest.mark.parametrize("i", range(5))
-def test_bfloat16_is_as_far_from_float32_as_theirs(tmp_path, i, record_property):
-    config = tiny_config(**{f"model.{name}": value for name, value in random_shape(i).items()})
-    params = jax.tree.map(
-        lambda leaf: leaf.astype(jax.numpy.bfloat16).astype(np.float32), random_params(config.model)
-    )
-    half = tiny_config(
-        **{"model.compute_dtype": "bfloat16"}
-        | {f"model.{name}": value for name, value in random_shape(i).items()}
-    )
+def test_bfloat16_is_no_further_from_float32_than_theirs(tmp_path, i, record_property):
+    config, params = random_run(i)
+    params = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16).astype(np.float32), params)
     tokens_BT, _ = random_batch(config.model)
     with torch.no_grad():
-        theirs = load(export(tmp_path, config, params), "bfloat16")(torch.tensor(tokens_BT, dtype=torch.long))
+        theirs = load(export(tmp_path, config, params), "bfloat16")(torch.tensor(tokens_BT).long()).logits
+    ours = apply(params, tokens_BT, random_run(i, compute_dtype="bfloat16")[0].model)
     exact = apply(params, tokens_BT, config.model)
-    ours = error(apply(params, tokens_BT, half.model), exact)
-    their = error(theirs.logits.float().numpy(), exact)
-    record_property(
-        "figures", {"parity, bfloat16 against float32: ours": ours, "parity, bfloat16: theirs": their}
-    )
-    assert 0 < ours < 1.5 * their
+    errors = {"ours": error(ours, exact), "theirs": error(theirs.float().numpy(), exact)}
+    record_property("figures", {f"bfloat16, logits, {name}": e for name, e in errors.items()})
+    assert 0 < np.std(ours - exact) < 1.5 * np.std(theirs.float().numpy() - exact)
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES} is not there")
@@ -143,10 +140,9 @@ def test_transformers_tells_the_same_story_after_a_round_trip(tmp_path):
     huggingface.import_run(STORIES, tmp_path / "run", base.get_config())
     huggingface.export_run(tmp_path / "run", tmp_path / "out", "float32")
     greedy = json.loads((STORIES / "reference.json").read_text())["greedy_ids"]
-    said = load(tmp_path / "out").generate(
-        torch.tensor([greedy[:1]]), do_sample=False, max_new_tokens=255, eos_token_id=None, pad_token_id=0
-    )
-    assert said[0].tolist() == greedy
+    with torch.no_grad():
+        logits_TV = load(tmp_path / "out")(torch.tensor([greedy])).logits[0]
+    assert logits_TV.argmax(-1).tolist()[:-1] == greedy[1:]
 
 
 def bpe(tmp_path):
@@ -154,8 +150,6 @@ def bpe(tmp_path):
 
 
 def sentencepieces(tmp_path):
-    import sentencepiece
-
     (tmp_path / "text.txt").write_text("\n".join(["some words and more words", "a park and a day"] * 20))
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "sp"), vocab_size=300, model_type="bpe",
