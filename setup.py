@@ -20,6 +20,7 @@ setup(
         "filelock>=3.20",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "huggingface_hub>=0.34",
         "importlib_resources>=6.0",  # tensorflow-datasets imports it to download, and does not install it
         "jax>=0.10.2",
         "jaxtyping>=0.3.4",
@@ -29,6 +30,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.1",
         "scipy>=1.15",
+        "safetensors>=0.6",
         "sentencepiece>=0.2.1",
         "statsmodels>=0.15",
         "tensorboardX>=2.6.4",
@@ -42,6 +44,10 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         # To open experiments/explore.ipynb in a Jupyter that is there, or to run it without one.
         "notebook": ["ipykernel>=7.0", "ipywidgets>=8.1", "nbclient>=0.11"],
+        # For the parity tests only. Without a GPU, install a CPU build of torch first.
+        "hf": ["torch>=2.6", "transformers>=5.0"],
+        # For `experiments.evaluate --tasks`. It needs no torch; from 0.4.13 on, it imports none of it either.
+        "eval": ["lm_eval>=0.4.13,<0.5"],
         "test": [
             "beartype>=0.22",
             "jupytext>=1.19",

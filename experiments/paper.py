@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent / "paper"
 
@@ -143,6 +144,30 @@ def of_preset(study: str, preset: str) -> list[Row]:
     return {f"paper_{group.lower()}".strip("_"): of for group, of in rows(study).items()}.get(preset, [])
 
 
+def published(model: Any) -> tuple[str, Cells] | None:
+    """Returns the name and the zero-shot accuracies, by column, of the published model of a shape, if any.
+
+    Args:
+      model: a `ModelConfig`.
+    """
+    for row in table("table09_model_zoo"):
+        depth, applied = int(row["layers_distinct"]), int(row["layers_applied"])
+        shape = {
+            "depth": depth,
+            "plan": tuple(u for u in range(depth) for _ in range(applied // depth)),
+            "num_heads": int(row["heads"]),
+            "num_kv_heads": int(row["kv_heads"]),
+            "head_dim": int(row["head_dim"]),
+            "width": int(row["dim"]),
+            "ffn_width": int(row["ffn_hidden"]),
+            "vocab_size": int(row["vocab"]),
+            "share_embedding": row["tied_embeddings"] == "yes",
+        }
+        if all(getattr(model, field) == value for field, value in shape.items()):
+            return row["model"], _zero_shot_rows()[row["model"]]
+    return None
+
+
 def agrees(printed: str, count: int) -> bool:
     """Says whether `count` is the printed number ("134.1", "1.01B") to every digit shown, rounded or cut off.
 
@@ -155,5 +180,9 @@ def agrees(printed: str, count: int) -> bool:
 
 def _published_accuracy() -> dict[str, str]:
     """Average accuracy by model, where a table of shapes does not say it."""
+    return {model: row["Avg"] for model, row in _zero_shot_rows().items()}
+
+
+def _zero_shot_rows() -> dict[str, Cells]:
     tables = (table("table03_main_zero_shot"), table("table08_larger_models_zero_shot"))
-    return {row["model"]: row["Avg"] for of_table in tables for row in of_table}
+    return {row["model"]: row for of_table in tables for row in of_table}

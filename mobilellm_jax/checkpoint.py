@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from mobilellm_jax.errors import UserError
@@ -92,6 +94,51 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
+
+
+def load_params(directory: Path, like: Any) -> Any:
+    """Returns the parameters of the newest intact checkpoint, in NumPy; nothing in `directory` is changed.
+
+    Args:
+      directory: the checkpoints of a run, which may be in progress.
+      like: a tree of `jax.ShapeDtypeStruct`, the parameters that the run's config asks for.
+
+    Raises:
+      UserError: there is no checkpoint, all of them are damaged, or they are of another shape.
+    """
+    steps = sorted((int(p.name) for p in directory.glob("*") if p.name.isdecimal()), reverse=True)
+    damage = []
+    for step in steps:
+        path = directory.absolute() / str(step)
+        problem = find_damage(path)
+        if problem is not None:
+            damage.append(problem)
+            logging.warning("checkpoint of step %d is damaged and will not be used: %s", step, problem)
+            continue
+        handler = ocp.PyTreeCheckpointHandler()
+        there = handler.metadata(epath.Path(path / "default")).tree["params"]
+        _check_same_shapes(path, _shapes(there), _shapes(like))
+        numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+        args = ocp.args.PyTreeRestore({"params": like}, {"params": numpy}, partial_restore=True)
+        with ocp.Checkpointer(handler) as checkpointer:
+            return checkpointer.restore(path / "default", args=args)["params"]
+    why = f"no checkpoint is intact ({'; '.join(damage)})" if damage else "there is no checkpoint"
+    raise UserError(f"{directory}: {why}")
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves
+    }
+
+
+def _check_same_shapes(path: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in sorted(there.keys() | wanted.keys()):
+        if there.get(name) != wanted.get(name):
+            raise UserError(
+                f"{path}: {name} has the shape {there.get(name)} there, and {wanted.get(name)} by config.json"
+            )
 
 
 def find_damage(path: Path) -> str | None:

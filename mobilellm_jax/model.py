@@ -12,8 +12,9 @@ Parameters, all float32; the leading axis U of `blocks` stacks the blocks:
   blocks/attention/output U N H D               blocks/ffn/{gate, up} U D F       blocks/ffn/down U F D
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -26,7 +27,7 @@ from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.parameterization import multipliers
 
 Params = dict[str, Any]
-Rope = tuple[Float[Array, "T 1 h"], Float[Array, "T 1 h"]]  # cosines and sines, h = H / 2
+Rope = tuple[Float[Array, "#B T 1 h"], Float[Array, "#B T 1 h"]]  # cosines and sines, h = H / 2
 
 # Primitives that fetch the weights of a block. Their results are never kept for the backward pass: kept,
 # they would be a copy of every block for every layer applied.
@@ -60,13 +61,27 @@ class RMSNorm(nn.Module):
         return rms_norm(x_BTD, self.param("gain", nn.initializers.ones, x_BTD.shape[-1:]), self.epsilon)
 
 
+# From queries, keys and values to the attention's output, and to whatever it has to remember.
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+def attend_causally(
+    q_BTNH: Float[Array, "B T N H"], k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"]
+) -> tuple[Float[Array, "B T N H"], None]:
+    """Attends to the same and to earlier positions; remembers nothing."""
+    # Query head n reads key/value head n // G, as in Llama.
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True), None
+
+
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped queries (section 2.2.4)."""
+    """Self-attention with rotary positions and grouped queries (section 2.2.4)."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Float[Array, "B T D"], rope: Rope) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend
+    ) -> tuple[Float[Array, "B T D"], Any]:
         c = self.config
         normal = nn.initializers.normal(c.init_std * multipliers(c).init_std)
         w_DNH = self.param("query", normal, (c.width, c.num_heads, c.head_dim))
@@ -75,12 +90,9 @@ class Attention(nn.Module):
         k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, w_DKH)
         w_DKH = self.param("value", normal, (c.width, c.num_kv_heads, c.head_dim))
         v_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, w_DKH)
-        # Query head n reads key/value head n // G, as in Llama.
-        out_BTNH = jax.nn.dot_product_attention(
-            rotate(q_BTNH, rope), rotate(k_BSKH, rope), v_BSKH, is_causal=True
-        )
+        out_BTNH, memory = attend(rotate(q_BTNH, rope), rotate(k_BSKH, rope), v_BSKH)
         w_NHD = self.param("output", normal, (c.num_heads, c.head_dim, c.width))
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, w_NHD)
+        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, w_NHD), memory
 
 
 class FeedForward(nn.Module):
@@ -104,34 +116,40 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block without biases. Sharing a layer shares the whole block, norms included."""
+    """Pre-norm transformer block without biases. Sharing a layer shares the whole block, norms included.
+
+    Returns its output, and what `attend` has to remember.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Float[Array, "B T D"], rope: Rope) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend = attend_causally
+    ) -> tuple[Float[Array, "B T D"], Any]:
         epsilon, scale = self.config.norm_epsilon, multipliers(self.config).residual
         with jax.named_scope("attention"):
             y_BTD = RMSNorm(epsilon, name="attention_norm")(x_BTD)
-            x_BTD = x_BTD + scale * Attention(self.config, name="attention")(y_BTD, rope)
+            y_BTD, memory = Attention(self.config, name="attention")(y_BTD, rope, attend)
+            x_BTD = x_BTD + scale * y_BTD
         with jax.named_scope("ffn"):
             y_BTD = RMSNorm(epsilon, name="ffn_norm")(x_BTD)
-            return x_BTD + scale * FeedForward(self.config, name="ffn")(y_BTD)
+            return x_BTD + scale * FeedForward(self.config, name="ffn")(y_BTD), memory
 
 
-def rope_table(length: int, config: ModelConfig) -> Rope:
+def rope_table(position_BT: Int[Array, "B T"], config: ModelConfig) -> Rope:
     """Returns cosines and sines of the rotary angles t * base^(-2i / H) (Su et al. 2021)."""
     exponent_h = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequency_h = config.rope_base**-exponent_h
-    angle_T1h = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequency_h[None, None, :]
-    return jnp.cos(angle_T1h), jnp.sin(angle_T1h)
+    angle_BT1h = position_BT.astype(jnp.float32)[:, :, None, None] * frequency_h[None, None, None, :]
+    return jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
 
 
 def rotate(x_BTNH: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"]:
     """Rotates pairs (i, i + H/2) of each head, the pairing of Hugging Face's Llama, in float32."""
-    cos_BTNh, sin_BTNh = (table_T1h[None] for table_T1h in rope)
+    cos_BT1h, sin_BT1h = rope
     a_BTNh, b_BTNh = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = (a_BTNh * cos_BTNh - b_BTNh * sin_BTNh, b_BTNh * cos_BTNh + a_BTNh * sin_BTNh)
+    rotated = (a_BTNh * cos_BT1h - b_BTNh * sin_BT1h, b_BTNh * cos_BT1h + a_BTNh * sin_BT1h)
     return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
@@ -143,10 +161,10 @@ def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
     embedding_key, head_key, blocks_key = jax.random.split(key, 3)
     normal = nn.initializers.normal(config.init_std)
     vocab_by_width = (config.vocab_size, config.width)
-    x_BTD = jnp.zeros((1, 1, config.width))
+    x_BTD, rope = jnp.zeros((1, 1, config.width)), rope_table(jnp.zeros((1, 1), int), config)
 
     def init_block(block_key: PRNGKeyArray) -> Params:
-        return dict(Block(config).init(block_key, x_BTD, rope_table(1, config))["params"])
+        return dict(Block(config).init(block_key, x_BTD, rope)["params"])
 
     params: Params = {
         "embedding": normal(embedding_key, vocab_by_width),
@@ -165,22 +183,35 @@ def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) ->
     no copy of the blocks whatever the plan; it is cast to the compute dtype after the pick, so that the
     gradients of the several uses of a block add up in float32.
     """
-    dtype = jnp.dtype(config.compute_dtype)
-    block, rope = Block(config), rope_table(tokens_BT.shape[1], config)
+    block, rope = Block(config), rope_table(jnp.arange(tokens_BT.shape[1])[None, :], config)
 
     @partial(jax.checkpoint, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
     def layer(x_BTD: Float[Array, "B T D"], u: Int[Array, ""]) -> tuple[Any, None]:
-        def pick(w_U: Float[Array, "U ..."]) -> Float[Array, "..."]:
-            w = lax.dynamic_index_in_dim(w_U, u, keepdims=False)
-            return w.astype(dtype) if w.ndim > 1 else w  # norm gains stay float32
-
-        y_BTD = block.apply({"params": jax.tree.map(pick, params["blocks"])}, x_BTD, rope)
+        y_BTD, _ = block.apply({"params": _pick(params["blocks"], u, config)}, x_BTD, rope)
         return _constrain(y_BTD, ("data", "fsdp")), None
 
+    x_BTD = _embed(params, tokens_BT, config)
+    x_BTD, _ = lax.scan(layer, x_BTD, jnp.array(config.plan), unroll=config.scan_unroll)
+    return _final_norm(params, x_BTD, config)
+
+
+def _pick(blocks: Params, u: Int[Array, ""], config: ModelConfig) -> Params:
+    """Returns block u of the stack, its matrices in the compute dtype."""
+
+    def pick(w_U: Float[Array, "U ..."]) -> Float[Array, "..."]:
+        w = lax.dynamic_index_in_dim(w_U, u, keepdims=False)
+        return w.astype(config.compute_dtype) if w.ndim > 1 else w  # norm gains stay float32
+
+    return jax.tree.map(pick, blocks)
+
+
+def _embed(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
     with jax.named_scope("embedding"):
         embedding_VD = _constrain(params["embedding"], "tensor")
-        x_BTD = _constrain(embedding_VD[tokens_BT].astype(dtype), ("data", "fsdp"))
-    x_BTD, _ = lax.scan(layer, x_BTD, jnp.array(config.plan), unroll=config.scan_unroll)
+        return _constrain(embedding_VD[tokens_BT].astype(config.compute_dtype), ("data", "fsdp"))
+
+
+def _final_norm(params: Params, x_BTD: Float[Array, "B T D"], config: ModelConfig) -> Float[Array, "B T D"]:
     with jax.named_scope("final_norm"):
         x_BTD = rms_norm(x_BTD, params["final_norm"]["gain"], config.norm_epsilon)
         return multipliers(config).logits * x_BTD  # here once, instead of in every place that makes logits
@@ -197,8 +228,13 @@ def _constrain(x: Any, *axes: Any) -> Any:
 
 def apply(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T V"]:
     """Returns float32 logits of the token after each position."""
+    return logits(params, hidden(params, tokens_BT, config))
+
+
+def logits(params: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Returns the float32 logits that `hidden` or `extend` lead to."""
     with jax.named_scope("head"):
-        return _logits(hidden(params, tokens_BT, config), _head(params))
+        return _logits(x_BTD, _head(params))
 
 
 def _head(params: Params) -> Float[Array, "V D"]:
@@ -208,6 +244,70 @@ def _head(params: Params) -> Float[Array, "V D"]:
 def _logits(x_BTD: Float[Array, "B T D"], head_VD: Float[Array, "V D"]) -> Float[Array, "B T V"]:
     head_VD = head_VD.astype(x_BTD.dtype)
     return jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
+
+
+# --- one part of the text after the other ---------------------------------------------------------------
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens read so far, with an entry for every layer *applied*.
+
+    A block that is applied twice sees another input each time, and has other keys.
+
+    Attributes:
+      keys, values: L B S K H; slot s of row b holds its token s - padding[b].
+      padding: B; slots at the beginning of a row that hold no token, so that rows of different lengths end
+        together.
+      used: slots that hold something.
+    """
+
+    keys: Float[Array, "L B S K H"]
+    values: Float[Array, "L B S K H"]
+    padding: Int[Array, "B"]
+    used: Int[Array, ""]
+
+
+def empty_cache(padding_B: Int[Array, "B"], slots: int, config: ModelConfig) -> Cache:
+    """Returns a cache for `slots` tokens, padding included."""
+    shape = (config.effective_depth, *padding_B.shape, slots, config.num_kv_heads, config.head_dim)
+    keys, values = (jnp.zeros(shape, config.compute_dtype) for _ in range(2))
+    return Cache(keys, values, padding_B, jnp.zeros((), jnp.int32))
+
+
+def extend(
+    params: Params, tokens_BT: Int[Array, "B T"], cache: Cache, config: ModelConfig
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Returns what `hidden` returns at the next T tokens of each row, and the cache with them in it.
+
+    The caller sees to it that they fit: beyond the last slot they would overwrite what is there. What stands
+    at padding has no meaning.
+    """
+    T = tokens_BT.shape[1]
+    slot_T, slot_S = cache.used + jnp.arange(T), jnp.arange(cache.keys.shape[2])
+    block, rope = Block(config), rope_table(slot_T[None, :] - cache.padding[:, None], config)
+    is_token_BS = slot_S[None, :] >= cache.padding[:, None]
+    sees_B1TS = is_token_BS[:, None, None, :] & (slot_S[None, :] <= slot_T[:, None])[None, None, :, :]
+
+    def layer(carry: Any, plan: Any) -> tuple[Any, None]:
+        x_BTD, *read = carry
+        l, u = plan  # noqa: E741, the letter of layers
+
+        def attend(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> tuple[Array, Any]:
+            at = (l, 0, cache.used, 0, 0)
+            whole = [
+                lax.dynamic_update_slice(old_LBSKH, new_BTKH[None], at)
+                for old_LBSKH, new_BTKH in zip(read, (k_BTKH, v_BTKH), strict=True)
+            ]
+            k_BSKH, v_BSKH = (lax.dynamic_index_in_dim(w_LBSKH, l, keepdims=False) for w_LBSKH in whole)
+            return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=sees_B1TS), whole
+
+        y_BTD, memory = block.apply({"params": _pick(params["blocks"], u, config)}, x_BTD, rope, attend)
+        return (_constrain(y_BTD, ("data", "fsdp")), *memory), None
+
+    plan = jnp.arange(config.effective_depth), jnp.array(config.plan)
+    carry = _embed(params, tokens_BT, config), cache.keys, cache.values
+    (x_BTD, keys, values), _ = lax.scan(layer, carry, plan)
+    return _final_norm(params, x_BTD, config), Cache(keys, values, cache.padding, cache.used + T)
 
 
 # --- the loss -------------------------------------------------------------------------------------------

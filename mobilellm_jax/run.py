@@ -12,13 +12,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mobilellm_jax import accounting, data, partition, results
+from mobilellm_jax import accounting, data, model, partition, results
+from mobilellm_jax.checkpoint import load_params
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.train import Outcome, train
 
 # Fields that may differ when a run is resumed: they change where and how it is computed, not what.
 _MAY_CHANGE = ("mesh.", "data.cache_dir", "train.log_every", "train.checkpoint_every")
+
+IMPORTED = "imported.json"  # in a run directory whose weights were imported
+TOKENIZER = "tokenizer"  # folder of a run directory, as `data.save_tokenizer` writes it
 
 
 def enable_compilation_cache() -> None:
@@ -38,9 +42,13 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     """Makes `workdir` and writes `config.json` into it, if it holds no checkpoint of another run.
 
     Raises:
-      UserError: the directory cannot be written, or holds a run with another config.
+      UserError: the directory cannot be written, or holds imported weights or a run with another config.
     """
     path = workdir / "config.json"
+    if (workdir / IMPORTED).exists():
+        raise UserError(
+            f"--workdir={workdir}: holds imported weights, without an optimizer state to go on from"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if any(workdir.glob("checkpoints/*")):  # before the first, there is nothing to lose
@@ -48,6 +56,32 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         results.write_atomically(path, (json.dumps(to_dict(config), indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from None
+
+
+def open_run(workdir: Path) -> tuple[Config, model.Params]:
+    """Returns the config of a run and the parameters of its newest intact checkpoint, in NumPy.
+
+    The run may have been trained or imported, and may still be in progress; nothing in `workdir` is changed.
+
+    Raises:
+      UserError: there is no run in `workdir`, its config is damaged, or no checkpoint is intact.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"--workdir={workdir}: there is no run here: {path.name} is missing")
+    config = from_config_dict(_read_config(path))
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), config.model))
+    return config, load_params(workdir / "checkpoints", like)
+
+
+def open_tokenizer(workdir: Path) -> data.Tokenizer | None:
+    """Returns the tokenizer that a run keeps in `tokenizer/`; None where it keeps none.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    directory = workdir / TOKENIZER
+    return data.load_tokenizer(directory) if directory.exists() else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -111,7 +145,7 @@ def run(
 
     Args:
       config: the run.
-      workdir: its own directory; gets config.json, metrics.jsonl, tensorboard/ and checkpoints/.
+      workdir: its own directory; gets config.json, metrics.jsonl, tokenizer/, tensorboard/ and checkpoints/.
       describe: `results.Record` with the fields that only the study knows already set (`functools.partial`).
       say: gets the progress lines.
 
@@ -122,6 +156,8 @@ def run(
     mesh = check(config)
     claim_workdir(workdir, config)
     prepared = data.prepare(config.data, config.model.vocab_size)
+    if isinstance(prepared, data.PreparedData) and prepared.card["tokenizer"] and jax.process_index() == 0:
+        data.save_tokenizer(data.load_tokenizer(prepared.directory), workdir / TOKENIZER)
     outcome = train(config, prepared, mesh, workdir, say)
     return describe(**measured_fields(config, prepared.card, outcome))
 

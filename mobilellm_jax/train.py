@@ -335,6 +335,16 @@ def _evaluate(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    return evaluate_batches(programs, params, batches)
+
+
+def evaluate_batches(
+    programs: Programs, params: model.Params, batches: Iterator[np.ndarray]
+) -> tuple[float, float | None]:
+    """Returns the loss in nats per token, and for tasks the share of rows with a wrong answer.
+
+    Batches are this process's part of rows of the shape of `programs.eval_rows`.
+    """
     place = functools.partial(jax.make_array_from_process_local_data, programs.eval_rows.sharding)
     return scores(jax.device_get([programs.evaluate(params, place(rows)) for rows in batches]))
 

@@ -133,7 +133,7 @@ BAD_FILES = [
         jsonl({"id": 1, "body": "x"}),
         "line 1: no field 'text'; the row has the fields id, body",
     ),
-    ("files", "a.jsonl", jsonl(["text"]), "line 1: no field 'text'; the row is not an object"),
+    ("files", "a.jsonl", jsonl(["text"]), "line 1: the row is not an object"),
     ("files", "a.jsonl", jsonl({"text": "x"}, {"text": None}), "line 2: 'text' is NoneType, not a string"),
     ("files", "a.jsonl", b'{"text": "\\ud800"}', "line 1: 'text' holds half of a surrogate pair"),
     ("tokens", "a.jsonl", jsonl({"text": "x"}), "line 1: no field 'token_ids'; the row has the fields text"),

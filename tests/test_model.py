@@ -164,7 +164,8 @@ def test_scan_equals_python_loop(unroll):
         x_BTD = params["embedding"][tokens_BT]
         for u in (0, 1, 1, 0):
             block = {"params": jax.tree.map(lambda w_U, u=u: w_U[u], params["blocks"])}
-            x_BTD = model.Block(m).apply(block, x_BTD, model.rope_table(tokens_BT.shape[1], m))
+            position_BT = jnp.arange(tokens_BT.shape[1])[None, :]
+            x_BTD, _ = model.Block(m).apply(block, x_BTD, model.rope_table(position_BT, m))
         x_BTD = model.rms_norm(x_BTD, params["final_norm"]["gain"], m.norm_epsilon)
         return jnp.einsum("BTD,VD->BTV", x_BTD, params["embedding"])
 
@@ -209,7 +210,7 @@ def test_rotary_scores_depend_on_distance_only():
 
     def everywhere(x_H):
         x_BTNH = jnp.broadcast_to(x_H, (1, length, 1, m.head_dim))
-        return model.rotate(x_BTNH, model.rope_table(length, m))[0, :, 0]
+        return model.rotate(x_BTNH, model.rope_table(jnp.arange(length)[None, :], m))[0, :, 0]
 
     score_TS = np.asarray(everywhere(q_H) @ everywhere(k_H).T)
     np.testing.assert_allclose(score_TS[0, 0], q_H @ k_H, rtol=1e-5)

@@ -41,9 +41,9 @@ def config(parameterization, width=32, depth=2, sharing="none", num_repeats=1):
 
 @functools.partial(jax.jit, static_argnums=2)
 def stream_and_logits(params, tokens, c):
-    x, rope = params["embedding"][tokens], model.rope_table(LENGTH, c)
+    x, rope = params["embedding"][tokens], model.rope_table(jnp.arange(LENGTH)[None, :], c)
     for u in c.plan:
-        x = model.Block(c).apply({"params": jax.tree.map(lambda w, u=u: w[u], params["blocks"])}, x, rope)
+        x, _ = model.Block(c).apply({"params": jax.tree.map(lambda w, u=u: w[u], params["blocks"])}, x, rope)
     return x, model.apply(params, tokens, c)
 
 

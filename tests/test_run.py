@@ -3,13 +3,19 @@
 import json
 import os
 import platform
+import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import assert_trees_close, random_params, tiny_config
 
 from mobilellm_jax import run
-from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.checkpoint import Checkpoints
+from mobilellm_jax.config import from_config_dict, to_dict
+from mobilellm_jax.data import save_tokenizer
+from mobilellm_jax.data.tokenizers import train_bpe
 from mobilellm_jax.errors import UserError
 
 
@@ -38,6 +44,65 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--workdir=.*file/w: cannot write there \(Not a directory\)"):
         run.claim_workdir(tmp_path / "file" / "w", tiny_config())
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run with one checkpoint, that of `random_params`."""
+    config = tiny_config()
+    run.claim_workdir(tmp_path, config)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(4, {"params": random_params(config.model), "opt_state": {"count": np.zeros(())}}, None)
+    checkpoints.close()
+    return tmp_path
+
+
+def test_a_run_is_opened_without_a_change_to_it(workdir):
+    (workdir / "checkpoints" / "5").mkdir()  # as while a save is in progress
+    before = sorted(workdir.rglob("*"))
+    config, params = run.open_run(workdir)
+    assert config == tiny_config()
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
+    assert_trees_close(params, random_params(config.model), tolerance=0)
+    assert sorted(workdir.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model.ffn_width", 40, r"blocks/ffn/down has the shape \(2, 32, 24\) there, and \(2, 40, 24\) by"),
+        ("model.share_embedding", False, r"head has the shape None there, and \(48, 24\)"),
+        ("model.ffn_kind", "relu", r"blocks/ffn/gate has the shape \(2, 24, 32\) there, and None"),
+    ],
+)
+def test_parameters_of_another_config_are_refused(workdir, field, value, message):
+    (workdir / "config.json").write_text(json.dumps(to_dict(tiny_config(**{field: value}))))
+    with pytest.raises(UserError, match=message):
+        run.open_run(workdir)
+
+
+def test_what_is_no_run_is_not_opened(workdir):
+    with pytest.raises(UserError, match=r"--workdir=.*/x: there is no run here: config\.json is missing"):
+        run.open_run(workdir / "x")
+    assert not (workdir / "x").exists()
+    (workdir / "checkpoints" / "4" / "extra").write_text("")
+    with pytest.raises(UserError, match=r"no checkpoint is intact.*4/extra has changed"):
+        run.open_run(workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(UserError, match="checkpoints: there is no checkpoint"):
+        run.open_run(workdir)
+
+
+def test_a_run_keeps_its_tokenizer(workdir):
+    assert run.open_tokenizer(workdir) is None
+    tokenizer = train_bpe("bpe:300", ["some words and some more words"])
+    save_tokenizer(tokenizer, workdir / run.TOKENIZER)
+    restored = run.open_tokenizer(workdir)
+    assert (restored.sha256, restored.bos_id, restored.eos_id) == (tokenizer.sha256, 0, 1)
+    assert restored.encode_batch(["some words"]) == tokenizer.encode_batch(["some words"])
+    (workdir / run.TOKENIZER / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        run.open_tokenizer(workdir)
 
 
 def test_a_curve_is_thinned_to_its_last_point():

@@ -8,7 +8,7 @@ a run in its data is one integer, the step.
 from mobilellm_jax.data.pipeline import eval_batches, train_batches
 from mobilellm_jax.data.prepare import PreparedData, open_prepared, prepare
 from mobilellm_jax.data.tasks import TaskData
-from mobilellm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from mobilellm_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 
 __all__ = [
     "PreparedData",
@@ -18,5 +18,6 @@ __all__ = [
     "load_tokenizer",
     "open_prepared",
     "prepare",
+    "save_tokenizer",
     "train_batches",
 ]

@@ -83,22 +83,23 @@ def eval_batches(
     _local_batch_size("train.eval_batch_size", batch_size, process_count)
     if isinstance(prepared, TaskData):
         drawn = prepared.rows("valid", rows, 0, 0)
-        return _padded_batches(drawn.__getitem__, np.arange(rows), batch_size, process_index, process_count)
+        return padded_batches(drawn.__getitem__, np.arange(rows), batch_size, process_index, process_count)
     source = _Rows(prepared, "valid")
     order = np.arange(len(source))
     if 0 < rows < len(source):
         generator = random.Random(0)  # of all generators, only random() is promised never to change
         order = np.argsort([generator.random() for _ in order], kind="stable")[:rows]
-    return _padded_batches(source.read, order, batch_size, process_index, process_count)
+    return padded_batches(source.read, order, batch_size, process_index, process_count)
 
 
-def _padded_batches(
+def padded_batches(
     read: Callable[[np.ndarray], np.ndarray],
     order: np.ndarray,
     batch_size: int,
     process_index: int,
     process_count: int,
 ) -> Iterator[np.ndarray]:
+    """Yields int32 [B / process_count, T + 1] from the rows that `read` returns for numbers in `order`."""
     for start in range(0, len(order), batch_size):
         rows = read(order[start : start + batch_size][process_index::process_count])
         batch = np.full((batch_size // process_count, rows.shape[1]), PADDING, np.int32)

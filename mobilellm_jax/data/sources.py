@@ -211,10 +211,20 @@ def _read_text_file(path: str, on_read: OnRead, *, text_field: str) -> Iterator[
     yield text
 
 
-def _read_jsonl(
-    path: str, on_read: OnRead, *, key: str, check: Callable[[Any], Document]
-) -> Iterator[Document]:
-    """Yields `check(row[key])` of every line; blank lines are skipped."""
+def _read_jsonl(path: str, on_read: OnRead, key: str, check: Callable[[Any], Document]) -> Iterator[Document]:
+    """Yields `check(row[key])` of every line."""
+    for number, row in read_rows(path, on_read):
+        where = f"{path}, line {number}"
+        if key not in row:
+            raise UserError(f"{where}: no field {key!r}; the row has the fields {', '.join(row)}")
+        try:
+            yield check(row[key])
+        except ValueError as error:
+            raise UserError(f"{where}: {key!r} {error}") from None
+
+
+def read_rows(path: str, on_read: OnRead) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the number and the JSON object of every line of a jsonl file; blank lines are skipped."""
     offset, rows = 0, 0
     with _open(path, on_read) as file:
         for number, line in enumerate(file, start=1):
@@ -226,15 +236,10 @@ def _read_jsonl(
                 row = json.loads(text)
             except (json.JSONDecodeError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: not JSON: {error}") from None
-            if not isinstance(row, dict) or key not in row:
-                found = f"has the fields {', '.join(row)}" if isinstance(row, dict) else "is not an object"
-                raise UserError(f"{path}, line {number}: no field {key!r}; the row {found}")
-            try:
-                document = check(row[key])
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: {key!r} {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: the row is not an object")
             rows += 1
-            yield document
+            yield number, row
     if not rows:
         raise UserError(f"{path}: the file holds no rows")
 

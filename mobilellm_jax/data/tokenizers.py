@@ -184,11 +184,20 @@ def tokenizer_file(spec: str | None) -> str | None:
     return _FILES.get((spec or "").partition(":")[0])
 
 
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes a tokenizer into `directory`, making it, for `load_tokenizer`; so a run keeps its own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    name = tokenizer_file(tokenizer.spec)
+    if name is not None:
+        (directory / name).write_bytes(tokenizer.file_bytes)
+    (directory / CARD_FILE).write_text(json.dumps(tokenizer_card(tokenizer), indent=1) + "\n")
+
+
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Returns the tokenizer that the rows in a prepared directory were made with.
+    """Returns the tokenizer in a prepared directory, or in one that `save_tokenizer` wrote.
 
     Raises:
-      UserError: the directory is not a prepared one, was made from token ids, or its tokenizer is damaged.
+      UserError: the directory is neither, was prepared from token ids, or its tokenizer is damaged.
     """
     directory = Path(directory)
     try:
@@ -243,6 +252,15 @@ def adds_space(tokenizer: Tokenizer) -> bool:
     """Whether it encodes a text as if a space stood before it, as most SentencePiece models do."""
     word, words = tokenizer.encode_batch(["a", "a a"])
     return words == word + word
+
+
+def adds_bos(tokenizer: Tokenizer, directory: Path) -> bool:
+    """Whether transformers would put BOS before a text, given the files in `directory`."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return _from_json(tokenizer.file_bytes).encode("").ids[:1] == [tokenizer.bos_id]
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_bytes()) if path.exists() else {}
+    return settings.get("add_bos_token", True)  # SentencePiece: Llama's, which does unless told not to
 
 
 def _from_json(file_bytes: bytes) -> tokenizers.Tokenizer:

@@ -1,0 +1,111 @@
+"""Score a trained or imported model.
+
+  python -m experiments.evaluate --workdir=runs/first --text='files:corpus/**/*.txt'
+  python -m experiments.evaluate --workdir=runs/first --tasks=mobilellm --data_dir=eval
+  python -m experiments.evaluate --workdir=runs/first --tasks=arc_easy,triviaqa,race,lambada_openai
+
+Perplexity and bits per byte of a text, each document between the marks of its beginning and end, cut into
+rows of data.sequence_length tokens like the held-out rows of training: the first tokens of a row are
+predicted from little. Bits per byte compare models with different tokenizers, perplexities do not.
+
+Zero-shot accuracy by EleutherAI's lm-evaluation-harness, which is an extra: pip install -e '.[eval]'.
+`mobilellm` stands for the paper's eight tasks. Without --data_dir, questions come from the hub, and every
+task of lm-eval can be asked. A local file is <task>*.jsonl, such as arc_easy_test.jsonl (also .gz, .xz, .zst;
+the formats are in mobilellm_jax/zero_shot.py). Results are added to zero_shot.json in the run's directory.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from experiments import cli
+from experiments.zero_shot import score_tasks
+from mobilellm_jax import data, partition
+from mobilellm_jax.config import Config, MeshConfig
+from mobilellm_jax.data.text import read_text
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model import Params
+from mobilellm_jax.run import check, enable_compilation_cache, open_run, open_tokenizer
+from mobilellm_jax.train import evaluate_batches, make_programs
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
+_TEXT = flags.DEFINE_string("text", None, "text to score: bundled, files:<glob> or tfds:<name>")
+_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "field that holds the text in jsonl files and TFDS")
+_TASKS = flags.DEFINE_list("tasks", [], "tasks or groups of lm-eval, or mobilellm, separated by commas")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "folder with local files of --tasks; else the hub is asked")
+_LIMIT = flags.DEFINE_integer("limit", None, "ask only so many questions of each of --tasks", 1)
+_BOS = flags.DEFINE_bool(
+    "bos", None, "begin texts of --tasks with BOS; by default as in the model's training"
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "rows at a time; else as in training")
+_MESH = flags.DEFINE_list(
+    "mesh", ["-1", "1", "1"], "sizes of the axes data,fsdp,tensor; by default every device holds all weights"
+)
+
+
+def main() -> int:
+    """Evaluates, and returns the exit status."""
+    if not _WORKDIR.value:
+        raise UserError("--workdir: say which run, such as --workdir=runs/first")
+    if not _TEXT.value and not _TASKS.value:
+        raise UserError("--text or --tasks: say what to score, such as --text='files:corpus/*.txt'")
+    workdir = Path(_WORKDIR.value)
+    config, params = open_run(workdir)
+    tokenizer = open_tokenizer(workdir)
+    if tokenizer is None:
+        raise UserError(f"{workdir}: this run has no tokenizer, which --text and --tasks need")
+    config = _on_this_machine(config)
+    enable_compilation_cache()
+    if _TEXT.value:
+        _score_text(config, params, tokenizer, _TEXT.value)
+    if _TASKS.value:
+        score_tasks(
+            _TASKS.value,
+            workdir,
+            config,
+            params,
+            tokenizer,
+            check(config),
+            data_dir=None if _DATA_DIR.value is None else Path(_DATA_DIR.value),
+            limit=_LIMIT.value,
+            bos=_BOS.value,
+        )
+    return 0
+
+
+def _on_this_machine(config: Config) -> Config:
+    """Returns the config with the mesh and the batch of this command, of which only evaluation is used."""
+    try:
+        mesh = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), map(int, _MESH.value), strict=True)))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--mesh={','.join(_MESH.value)}: expected three sizes, such as -1,1,1") from None
+    size = _BATCH_SIZE.value
+    if size is None:
+        data_size, fsdp_size, _ = partition.mesh_shape(mesh, jax.device_count())
+        ways = data_size * fsdp_size
+        size = -(-config.train.eval_batch_size // ways) * ways
+    sizes = {"batch_size": size, "accumulation_steps": 1, "eval_batch_size": size}
+    return dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, **sizes))
+
+
+def _score_text(config: Config, params: Params, tokenizer: data.Tokenizer, spec: str) -> None:
+    """Prints the loss, the perplexity and the bits per byte of a text."""
+    programs = make_programs(config, check(config))
+    text = read_text(spec, _TEXT_FIELD.value, tokenizer, config.data.sequence_length)
+    params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, programs.state.params))
+    batches = text.batches(config.train.eval_batch_size, jax.process_index(), jax.process_count())
+    loss, _ = evaluate_batches(programs, params, batches)
+    bits = loss * text.tokens / math.log(2) / text.text_bytes
+    print(
+        f"{spec}: {loss:.4f} nats per token, perplexity {math.exp(loss):,.3f}, {bits:.4f} bits per byte "
+        f"({text.tokens:,} tokens, {text.text_bytes:,} bytes, {text.documents:,} documents)"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,44 @@
+"""Export a run, trained or imported, to a folder that transformers loads without remote code.
+
+  python -m experiments.export_hf --workdir=runs/first --target=exported
+  python -m experiments.export_hf --workdir=runs/first --target=exported_bf16 --dtype=bfloat16
+  python -c 'import transformers; transformers.AutoModelForCausalLM.from_pretrained("exported")'
+
+A shared block is written out once for each time it is applied: the result is a plain Llama of that many
+layers. `experiments.import_hf` takes it back, bit for bit in float32.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from experiments import cli
+from mobilellm_jax import huggingface
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.huggingface_weights import DTYPES, WEIGHTS
+from mobilellm_jax.run import open_tokenizer
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
+_TARGET = flags.DEFINE_string("target", None, "folder to make")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "of the weights")
+
+
+def main() -> int:
+    """Exports, and returns the exit status."""
+    if not _WORKDIR.value:
+        raise UserError("--workdir: say which run to export, such as --workdir=runs/first")
+    if not _TARGET.value:
+        raise UserError("--target: say which folder to make, such as --target=exported")
+    workdir, target = Path(_WORKDIR.value), Path(_TARGET.value)
+    config = huggingface.export_run(workdir, target, _DTYPE.value)
+    tokenizer = open_tokenizer(workdir)
+    print(
+        f"exported {config.model.effective_depth} layers in {_DTYPE.value}, "
+        f"{(target / WEIGHTS).stat().st_size / 1e6:.1f} MB; "
+        f"tokenizer: {tokenizer.spec if tokenizer else 'the run keeps none'}; see {target}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

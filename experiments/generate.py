@@ -1,0 +1,169 @@
+"""Continue texts with a trained or imported model.
+
+  python -m experiments.generate --workdir=runs/first --prompt='The list'
+  python -m experiments.generate --workdir=runs/first --prompt=One --prompt=Two --temperature=0.8 --top_p=0.95
+  python -m experiments.generate --workdir=runs/first --prompt_ids=0,403 --max_new_tokens=20 --print_ids
+  python -m experiments.generate --workdir=runs/first
+
+The last line asks for prompts until Ctrl-D; Ctrl-C ends a text. Speeds go to stderr. Reading the prompts
+and compiling is not part of the speed of decoding.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from experiments import cli
+from mobilellm_jax import data
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.generate import Generator, Sampling, TextStream
+from mobilellm_jax.run import enable_compilation_cache, open_run, open_tokenizer
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", [], "text to continue; the token that begins a document is put before it. Several make a batch"
+)
+_PROMPT_IDS = flags.DEFINE_multi_string(
+    "prompt_ids", [], "or token ids to continue, as they are, such as 1,403; several make a batch"
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "at most; else what the context has room for")
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "0: the most probable token; 1: drawn as the model says"
+)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that together have this probability")
+_SEED = flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0)
+_CONTEXT = flags.DEFINE_integer("context", None, "longest prompt and text; else the length of a training row")
+_PRINT_IDS = flags.DEFINE_bool("print_ids", False, "print ids, those of the prompt included, and no text")
+
+
+def main() -> int:
+    """Generates, and returns the exit status."""
+    if not _WORKDIR.value:
+        raise UserError("--workdir: say which run, such as --workdir=runs/first")
+    sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
+    if not (_PROMPT.value or _PROMPT_IDS.value or sys.stdin.isatty()):
+        raise UserError("--prompt: say what to continue, such as --prompt='Once upon a time'")
+    given_ids = [_token_ids(text) for text in _PROMPT_IDS.value]
+    workdir = Path(_WORKDIR.value)
+    config, params = open_run(workdir)
+    tokenizer = open_tokenizer(workdir)
+    if tokenizer is None and not (_PRINT_IDS.value and given_ids and not _PROMPT.value):
+        raise UserError(f"{workdir}: this run has no tokenizer; use --prompt_ids together with --print_ids")
+    prompts = [*_encode(_PROMPT.value, tokenizer), *given_ids]
+    enable_compilation_cache()
+    context = config.data.sequence_length if _CONTEXT.value is None else _CONTEXT.value
+    generator = Generator(params, config.model, sampling, context)
+    if prompts:
+        _answer(generator, prompts, tokenizer)
+    else:
+        _converse(generator, tokenizer)
+    return 0
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--prompt_ids: {text!r} is not valid; expected token ids such as 1,403") from None
+
+
+def _encode(texts: Sequence[str], tokenizer: data.Tokenizer | None) -> list[list[int]]:
+    if not texts or tokenizer is None:
+        return []
+    if "" in texts:
+        begin = tokenizer.bos_id
+        hint = f"; --prompt_ids={begin} begins a document" if begin is not None else ""
+        raise UserError(f"--prompt: is empty{hint}")
+    for text in texts:
+        if not text.isprintable() and "\udc80" <= max(text) <= "\udfff":  # bytes that the shell passed on
+            raise UserError(f"--prompt: {text!r} is not UTF-8")
+    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return [before + ids for ids in tokenizer.encode_batch(list(texts))]
+
+
+def _converse(generator: Generator, tokenizer: data.Tokenizer | None) -> None:
+    """Continues prompts from the terminal, each by itself, until Ctrl-D."""
+    import readline  # noqa: F401, line editing for `input`
+
+    while True:
+        try:
+            text = input("prompt> ")
+        except EOFError:
+            print()
+            return
+        if text:
+            try:
+                _answer(generator, _encode([text], tokenizer), tokenizer)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+            except KeyboardInterrupt:
+                print()
+
+
+def _answer(generator: Generator, prompts: list[list[int]], tokenizer: data.Tokenizer | None) -> None:
+    """Prints prompts and what comes after them: one as it is made, and the next once that has ended."""
+    eos_id = tokenizer.eos_id if tokenizer else None
+    steps = generator.start(prompts, _MAX_NEW_TOKENS.value, eos_id, _SEED.value)
+    outputs = [_Output(prompt, tokenizer) for prompt in prompts]
+    turn, start, first = 0, time.perf_counter(), None
+    for ids in steps:
+        first = first or time.perf_counter()
+        for output, token in zip(outputs, ids, strict=True):
+            output.add(token)
+        outputs[turn].print()
+        while outputs[turn].ended and turn + 1 < len(outputs):
+            turn += 1
+            print("" if _PRINT_IDS.value else "\n---")
+            outputs[turn].print()
+    end = time.perf_counter()
+    for number, output in enumerate(outputs[turn:]):
+        if number > 0:
+            print("" if _PRINT_IDS.value else "\n---")
+        output.add(None)
+        output.print()
+    print()
+    read, made = sum(map(len, prompts)), sum(output.made for output in outputs)
+    assert first is not None  # there is at least one step
+    _say_speed("prefill", read, first - start)
+    _say_speed("decode", made - len(prompts), end - first)  # prefill made the first of each
+
+
+class _Output:
+    """What is to be printed for one prompt."""
+
+    def __init__(self, prompt: Sequence[int], tokenizer: data.Tokenizer | None) -> None:
+        self._stream = TextStream(tokenizer) if tokenizer and not _PRINT_IDS.value else None
+        self._pending, self.ended = "", False
+        if self._stream:
+            self._pending = "".join(map(self._stream.add, prompt))
+        else:
+            self._pending = ",".join(map(str, prompt))
+        self.made = 0
+
+    def add(self, token: int | None) -> None:
+        """Takes the next token, or None where the text has ended."""
+        if token is not None:
+            self.made += 1
+            self._pending += self._stream.add(token) if self._stream else f",{token}"
+        elif not self.ended:
+            self.ended = True
+            self._pending += self._stream.finish() if self._stream else ""
+
+    def print(self) -> None:
+        """Prints what was not printed yet."""
+        print(self._pending, end="", flush=True)
+        self._pending = ""
+
+
+def _say_speed(what: str, tokens: int, seconds: float) -> None:
+    if tokens:
+        rate = f"{tokens / seconds:,.0f} tokens/s"
+        print(f"{what}: {tokens:,} tokens in {1000 * seconds:,.1f} ms, {rate}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main)

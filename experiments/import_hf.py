@@ -1,0 +1,69 @@
+"""Import a Llama from Hugging Face: MobileLLM, SmolLM, TinyLlama, ... become a run directory.
+
+  python -m experiments.import_hf --source=HuggingFaceTB/SmolLM2-135M --workdir=runs/smollm2
+  python -m experiments.import_hf --source=exported --workdir=runs/back --sharing=immediate --num_repeats=2
+
+The source is a folder with config.json and safetensors, or an id on the hub, which is downloaded. With
+--sharing, layers that are copies of each other are folded into blocks again; it is checked that they are.
+"""
+
+import re
+from pathlib import Path
+
+from absl import flags
+from huggingface_hub import snapshot_download
+
+from configs import base
+from experiments import cli
+from mobilellm_jax import accounting, huggingface
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.huggingface_config import model_fields, read_object
+
+_SOURCE = flags.DEFINE_string("source", None, "folder with config.json and safetensors, or <owner>/<name>")
+_WORKDIR = flags.DEFINE_string("workdir", None, "run directory to make")
+_SHARING = flags.DEFINE_string("sharing", "", "fold copied layers: a sharing strategy or explicit plan")
+_NUM_REPEATS = flags.DEFINE_integer("num_repeats", 1, "copies of each block, with a strategy", 1)
+
+
+def main() -> int:
+    """Imports, and returns the exit status."""
+    if not _SOURCE.value:
+        raise UserError("--source: say what to import, a folder or an id such as HuggingFaceTB/SmolLM2-135M")
+    if not _WORKDIR.value:
+        raise UserError("--workdir: say which directory to make, such as --workdir=runs/smollm2")
+    how = (_SHARING.value, _NUM_REPEATS.value)
+    folder = fetch(_SOURCE.value, how)
+    config = huggingface.import_run(folder, Path(_WORKDIR.value), base.get_config(), *how)
+    m, has_text = config.model, config.data.source.startswith("files:")
+    print(
+        f"imported {accounting.parameters(m).total:,} parameters, {m.depth} blocks of width {m.width} in "
+        f"{m.effective_depth} layers; tokenizer: {config.data.tokenizer if has_text else 'none'}; "
+        f"see {_WORKDIR.value}"
+    )
+    return 0
+
+
+def fetch(source: str, how: tuple[str, int]) -> Path:
+    """Returns the folder that `source` names, after downloading it if it is on the hub.
+
+    Raises:
+      UserError: it is neither there nor on the hub, or its config.json, which comes first, is not supported.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise UserError(f"--source={source}: there is no such folder, and it is no hub id, <owner>/<name>")
+    try:
+        config_folder = snapshot_download(source, allow_patterns=["config.json"])
+        model_fields(read_object(Path(config_folder) / "config.json"), *how)
+        return Path(snapshot_download(source, allow_patterns=list(huggingface.FILES)))
+    except UserError:
+        raise
+    except Exception as error:  # the library lets those of several others through
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"--source={source}: there is no such folder, and the hub says: {reason}") from None
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,132 @@
+"""The commands that use a run: generate and evaluate, from a run directory with random weights."""
+
+import math
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import apply, random_params, tiny_config
+from test_cli import command
+
+from mobilellm_jax import run
+from mobilellm_jax.checkpoint import Checkpoints
+from mobilellm_jax.data import save_tokenizer
+from mobilellm_jax.data.tokenizers import BytesTokenizer
+from mobilellm_jax.generate import Generator, Sampling
+
+CONFIG = tiny_config(**{"model.vocab_size": 258, "model.sharing": "0 1 0", "data.sequence_length": 40})
+TEXT = "Grüße, 世界! " * 9
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG.model)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, params):
+    folder = tmp_path_factory.mktemp("run")
+    run.claim_workdir(folder, CONFIG)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints.save(4, {"params": params}, None)
+    checkpoints.close()
+    save_tokenizer(BytesTokenizer(), folder / run.TOKENIZER)
+    return folder
+
+
+def greedy(params, texts, steps):
+    """Returns the ids of the prompts, as `generate` reads them, and of what comes after them."""
+    tokenizer = BytesTokenizer()
+    prompts = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(texts)]
+    generator = Generator(params, CONFIG.model, Sampling(temperature=0.0, top_k=0, top_p=1.0), 40)
+    columns = zip(*generator.start(prompts, steps, tokenizer.eos_id, 0), strict=True)
+    return [
+        prompt + [t for t in column if t is not None] for prompt, column in zip(prompts, columns, strict=True)
+    ]
+
+
+def test_generate_prints_ids_and_speeds(workdir, params):
+    arguments = ["--prompt=a", "--prompt=world", "--max_new_tokens=9", "--print_ids"]
+    result = command("experiments.generate", f"--workdir={workdir}", *arguments)
+    expected = greedy(params, ["a", "world"], 9)
+    assert result.stdout.splitlines() == [",".join(map(str, ids)) for ids in expected], result.stderr
+    assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["prefill", "decode"]
+    assert "prefill: 8 tokens in" in result.stderr
+    assert result.stderr.count("tokens/s") == 2
+
+
+@pytest.mark.slow
+def test_generate_prints_texts_in_order(workdir, params):
+    arguments = ["--prompt=a", "--prompt=world", "--max_new_tokens=9"]
+    result = command("experiments.generate", f"--workdir={workdir}", *arguments)
+    expected = [BytesTokenizer().decode(ids) for ids in greedy(params, ["a", "world"], 9)]
+    shown = "\n---\n".join(expected).replace("\r\n", "\n").replace("\r", "\n")  # as a pipe in text mode
+    assert result.stdout == shown + "\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("generate", ["--prompt="], "--prompt: is empty; --prompt_ids=256 begins a document"),
+        ("generate", ["--prompt_ids=1,x"], "--prompt_ids: '1,x' is not valid; expected token ids"),
+        ("generate", [], "--prompt: say what to continue"),
+        ("evaluate", [], "--text: say what to score"),
+        ("evaluate", ["--text=bundled", "--mesh=1"], "--mesh=1: expected three sizes, such as -1,1,1"),
+    ],
+    ids=str,
+)
+@pytest.mark.slow
+def test_bad_input_is_one_line(workdir, name, arguments, message):
+    result = command(f"experiments.{name}", f"--workdir={workdir}", *arguments)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert message in result.stderr
+
+
+@pytest.mark.slow
+def test_generate_asks_for_prompts_on_a_terminal(workdir, params):
+    terminal, other = pty.openpty()
+    line = [sys.executable, "-m", "experiments.generate", f"--workdir={workdir}", "--max_new_tokens=9"]
+    environment = {**os.environ, "PYTHONPATH": ".", "TERM": "dumb"}
+    process = subprocess.Popen(line, stdin=other, stdout=other, stderr=other, env=environment)
+    os.close(other)
+
+    def read_until(text: bytes) -> bytes:
+        seen, end = b"", time.monotonic() + 300
+        while text not in seen and time.monotonic() < end:
+            if select.select([terminal], [], [], 1)[0]:
+                seen += os.read(terminal, 4096)
+        return seen
+
+    read_until(b"prompt> ")
+    os.write(terminal, b"world\n")
+    answer = read_until(b"prompt> ").decode(errors="replace").replace("\r\n", "\n")
+    (expected,) = greedy(params, ["world"], 9)
+    assert BytesTokenizer().decode(expected) in answer
+    os.write(terminal, b"w" * 60 + b"\n")
+    assert b"do not fit in the context of 40" in read_until(b"prompt> ")
+    os.write(terminal, b"\x04")
+    assert process.wait(timeout=300) == 0
+    os.close(terminal)
+
+
+def test_evaluate_scores_a_text(workdir, params, tmp_path):
+    (tmp_path / "x.txt").write_text(TEXT)
+    result = command("experiments.evaluate", f"--workdir={workdir}", f"--text=files:{tmp_path}/*.txt")
+    stream = np.array([256, *TEXT.encode(), 257])
+    nats, tokens, size = 0.0, len(stream) - 1, len(TEXT.encode())
+    for start in range(0, tokens, 40):
+        row = stream[start : start + 41]
+        read = np.pad(row[:-1], (0, 41 - len(row)))[None]  # one shape
+        log_p = jax.nn.log_softmax(apply(params, read, CONFIG.model)[0])
+        nats -= sum(float(log_p[i, token]) for i, token in enumerate(row[1:]))
+    loss = nats / tokens
+    assert result.stdout == (
+        f"files:{tmp_path}/*.txt: {loss:.4f} nats per token, perplexity {math.exp(loss):,.3f}, "
+        f"{nats / math.log(2) / size:.4f} bits per byte ({tokens} tokens, {size} bytes, 1 documents)\n"
+    ), result.stderr
