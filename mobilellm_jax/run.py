@@ -117,7 +117,7 @@ def run(
 
     Raises:
       UserError: bad input, found before anything is compiled.
-      train.Interrupted: on SIGINT or SIGTERM.
+      Interrupted, Preempted: on SIGINT, on SIGTERM.
     """
     mesh = check(config)
     claim_workdir(workdir, config)

@@ -1,0 +1,31 @@
+"""JSON objects with a seal, a hash of all their values, so that damage to one of them is noticed."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+SEAL = "sha256"
+
+
+def seal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `values`, which are of JSON types, with the seal as the last."""
+    return {**values, SEAL: _hash(values)}
+
+
+def unseal(values: Any) -> dict[str, Any]:
+    """Returns the values without their seal.
+
+    Raises:
+      ValueError: they are not what was sealed, or never were.
+    """
+    if not isinstance(values, dict) or SEAL not in values:
+        raise ValueError(f"not a JSON object with a {SEAL}")
+    rest = {name: value for name, value in values.items() if name != SEAL}
+    if values[SEAL] != _hash(rest):
+        raise ValueError(f"changed since it was written: the {SEAL} in it does not agree")
+    return rest
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
