@@ -44,6 +44,7 @@ setup(
         "notebook": ["ipykernel>=7.0", "ipywidgets>=8.1", "nbclient>=0.11"],
         "test": [
             "beartype>=0.22",
+            "hypothesis>=6.150",
             "jupytext>=1.19",
             "pyright[nodejs]>=1.1.400",
             "pytest>=9.0",

@@ -17,6 +17,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from mobilellm_jax import signals
 from mobilellm_jax.errors import Preempted, UserError, did_you_mean
 
 RESUME_ME = os.EX_TEMPFAIL
@@ -115,7 +116,7 @@ def run(main: Callable[[], int], default_config: str = "") -> None:
     can mend, and interruptions, become one line on stderr.
     """
     logging.set_verbosity(logging.WARNING)  # orbax tells of every save at INFO
-    signal.signal(signal.SIGTERM, preempt)  # the training loop has one that saves first
+    signal.signal(signal.SIGTERM, signals.preempt)  # the training loop has one that saves first
     try:
         if default_config:
             # The flag below reads sys.argv by itself, and fails with a traceback where this does not.
@@ -131,15 +132,6 @@ def run(main: Callable[[], int], default_config: str = "") -> None:
         sys.exit(_complain(f"{str(stop) or 'interrupted'}\nto go on: the same command again", status))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second error at exit
-
-
-def preempt(*_: Any) -> None:
-    """Is a handler of SIGTERM.
-
-    Raises:
-      Preempted: always.
-    """
-    raise Preempted("stopped by SIGTERM")
 
 
 def _complain(message: str, status: int) -> int:

@@ -44,6 +44,7 @@ from mobilellm_jax.run import (
     finished_record,
     run,
 )
+from mobilellm_jax.signals import preempt
 from mobilellm_jax.train import duration
 from mobilellm_jax.tuning import best_learning_rate, next_trial
 
@@ -315,7 +316,7 @@ def _without_sigint() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    previous: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, cli.preempt)
+    previous: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, preempt)
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ from absl import logging as absl_logging
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.results import write_atomically
-from mobilellm_jax.sealed import seal, unseal
+from mobilellm_jax.sealed import parse, seal, unseal
 
 MANIFEST = "manifest.sha256.json"
 
@@ -72,20 +72,8 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, but all of them are damaged.
         """
-        steps, damage = sorted(self._steps(), reverse=True), []
-        for step in steps:
-            problem = find_damage(self._path(step))
-            if problem is None:
-                return step, self._saver.restore(self._path(step), like)
-            damage.append(problem)
-            absl_logging.warning("the checkpoint of step %d will not be used: %s", step, problem)
-        # A kill cuts one save short, and that is the newest: alone, it is a run killed in its first save.
-        if damage and (len(steps) > 1 or (self._path(steps[0]) / MANIFEST).exists()):
-            raise UserError(
-                f"{self._directory}: no checkpoint is intact ({'; '.join(damage)}); "
-                "delete the directory to train from the start"
-            )
-        return None
+        step = self._newest_intact()
+        return None if step is None else (step, self._saver.restore(self._path(step), like))
 
     def delete_after(self, step: int) -> None:
         """Deletes checkpoints later than `step`, after a fall-back to it, and what killed saves left."""
@@ -112,6 +100,22 @@ class Checkpoints:
                 manifest = seal({"loss": loss, "files": _hash_files(self._path(step))})
                 write_atomically(self._path(step) / MANIFEST, json.dumps(manifest, indent=1).encode())
                 self._retain()
+
+    def _newest_intact(self) -> int | None:
+        steps, damage = sorted(self._steps(), reverse=True), []
+        for step in steps:
+            problem = find_damage(self._path(step))
+            if problem is None:
+                return step
+            damage.append(problem)
+            absl_logging.warning("the checkpoint of step %d will not be used: %s", step, problem)
+        # A kill cuts one save short, and that is the newest: alone, it is a run killed in its first save.
+        if damage and (len(steps) > 1 or (self._path(steps[0]) / MANIFEST).exists()):
+            raise UserError(
+                f"{self._directory}: no checkpoint is intact ({'; '.join(damage)}); "
+                "delete the directory to train from the start"
+            )
+        return None
 
     def _retain(self) -> None:
         steps, losses = sorted(self._steps()), {}
@@ -163,7 +167,7 @@ def find_damage(path: Path) -> str | None:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    return unseal(json.loads((path / MANIFEST).read_text()))
+    return unseal(parse((path / MANIFEST).read_text()))
 
 
 def _hash_files(path: Path) -> dict[str, str]:

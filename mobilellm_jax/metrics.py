@@ -15,6 +15,7 @@ from tensorboardX.summary import scalar
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.results import write_atomically
+from mobilellm_jax.sealed import parse
 
 _KEYS = {
     "train": {"step", "loss", "grad_norm", "learning_rate", "train_s"},
@@ -120,7 +121,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     parsed = []
     for number, text in enumerate(lines, start=1):
         try:
-            line = json.loads(text)
+            line = parse(text)
             if not _KEYS[line["kind"]] <= line.keys():
                 raise ValueError
             parsed.append(line)

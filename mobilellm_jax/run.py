@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from mobilellm_jax import accounting, data, partition, results
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.sealed import parse
 from mobilellm_jax.train import Outcome, train
 
 # Fields that may differ when a run is resumed: they change where and how it is computed, not what.
@@ -52,7 +53,7 @@ def claim_workdir(workdir: Path, config: Config) -> None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        values = parse(path.read_text())
         from_config_dict(values)
     except FileNotFoundError:
         raise UserError(f"{path}: is missing, but there are checkpoints; use another --workdir") from None

@@ -1,4 +1,7 @@
-"""JSON objects with a seal, a hash of all their values, so that damage to one of them is noticed."""
+"""JSON from files that anything may have happened to: parsed without surprises, and with a seal.
+
+The seal is a hash of all values of an object, so that damage to one of them is noticed.
+"""
 
 import hashlib
 import json
@@ -6,6 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 SEAL = "sha256"
+
+
+def parse(content: str | bytes) -> Any:
+    """Returns what JSON text stands for; raises ValueError, and nothing else, for what is not JSON."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def seal(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from mobilellm_jax.errors import Interrupted, Preempted, UserError
 from mobilellm_jax.evaluate import eval_step, inputs_and_targets, scores
 from mobilellm_jax.metrics import MetricsLog
 from mobilellm_jax.optimizer import learning_rate_schedule, make_optimizer
+from mobilellm_jax.signals import noted_signals
 
 
 class TrainState(NamedTuple):
@@ -282,7 +282,10 @@ def train(
     status, error, step = "finished", None, start
     pending: tuple[int, dict[str, Array]] | None = None  # metrics that the device may still be computing
     try:
-        with _signals() as signals, contextlib.closing(checkpoints):  # a signal still waits for the last save
+        with (
+            noted_signals() as signals,
+            contextlib.closing(checkpoints),
+        ):  # a signal still waits for the last save
             for step in range(start + 1, t.steps + 1):
                 rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(batches))
                 state, metrics = programs.step(state, rows, learning_rates[step - 1])
@@ -301,7 +304,7 @@ def train(
                             log.flush()
                             checkpoints.save(step, state, loss)
                 if stop:
-                    stopped = Preempted if signals[0] == "SIGTERM" else Interrupted
+                    stopped = Interrupted if signals[0] == "SIGINT" else Preempted
                     raise stopped(f"stopped by {signals[0]} after step {step:,}; a checkpoint was saved")
                 checkpoints.poll()
     except _Diverged as divergence:
@@ -367,30 +370,6 @@ class _Clock:
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[str]]:
-    """Yields a list that SIGINT and SIGTERM are added to; a second SIGINT acts as it would without this.
-
-    A second SIGTERM does not: scheduler and sweep may send one each, and neither wants the save cut short.
-    """
-    received: list[str] = []
-    previous: dict[int, Any] = {}
-
-    def receive(number: int, _: object) -> None:
-        received.append(signal.Signals(number).name)
-        if number == signal.SIGINT:
-            signal.signal(number, previous[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # a sweep's process, which the sweep itself stops
-            previous[number] = signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def duration(seconds: float) -> str:

@@ -1,14 +1,13 @@
 """Rows on disk: a prepared directory, which is whole or refused."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from mobilellm_jax.data.tokenizers import CARD_FILE
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.sealed import unseal
+from mobilellm_jax.sealed import parse, unseal
 
 FORMAT_VERSION = 2  # raise it when the same input would give other rows, or another card
 SPLITS = ("train", "valid")
@@ -52,7 +51,7 @@ def open_prepared(directory: str | os.PathLike[str]) -> PreparedData:
     directory = Path(directory)
     again = f"delete the directory {directory} and prepare again"
     try:
-        card = json.loads((directory / CARD_FILE).read_bytes())
+        card = parse((directory / CARD_FILE).read_bytes())
         if card["format"] != FORMAT_VERSION:
             raise UserError(f"{directory}: format {card['format']}, not {FORMAT_VERSION}; {again}")
         card = unseal(card)

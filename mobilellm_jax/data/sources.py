@@ -28,6 +28,7 @@ from typing import Any, cast
 import zstandard
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.sealed import parse
 
 Document = str | list[int]
 OnRead = Callable[[int], object]
@@ -223,8 +224,8 @@ def _read_jsonl(
             if not text.strip():
                 continue
             try:
-                row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+                row = parse(text)
+            except ValueError as error:
                 raise UserError(f"{path}, line {number}: not JSON: {error}") from None
             if not isinstance(row, dict) or key not in row:
                 found = f"has the fields {', '.join(row)}" if isinstance(row, dict) else "is not an object"
