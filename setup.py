@@ -50,6 +50,7 @@ setup(
         "eval": ["lm_eval>=0.4.13,<0.5"],
         "test": [
             "beartype>=0.22",
+            "hypothesis>=6.150",
             "jupytext>=1.19",
             "pyright[nodejs]>=1.1.400",
             "pytest>=9.0",

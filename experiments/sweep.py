@@ -7,8 +7,9 @@
 
 Every point looks for its own learning rate first, with a seed of its own, and then trains with the same seeds
 as all others. Finished runs are skipped and a half-done one is resumed, so the same command again goes on
-after an interruption. A run that fails or diverges is recorded as such, and the others go on. In --workdir:
-results/ has one JSON record for each run, reports/ and figures/ what they show, runs/ checkpoints and logs.
+after an interruption; SIGTERM saves checkpoints and exits with status 75, "start me again". A run that fails
+or diverges is recorded as such, and the others go on. In --workdir: results/ has one JSON record for each
+run, reports/ and figures/ what they show, runs/ checkpoints and logs.
 """
 
 import contextlib
@@ -43,6 +44,7 @@ from mobilellm_jax.run import (
     finished_record,
     run,
 )
+from mobilellm_jax.signals import preempt
 from mobilellm_jax.train import duration
 from mobilellm_jax.tuning import best_learning_rate, next_trial
 
@@ -314,10 +316,7 @@ def _without_sigint() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt("stopped by SIGTERM")
-
-    previous: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, interrupt)
+    previous: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, preempt)
     try:
         yield
     finally:

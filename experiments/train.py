@@ -3,7 +3,8 @@
   python -m experiments.train --config=configs/base.py --workdir=runs/first
   python -m experiments.train --config=configs/mobilellm.py:125m --config.train.steps=1000 --workdir=runs/125m
 
-The same command again resumes from the newest intact checkpoint; once finished, it prints the result.
+The same command again resumes from the newest intact checkpoint; once finished, it prints the result. SIGTERM
+saves a checkpoint and exits with status 75, which asks a scheduler to start the command again.
 """
 
 import functools

@@ -1,23 +1,31 @@
 """Checkpoints: orbax writes them, a sha256 manifest says whether they are still what was written.
 
 Orbax restores damaged data without an error (measured: 36 of 36 single-bit flips), so every step gets a
-manifest once it is complete, and only a step that agrees with its manifest is restored.
+manifest once it is complete, and only a step that agrees with its manifest is restored. A step without one
+was cut short: the manifest is written last and deleted first.
 """
 
+import concurrent.futures
+import contextlib
 import hashlib
 import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
+from absl import logging as absl_logging
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.results import write_atomically
+from mobilellm_jax.sealed import parse, seal, unseal
 
 MANIFEST = "manifest.sha256.json"
 
@@ -26,39 +34,39 @@ class Checkpoints:
     """The checkpoints of one run: the two latest, and the one with the lowest held-out loss."""
 
     def __init__(self, directory: Path):
-        """Opens `directory`, making it if it is not there."""
+        """Opens `directory`, which is made by the first save."""
         self._directory = Path(directory).absolute()
-        best = policy.BestN(
-            get_metric_fn=lambda metrics: -metrics["loss"], n=1, keep_checkpoints_without_metrics=False
-        )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(2), best]),
-            cleanup_tmp_directories=True,
-        )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
-        self._without_manifest: int | None = None  # step of the save in progress
+        absl_logging.get_absl_logger().addFilter(_is_news)
+        # Made in the background, a directory that cannot be made costs a wait of 5 minutes at exit.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        self._saver = ocp.StandardCheckpointer(async_options=options)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: concurrent.futures.Future[None] | None = None
 
     def save(self, step: int, state: Any, loss: float | None) -> None:
-        """Saves `state` in the background; `loss` is its held-out loss in nats per token, where known."""
+        """Saves `state` in the background; `loss` is its held-out loss in nats per token, where known.
+
+        Raises:
+          UserError: this save or the one before cannot be written. What was saved earlier stays as it is.
+        """
         self.finish()
-        metrics = None if loss is None else {"loss": loss}
-        self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
-        self._without_manifest = step
+        with self._explained(step):
+            self._saver.save(self._path(step), state, force=True)
+        self._saving = self._thread.submit(self._complete, step, loss)
 
     def poll(self) -> None:
-        """Writes the manifest of a save that has completed; returns at once if none has."""
-        if self._without_manifest is not None and not self._manager.is_saving_in_progress():
+        """Raises the error of a save that failed, as `save` does; returns at once while it goes on."""
+        if self._saving is not None and self._saving.done():
             self.finish()
 
     def finish(self) -> None:
-        """Waits for the save in progress and writes its manifest."""
-        self._manager.wait_until_finished()
-        if self._without_manifest is not None and jax.process_index() == 0:
-            _write_manifest(self._path(self._without_manifest) / MANIFEST)
-        self._without_manifest = None
+        """Waits for the save in progress; errors as in `save`."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def restore_latest(self, like: Any) -> tuple[int, Any] | None:
-        """Returns the newest intact step and its state, or None where nothing was saved.
+        """Returns the newest intact step and its state, or None where nothing was saved completely.
 
         Args:
           like: a tree of `jax.ShapeDtypeStruct` with shardings: shapes and placement of the state.
@@ -66,34 +74,81 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, but all of them are damaged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        damage = []
+        step = self._newest_intact()
+        return None if step is None else (step, self._saver.restore(self._path(step), like))
+
+    def delete_after(self, step: int) -> None:
+        """Deletes checkpoints later than `step`, after a fall-back to it, and what killed saves left."""
+        if jax.process_index() == 0:
+            for later in self._steps():
+                if later > step:
+                    self._delete(later)
+            for leftover in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def close(self) -> None:
+        """Waits for the save in progress and releases the threads; errors as in `save`."""
+        try:
+            self.finish()
+        finally:
+            self._thread.shutdown()
+            self._saver.close()
+
+    def _complete(self, step: int, loss: float | None) -> None:
+        """Waits for orbax, then certifies the step and deletes those that are no longer needed."""
+        with self._explained(step):
+            self._saver.wait_until_finished()
+            if jax.process_index() == 0:
+                manifest = seal({"loss": loss, "files": _hash_files(self._path(step))})
+                write_atomically(self._path(step) / MANIFEST, json.dumps(manifest, indent=1).encode())
+                self._retain()
+
+    def _newest_intact(self) -> int | None:
+        steps, damage = sorted(self._steps(), reverse=True), []
         for step in steps:
             problem = find_damage(self._path(step))
             if problem is None:
-                return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
+                return step
             damage.append(problem)
-            logging.warning("checkpoint of step %d is damaged and will not be used: %s", step, problem)
-        if damage:
+            absl_logging.warning("the checkpoint of step %d will not be used: %s", step, problem)
+        # A kill cuts one save short, and that is the newest: alone, it is a run killed in its first save.
+        if damage and (len(steps) > 1 or (self._path(steps[0]) / MANIFEST).exists()):
             raise UserError(
                 f"{self._directory}: no checkpoint is intact ({'; '.join(damage)}); "
                 "delete the directory to train from the start"
             )
         return None
 
-    def delete_from(self, step: int) -> None:
-        """Deletes checkpoints later than `step`, after a fall-back to an earlier one."""
-        for later in self._manager.all_steps():
-            if later > step:
-                self._manager.delete(later)
+    def _retain(self) -> None:
+        steps, losses = sorted(self._steps()), {}
+        for step in steps:
+            with contextlib.suppress(OSError, ValueError):
+                loss = _read_manifest(self._path(step))["loss"]
+                losses |= {} if loss is None else {step: loss}
+        best = sorted(losses, key=lambda step: losses[step])[:1]
+        for step in set(steps[:-2]) - set(best):
+            self._delete(step)
 
-    def close(self) -> None:
-        """Waits for the save in progress and releases the threads."""
-        self.finish()
-        self._manager.close()
+    def _delete(self, step: int) -> None:
+        (self._path(step) / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(self._path(step))
+
+    def _steps(self) -> list[int]:
+        return [int(path.name) for path in self._directory.glob("*") if path.name.isdecimal()]
 
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax, tensorstore and the file system have no type in common
+            kept = ", ".join(str(s) for s in sorted(self._steps()) if (self._path(s) / MANIFEST).exists())
+            raise UserError(
+                f"{self._directory}: step {step} could not be saved: {_reason(error)}; "
+                f"saved before, and kept: {kept or 'nothing'}"
+            ) from error
 
 
 def load_params(directory: Path, like: Any) -> Any:
@@ -113,15 +168,15 @@ def load_params(directory: Path, like: Any) -> Any:
         problem = find_damage(path)
         if problem is not None:
             damage.append(problem)
-            logging.warning("checkpoint of step %d is damaged and will not be used: %s", step, problem)
+            absl_logging.warning("the checkpoint of step %d will not be used: %s", step, problem)
             continue
         handler = ocp.PyTreeCheckpointHandler()
-        there = handler.metadata(epath.Path(path / "default")).tree["params"]
+        there = handler.metadata(epath.Path(path)).tree["params"]
         _check_same_shapes(path, _shapes(there), _shapes(like))
         numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
         args = ocp.args.PyTreeRestore({"params": like}, {"params": numpy}, partial_restore=True)
         with ocp.Checkpointer(handler) as checkpointer:
-            return checkpointer.restore(path / "default", args=args)["params"]
+            return checkpointer.restore(path, args=args)["params"]
     why = f"no checkpoint is intact ({'; '.join(damage)})" if damage else "there is no checkpoint"
     raise UserError(f"{directory}: {why}")
 
@@ -144,9 +199,11 @@ def _check_same_shapes(path: Path, there: dict[str, Any], wanted: dict[str, Any]
 def find_damage(path: Path) -> str | None:
     """Returns what is wrong with the checkpoint at `path`, or None if every file is as it was written."""
     try:
-        expected = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return f"{path.name}/{MANIFEST} is missing or not readable"
+        expected = _read_manifest(path)["files"]
+    except FileNotFoundError:
+        return f"{path.name}/{MANIFEST} is missing: the save was cut short"
+    except (OSError, ValueError) as error:
+        return f"{path.name}/{MANIFEST} is not readable: {error}"
     actual = _hash_files(path)
     for name in sorted(expected.keys() | actual.keys()):
         if name not in actual:
@@ -154,6 +211,10 @@ def find_damage(path: Path) -> str | None:
         if actual[name] != expected.get(name):
             return f"{path.name}/{name} has changed"
     return None
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    return unseal(parse((path / MANIFEST).read_text()))
 
 
 def _hash_files(path: Path) -> dict[str, str]:
@@ -165,5 +226,13 @@ def _hash_files(path: Path) -> dict[str, str]:
     return hashes
 
 
-def _write_manifest(path: Path) -> None:
-    write_atomically(path, json.dumps(_hash_files(path.parent), indent=1).encode())
+def _reason(error: Exception) -> str:
+    """Returns what the operating system said, if anything; tensorstore hides it in a long sentence."""
+    hidden = re.search(r"os_error_code='(\d+)'", str(error))
+    number = error.errno if isinstance(error, OSError) else hidden and int(hidden[1])
+    return os.strerror(number) if number else f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Orbax logs pages of tracebacks for every write that fails, besides raising the error."""
+    return "/orbax/" not in record.pathname

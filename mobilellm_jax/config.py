@@ -78,13 +78,12 @@ class ModelConfig:
     loss_chunk: int
 
     def __post_init__(self) -> None:
-        sizes = "vocab_size depth width num_heads num_kv_heads head_dim ffn_width num_repeats scan_unroll "
-        sizes += "loss_chunk base_width base_depth"
+        sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
         rules.check_all(
             "model",
             self,
             {
-                **dict.fromkeys(sizes.split(), rules.POSITIVE_INT),
+                **dict.fromkeys(sizes, rules.POSITIVE_INT),
                 **dict.fromkeys(["rope_base", "norm_epsilon", "init_std"], rules.POSITIVE),
                 "ffn_kind": rules.one_of(FFN_KINDS),
                 "parameterization": rules.one_of(PARAMETERIZATIONS),
@@ -93,7 +92,8 @@ class ModelConfig:
             },
         )
         if self.num_heads % self.num_kv_heads:
-            divisors = [k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]
+            small = [k for k in range(1, math.isqrt(self.num_heads) + 1) if self.num_heads % k == 0]
+            divisors = sorted({*small, *(self.num_heads // k for k in small)})
             raise UserError(
                 f"model.num_kv_heads: {self.num_kv_heads} does not divide model.num_heads={self.num_heads}; "
                 f"valid: {', '.join(map(str, divisors))}"

@@ -11,6 +11,14 @@ class UserError(ValueError):
     """
 
 
+class Interrupted(KeyboardInterrupt):
+    """Stopped on SIGINT, after saving what there was to save."""
+
+
+class Preempted(Interrupted):
+    """The same on SIGTERM, which schedulers send before they take a machine away."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns a hint for an unknown `name`: the nearest known names, or all of them."""
     known = sorted(known)

@@ -1,15 +1,26 @@
 """The log of a run: `metrics.jsonl`, one JSON object a line, and the same numbers as TensorBoard events."""
 
+import contextlib
 import json
 import math
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore  (made when it is imported)
+from tensorboardX.summary import scalar
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.results import write_atomically
+from mobilellm_jax.sealed import parse
+
+_KEYS = {
+    "train": {"step", "loss", "grad_norm", "learning_rate", "train_s"},
+    "eval": {"step", "loss", "bits_per_byte", "error"},
+}
 
 
 class MetricsLog:
@@ -26,20 +37,28 @@ class MetricsLog:
         """Opens the log of `workdir`, as it was after `start_step`.
 
         Raises:
-          UserError: a line before the last is not JSON.
+          UserError: a line before the last is not one of a log, or the file is gone; and, as in all methods,
+            the log cannot be written.
         """
         self.evaluations: list[dict[str, Any]] = []
         self.train_curve: list[list[Any]] = []
         self.train_s = 0.0
-        path = workdir / "metrics.jsonl"
+        self._path = path = workdir / "metrics.jsonl"
         kept = [line for line in _read(path) if line["step"] <= start_step] if start_step else []
         for line in kept:
             self._remember(line)
         self._file = self._events = None
         if write:
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-            self._file = path.open("a")
-            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+            with self._explained():
+                (workdir / "tensorboard").mkdir(exist_ok=True)
+                self._file = path.open("a")
+                # Not SummaryWriter: once its thread meets a full disk, everything waits for it for ever.
+                self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+                restart = SessionLog(status=SessionLog.START)
+                self._events.write_event(
+                    Event(step=start_step + 1, session_log=restart)
+                )  # drop what is later
 
     def train(self, step: int, loss: float, grad_norm: float, learning_rate: float, train_s: float) -> None:
         """Adds the metrics of a training step; a loss that is not finite is written as null."""
@@ -51,26 +70,39 @@ class MetricsLog:
         self._add("eval", {"step": step, "loss": loss, "bits_per_byte": bits_per_byte, "error": error})
 
     def flush(self) -> None:
-        """Hands all lines to the operating system, so that a checkpoint never knows more than the log."""
+        """Hands all lines to the disk, so that a checkpoint never knows more than the log."""
         if self._file and self._events:
-            self._file.flush()
-            self._events.flush()
+            with self._explained():
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._events.flush()
 
     def close(self) -> None:
         """Closes the files."""
-        if self._file and self._events:
-            self._file.close()
-            self._events.close()
+        file, events, self._file, self._events = self._file, self._events, None, None
+        if file and events:
+            with self._explained(), contextlib.closing(file), contextlib.closing(events):
+                pass
 
     def _add(self, kind: str, values: dict[str, Any]) -> None:
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         line = {"kind": kind, **values}
         self._remember(line)
         if self._file and self._events:
-            self._file.write(json.dumps(line) + "\n")
-            for name, value in values.items():
-                if name not in ("step", "train_s") and value is not None:
-                    self._events.add_scalar(f"{kind}/{name}", value, values["step"], walltime=time.time())
+            with self._explained():
+                self._file.write(json.dumps(line) + "\n")
+                for name, value in values.items():
+                    if name not in ("step", "train_s") and value is not None:
+                        summary = scalar(f"{kind}/{name}", value)
+                        event = Event(step=values["step"], wall_time=time.time(), summary=summary)
+                        self._events.write_event(event)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._path.parent}: the log cannot be written: {error.strerror}") from None
 
     def _remember(self, line: dict[str, Any]) -> None:
         values = {name: value for name, value in line.items() if name != "kind"}
@@ -82,12 +114,18 @@ class MetricsLog:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; it is the log up to the checkpoint") from None
     parsed = []
-    for number, line in enumerate(lines, start=1):
+    for number, text in enumerate(lines, start=1):
         try:
-            parsed.append(json.loads(line))
-        except ValueError:
+            line = parse(text)
+            if not _KEYS[line["kind"]] <= line.keys():
+                raise ValueError
+            parsed.append(line)
+        except (KeyError, TypeError, ValueError):
             if number < len(lines):  # the last line of a killed run may be half-written
-                raise UserError(f"{path}, line {number}: not JSON; the log of this run is damaged") from None
+                raise UserError(f"{path}, line {number}: damaged, as the log of this run is") from None
     return parsed

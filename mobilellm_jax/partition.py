@@ -87,7 +87,7 @@ def check_divisible(config: Config, mesh: Mesh | AbstractMesh) -> None:
     ]
     for field, size, axis, ways in requirements:
         if size % ways:
-            valid = [str(n) for n in range(1, size + 1) if size % n == 0 and n <= 4096]
+            valid = [str(n) for n in range(1, min(size, 4096) + 1) if size % n == 0]
             raise UserError(
                 f"{field}: {size} is not divisible by {axis}={ways}; {axis} could be {', '.join(valid)}"
             )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mobilellm_jax.errors import UserError, did_you_mean
+from mobilellm_jax.sealed import SEAL, parse, seal, unseal
 
 SCHEMA = 2
 Scalar = bool | int | float | str | None
@@ -160,7 +161,7 @@ def write(record: Record, path: str | os.PathLike[str]) -> None:
     """
     fields = _finite(dataclasses.asdict(record))
     _validate(fields, str(path))
-    text = json.dumps(fields, indent=2, sort_keys=True, allow_nan=False)
+    text = json.dumps(seal(fields), indent=2, sort_keys=True, allow_nan=False)
     # Lists of numbers go on one line. A JSON string holds no raw newline, so the pattern matches none.
     text = re.sub(r"\[\n[^][{}\"]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
     write_atomically(path, (text + "\n").encode())
@@ -171,12 +172,18 @@ def read(path: str | os.PathLike[str]) -> Record:
 
     Raises:
       UserError: the file is missing, not JSON or of another schema, or a field is missing, unknown, of the
-        wrong type or not finite; the message names the file and the field.
+        wrong type or not finite; the message names the file and the field. Or some value is not the one that
+        was written; records made before they had a seal cannot tell.
     """
     try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: broken JSON or UTF-8
-        raise UserError(f"{path}: not a readable JSON record: {error}") from None
+        fields = parse(Path(path).read_text(encoding="utf-8"))
+        if isinstance(fields, dict) and SEAL in fields:
+            fields = unseal(fields)
+    except (OSError, ValueError) as error:  # ValueError: broken JSON or UTF-8, or a seal that does not agree
+        raise UserError(
+            f"{path}: not a readable JSON record: {error}; restore the file, or delete it: the command in it "
+            "makes it anew"
+        ) from None
     _validate(fields, str(path))
     return Record(**fields)
 

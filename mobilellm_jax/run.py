@@ -16,6 +16,7 @@ from mobilellm_jax import accounting, data, model, partition, results
 from mobilellm_jax.checkpoint import load_params
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.sealed import parse
 from mobilellm_jax.train import Outcome, train
 
 # Fields that may differ when a run is resumed: they change where and how it is computed, not what.
@@ -86,7 +87,7 @@ def open_tokenizer(workdir: Path) -> data.Tokenizer | None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        values = parse(path.read_text())
         from_config_dict(values)
     except FileNotFoundError:
         raise UserError(f"{path}: is missing, but there are checkpoints; use another --workdir") from None
@@ -151,7 +152,7 @@ def run(
 
     Raises:
       UserError: bad input, found before anything is compiled.
-      train.Interrupted: on SIGINT or SIGTERM.
+      Interrupted, Preempted: on SIGINT, on SIGTERM.
     """
     mesh = check(config)
     claim_workdir(workdir, config)

@@ -5,9 +5,12 @@ order differs. To add a strategy, add one function to `STRATEGIES`: everything e
 the forward pass, the sweeps) follows from the plan.
 """
 
+import re
+
 from mobilellm_jax.errors import UserError, did_you_mean
 
 LayerPlan = tuple[int, ...]
+MAX_LAYERS = 10_000  # a plan is a tuple, and a mistyped depth should not fill the memory with one
 
 
 def _immediate(depth: int, num_repeats: int) -> LayerPlan:
@@ -46,9 +49,12 @@ def layer_plan(sharing: str, depth: int, num_repeats: int) -> LayerPlan:
       Block indices, one for each layer applied; `len(plan)` is the effective depth.
 
     Raises:
-      UserError: an unknown strategy, repeats where they have no meaning, or an explicit plan that names a
-        block that does not exist or leaves one out.
+      UserError: an unknown strategy, repeats where they have no meaning, an explicit plan that names a block
+        that does not exist or leaves one out, or more than `MAX_LAYERS` layers.
     """
+    for field, layers in (("model.depth", depth), ("model.num_repeats", depth * num_repeats)):
+        if layers > MAX_LAYERS:
+            raise UserError(f"{field}: {layers:,} layers are too many; at most {MAX_LAYERS:,} can be applied")
     if sharing in STRATEGIES:
         if sharing == "none" and num_repeats != 1:
             raise UserError(
@@ -57,7 +63,7 @@ def layer_plan(sharing: str, depth: int, num_repeats: int) -> LayerPlan:
             )
         return STRATEGIES[sharing](depth, num_repeats)
     words = sharing.split()
-    if not words or not all(word.isdecimal() for word in words):
+    if not words or not all(re.fullmatch("[0-9]{1,9}", word) for word in words):
         raise UserError(
             f"model.sharing: unknown strategy {sharing!r}; {did_you_mean(sharing, STRATEGIES)} "
             "(or an explicit plan of block indices, such as '0 1 2 1 2 3')"

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,9 +23,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mobilellm_jax import data, model, partition
 from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import Config, ModelConfig, OptimizerConfig
+from mobilellm_jax.errors import Interrupted, Preempted, UserError
 from mobilellm_jax.evaluate import eval_step, inputs_and_targets, scores
 from mobilellm_jax.metrics import MetricsLog
 from mobilellm_jax.optimizer import learning_rate_schedule, make_optimizer
+from mobilellm_jax.signals import noted_signals
 
 
 class TrainState(NamedTuple):
@@ -180,12 +181,12 @@ def _compile_key(config: Config) -> Config:
 # --- the loop -------------------------------------------------------------------------------------------
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training stopped on SIGINT or SIGTERM, after saving a checkpoint."""
-
-
 class _Diverged(Exception):
-    """The loss is not finite."""
+    """The loss is not finite at `step`."""
+
+    def __init__(self, what: str, step: int):
+        super().__init__(f"the {what} is not finite at step {step}; the last good step is {step - 1}")
+        self.step = step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,8 +195,8 @@ class Outcome:
 
     Attributes:
       status: "finished", or "diverged" where the loss stopped being finite.
-      error: for "diverged", at which step.
-      steps: steps taken.
+      error: for "diverged", at which step, and the last good one.
+      steps: steps taken, up to the one that diverged.
       evaluations: {"step", "loss" (nats per token), "bits_per_byte", "error" (share of rows with a wrong
         answer)} in order; the last two are None where they have no meaning.
       train_curve: [step, loss in nats per token] at every progress line.
@@ -226,8 +227,8 @@ def train(
     Leaves `metrics.jsonl`, TensorBoard events and checkpoints in `workdir`. `say` gets the progress lines.
 
     Raises:
-      Interrupted: on SIGINT or SIGTERM; a second call goes on where this one stopped.
-      UserError: every checkpoint in `workdir` is damaged.
+      Interrupted, Preempted: on SIGINT, on SIGTERM; a second call goes on where this one stopped.
+      UserError: every checkpoint in `workdir` is damaged, or `workdir` cannot be written any more.
     """
     wall_start = time.perf_counter()
     t = config.train
@@ -239,8 +240,8 @@ def train(
         start, state = 0, programs.init(jax.random.key(t.init_seed))
     else:
         start, state = restored
-        checkpoints.delete_from(start)
         say(f"resuming after step {start:,}")
+    checkpoints.delete_after(start)
     log = MetricsLog(workdir, start, write=jax.process_index() == 0)
     learning_rates = _learning_rates(config)
     batches = data.train_batches(
@@ -265,7 +266,7 @@ def train(
             left = duration((t.steps - step) * tokens_per_step / speed)
             say(f"step {step:,}/{t.steps:,}  loss {loss:.4f}  {speed:,.0f} tokens/s  {left} left")
         if diverged:
-            raise _Diverged(f"the loss is not finite at step {step}")
+            raise _Diverged("loss", step)
 
     def evaluate(step: int) -> float:
         loss, wrong = _evaluate(programs, state.params, prepared, config)
@@ -275,13 +276,16 @@ def train(
         more = f"  {bits:.4f} bits/byte" if bits else "" if wrong is None else f"  {wrong:.1%} wrong"
         say(f"step {step:,}/{t.steps:,}  held-out loss {loss:.4f}{more}")
         if not math.isfinite(loss):
-            raise _Diverged(f"the held-out loss is not finite at step {step}")
+            raise _Diverged("held-out loss", step)
         return loss
 
     status, error, step = "finished", None, start
     pending: tuple[int, dict[str, Array]] | None = None  # metrics that the device may still be computing
     try:
-        with _signals() as signals, contextlib.closing(checkpoints):  # a signal still waits for the last save
+        with (
+            noted_signals() as signals,
+            contextlib.closing(checkpoints),
+        ):  # a signal still waits for the last save
             for step in range(start + 1, t.steps + 1):
                 rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(batches))
                 state, metrics = programs.step(state, rows, learning_rates[step - 1])
@@ -300,10 +304,16 @@ def train(
                             log.flush()
                             checkpoints.save(step, state, loss)
                 if stop:
-                    raise Interrupted(f"stopped by {signals[0]} after step {step:,}; a checkpoint was saved")
+                    stopped = Interrupted if signals[0] == "SIGINT" else Preempted
+                    raise stopped(f"stopped by {signals[0]} after step {step:,}; a checkpoint was saved")
                 checkpoints.poll()
     except _Diverged as divergence:
-        status, error = "diverged", str(divergence)
+        # At the first one: an update with such a gradient leaves no parameter finite to go on with.
+        status, error, step = "diverged", str(divergence), divergence.step
+    except UserError:
+        with contextlib.suppress(UserError):  # the first trouble is the one to tell
+            log.close()
+        raise
     finally:
         log.close()
     return Outcome(
@@ -370,26 +380,6 @@ class _Clock:
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[str]]:
-    """Yields a list that SIGINT and SIGTERM are added to; a second signal acts as it would without this."""
-    received: list[str] = []
-    previous: dict[int, Any] = {}
-
-    def receive(number: int, _: object) -> None:
-        received.append(signal.Signals(number).name)
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # a sweep's process, which the sweep itself stops
-            previous[number] = signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def duration(seconds: float) -> str:

@@ -22,8 +22,9 @@ def check_all(prefix: str, config: object, rules: Mapping[str, Rule]) -> None:
         check(is_valid(value), f"{prefix}.{name}", value, valid)
 
 
-POSITIVE_INT = (lambda v: v >= 1, "an integer of at least 1")
-COUNT = (lambda v: v >= 0, "an integer of at least 0")
+# Sizes and counters are int32 on a device.
+POSITIVE_INT = (lambda v: 1 <= v < 2**31, "an integer from 1 to 2**31 - 1")
+COUNT = (lambda v: 0 <= v < 2**31, "an integer from 0 to 2**31 - 1")
 POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a number of at least 0")
 FRACTION = (lambda v: 0 <= v <= 1, "a number from 0 to 1")

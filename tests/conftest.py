@@ -115,6 +115,13 @@ def random_batch(config: ModelConfig, length: int = LENGTH) -> tuple[np.ndarray,
     return tokens_BT, np.where(rng.random((BATCH, length)) < 0.2, -1, targets_BT)
 
 
+def flipped(content: bytes, bit: int) -> bytes:
+    """Returns `content` with one bit flipped."""
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
 def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
     """Yields every equation, those of nested programs included, with the number of times it runs."""
     for equation in jaxpr.eqns:

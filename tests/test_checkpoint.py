@@ -1,6 +1,8 @@
 """Checkpoints: what is restored is what was saved, or nothing is."""
 
-import json
+import errno
+import os
+import subprocess
 from pathlib import Path
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import assert_trees_close
 
+from mobilellm_jax import checkpoint
 from mobilellm_jax.checkpoint import MANIFEST, Checkpoints, find_damage
 from mobilellm_jax.errors import UserError
 
@@ -107,17 +110,99 @@ def test_a_step_that_was_killed_before_its_manifest_stays_unused(tmp_path):
     (tmp_path / "2" / MANIFEST).unlink()
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.restore_latest(LIKE)[0] == 1
-    checkpoints.delete_from(1)
+    checkpoints.delete_after(1)
     checkpoints.save(3, state(3), None)  # must not certify step 2
     checkpoints.close()
     assert not (tmp_path / "2").exists()
 
 
+def test_a_run_killed_in_its_first_save_starts_anew(tmp_path):
+    save(tmp_path, {1: None})
+    (tmp_path / "1" / MANIFEST).unlink()
+    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore_latest(LIKE) is None
+    checkpoints.delete_after(0)
+    assert not list(tmp_path.iterdir())
+    checkpoints.save(1, state(1), None)
+    checkpoints.close()
+    assert restore(tmp_path)[0] == 1
+
+
 def test_when_all_are_damaged_the_directory_and_the_files_are_named(tmp_path):
     save(tmp_path, {1: None})
-    manifest = tmp_path / "1" / MANIFEST
-    name = min(json.loads(manifest.read_text()))
-    flip(tmp_path / "1" / name) if (tmp_path / "1" / name).stat().st_size else None
     (tmp_path / "1" / "extra").write_text("x")
-    with pytest.raises(UserError, match=f"{tmp_path}.*1/"):
+    with pytest.raises(UserError, match=f"{tmp_path}.*1/extra has changed"):
         restore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"{}", b"\xff", b'{"files": {}}', b'{"files": {"../../etc/passwd": ""}, "sha256": "0"}'],
+    ids=str,
+)
+def test_a_manifest_that_is_none_is_damage(tmp_path, content):
+    save(tmp_path, {1: None, 2: None})
+    (tmp_path / "2" / MANIFEST).write_bytes(content)
+    assert MANIFEST in find_damage(tmp_path / "2")
+    assert restore(tmp_path)[0] == 1
+
+
+def test_the_best_is_kept_by_losses_that_are_intact(tmp_path):
+    save(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0})
+    manifest = tmp_path / "3" / MANIFEST
+    manifest.write_text(manifest.read_text().replace("2.0", "0.0"))
+    checkpoints = Checkpoints(tmp_path)
+    for step in (4, 5, 6):
+        checkpoints.save(step, state(step), 4.0)
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
+
+
+def test_a_failing_write_in_the_background_is_told_and_what_was_saved_stays(tmp_path, monkeypatch, capfd):
+    save(tmp_path, {1: None})
+    checkpoints = Checkpoints(tmp_path)
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_hash_files", fail)
+        checkpoints.save(2, state(2), None)
+        with pytest.raises(UserError, match=r"step 2 could not be saved: Input/output error; .*kept: 1$"):
+            checkpoints.finish()
+    checkpoints.close()
+    assert restore(tmp_path)[0] == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 3 MB, full but for what two checkpoints of 300,000 numbers take."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True)
+    if mount.returncode:
+        pytest.skip(f"cannot mount a small disk here: {mount.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_disk_that_is_full_or_read_only_is_told_and_what_was_saved_stays(small_disk, capfd):
+    directory, like = small_disk / "c", {"a": jax.ShapeDtypeStruct((300_000,), jnp.float32)}
+    numbers = np.random.default_rng(0).random(300_000, np.float32)  # random, as orbax compresses
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(1, {"a": jnp.asarray(numbers)}, None)
+    checkpoints.save(2, {"a": jnp.asarray(numbers + 1)}, None)
+    checkpoints.save(3, {"a": jnp.asarray(numbers + 2)}, None)
+    with pytest.raises(UserError, match=r"step 3 .*: No space left on device; saved before, and kept: 1, 2$"):
+        checkpoints.finish()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(UserError, match=r"step 4 .*: Read-only file system; saved before, and kept: 1, 2$"):
+        checkpoints.save(4, {"a": jnp.asarray(numbers)}, None)
+    checkpoints.close()
+    checkpoints = Checkpoints(directory)
+    step, restored = checkpoints.restore_latest(like)
+    checkpoints.close()
+    assert step == 2
+    np.testing.assert_array_equal(restored["a"], numbers + 1)
+    assert "Traceback" not in capfd.readouterr().err

@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import flipped
 from test_data_tokenizers import UNICODE, sentencepiece_model, text_of
 
 from mobilellm_jax import data
 from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data import pipeline, tokenizers
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.sealed import seal, unseal
 
 prepare_module = importlib.import_module("mobilellm_jax.data.prepare")  # `data.prepare` is the function
 
@@ -225,7 +227,7 @@ def test_card_is_json_without_absolute_paths(corpus):
         120,
     )
     content = (prepared.directory / "card.json").read_text()
-    assert json.loads(content) == prepared.card
+    assert unseal(json.loads(content)) == prepared.card
     assert str(corpus) not in content
     assert prepared.card["source"] == "files:train.jsonl"
     assert prepared.card["valid_source"] == "files:tr*.jsonl"
@@ -296,7 +298,8 @@ def test_damaged_directory_is_refused(corpus, name, damage):
         (b"\xff", "not a data card"),
         (b"[]", "not a data card"),
         (b"{}", "not a data card"),
-        (b'{"format": 0}', "format 0, not 1"),
+        (b'{"format": 2}', "not a data card: not a JSON object with a sha256"),
+        (b'{"format": 0}', "format 0, not 2"),
     ],
 )
 def test_damaged_card_is_refused(corpus, content, message):
@@ -304,8 +307,29 @@ def test_damaged_card_is_refused(corpus, content, message):
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"{message}; delete the directory {path.parent} and prepare again"):
+    with pytest.raises(
+        UserError, match=rf"{message}.*; delete the directory {path.parent} and prepare again"
+    ):
         data.prepare(config(corpus), 258)
+
+
+def test_a_bit_flipped_in_the_card_is_noticed(corpus):
+    path = data.prepare(config(corpus), 258).directory / "card.json"
+    content, rng = path.read_bytes(), random.Random(0)
+    for bit in rng.sample(range(8 * len(content)), 300):
+        path.write_bytes(flipped(content, bit))
+        with pytest.raises(UserError, match=f"^{path.parent}.* and prepare again$"):
+            data.open_prepared(path.parent)
+
+
+@pytest.mark.parametrize("name", ["../train.jsonl", "/etc/passwd", "..", "a/../../b"])
+def test_a_card_names_no_file_outside_its_directory(corpus, name):
+    path = data.prepare(config(corpus), 258).directory / "card.json"
+    card = unseal(json.loads(path.read_text()))
+    card["splits"]["train"]["shards"][0]["file"] = name
+    path.write_text(json.dumps(seal(card)))
+    with pytest.raises(UserError, match=f"'{name}' is not the name of a file in it"):
+        data.open_prepared(path.parent)
 
 
 def test_exchanged_tokenizer_is_refused(corpus):

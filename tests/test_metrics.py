@@ -1,6 +1,7 @@
 """The metrics log: nothing lost, nothing twice, whatever happens between checkpoint and kill."""
 
 import json
+import os
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -54,7 +55,7 @@ def test_a_damaged_line_is_named(tmp_path):
     write_steps(MetricsLog(tmp_path, 0), range(1, 4))
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text().replace('{"kind"', "{kind", 1))
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: damaged"):
         MetricsLog(tmp_path, 3)
 
 
@@ -72,3 +73,21 @@ def test_tensorboard_events_hold_the_same_numbers(tmp_path):
     assert values["eval/loss", 2] == 4.0
     assert values["eval/bits_per_byte", 2] == 2.0
     assert values["eval/error", 2] == 0.25
+
+
+def test_a_log_that_is_gone_is_not_begun_anew(tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: No such file"):
+        MetricsLog(tmp_path, 3)
+
+
+def test_a_full_disk_is_told_and_nothing_waits_for_it(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    with open("/dev/full", "w") as full:
+        os.dup2(full.fileno(), log._file.fileno())
+    for step in range(1, 30):  # more events than the queue of a SummaryWriter holds
+        log.train(step, 1.0, 1.0, 1e-3, 0.1)
+    with pytest.raises(UserError, match=f"{tmp_path}: the log cannot be written: No space left on device"):
+        log.flush()
+    with pytest.raises(UserError, match="No space left"):
+        log.close()
+    log.close()

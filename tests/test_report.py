@@ -396,3 +396,9 @@ def test_committed_reports_say_what_the_committed_records_show():
     assert all((ROOT / "experiments" / link).exists() for link in re.findall(r"\]\(([^)]*)\)", gallery))
     (same,) = verdict(studies["noise", "tiny"]).comparisons
     assert same.word == "no difference"
+
+
+def test_a_record_names_no_file_outside_the_workdir(tmp_path):
+    report.report(study(study="../../x", preset="/y"), tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]

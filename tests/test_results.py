@@ -5,11 +5,13 @@ import dataclasses
 import json
 import math
 import os
+import random
 import subprocess
 
 import pytest
+from conftest import flipped
 
-from mobilellm_jax import results
+from mobilellm_jax import results, sealed
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.results import Record
 
@@ -322,3 +324,20 @@ def test_versions_name_the_libraries():
     versions = results.versions()
     assert set(versions) == {"python", "jax", "jaxlib", "flax", "optax", "numpy"}
     assert versions["numpy"][0].isdigit()
+
+
+def test_a_bit_flipped_in_a_record_is_noticed(tmp_path):
+    path = tmp_path / "a.json"
+    results.write(make_record(), path)
+    content, rng = path.read_bytes(), random.Random(0)
+    for bit in rng.sample(range(8 * len(content)), 300):
+        path.write_bytes(flipped(content, bit))
+        with pytest.raises(UserError, match=rf"^{path}: "):
+            results.read(path)
+
+
+def test_a_record_from_before_the_seal_is_read(tmp_path):
+    path = tmp_path / "a.json"
+    results.write(make_record(), path)
+    path.write_text(json.dumps(sealed.unseal(json.loads(path.read_text()))))
+    assert results.read(path) == make_record()

@@ -6,7 +6,8 @@ a run in its data is one integer, the step.
 """
 
 from mobilellm_jax.data.pipeline import eval_batches, train_batches
-from mobilellm_jax.data.prepare import PreparedData, open_prepared, prepare
+from mobilellm_jax.data.prepare import prepare
+from mobilellm_jax.data.prepared import PreparedData, open_prepared
 from mobilellm_jax.data.tasks import TaskData
 from mobilellm_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from mobilellm_jax.data.prepare import PreparedData
+from mobilellm_jax.data.prepared import PreparedData
 from mobilellm_jax.data.tasks import TaskData
 from mobilellm_jax.errors import UserError
 

@@ -5,7 +5,6 @@ Its name is a hash of everything that determines the rows.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -24,13 +23,13 @@ from tqdm import tqdm
 
 from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data import tokenizers
+from mobilellm_jax.data.prepared import FORMAT_VERSION, SPLITS, PreparedData, open_prepared
 from mobilellm_jax.data.sources import Document, OnRead, Source, open_source
 from mobilellm_jax.data.tasks import TaskData, open_task
 from mobilellm_jax.data.tokenizers import CARD_FILE, Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.sealed import seal
 
-FORMAT_VERSION = 1  # raise it when the same input would give other rows
-SPLITS = ("train", "valid")
 PACKING = (
     "documents, each BOS + ids + EOS where the tokenizer has them, joined into one stream; row i holds "
     "stream[i T : i T + T + 1], so neighbours share one token and every token but the first is predicted "
@@ -38,33 +37,6 @@ PACKING = (
 )
 _BATCH = 2 << 20  # characters, or ids, taken at a time
 _SHARD = 1 << 30  # bytes of rows in a file
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedData:
-    """Rows on disk.
-
-    Attributes:
-      directory: where they are; its name says what they are made of.
-      card: the data card, ready for JSON and free of absolute paths: source, hashes, tokenizer, sizes.
-    """
-
-    directory: Path
-    card: dict[str, Any]
-
-    @property
-    def sequence_length(self) -> int:
-        """T; a row holds T + 1 token ids."""
-        return self.card["sequence_length"]
-
-    def num_rows(self, split: str) -> int:
-        """Returns the number of rows of "train" or "valid"."""
-        return self.card["splits"][split]["rows"]
-
-    def bytes_per_token(self, split: str) -> float | None:
-        """Returns bytes of text per token predicted; None where rows come from token ids without text."""
-        size, tokens = (self.card["splits"][split][name] for name in ("text_bytes", "tokens"))
-        return None if size is None else size / (tokens - 1)  # nothing predicts the first token
 
 
 def prepare(data: DataConfig, vocab_size: int) -> PreparedData | TaskData:
@@ -125,33 +97,6 @@ def prepare(data: DataConfig, vocab_size: int) -> PreparedData | TaskData:
     return prepared
 
 
-def open_prepared(directory: str | os.PathLike[str]) -> PreparedData:
-    """Opens a prepared directory and checks that its files are there, whole.
-
-    Raises:
-      UserError: a file is missing or of the wrong size; the message names it.
-    """
-    directory = Path(directory)
-    again = f"delete the directory {directory} and prepare again"
-    try:
-        card = json.loads((directory / CARD_FILE).read_bytes())
-        if card["format"] != FORMAT_VERSION:
-            raise UserError(f"{directory}: format {card['format']}, not {FORMAT_VERSION}; {again}")
-        files = [*card["files"], *(shard for split in SPLITS for shard in card["splits"][split]["shards"])]
-        sizes = {entry["file"]: entry["bytes"] for entry in files}
-    except OSError as error:
-        raise UserError(f"{directory / CARD_FILE}: {error.strerror}; {again}") from None
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{directory / CARD_FILE}: not a data card; {again}") from None
-    for name, size in sizes.items():
-        path = directory / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            state = "missing" if found is None else f"{found} bytes, not the {size} of the data card"
-            raise UserError(f"{path}: {state}; {again}")
-    return PreparedData(directory, card)
-
-
 def _check_vocab_size(vocab_size: int, needed: int, what: str) -> None:
     if vocab_size < needed:
         raise UserError(
@@ -205,7 +150,7 @@ def _make(
             (work / name).write_bytes(tokenizer.file_bytes)
             files.append({"file": name, "bytes": len(tokenizer.file_bytes)})
         card = {**card, "files": files, "splits": {name: packer.card() for name, packer in packers.items()}}
-        (work / CARD_FILE).write_text(json.dumps(card, indent=1) + "\n")
+        (work / CARD_FILE).write_text(json.dumps(seal(card), indent=1) + "\n")
         for path in [*work.iterdir(), work]:
             _sync(path)
         work.rename(directory)

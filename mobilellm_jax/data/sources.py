@@ -28,6 +28,7 @@ from typing import Any, cast
 import zstandard
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.sealed import parse
 
 Document = str | list[int]
 OnRead = Callable[[int], object]
@@ -233,8 +234,8 @@ def read_rows(path: str, on_read: OnRead) -> Iterator[tuple[int, dict[str, Any]]
             if not text.strip():
                 continue
             try:
-                row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+                row = parse(text)
+            except ValueError as error:
                 raise UserError(f"{path}, line {number}: not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: the row is not an object")

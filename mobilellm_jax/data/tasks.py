@@ -90,7 +90,9 @@ class KHop(Task):
 
     @property
     def length(self) -> int:
-        return self.symbols + sum(k + 2 * self.queries for k in self._sections) - 1
+        sections = len(self._sections)
+        marks = sections * (self.hops + self.min_hops) // 2
+        return self.symbols + marks + 2 * self.queries * sections - 1
 
     @property
     def draws(self) -> int:

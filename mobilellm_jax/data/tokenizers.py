@@ -5,7 +5,6 @@ Specs: "bytes", "bpe:<vocabulary size>" (trained on the corpus), "sentencepiece:
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ import sentencepiece
 import tokenizers
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.sealed import parse
 
 CARD_FILE = "card.json"
 _FILES = {"bpe": "tokenizer.json", "huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
@@ -201,7 +201,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """
     directory = Path(directory)
     try:
-        card = json.loads((directory / CARD_FILE).read_bytes())
+        card = parse((directory / CARD_FILE).read_bytes())
         spec = card["tokenizer"]
         if spec is None:
             raise UserError(f"{directory}: prepared from token ids; there is no tokenizer")
@@ -276,7 +276,7 @@ def _find_special(path: Path, file_bytes: bytes) -> tuple[int | None, int | None
     config_path = path.with_name("tokenizer_config.json")
     names: list[Sequence[str]] = [_BOS_NAMES, _EOS_NAMES]
     if config_path.exists():
-        config = json.loads(config_path.read_bytes())
+        config = parse(config_path.read_bytes())
         if not isinstance(config, dict):
             raise ValueError(f"{config_path.name} beside it is not a JSON object")
         tokens = (config.get("bos_token"), config.get("eos_token"))  # a string, {"content": string} or null

@@ -1,0 +1,227 @@
+"""Thousands of random configs and files: each is taken, or refused by name; nothing is unpickled or run."""
+
+import ast
+import dataclasses
+import gzip
+import json
+import lzma
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import zstandard
+from conftest import tiny_config
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from mobilellm_jax import accounting, config, optimizer, partition
+from mobilellm_jax.data.sources import open_source
+from mobilellm_jax.data.tasks import open_task
+from mobilellm_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [
+    path for folder in ("mobilellm_jax", "experiments") for path in sorted((ROOT / folder).rglob("*.py"))
+]
+GROUPS = {group.name: group.type for group in dataclasses.fields(config.Config)}
+FIELDS = [f"{group}.{field.name}" for group, cls in GROUPS.items() for field in dataclasses.fields(cls)]
+TYPES = {f"{group}.{f.name}": f.type for group, cls in GROUPS.items() for f in dataclasses.fields(cls)}
+WORDS = [
+    *config.FFN_KINDS,
+    *config.REMAT_POLICIES,
+    *config.PARAMETERIZATIONS,
+    *config.OPTIMIZERS,
+    *config.SCHEDULES,
+    *("none", "immediate", "repeat_all", "reverse", "float32", "bfloat16", "bundled", "files:x", "tokens:x"),
+    *("bytes", "bpe:512", "bpe:x", "0 1 2 1", "0 0", "1", "²", "0 ٣", "9" * 5000, "\0", "\ud800", ""),
+    *("khop:hops=2,min_hops=1,symbols=9,queries=2", "addition:operands=2,digits=2", "khop:hops=9", "recall:"),
+    "khop:hops=400000000,min_hops=1,symbols=900000000,queries=2",
+]
+INTEGERS = st.one_of(st.integers(-2, 70), st.sampled_from([*(2**k for k in range(71)), 10**9 + 7, 10**400]))
+VALUES = {
+    int: INTEGERS,
+    float: st.one_of(st.floats(), INTEGERS),
+    str: st.one_of(st.sampled_from(WORDS), st.text(max_size=9)),
+    bool: st.booleans(),
+}
+LIKELY = {
+    int: st.sampled_from([1, 2, 4, 8, 16, 24, 48]),
+    float: st.floats(0.01, 0.99),
+    str: st.sampled_from(WORDS),
+    bool: st.booleans(),
+}
+ANYTHING = st.one_of(
+    *VALUES.values(), st.none(), st.lists(st.integers(), max_size=2), st.dictionaries(st.text(), st.none())
+)
+# The same examples every time; a failure is not made smaller, which would take longer than all of it.
+DETERMINISTIC = settings(
+    max_examples=2000,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@st.composite
+def changes(draw) -> dict:
+    """Returns new values of one to three fields: half of them likely, a tenth of any type."""
+    names = draw(st.lists(st.sampled_from(FIELDS), min_size=1, max_size=3, unique=True))
+    kinds = draw(st.lists(st.integers(0, 9), min_size=3, max_size=3))
+    return {
+        name: draw(ANYTHING if kind == 0 else (VALUES if kind < 5 else LIKELY)[TYPES[name]])
+        for name, kind in zip(names, kinds, strict=False)
+    }
+
+
+def test_a_random_config_builds_or_the_error_names_a_field():
+    """2,000 of them, through all that is looked at before the first program is compiled."""
+    plain = config.to_dict(tiny_config())
+    counts = Counter()
+
+    @DETERMINISTIC
+    @given(changes())
+    def build(changes: dict) -> None:
+        values = {group: dict(fields) for group, fields in plain.items()}
+        for name, value in changes.items():
+            group, field = name.split(".")
+            values[group][field] = value
+        try:
+            run = config.from_config_dict(values)
+            partition.check_divisible(run, partition.make_mesh(run.mesh))
+            accounting.budgets(run.model, run.data.sequence_length, run.train.batch_size)
+            optimizer.make_optimizer(run.optimizer, run.model)
+            optimizer.learning_rate_schedule(run.optimizer, run.train.steps)
+            if run.data.is_task:
+                open_task(run.data)
+        except UserError as error:
+            counts["refused"] += any(name in str(error) for name in [*FIELDS, "mesh:"])
+        else:
+            counts["built"] += 1
+
+    build()
+    assert counts.total() == 2000, counts
+    assert min(counts["built"], counts["refused"]) >= 300, counts
+
+
+def jsonl(key: str, values: list) -> bytes:
+    return "".join(json.dumps({key: value}) + "\n" for value in values).encode()
+
+
+CONTENTS = {
+    "a.txt": "Grüße an alle, in UTF-8.\n".encode() * 4,
+    "a.jsonl": jsonl("text", ["one", "two", "\u00fc", ""]),
+    "tokens.jsonl": jsonl("token_ids", [[1, 2, 3], [], [2**31 - 1]]),
+}
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+PIECES = [
+    b"",
+    b"\0",
+    b"\xff",
+    b"{",
+    b"[" * 3000,
+    b"9" * 5000,
+    b'"\\ud800"',
+    b"1e999",
+    b"NaN",
+    b"\n",
+    b"true",
+    b"null",
+]
+
+
+def spoilt(content: bytes, rng: random.Random) -> bytes:
+    """Returns random bytes, or `content` with some of its bytes changed, left out, doubled or put in."""
+    if rng.random() < 0.2:
+        return rng.randbytes(rng.randrange(1, 200))
+    for _ in range(rng.randrange(1, 4)):
+        i, j = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+        middle = rng.choice([rng.randbytes(j - i), b"", content[i:j] * 2, rng.choice(PIECES)])
+        content = content[:i] + middle + content[j:]
+    return content
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_file_of_random_bytes_is_read_or_the_error_names_it(tmp_path, name, suffix):
+    """In all 2,400 files; bytes are spoilt before they are compressed, after it, or both."""
+    rng, counts = random.Random(name + suffix), Counter()
+    path = tmp_path / (name + suffix)
+    kind = "tokens" if name == "tokens.jsonl" else "files"
+    for _ in range(200):
+        content, inside = CONTENTS[name], rng.random() < 0.5
+        content = COMPRESS[suffix](spoilt(content, rng) if inside else content)
+        path.write_bytes(content if inside and rng.random() < 0.5 else spoilt(content, rng))
+        try:
+            documents = list(open_source(f"{kind}:{path}", "text").read(lambda count: None))
+        except UserError as error:
+            counts["refused"] += str(path) in str(error)
+        else:
+            counts["read"] += 1
+            assert all(type(document) is (list if kind == "tokens" else str) for document in documents)
+    assert counts.total() == 200, counts
+    assert counts["refused"] >= 20, counts
+
+
+FORBIDDEN = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "code", "runpy", "yaml", "torch")
+CALLS = ("eval", "exec", "compile", "__import__", "load_pickle")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_source_unpickles_or_evaluates(path):
+    """`experiments/cli.py` runs the config file that the command line names, and nothing else."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            assert not {name.split(".")[0] for name in names} & set(FORBIDDEN), ast.unparse(node)
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in CALLS, ast.unparse(node)
+            assert not called.endswith(".exec_module") or path.name == "cli.py", ast.unparse(node)
+            assert not any(keyword.arg == "allow_pickle" for keyword in node.keywords), ast.unparse(node)
+            assert called not in ("np.load", "numpy.load"), ast.unparse(node)
+
+
+WATCHED_RUN = """
+import runpy, sys
+def watch(event, arguments):
+    if event == "pickle.find_class":
+        print("unpickled", arguments)
+sys.addaudithook(watch)
+runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_resumes_unpickles_nothing(tmp_path):
+    """Nor does any library that it uses: Python itself tells of every class that is unpickled."""
+    fields = {
+        "model.depth": 1,
+        "model.width": 8,
+        "model.num_heads": 1,
+        "model.ffn_width": 8,
+        "train.steps": 4,
+        "data.tokenizer": "bytes",
+        "data.sequence_length": 8,
+        "optimizer.warmup_steps": 1,
+        "data.source": f"files:{tmp_path}/*.txt",
+        "data.cache_dir": tmp_path / "cache",
+        "train.checkpoint_every": 2,
+        "train.eval_rows": 16,
+        "data.valid_fraction": 0.3,
+    }
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text(f"document {i} " * 10)
+    command = [sys.executable, "-c", WATCHED_RUN, f"--workdir={tmp_path}/run"]
+    command += [f"--config.{name}={value}" for name, value in fields.items()]
+    for said in ("finished", "resuming after step 2"):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert said in done.stdout, done.stdout + done.stderr
+        assert "unpickled" not in done.stdout
+        (tmp_path / "run" / "record.json").unlink()
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
