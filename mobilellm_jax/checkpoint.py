@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
+from mobilellm_jax import processes
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.results import write_atomically
 
@@ -67,7 +68,8 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         damage = []
         for step in steps:
-            problem = find_damage(self._path(step))
+            path = self._path(step)
+            problem = processes.of_first(lambda path=path: find_damage(path))
             if problem is None:
                 return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
             damage.append(problem)

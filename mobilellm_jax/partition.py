@@ -119,6 +119,28 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def process_share(mesh: Mesh) -> dict[str, int]:
+    """Returns process_index and process_count for `data.train_batches`: which rows this process reads.
+
+    Processes whose devices hold the same rows, as those that `tensor` connects, read the same.
+
+    Raises:
+      UserError: processes hold rows in common, but not all.
+    """
+    rows_of: dict[int, set[int]] = {}
+    for row, devices in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
+        for device in devices:
+            rows_of.setdefault(device.process_index, set()).add(row)
+    shares = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
+    if sum(map(len, shares)) != mesh.shape["data"] * mesh.shape["fsdp"]:
+        raise UserError(
+            f"mesh.tensor: {mesh.shape['tensor']} does not fit {len(rows_of)} processes with "
+            f"{jax.local_device_count()} device(s) each; one has to divide the other"
+        )
+    mine = tuple(sorted(rows_of[jax.process_index()]))
+    return {"process_index": shares.index(mine), "process_count": len(shares)}
+
+
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of a batch of rows."""
     return NamedSharding(mesh, BATCH)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mobilellm_jax import accounting, data, partition, results
+from mobilellm_jax import accounting, data, partition, processes, results
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.train import Outcome, train
@@ -86,11 +86,16 @@ def finished_record(path: Path, config: Config) -> results.Record | None:
     Raises:
       UserError: the record is damaged, or of a run with a different config.
     """
-    if not path.exists():
-        return None
-    record = results.read(path)
-    check_same(path, record.config, config)
-    return None if record.status == "failed" else record
+
+    def fields() -> dict[str, Any] | None:
+        if not path.exists():
+            return None
+        record = results.read(path)
+        check_same(path, record.config, config)
+        return None if record.status == "failed" else dataclasses.asdict(record)
+
+    found = processes.of_first(fields)
+    return None if found is None else results.Record(**found)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -120,8 +125,9 @@ def run(
       train.Interrupted: on SIGINT or SIGTERM.
     """
     mesh = check(config)
-    claim_workdir(workdir, config)
+    processes.of_first(lambda: claim_workdir(workdir, config))
     prepared = data.prepare(config.data, config.model.vocab_size)
+    processes.check_same("data", json.dumps(prepared.card, sort_keys=True))
     outcome = train(config, prepared, mesh, workdir, say)
     return describe(**measured_fields(config, prepared.card, outcome))
 

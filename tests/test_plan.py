@@ -111,7 +111,7 @@ def test_every_model_on_a_mesh_of_up_to_256_devices(preset):
     assert found.optimizer_bytes - 2 * held in range(64)  # two moments, and counters
     assert found.rows * data * fsdp == config.train.batch_size
     whole = accounting.activation_bytes(config.model, config.data.sequence_length, found.rows)
-    assert whole / tensor <= found.activation_bytes <= whole
+    assert whole / tensor <= found.activation_bytes <= whole - (tensor > 1)
     assert plan.lowers_for(config, mesh) == ("tpu", "cuda")
 
 
