@@ -16,7 +16,7 @@ from experiments import cli, launch
 from mobilellm_jax import processes, results
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.run import enable_compilation_cache, finished_record, run
+from mobilellm_jax.run import agreed_record, enable_compilation_cache, run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if it is not there")
 
@@ -51,7 +51,7 @@ def main() -> int:
         git_commit=results.git_commit(),
     )
     path = workdir / "record.json"
-    record = finished_record(path, config)
+    record = agreed_record(path, config)
     if record is None:
         enable_compilation_cache()
         record = run(config, workdir, describe)

@@ -34,6 +34,13 @@ def check(config: Config) -> Mesh:
     return mesh
 
 
+def check_workdir(workdir: Path, config: Config) -> None:
+    """Checks that `workdir` holds no checkpoint of a run with another config, else raises UserError."""
+    if any(workdir.glob("checkpoints/*")):  # before the first, there is nothing to lose
+        path = workdir / "config.json"
+        check_same(path, _read_config(path), config)
+
+
 def claim_workdir(workdir: Path, config: Config) -> None:
     """Makes `workdir` and writes `config.json` into it, if it holds no checkpoint of another run.
 
@@ -43,8 +50,7 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if any(workdir.glob("checkpoints/*")):  # before the first, there is nothing to lose
-            check_same(path, _read_config(path), config)
+        check_workdir(workdir, config)
         results.write_atomically(path, (json.dumps(to_dict(config), indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from None
@@ -86,13 +92,19 @@ def finished_record(path: Path, config: Config) -> results.Record | None:
     Raises:
       UserError: the record is damaged, or of a run with a different config.
     """
+    if not path.exists():
+        return None
+    record = results.read(path)
+    check_same(path, record.config, config)
+    return None if record.status == "failed" else record
+
+
+def agreed_record(path: Path, config: Config) -> results.Record | None:
+    """Returns `finished_record` as process 0 finds it, in all processes: they may see files later than it."""
 
     def fields() -> dict[str, Any] | None:
-        if not path.exists():
-            return None
-        record = results.read(path)
-        check_same(path, record.config, config)
-        return None if record.status == "failed" else dataclasses.asdict(record)
+        record = finished_record(path, config)
+        return None if record is None else dataclasses.asdict(record)
 
     found = processes.of_first(fields)
     return None if found is None else results.Record(**found)
