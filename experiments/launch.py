@@ -8,6 +8,7 @@
 
 import os
 import re
+import shlex
 import sys
 
 import jax
@@ -46,11 +47,14 @@ def start() -> None:
         raise UserError(f"--coordinator_address={address}: expected host:port, such as 10.0.0.2:1234")
     if count is not None and index is not None and index >= count:
         raise UserError(f"--process_id={index}: expected 0 to {count - 1}, as --num_processes={count}")
-    advice = (
-        "The same command has to run on every host; --start_timeout=<seconds> waits for longer. On a TPU "
-        "slice:\n  gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all "
-        f'--command="{cli.command()}"'
-    )
+    advice = "Run the same command on every host, and give it longer with --start_timeout=<seconds>. "
+    if all(given):
+        advice += "Each has a --process_id of its own"
+    else:
+        advice += (
+            "On a TPU slice:\n  gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all "
+            f"--command={shlex.quote(cli.command())}"
+        )
     processes.start(address, count, index, _PATIENCE_S.value, advice)
     if jax.process_index() > 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -127,18 +127,22 @@ def process_share(mesh: Mesh) -> dict[str, int]:
     Raises:
       UserError: processes hold rows in common, but not all.
     """
-    rows_of: dict[int, set[int]] = {}
-    for row, devices in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
-        for device in devices:
-            rows_of.setdefault(device.process_index, set()).add(row)
-    shares = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
-    if sum(map(len, shares)) != mesh.shape["data"] * mesh.shape["fsdp"]:
+    devices = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    return _share([[device.process_index for device in row] for row in devices], jax.process_index())
+
+
+def _share(processes_of_row: Sequence[Sequence[int]], process: int) -> dict[str, int]:
+    rows_of: dict[int, list[int]] = {}
+    for row, holders in enumerate(processes_of_row):
+        for holder in dict.fromkeys(holders):
+            rows_of.setdefault(holder, []).append(row)
+    shares = sorted({tuple(rows) for rows in rows_of.values()})
+    if sum(map(len, shares)) != len(processes_of_row):
         raise UserError(
-            f"mesh.tensor: {mesh.shape['tensor']} does not fit {len(rows_of)} processes with "
-            f"{jax.local_device_count()} device(s) each; one has to divide the other"
+            f"mesh.tensor: {len(processes_of_row[0])} does not fit {len(rows_of)} processes; "
+            "it has to divide the number of devices of a process, or to be a multiple of it"
         )
-    mine = tuple(sorted(rows_of[jax.process_index()]))
-    return {"process_index": shares.index(mine), "process_count": len(shares)}
+    return {"process_index": shares.index(tuple(rows_of[process])), "process_count": len(shares)}
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
