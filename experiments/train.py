@@ -2,6 +2,7 @@
 
   python -m experiments.train --config=configs/base.py --workdir=runs/first
   python -m experiments.train --config=configs/mobilellm.py:125m --config.train.steps=1000 --workdir=runs/125m
+  python -m experiments.train --distributed --workdir=/shared/runs/first     # on every host, see launch.py
 
 The same command again resumes from the newest intact checkpoint; once finished, it prints the result. SIGTERM
 saves a checkpoint and exits with status 75, which asks a scheduler to start the command again.
@@ -12,11 +13,11 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli
-from mobilellm_jax import results
+from experiments import cli, launch
+from mobilellm_jax import processes, results
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.run import enable_compilation_cache, finished_record, run
+from mobilellm_jax.run import agreed_record, enable_compilation_cache, run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if it is not there")
 
@@ -26,6 +27,7 @@ def main() -> int:
     if not _WORKDIR.value:
         raise UserError("--workdir: say where the run is to be kept, such as --workdir=runs/first")
     config = from_config_dict(flags.FLAGS.config)
+    launch.start()
     workdir = Path(_WORKDIR.value)
     study, _, preset = cli.config_spec().partition(":")
     describe = functools.partial(
@@ -50,11 +52,11 @@ def main() -> int:
         git_commit=results.git_commit(),
     )
     path = workdir / "record.json"
-    record = finished_record(path, config)
+    record = agreed_record(path, config)
     if record is None:
         enable_compilation_cache()
         record = run(config, workdir, describe)
-        results.write(record, path)
+        processes.of_first(lambda: results.write(record, path))
     if record.status != "finished":
         print(f"{record.status}: {record.error}; see {path}")
         return 1

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 
+from mobilellm_jax import processes
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.results import write_atomically
 from mobilellm_jax.sealed import parse, seal, unseal
@@ -106,7 +107,8 @@ class Checkpoints:
     def _newest_intact(self) -> int | None:
         steps, damage = sorted(self._steps(), reverse=True), []
         for step in steps:
-            problem = find_damage(self._path(step))
+            path = self._path(step)
+            problem = processes.of_first(lambda path=path: find_damage(path))
             if problem is None:
                 return step
             damage.append(problem)

@@ -119,6 +119,32 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def process_share(mesh: Mesh) -> dict[str, int]:
+    """Returns process_index and process_count for `data.train_batches`: which rows this process reads.
+
+    Processes whose devices hold the same rows, as those that `tensor` connects, read the same.
+
+    Raises:
+      UserError: processes hold rows in common, but not all.
+    """
+    devices = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    return _share([[device.process_index for device in row] for row in devices], jax.process_index())
+
+
+def _share(processes_of_row: Sequence[Sequence[int]], process: int) -> dict[str, int]:
+    rows_of: dict[int, list[int]] = {}
+    for row, holders in enumerate(processes_of_row):
+        for holder in dict.fromkeys(holders):
+            rows_of.setdefault(holder, []).append(row)
+    shares = sorted({tuple(rows) for rows in rows_of.values()})
+    if sum(map(len, shares)) != len(processes_of_row):
+        raise UserError(
+            f"mesh.tensor: {len(processes_of_row[0])} does not fit {len(rows_of)} processes; "
+            "it has to divide the number of devices of a process, or to be a multiple of it"
+        )
+    return {"process_index": shares.index(tuple(rows_of[process])), "process_count": len(shares)}
+
+
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of a batch of rows."""
     return NamedSharding(mesh, BATCH)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mobilellm_jax import accounting, data, model, partition, results
+from mobilellm_jax import accounting, data, model, partition, processes, results
 from mobilellm_jax.checkpoint import load_params
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError
@@ -39,6 +39,13 @@ def check(config: Config) -> Mesh:
     return mesh
 
 
+def check_workdir(workdir: Path, config: Config) -> None:
+    """Checks that `workdir` holds no checkpoint of a run with another config, else raises UserError."""
+    if any(workdir.glob("checkpoints/*")):  # before the first, there is nothing to lose
+        path = workdir / "config.json"
+        check_same(path, _read_config(path), config)
+
+
 def claim_workdir(workdir: Path, config: Config) -> None:
     """Makes `workdir` and writes `config.json` into it, if it holds no checkpoint of another run.
 
@@ -52,8 +59,7 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if any(workdir.glob("checkpoints/*")):  # before the first, there is nothing to lose
-            check_same(path, _read_config(path), config)
+        check_workdir(workdir, config)
         results.write_atomically(path, (json.dumps(to_dict(config), indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from None
@@ -128,6 +134,17 @@ def finished_record(path: Path, config: Config) -> results.Record | None:
     return None if record.status == "failed" else record
 
 
+def agreed_record(path: Path, config: Config) -> results.Record | None:
+    """Returns `finished_record` as process 0 finds it, in all processes: they may see files later than it."""
+
+    def fields() -> dict[str, Any] | None:
+        record = finished_record(path, config)
+        return None if record is None else dataclasses.asdict(record)
+
+    found = processes.of_first(fields)
+    return None if found is None else results.Record(**found)
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns {"model.width": 64, ...} for nested dictionaries."""
     flat = {}
@@ -155,8 +172,9 @@ def run(
       Interrupted, Preempted: on SIGINT, on SIGTERM.
     """
     mesh = check(config)
-    claim_workdir(workdir, config)
+    processes.of_first(lambda: claim_workdir(workdir, config))
     prepared = data.prepare(config.data, config.model.vocab_size)
+    processes.check_same("data", json.dumps(prepared.card, sort_keys=True))
     if isinstance(prepared, data.PreparedData) and prepared.card["tokenizer"] and jax.process_index() == 0:
         data.save_tokenizer(data.load_tokenizer(prepared.directory), workdir / TOKENIZER)
     outcome = train(config, prepared, mesh, workdir, say)

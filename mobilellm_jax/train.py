@@ -20,7 +20,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from mobilellm_jax import data, model, partition
+from mobilellm_jax import data, model, partition, processes
 from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import Config, ModelConfig, OptimizerConfig
 from mobilellm_jax.errors import Interrupted, Preempted, UserError
@@ -244,14 +244,11 @@ def train(
     checkpoints.delete_after(start)
     log = MetricsLog(workdir, start, write=jax.process_index() == 0)
     learning_rates = _learning_rates(config)
+    share = partition.process_share(mesh)
     batches = data.train_batches(
-        prepared,
-        batch_size=t.batch_size,
-        seed=t.data_seed,
-        start_step=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        prepared, batch_size=t.batch_size, seed=t.data_seed, start_step=start, **share
     )
+    stops = processes.StopVote(mesh)
     tokens_per_step = t.batch_size * config.data.sequence_length
     bytes_per_token = prepared.bytes_per_token("valid")
     clock = _Clock(start, log.train_s)
@@ -269,7 +266,7 @@ def train(
             raise _Diverged("loss", step)
 
     def evaluate(step: int) -> float:
-        loss, wrong = _evaluate(programs, state.params, prepared, config)
+        loss, wrong = _evaluate(programs, state.params, prepared, config, share)
         # By the tokens per byte of all held-out text, also where `eval_rows` takes a part of it.
         bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
         log.evaluation(step, loss, bits, wrong)
@@ -287,12 +284,13 @@ def train(
             contextlib.closing(checkpoints),
         ):  # a signal still waits for the last save
             for step in range(start + 1, t.steps + 1):
+                vote = stops.cast(bool(signals))  # before the step, so that it is counted when that is done
                 rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(batches))
                 state, metrics = programs.step(state, rows, learning_rates[step - 1])
                 if pending is not None:
                     read(*pending)  # while the device works on this step
                 pending = (step, metrics)
-                stop = bool(signals) and step < t.steps
+                stop = bool(vote) and step < t.steps
                 evaluate_now = step % t.eval_every == 0 or step == t.steps
                 save_now = step % t.checkpoint_every == 0 or step == t.steps or stop
                 if evaluate_now or save_now:
@@ -304,8 +302,9 @@ def train(
                             log.flush()
                             checkpoints.save(step, state, loss)
                 if stop:
-                    stopped = Interrupted if signals[0] == "SIGINT" else Preempted
-                    raise stopped(f"stopped by {signals[0]} after step {step:,}; a checkpoint was saved")
+                    cause = signals[0] if signals else "another process"
+                    stopped = Interrupted if cause == "SIGINT" else Preempted
+                    raise stopped(f"stopped by {cause} after step {step:,}; a checkpoint was saved")
                 checkpoints.poll()
     except _Diverged as divergence:
         # At the first one: an update with such a gradient leaves no parameter finite to go on with.
@@ -335,16 +334,18 @@ def _learning_rates(config: Config) -> np.ndarray:
 
 
 def _evaluate(
-    programs: Programs, params: model.Params, prepared: data.PreparedData | data.TaskData, config: Config
+    programs: Programs,
+    params: model.Params,
+    prepared: data.PreparedData | data.TaskData,
+    config: Config,
+    share: dict[str, int],
 ) -> tuple[float, float | None]:
-    """Returns the held-out loss in nats per token, and for tasks the share of rows with a wrong answer."""
-    batches = data.eval_batches(
-        prepared,
-        batch_size=config.train.eval_batch_size,
-        rows=config.train.eval_rows,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    """Returns the held-out loss in nats per token, and for tasks the fraction of rows with a wrong answer.
+
+    `share` is that of this process in the rows, see `partition.process_share`.
+    """
+    t = config.train
+    batches = data.eval_batches(prepared, batch_size=t.eval_batch_size, rows=t.eval_rows, **share)
     return evaluate_batches(programs, params, batches)
 
 

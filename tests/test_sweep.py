@@ -9,13 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import filelock
 import pytest
 
 from configs import base, depth_vs_width, khop, layer_sharing, lr_transfer, noise
 from experiments import cli, sweep
+from experiments.leases import Leases
 from experiments.points import points_of
 from mobilellm_jax import accounting, results
 from mobilellm_jax.config import from_config_dict
@@ -143,13 +144,39 @@ def test_records_of_another_sweep_are_not_counted_as_done(tuned_study, tmp_path,
         sweep.sweep(points(tuned_study, {"train.steps": 5}, only=["none"]), tmp_path / "x", jobs=1)
 
 
-def test_a_second_sweep_in_the_same_workdir_is_refused(study, tmp_path):
-    (tmp_path / "w").mkdir()
-    with (
-        filelock.FileLock(tmp_path / "w" / ".lock"),
-        pytest.raises(UserError, match="another sweep is at work"),
-    ):
-        sweep.sweep(points(study), tmp_path / "w")
+def test_points_of_another_sweep_come_last_and_are_taken_over(tuned_study, tmp_path, monkeypatch, capsys):
+    """Another sweep holds the first point when this one starts, and gives it back half done."""
+    monkeypatch.setattr(sweep, "run", losses(lambda octave: 3 + (octave + 8) ** 2))
+    other = Leases(tmp_path / "w" / "runs" / ".leases")
+    chosen = points(tuned_study)
+    assert other.take([chosen[0].name])
+    monkeypatch.setattr(time, "sleep", lambda _: other.release(chosen[0].name))
+    assert sweep.sweep(chosen, tmp_path / "w", jobs=1) == 0
+    output = capsys.readouterr().out
+    assert output.index("reverse  learning rate") < output.index("none  waiting for the sweep that is at")
+    assert output.index("none  waiting for") < output.index("none  learning rate")
+    assert len({r.point for r in results.read_all(tmp_path / "w" / "results")}) == 2
+    assert not list((tmp_path / "w" / "runs" / ".leases").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1", "expected i/n"),
+        ("2/2", "from 0 to n - 1"),
+        ("-1/2", "expected"),
+        ("2/3", "there are only 2 points"),
+    ],
+)
+def test_bad_shards(study, text, message):
+    with pytest.raises(UserError, match=f"--shard={text}: .*{message}"):
+        sweep.shard(points(study), text)
+
+
+def test_shards_make_up_the_whole(study):
+    chosen = points(study)
+    assert [p.facts["point"] for i in range(2) for p in sweep.shard(chosen, f"{i}/2")] == ["none", "reverse"]
+    assert sweep.shard(chosen, "0/1") == chosen
 
 
 def test_seeds_change_what_the_study_varies(study):

@@ -1,0 +1,142 @@
+"""Who works on what: leases in a directory that all workers see, so that no two do the same at once.
+
+A lease is a file `<name>@<worker>` that its worker rewrites every few seconds. A worker that wants a name
+looks for files of others, writes its own, and looks again: of two that do so at once, at least one sees the
+other and gives way. No worker ever replaces a file of another, so directories without locks will do, among
+them `gs://` buckets, as long as a listing shows every file written before.
+
+A lease is over when its file is gone, when its process has died (seen on the same machine only), or when its
+file has not changed for `LIFE_S` of the observer's own clock: clocks are not compared.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import logging
+from etils import epath
+
+BEAT_S, LIFE_S = 5.0, 60.0
+
+
+class Leases:
+    """The leases in one directory, as seen by one worker."""
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        """Opens `directory`, making it if it is not there; OSError if that fails."""
+        self._directory = epath.Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._mine: dict[str, threading.Event] = {}
+        self._seen: dict[str, tuple[str, float]] = {}  # file name -> content, when it was first like this
+
+    def take(self, names: Sequence[str]) -> str | None:
+        """Returns the first of `names` that nobody else holds, which is now ours; None if there is none."""
+        held = self.holders()
+        for name in names:
+            if name not in held:
+                path = self._path(name)
+                path.write_text(_content(0))
+                if name not in self.holders():
+                    self._mine[name] = over = threading.Event()
+                    threading.Thread(target=_keep_alive, args=(path, over), daemon=True).start()
+                    return name
+                path.unlink()
+        return None
+
+    def release(self, name: str) -> None:
+        """Lets others have `name`."""
+        self._mine.pop(name).set()
+        self._path(name).unlink(missing_ok=True)
+
+    def holders(self) -> dict[str, str]:
+        """Returns which names other workers hold: {name: worker}; deletes leases that are over."""
+        found = {}
+        for path in self._directory.iterdir():
+            name, _, worker = path.name.rpartition("@")
+            if worker != self._worker:
+                if self._is_over(path):
+                    path.unlink(missing_ok=True)
+                else:
+                    found[name.replace("~", "/")] = worker
+        return found
+
+    def _path(self, name: str) -> epath.Path:
+        return self._directory / f"{name.replace('/', '~')}@{self._worker}"
+
+    def _is_over(self, path: epath.Path) -> bool:
+        try:
+            content = path.read_text()
+        except OSError:  # released since
+            return True
+        first_content, since = self._seen.setdefault(path.name, (content, time.monotonic()))
+        if content != first_content:
+            self._seen[path.name] = content, time.monotonic()
+            return False
+        return _has_died(content) or time.monotonic() - since > LIFE_S
+
+
+def _content(beat: int) -> str:
+    pid = os.getpid()
+    return json.dumps({"beat": f"{beat:09}", "machine": _machine(), "pid": pid, "started": _started(pid)})
+
+
+def _keep_alive(path: epath.Path, over: threading.Event) -> None:
+    """Rewrites a lease until it is over; ends this process if another worker has taken it for dead."""
+    beat = 0
+    while not over.wait(BEAT_S):
+        beat += 1
+        try:
+            _rewrite(path, _content(beat))
+        except FileNotFoundError:
+            if not over.is_set():
+                print(f"error: {path} is gone: this process stood still for too long", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(1)  # at once: what it works on belongs to another worker
+        except OSError as error:  # a file system that hangs or is full: perhaps the next time
+            logging.warning("%s: %s", path, error)
+
+
+def _rewrite(path: epath.Path, content: str) -> None:
+    """Writes a file that is there, or raises FileNotFoundError; `content` is as long as what it replaces."""
+    if "://" not in os.fspath(path):
+        with open(path, "r+") as file:  # makes no file
+            file.write(content)
+    elif path.exists():  # a bucket cannot do better
+        path.write_text(content)
+    else:
+        raise FileNotFoundError(path)
+
+
+def _has_died(content: str) -> bool:
+    """Returns whether a lease is of a process of this machine that is no more; False where unknown."""
+    try:
+        lease = json.loads(content)
+    except ValueError:  # read while it was written
+        return False
+    machine = _machine()
+    return machine is not None and lease["machine"] == machine and lease["started"] != _started(lease["pid"])
+
+
+def _machine() -> str | None:
+    """Returns what tells this machine, and its set of process ids, from all others; None off Linux."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> str | None:
+    """Returns when a process started, in ticks since the boot; None if there is none, or it is a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]

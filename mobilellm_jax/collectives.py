@@ -1,0 +1,137 @@
+"""What devices send each other in a program, counted in the text that XLA's partitioner makes of it.
+
+The partitioner is the same for all kinds of devices, so the count needs none of the real ones: the program
+is compiled for as many simulated CPU devices as the mesh has. It is taken right after the partitioner. What
+the compiler of a TPU or GPU does later is not in it: it merges small collectives, takes some out of loops,
+and makes a reduce-scatter of an all-reduce of which every device keeps its part only.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_COLLECTIVE = re.compile(rf"= (?P<shape>.*?) (?P<kind>{'|'.join(_KINDS)})\((?P<rest>.*)")
+_WHILE = re.compile(r" while\(.*condition=%(?P<condition>[\w.\-]+), body=%(?P<body>[\w.\-]+)")
+_CALLED = re.compile(r"(?:to_apply|calls)=%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All collectives of one kind among equally many devices, in one run of a program.
+
+    Attributes:
+      kind: as XLA calls it: "all-reduce", "all-gather", ...
+      among: devices that take part in each.
+      count: how many run; those in a loop count once for each turn.
+      array_bytes: size of the arrays they reduce, gather or scatter, on one device.
+      sent_bytes: what one device sends for them if they go round in a ring.
+    """
+
+    kind: str
+    among: int
+    count: int
+    array_bytes: int
+    sent_bytes: int
+
+
+def partitioned_text(lowered: Any) -> str:
+    """Returns the program of one device, in XLA's text form, after compiling `lowered` for CPU devices.
+
+    It is empty for a program on one device, which is not partitioned.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        options = {
+            "xla_backend_optimization_level": 0,  # the program will not run
+            "xla_dump_to": directory,
+            "xla_dump_hlo_as_text": True,
+            "xla_dump_hlo_pass_re": "spmd-partitioning",
+        }
+        lowered.compile(compiler_options=options)
+        files = sorted(Path(directory).glob("*after_spmd-partitioning*.txt"))
+        return files[-1].read_text() if files else ""
+
+
+def count_collectives(text: str) -> list[Collective]:
+    """Returns the collectives in a program's text, those that send most first.
+
+    Raises:
+      ValueError: there is a loop, a type or a group of devices that this does not understand.
+    """
+    computations = _computations(text)
+    found: dict[tuple[str, int], list[int]] = collections.defaultdict(lambda: [0, 0, 0])
+    for (kind, among, size), times in _executed(computations, "ENTRY") if computations else ():
+        parts = 1 if kind == "collective-permute" else (among - 1) / among
+        sums = found[kind, among]
+        sums[0] += times
+        sums[1] += times * size
+        sums[2] += round(times * size * parts * (2 if kind == "all-reduce" else 1))
+    return sorted((Collective(*key, *sums) for key, sums in found.items()), key=lambda c: -c.sent_bytes)
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    """Returns the lines of every computation by its name; the main one is "ENTRY"."""
+    computations: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        if line.startswith(("ENTRY ", "%")):
+            name = "ENTRY" if line.startswith("ENTRY ") else line[1:].split(" ", 1)[0]
+            computations[name] = []
+        elif line.startswith(" "):
+            computations[name].append(line)
+    return computations
+
+
+def _executed(
+    computations: dict[str, list[str]], name: str, times: int = 1
+) -> Iterator[tuple[tuple[str, int, int], int]]:
+    """Yields (kind, devices, bytes of the array) of every collective, with the number of times it runs."""
+    for line in computations[name]:
+        if match := _WHILE.search(line):
+            turns = _turns(match["condition"], computations[match["condition"]])
+            yield from _executed(computations, match["body"], times * turns)
+        elif match := _COLLECTIVE.search(line):
+            kind, rest = match["kind"], match["rest"]
+            among = 2 if kind == "collective-permute" else _group_size(rest)
+            scattered = among if kind == "reduce-scatter" else 1  # the result is a part of the array
+            yield (kind, among, scattered * _shape_bytes(match["shape"])), times
+        else:
+            for called in _CALLED.findall(line):
+                yield from _executed(computations, called, times)
+
+
+def _turns(name: str, condition: list[str]) -> int:
+    """Returns how often a loop turns: JAX's loops of fixed length count from 0 up to a constant."""
+    limits = re.findall(r"constant\((\d+)\)", "\n".join(condition))
+    if len(limits) != 1 or "direction=LT" not in condition[-1]:
+        raise ValueError(f"collectives: the length of the loop with condition {name} is not known")
+    return int(limits[0])
+
+
+def _group_size(rest: str) -> int:
+    """Returns how many devices one of the `replica_groups` has, from the three ways XLA writes them."""
+    if match := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])  # 'axis' or a part of it, 'axis':(1)2
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return len(match[1].split(","))
+    raise ValueError(f"collectives: groups of devices not understood: {rest[:200]}")
+
+
+def _shape_bytes(shape: str) -> int:
+    """Returns the bytes of an array "f32[2,3]{1,0}", or of a tuple of them."""
+    total = 0
+    for dtype, sizes in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape):
+        if dtype not in _ITEM_BYTES:
+            raise ValueError(f"collectives: the size of type {dtype} is not known")
+        total += _ITEM_BYTES[dtype] * math.prod(int(size) for size in sizes.split(",") if size)
+    return total

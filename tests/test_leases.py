@@ -1,0 +1,126 @@
+"""Leases: held by one worker at a time, taken over from those that died or stand still, and from no other."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import leases
+from experiments.leases import Leases
+
+HOLD = """
+import sys, time
+from experiments import leases
+leases.BEAT_S = float(sys.argv[2])
+print(leases.Leases(sys.argv[1]).take(["a/b"]), flush=True)
+time.sleep(60)
+"""
+
+# Takes and releases one name again and again; a file made exclusively shows that nobody else holds it.
+CONTEND = """
+import os, sys, time
+from experiments.leases import Leases
+mine, taken, end = Leases(sys.argv[1]), 0, time.monotonic() + 1.5
+while time.monotonic() < end or not taken:
+    if mine.take(["point"]):
+        os.close(os.open(sys.argv[2], os.O_CREAT | os.O_EXCL))
+        os.unlink(sys.argv[2])
+        mine.release("point")
+        taken += 1
+    time.sleep(0.001 * (os.getpid() % 7))
+print(taken)
+"""
+
+
+def python(*arguments):
+    command = [sys.executable, "-c", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds "a/b"."""
+    process = python(HOLD, tmp_path, 0.05)
+    assert process.stdout.readline() == "a/b\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_one_worker_holds_a_name_until_it_releases_it(tmp_path):
+    one, two = Leases(tmp_path), Leases(tmp_path)
+    assert one.take(["a/b", "c"]) == "a/b"
+    assert two.take(["a/b"]) is None
+    assert list(two.holders()) == ["a/b"]
+    assert two.take(["a/b", "c"]) == "c"
+    assert one.holders().keys() == {"c"}
+    one.release("a/b")
+    assert two.take(["a/b"]) == "a/b"
+    for name in ("a/b", "c"):
+        two.release(name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_two_that_write_at_once_not_both_hold(tmp_path, monkeypatch):
+    """The second writes between the first one's two looks, and the first gives way."""
+    one, two = Leases(tmp_path), Leases(tmp_path)
+    content, taken = leases._content, []
+
+    def while_two_takes(beat):
+        monkeypatch.setattr(leases, "_content", content)
+        taken.append(two.take(["a"]))
+        return content(beat)
+
+    monkeypatch.setattr(leases, "_content", while_two_takes)
+    assert one.take(["a"]) is None
+    assert taken == ["a"]
+    assert two.holders() == {}  # nothing of the first is left
+
+
+def test_the_lease_of_a_process_that_died_here_is_over_at_once(tmp_path, holder):
+    mine = Leases(tmp_path)
+    assert mine.take(["a/b"]) is None
+    holder.kill()
+    holder.wait()
+    assert mine.take(["a/b"]) == "a/b"
+    mine.release("a/b")
+
+
+def test_a_process_that_has_the_number_of_a_dead_one_is_not_that(tmp_path, holder, monkeypatch):
+    assert Leases(tmp_path).take(["a/b"]) is None
+    monkeypatch.setattr(leases, "_started", lambda pid: "another time")
+    assert Leases(tmp_path).take(["a/b"]) == "a/b"
+
+
+def test_a_lease_of_another_machine_is_over_when_it_does_not_change(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(leases, "_machine", lambda: "another machine")
+    monkeypatch.setattr(leases, "LIFE_S", 0.5)
+    mine = Leases(tmp_path)
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        assert mine.take(["a/b"]) is None  # it beats
+        time.sleep(0.1)
+    holder.kill()
+    holder.wait()
+    assert mine.take(["a/b"]) is None  # nobody can know yet
+    time.sleep(0.6)
+    assert mine.take(["a/b"]) == "a/b"
+    mine.release("a/b")
+
+
+def test_a_worker_whose_lease_was_taken_for_dead_ends_at_once(tmp_path, holder):
+    (lease,) = tmp_path.iterdir()
+    lease.unlink()
+    _, errors = holder.communicate(timeout=60)
+    assert holder.returncode == 1
+    assert errors == f"error: {lease} is gone: this process stood still for too long\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_four_processes_never_hold_one_name_at_once(tmp_path):
+    workers = [python(CONTEND, tmp_path / "leases", tmp_path / "held") for _ in range(4)]
+    for worker in workers:
+        output, errors = worker.communicate(timeout=100)
+        assert (worker.returncode, errors) == (0, "")
+        assert int(output) > 0

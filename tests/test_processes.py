@@ -1,0 +1,254 @@
+"""Several processes on one run, as real processes over localhost: the same numbers, one voice, one end."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from conftest import SHARING, init, loss_and_gradients, random_batch, random_params, tiny_model
+from test_sweep import STUDY
+
+from experiments import launch, sweep
+from experiments.points import points_of
+from mobilellm_jax import partition, processes, results
+from mobilellm_jax.errors import UserError
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": ".", "JAX_NUM_CPU_DEVICES": "1"}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """The study of test_sweep.py: 2 points and 2 seeds on a corpus of 40 documents."""
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(f"document {i} " * 10)
+    path = tmp_path / "mini.py"
+    path.write_text(STUDY.replace("CORPUS", str(tmp_path)).replace("GRID", "()"))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(
+    commands: list[list[str]], environment: Mapping[str, str] = {}
+) -> Iterator[list[subprocess.Popen]]:
+    """Yields the processes of the commands, and kills what is left of them."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = {**ENVIRONMENT, **environment}
+    started = [subprocess.Popen([sys.executable, *command], env=env, **pipes) for command in commands]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def on_every_process(count: int, *arguments: object) -> list[list[str]]:
+    """Returns a command for each of `count` processes."""
+    flags = [f"--coordinator_address=localhost:{free_port()}", f"--num_processes={count}"]
+    return [["-m", *map(str, arguments), *flags, f"--process_id={i}"] for i in range(count)]
+
+
+def ends(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Returns exit status, output and errors of each."""
+    parts = [(process, *process.communicate(timeout=300)) for process in started]
+    return [(process.returncode, output, errors) for process, output, errors in parts]
+
+
+def run_all(commands: list[list[str]]) -> list[tuple[int, str, str]]:
+    with running(commands) as started:
+        return ends(started)
+
+
+def assert_same_records(actual: Path, expected: Path) -> None:
+    """All but where, when and how fast; losses within rounding."""
+    for path in sorted(expected.rglob("*.json")):
+        one, two = results.read(path), results.read(actual / path.relative_to(expected))
+        for name in ("point", "seed", "status", "steps", "tokens_seen", "layer_plan", "parameters", "data"):
+            assert getattr(one, name) == getattr(two, name), name
+        assert [e["step"] for e in one.evaluations] == [e["step"] for e in two.evaluations]
+        losses = [[e["loss"] for e in record.evaluations] for record in (one, two)]
+        np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+        np.testing.assert_allclose(two.train_curve, one.train_curve, rtol=1e-4)
+
+
+def test_a_sweep_of_two_processes_leaves_the_records_of_one(study, tmp_path, capsys):
+    arguments = [f"--config={study}", f"--workdir={tmp_path}/two", "--seeds=1", "--only=reverse"]
+    first, second = run_all(on_every_process(2, "experiments.sweep", *arguments))
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    assert "mini/tiny/reverse-s0  step 4/4  held-out loss" in first[1]
+    assert second[1] == ""  # one speaks for all
+    assert sweep.sweep(points_of(str(study), {}, 1, ["reverse"]), tmp_path / "one", jobs=1) == 0
+    assert_same_records(tmp_path / "two/results", tmp_path / "one/results")
+    record = results.read(tmp_path / "two/results/mini/tiny/reverse-s0.json")
+    assert (record.device["count"], len(list((tmp_path / "two/results").rglob("*.json")))) == (2, 1)
+    log = (tmp_path / "two/runs/mini/tiny/reverse-s0/metrics.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in log.splitlines()] == [4, 4]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_after_the_same_step_and_the_same_command_goes_on(study, tmp_path):
+    run = ["experiments.train", f"--config={study}", "--config.train.checkpoint_every=100000"]
+    run += ["--config.train.log_every=1", "--config.train.steps=300", "--config.train.eval_every=300"]
+    with running([["-m", *run, f"--workdir={tmp_path}/one"]]) as started:
+        ((status, _, errors),) = ends(started)
+    assert status == 0, errors
+    with running(on_every_process(2, *run, f"--workdir={tmp_path}/two")) as started:
+        for line in started[0].stdout:
+            if line.startswith("step 20/"):
+                started[1].send_signal(signal.SIGTERM)
+                break
+        first, second = ends(started)
+    assert first[0] == second[0] == 130, first[2] + second[2]
+    (step,) = [int(path.name) for path in (tmp_path / "two/checkpoints").iterdir()]
+    assert f"stopped by another process after step {step}; a checkpoint was saved" in first[2]
+    assert f"stopped by SIGTERM after step {step}; a checkpoint was saved" in second[2]
+    first, second = run_all(on_every_process(2, *run, f"--workdir={tmp_path}/two"))
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    assert f"resuming after step {step}" in first[1]
+    assert second[1] == ""
+    assert_same_records(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "meshes"),
+    [(2, "2,1,1;1,2,1;1,1,2"), (4, "4,1,1;1,4,1;2,2,1;2,1,2;1,2,2")],
+    ids=["two", "four"],
+)
+def test_loss_gradients_and_initial_parameters_of_several_processes(count, meshes, tmp_path):
+    """Every sharing strategy with grouped heads, on every kind of mesh; initial parameters bit for bit."""
+    out, port = tmp_path / "out.npz", free_port()
+    arguments = ["tests/process_gradients.py", str(port), str(count)]
+    for status, _, errors in run_all(
+        [[*arguments, str(i), str(out), meshes, str(len(SHARING))] for i in range(count)]
+    ):
+        assert status == 0, errors
+    found = np.load(out)
+    for sharing in SHARING:
+        m = tiny_model(**sharing)
+        params = random_params(m)
+        (nats, _), gradients = loss_and_gradients(params, *random_batch(m), m)
+        for text in meshes.split(";"):
+            np.testing.assert_allclose(found[f"{m.sharing} {text} nats"], nats, rtol=1e-6)
+            for kind, tree, tolerance in [
+                ("gradients", gradients, 1e-5),
+                ("initial", init(jax.random.key(0), m), 0),
+            ]:
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                    name = jax.tree_util.keystr(path, simple=True, separator="/")
+                    actual, scale = found[f"{m.sharing} {text} {kind}/{name}"], np.abs(leaf).max()
+                    np.testing.assert_allclose(actual / scale, leaf / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow
+def test_four_sweeps_share_the_points_and_take_over_from_one_that_is_killed(study, tmp_path):
+    """Every run is trained to its end by exactly one of them."""
+    text = study.read_text().replace('("none", "reverse"), model__num_repeats=(1, 2)', "SHARINGS")
+    plans = [f"{i} {j} {k}" for i in (0, 1) for j in (0, 1) for k in (0, 1)][1:-1]
+    study.write_text(
+        text.replace("SHARINGS", repr(tuple(plans)))
+        .replace('baseline="none", ', "")
+        .replace("model.sharing", "model.sharing")
+    )
+    command = ["-m", "experiments.sweep", f"--config={study}", f"--workdir={tmp_path}/w", "--jobs=1"]
+    command += ["--seeds=1", "--config.train.steps=400", "--config.train.checkpoint_every=50"]
+    command += ["--config.train.log_every=50"]
+    with running([command] * 4) as started:
+        seen = ""
+        for line in started[0].stdout:
+            seen += line
+            if "step 100/400" in line:
+                break
+        started[0].kill()
+        others = ends(started[1:])
+    assert [status for status, _, _ in others] == [0, 0, 0], others
+    victim = seen.splitlines()[-1].split("  ")[0]
+    output = seen + "".join(output for _, output, _ in others)
+    for plan in plans:
+        name = f"mini/tiny/{plan.replace(' ', '-')}-s0"
+        assert output.count(f"{name}  step 400/400  held-out loss") == 1, name
+    assert f"{victim}  resuming after step " in output
+    records = results.read_all(tmp_path / "w/results")
+    assert [record.status for record in records] == ["finished"] * len(plans)
+    assert not list((tmp_path / "w/runs/.leases").iterdir())
+
+
+def test_a_start_on_one_host_only_says_so_and_ends():
+    """In a cluster that is found: that of Slurm, with two tasks of which one has come."""
+    slurm = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
+    slurm |= {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
+    command = ["-m", "experiments.train", "--workdir=x y", "--start_timeout=1", "--distributed"]
+    with running([command], slurm) as started:
+        ((status, output, errors),) = ends(started)
+    assert (status, output) == (2, "")
+    assert errors.startswith(
+        "error: after 1 s the other processes have not come. Run the same command on every"
+    )
+    assert "--worker=all --command='python -m experiments.train --config=configs/base.py" in errors
+    assert not Path("x y").exists()
+
+
+def test_no_cluster_to_join():
+    ((status, _, errors),) = run_all([["-m", "experiments.train", "--workdir=x", "--distributed"]])
+    assert status == 2
+    assert errors.startswith("error: --distributed: no cluster was found")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((None, 2, None), "give all three of them, or none"),
+        (("here", 2, 0), "--coordinator_address=here: expected host:port"),
+        (("host:1", 2, 2), "--process_id=2: expected 0 to 1"),
+    ],
+)
+def test_flags_that_do_not_fit(values, message, monkeypatch):
+    for name, value in zip(("_ADDRESS", "_COUNT", "_INDEX", "_DISTRIBUTED"), (*values, True), strict=True):
+        monkeypatch.setattr(launch, name, SimpleNamespace(value=value))
+    with pytest.raises(UserError, match=message):
+        launch.start()
+
+
+@pytest.mark.parametrize(
+    ("processes_of_row", "shares"),
+    [
+        ([[0], [0], [1], [1]], [(0, 2), (1, 2)]),
+        ([[0, 0], [1, 1]], [(0, 2), (1, 2)]),
+        ([[0, 1], [2, 3]], [(0, 2), (0, 2), (1, 2), (1, 2)]),  # tensor over two processes
+        ([[0, 1, 2, 3]], [(0, 1)] * 4),
+        ([[1], [0], [1], [0]], [(1, 2), (0, 2)]),
+    ],
+)
+def test_processes_read_the_rows_that_their_devices_hold(processes_of_row, shares):
+    for process, (index, count) in enumerate(shares):
+        expected = {"process_index": index, "process_count": count}
+        assert partition._share(processes_of_row, process) == expected
+
+
+def test_rows_that_processes_share_in_part_are_refused():
+    with pytest.raises(UserError, match=r"mesh\.tensor: 2 does not fit 2 processes"):
+        partition._share([[0, 0], [0, 1], [1, 1]], 0)
+
+
+def test_one_process_needs_nobody():
+    assert processes.of_first(lambda: object) is object
+    processes.check_same("data", "x")
+    mesh = partition.make_mesh(partition.MeshConfig(data=8, fsdp=1, tensor=1))
+    vote = processes.StopVote(mesh)
+    assert (vote.cast(True), vote.cast(False)) == (True, False)
