@@ -44,7 +44,6 @@ from mobilellm_jax.run import (
     finished_record,
     run,
 )
-from mobilellm_jax.signals import preempt
 from mobilellm_jax.train import duration
 from mobilellm_jax.tuning import best_learning_rate, next_trial
 

@@ -5,6 +5,7 @@ Specs: "bytes", "bpe:<vocabulary size>" (trained on the corpus), "sentencepiece:
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -259,7 +260,7 @@ def adds_bos(tokenizer: Tokenizer, directory: Path) -> bool:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return _from_json(tokenizer.file_bytes).encode("").ids[:1] == [tokenizer.bos_id]
     path = directory / "tokenizer_config.json"
-    settings = json.loads(path.read_bytes()) if path.exists() else {}
+    settings = parse(path.read_text()) if path.exists() else {}
     return settings.get("add_bos_token", True)  # SentencePiece: Llama's, which does unless told not to
 
 
