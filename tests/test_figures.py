@@ -301,10 +301,21 @@ def test_costs_of_points_of_equal_cost_stand_side_by_side():
     low, high = sizes.get_xlim()
     assert high / low > 1.04  # equal sizes are not drawn apart
     assert sizes.get_title() == flops.get_title() == "nearly equal x: side by side"
-    bottom, top = sizes.get_ylim()
-    for container in sizes.containers:
-        for end in container[2][0].get_segments()[0][:, 1] if container[2] else ():
-            assert bottom < end < top
+
+
+def test_intervals_of_points_moved_aside_are_not_cut_off():
+    records = [
+        make_record(point=name, point_index=i, seed=seed, score=3.5 + 0.1 * seed, x=None, pairs=[])
+        for i, name in enumerate("ab")
+        for seed in (0, 1)
+    ]
+    records[:2] = [
+        dataclasses.replace(r, parameters={**r.parameters, "non_embedding": 750_005}) for r in records[:2]
+    ]
+    sizes, _ = figures.costs(records, verdict(records)).axes
+    ends = [end for bar in sizes.containers for end in bar[2][0].get_segments()[0][:, 1]]
+    assert max(ends) - min(ends) > 1
+    assert sizes.get_ylim()[0] < min(ends) < max(ends) < sizes.get_ylim()[1]
 
 
 def test_costs_that_do_not_differ_are_not_drawn():
