@@ -46,7 +46,7 @@ setup(
         # To open experiments/explore.ipynb in a Jupyter that is there, or to run it without one.
         "notebook": ["ipykernel>=7.0", "ipywidgets>=8.1", "nbclient>=0.11"],
         # For the parity tests only. Without a GPU, install a CPU build of torch first.
-        "hf": ["torch>=2.6", "transformers>=5.0"],
+        "hf": ["accelerate>=1.0", "torch>=2.6", "transformers>=5.0"],  # accelerate: for lm-eval's own model
         # For `experiments.evaluate --tasks`. It needs no torch; from 0.4.13 on, it imports none of it either.
         "eval": ["lm_eval>=0.4.13,<0.5"],
         "test": [

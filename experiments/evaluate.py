@@ -51,7 +51,9 @@ def main() -> int:
     if not _WORKDIR.value:
         raise UserError("--workdir: say which run, such as --workdir=runs/first")
     if not _TEXT.value and not _TASKS.value:
-        raise UserError("--text or --tasks: say what to score, such as --text='files:corpus/*.txt'")
+        raise UserError(
+            "--text: say what to score, such as --text='files:corpus/*.txt', or --tasks=mobilellm"
+        )
     workdir = Path(_WORKDIR.value)
     config, params = open_run(workdir)
     tokenizer = open_tokenizer(workdir)

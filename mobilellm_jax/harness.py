@@ -57,23 +57,24 @@ class Adapter(TemplateLM):
         self.max_length = config.data.sequence_length
         self.shortened = 0
         self._params = jax.device_put(params, partition.shardings(params, mesh))
-        self._host_params, self._config, self._mesh, self._text = params, config, mesh, tokenizer
-        bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
+        self._host_params, self._config, self._mesh, self._tokenizer = params, config, mesh, tokenizer
+        self._bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
         # The choices of one question come one after the other, with the same context.
         self._encode = functools.lru_cache(1024)(lambda text: tokenizer.encode_batch([text])[0])
-        self._bos: list[int] = bos
 
     @property
     def eot_token_id(self) -> int | None:
         """EOS."""
-        return self._text.eos_id
+        return self._tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
         """What is read before the first token of a text without context: BOS, or else EOS."""
-        token = self._text.eos_id if self._text.bos_id is None else self._text.bos_id
+        token = self._tokenizer.eos_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id
         if token is None:
-            raise UserError(f"the tokenizer {self._text.spec!r} has neither BOS nor EOS to begin a text with")
+            raise UserError(
+                f"the tokenizer {self._tokenizer.spec!r} has neither BOS nor EOS to begin a text with"
+            )
         return token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -126,13 +127,13 @@ class Adapter(TemplateLM):
             groups[repr(sorted(settings.items()))].append((ids[-room:], number, settings))
         texts = [""] * len(requests)
         for group in groups.values():
-            group.sort(key=lambda entry: entry[:2], reverse=True)
             group.sort(key=lambda entry: len(entry[0]), reverse=True)
             settings = group[0][2]
+            draws = settings if settings["temperature"] > 0 else {}  # else top_k and top_p have no meaning
             sampling = Sampling(
                 temperature=settings["temperature"],
-                top_k=settings.get("top_k") or 0,
-                top_p=settings.get("top_p", 1.0),
+                top_k=draws.get("top_k") or 0,
+                top_p=draws.get("top_p", 1.0),
             )
             generator = Generator(self._host_params, self._config.model, sampling, self.max_length)
             for start in range(0, len(group), _PROMPTS):
@@ -150,12 +151,12 @@ class Adapter(TemplateLM):
         ids: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
         open_ = set(range(len(prompts)))
-        for step in generator.start(padded, new_tokens, self._text.eos_id, seed=0):
+        for step in generator.start(padded, new_tokens, self._tokenizer.eos_id, seed=0):
             for i in sorted(open_):
                 token = step[i]
-                if token is not None and token != self._text.eos_id:
+                if token is not None and token != self._tokenizer.eos_id:
                     ids[i].append(token)
-                    texts[i] = self._text.decode(ids[i])
+                    texts[i] = self._tokenizer.decode(ids[i])
                     if not any(stop in texts[i] for stop in until if stop):
                         continue
                 open_.remove(i)
@@ -234,9 +235,9 @@ def load_tasks(names: Sequence[str], data_dir: Path | None) -> tuple[dict[str, A
         group = {"group": "asked_for", "task": [overrides if len(overrides) > 1 else name]}
         try:
             tasks |= manager.load([group])["tasks"]
-        except UserError:
-            raise
         except Exception as error:  # datasets raises whatever its file systems and the hub raise
+            if data_dir is not None:
+                raise
             reason = str(error).partition("\n")[0]
             raise UserError(
                 f"--tasks: the data of {name} can't be had from the hub: {type(error).__name__}: {reason}; "
@@ -275,12 +276,13 @@ def run_task(lm: Any, name: str, task: Any, limit: int | None) -> TaskResult:
         lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=1000, log_samples=True
     )
     samples, measured = results["samples"][name], results["results"][name]
+    keys = [key.split(",") for key in measured if "," in key and "_stderr," not in key]  # metric and filter
+    several = len({filter_name for _, filter_name in keys}) > 1
     metrics = {}
-    for key, value in measured.items():
-        metric, _, filter_name = key.partition(",")
-        if filter_name and not metric.endswith("_stderr"):
-            error = measured.get(f"{metric}_stderr,{filter_name}")
-            metrics[metric] = (float(value), error if isinstance(error, float) else None)
+    for metric, filter_name in keys:
+        error = measured.get(f"{metric}_stderr,{filter_name}")
+        values = float(measured[f"{metric},{filter_name}"]), error if isinstance(error, float) else None
+        metrics[f"{metric} ({filter_name})" if several else metric] = values
     chance, majority = _baselines(task, [sample["doc"] for sample in samples])
     return TaskResult(name, len(samples), str(task.DATASET_PATH), metrics, chance, majority, samples)
 

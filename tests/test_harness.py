@@ -9,12 +9,10 @@ import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from conftest import random_params, tiny_config
 
-from experiments import paper
 from mobilellm_jax import huggingface, partition
 from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import to_dict
@@ -29,7 +27,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: python -m pip i
 
 from mobilellm_jax import harness  # noqa: E402, after the check
 
-WORDS = "the a red blue cat dog sun moon runs sleeps on under near house tree . then she they it".split()
+TEXT = "the a red blue cat dog sun moon runs sleeps on under near house tree . then she they it"
+WORDS = TEXT.split()
 
 
 def rows_of(task, rng):
@@ -74,7 +73,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A run with random weights and a tokenizer, whose blocks are applied twice."""
-    tokenizer = train_bpe("bpe:320", [" ".join(WORDS) + "? Question: Answer:\n"] * 2)
+    tokenizer = train_bpe("bpe:320", [TEXT + "? Question: Answer:\n"] * 2)
     fields = {"model.vocab_size": 320, "model.sharing": "immediate", "model.num_repeats": 2}
     config = tiny_config(**fields, **{"data.sequence_length": 64})
     folder = tmp_path_factory.mktemp("run")
@@ -275,8 +274,3 @@ def test_texts_and_generated_texts_equal_those_of_transformers(adapter, theirs):
     for settings in ({"until": ["a", "."], "max_gen_toks": 12}, {"until": [], "max_gen_toks": 5}):
         prompts = instances("generate_until", [(text, {"do_sample": False, **settings}) for text in texts])
         assert ours.generate_until(prompts) == other.generate_until(prompts)
-
-
-def test_the_papers_model_is_known_by_its_shape():
-    assert jax.process_count() == 1
-    assert paper.published(tiny_config().model) is None

@@ -1,5 +1,6 @@
 """The studies at the paper's scale against the paper's tables, row by row; the twins keep what they vary."""
 
+import dataclasses
 from decimal import Decimal
 
 import pytest
@@ -163,3 +164,15 @@ def test_all_studies_are_in_the_collection():
     }
     for preset in all_studies.PRESETS:
         assert len(points_of(f"configs/paper.py:{preset}", {}, None, ())) > 20
+
+
+def test_published_accuracies_are_found_by_shape():
+    models = [model for model, _ in with_csv_rows("mobilellm", "paper")]
+    found = [paper.published(model) for model in models]
+    names = [row["model"] for row in paper.table("table09_model_zoo")]
+    assert [row and row[0] for row in found] == names
+    assert found[0] is not None
+    assert (found[0][1]["ARC-e"], found[0][1]["BoolQ"], found[0][1]["Avg"]) == ("43.9", "60.2", "46.3")
+    assert paper.published(dataclasses.replace(models[0], num_kv_heads=9)) is None
+    reverse = dataclasses.replace(models[1], sharing="reverse")  # as large as what was published, but another
+    assert paper.published(reverse) is None
