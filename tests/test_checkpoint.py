@@ -175,18 +175,6 @@ def test_a_failing_write_in_the_background_is_told_and_what_was_saved_stays(tmp_
     assert restore(tmp_path)[0] == 1
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 3 MB, full but for what two checkpoints of 300,000 numbers take."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True)
-    if mount.returncode:
-        pytest.skip(f"cannot mount a small disk here: {mount.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
-
-
 def test_a_disk_that_is_full_or_read_only_is_told_and_what_was_saved_stays(small_disk, capfd):
     directory, like = small_disk / "c", {"a": jax.ShapeDtypeStruct((300_000,), jnp.float32)}
     numbers = np.random.default_rng(0).random(300_000, np.float32)  # random, as orbax compresses
@@ -205,4 +193,4 @@ def test_a_disk_that_is_full_or_read_only_is_told_and_what_was_saved_stays(small
     checkpoints.close()
     assert step == 2
     np.testing.assert_array_equal(restored["a"], numbers + 1)
-    assert "Traceback" not in capfd.readouterr().err
+    assert "orbax" not in capfd.readouterr().err  # pages of tracebacks

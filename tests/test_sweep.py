@@ -19,6 +19,7 @@ from experiments import cli, sweep
 from experiments.leases import Leases
 from experiments.points import points_of
 from mobilellm_jax import accounting, results
+from mobilellm_jax.checkpoint import find_damage
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.run import measured_fields
@@ -240,7 +241,13 @@ def test_a_process_that_dies_is_named_and_the_others_finish(study, tmp_path):
     assert {r.point for r in results.read_all(tmp_path / "w" / "results")} == {"reverse"}
 
 
-def test_ctrl_c_stops_all_processes_after_a_checkpoint_and_the_next_sweep_goes_on(study, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)],
+    ids=["ctrl-c", "preemption"],
+)
+def test_a_signal_stops_all_processes_after_a_checkpoint(study, tmp_path, number, status):
+    """It goes to all of them at once, as from a terminal or a scheduler."""
     command = [sys.executable, "-m", "experiments.sweep", f"--config={study}", f"--workdir={tmp_path}/w"]
     command += ["--jobs=2", "--config.train.steps=100000", "--config.train.log_every=10", "--seeds=1"]
     process = subprocess.Popen(
@@ -251,13 +258,15 @@ def test_ctrl_c_stops_all_processes_after_a_checkpoint_and_the_next_sweep_goes_o
         line = process.stdout.readline()
         assert line, process.communicate()
         seen += line
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert "Traceback" not in errors
     assert "the same command again" in errors
     for point in ("none", "reverse"):
-        assert list((tmp_path / f"w/runs/mini/tiny/{point}-s0/checkpoints").iterdir())
+        saved = list((tmp_path / f"w/runs/mini/tiny/{point}-s0/checkpoints").iterdir())
+        assert saved
+        assert not any(map(find_damage, saved))
 
 
 def test_a_sweep_leaves_records_figures_and_a_verdict_and_repeats_nothing(study, tmp_path, capsys):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import optax
 import pytest
 from conftest import SHARING, assert_trees_close, tiny_config
 
+from experiments import cli
 from mobilellm_jax import data, partition, run, train
 from mobilellm_jax.config import MeshConfig, from_config_dict
 from mobilellm_jax.train import init_state, learning_rate_schedule, make_programs, train_step
@@ -170,8 +173,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path, corpus):
     config = tiny_config(**corpus, **{"optimizer.learning_rate": 1e30, "optimizer.schedule": "constant"})
     outcome, _ = run_loop(config, tmp_path / "run")
     assert outcome.status == "diverged"
-    assert "not finite at step" in outcome.error
-    assert outcome.train_curve[-1][1] is None
+    step, loss = outcome.train_curve[-1]
+    assert loss is None
+    assert all(np.isfinite(loss) for _, loss in outcome.train_curve[:-1])
+    assert outcome.error == f"the loss is not finite at step {step}; the last good step is {step - 1}"
+    assert outcome.steps == step < config.train.steps
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path, corpus, monkeypatch):
@@ -243,8 +249,8 @@ def test_killed_or_interrupted_and_resumed_is_bit_for_bit_the_same(tmp_path, cor
     resume(straight)
     code, _ = interrupted(tmp_path, killed, corpus, signal.SIGKILL, after_step=11)
     assert code == -signal.SIGKILL
-    code, stderr = interrupted(tmp_path, stopped, corpus, signal.SIGINT, after_step=7)
-    assert code == 130
+    code, stderr = interrupted(tmp_path, stopped, corpus, signal.SIGTERM, after_step=7)
+    assert code == cli.RESUME_ME == 75
     assert "a checkpoint was saved" in stderr
     assert "Traceback" not in stderr
     assert "resuming after step" in resume(killed).stdout
@@ -257,3 +263,32 @@ def test_killed_or_interrupted_and_resumed_is_bit_for_bit_the_same(tmp_path, cor
         assert other_step == 40
         assert_trees_close(other_state, state, tolerance=0)
         assert other_lines == lines
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_and_with_room_it_goes_on_the_same(tmp_path, corpus, small_disk):
+    def start(workdir):
+        return subprocess.run(
+            command(workdir, corpus), env=environment(tmp_path), capture_output=True, text=True
+        )
+
+    assert start(tmp_path / "straight").returncode == 0
+    one = sum(path.stat().st_size for path in (tmp_path / "straight").rglob("*")) // 3  # of 3 checkpoints
+    padding = small_disk / "padding"
+    padding.write_bytes(bytes(shutil.disk_usage(small_disk).free - int(3.2 * one)))
+    stopped = start(small_disk / "run")
+    assert stopped.returncode == 2
+    last = stopped.stderr.splitlines()[-1]  # tensorstore may have a word about its own threads before it
+    assert re.fullmatch(r"error: .*: No space left on device(; saved before, and kept: .*)?", last)
+    padding.unlink()
+    going_on = start(small_disk / "run")
+    assert "resuming after step" in going_on.stdout, stopped
+    (step, state, lines), (other_step, other_state, other_lines) = (
+        contents(workdir) for workdir in (tmp_path / "straight", small_disk / "run")
+    )
+    assert (step, lines) == (other_step, other_lines)
+    assert_trees_close(other_state, state, tolerance=0)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    refused = start(small_disk / "run2")
+    assert refused.returncode == 2
+    assert "cannot write there (Read-only file system)" in refused.stderr
