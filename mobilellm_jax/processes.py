@@ -57,7 +57,7 @@ def start(
         jax.distributed.initialize(
             coordinator_address, num_processes, process_id, initialization_timeout=round(patience_s) + 60
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # which one depends on the kind of cluster
         raise UserError(f"--distributed: no cluster was found, or only a part of it ({error})") from None
     finally:
         timer.cancel()

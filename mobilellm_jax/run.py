@@ -174,7 +174,8 @@ def run(
     mesh = check(config)
     processes.of_first(lambda: claim_workdir(workdir, config))
     prepared = data.prepare(config.data, config.model.vocab_size)
-    processes.check_same("data", json.dumps(prepared.card, sort_keys=True))
+    names = ("source_sha256", "tokenizer_sha256")
+    processes.check_same("data", ", ".join(f"{name} {prepared.card[name]}" for name in names))
     if isinstance(prepared, data.PreparedData) and prepared.card["tokenizer"] and jax.process_index() == 0:
         data.save_tokenizer(data.load_tokenizer(prepared.directory), workdir / TOKENIZER)
     outcome = train(config, prepared, mesh, workdir, say)

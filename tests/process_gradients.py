@@ -17,7 +17,7 @@ from mobilellm_jax.config import MeshConfig
 
 port, count, index, out, meshes, strategies = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 1)
-processes.start(f"localhost:{port}", int(count), int(index), 100, "")
+processes.start(f"localhost:{port}", int(count), int(index), 280.0, "")
 found = {}
 for sharing in conftest.SHARING[: int(strategies)]:
     m = conftest.tiny_model(**sharing)
