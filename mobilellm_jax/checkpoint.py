@@ -103,8 +103,7 @@ class Checkpoints:
         with self._explained(step):
             self._saver.wait_until_finished()
             if jax.process_index() == 0:
-                manifest = seal({"loss": loss, "files": _hash_files(self._path(step))})
-                write_atomically(self._path(step) / MANIFEST, json.dumps(manifest, indent=1).encode())
+                _write_manifest(self._path(step), loss)
                 self._retain()
 
     def _newest_intact(self) -> int | None:
@@ -196,7 +195,7 @@ def save_params(path: Path, params: Any) -> None:
     path.mkdir(parents=True)
     named = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(params)}
     safetensors.numpy.save_file(named, path / PARAMS)
-    _write_manifest(path / MANIFEST)
+    _write_manifest(path, None)
 
 
 def _read_params(path: Path, like: Any) -> Any:
@@ -238,6 +237,11 @@ def find_damage(path: Path) -> str | None:
         if actual[name] != expected.get(name):
             return f"{path.name}/{name} has changed"
     return None
+
+
+def _write_manifest(path: Path, loss: float | None) -> None:
+    manifest = seal({"loss": loss, "files": _hash_files(path)})
+    write_atomically(path / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -55,10 +55,8 @@ class MetricsLog:
                 self._file = path.open("a")
                 # Not SummaryWriter: once its thread meets a full disk, everything waits for it for ever.
                 self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
-                restart = SessionLog(status=SessionLog.START)
-                self._events.write_event(
-                    Event(step=start_step + 1, session_log=restart)
-                )  # drop what is later
+                restart = SessionLog(status=SessionLog.START)  # TensorBoard drops what it has of later steps
+                self._events.write_event(Event(step=start_step + 1, session_log=restart))
 
     def train(self, step: int, loss: float, grad_norm: float, learning_rate: float, train_s: float) -> None:
         """Adds the metrics of a training step; a loss that is not finite is written as null."""
