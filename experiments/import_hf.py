@@ -47,15 +47,13 @@ def fetch(source: str, how: tuple[str, int]) -> Path:
     """Returns the folder that `source` names, after downloading it if it is on the hub.
 
     Raises:
-      UserError: it is neither there nor on the hub, or its config.json, which comes first, cannot be imported.
+      UserError: it is neither there nor on the hub, or its config.json, which comes first, is not supported.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise UserError(
-            f"--source={source}: there is no such folder, and it is no id on the hub, <owner>/<name>"
-        )
+        raise UserError(f"--source={source}: there is no such folder, and it is no hub id, <owner>/<name>")
     try:
         config_folder = snapshot_download(source, allow_patterns=["config.json"])
         model_fields(read_object(Path(config_folder) / "config.json"), *how)

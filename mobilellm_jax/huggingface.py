@@ -46,7 +46,7 @@ def import_run(
 ) -> Config:
     """Makes a run directory of a folder with config.json and safetensors, and returns its config.
 
-    It has weights but no optimizer state: it can be opened, but not trained on. Weights become float32, exactly.
+    It has weights, as float32, but no optimizer state: it can be opened, but not trained on.
 
     Args:
       folder: what to import; a tokenizer.json or tokenizer.model in it is taken along.
@@ -63,7 +63,9 @@ def import_run(
         fields = model_fields(hf, sharing, num_repeats)
         spec = _copy_tokenizer(folder, fields["vocab_size"], directory)
         config = _config(defaults, fields, context_length(hf), spec, workdir)
-        params = read_params(folder, config.model)
+        # The official MobileLLM keeps one layer for each block; everybody else one for each layer applied.
+        layers = tuple(range(config.model.depth)) if hf.get("layer_sharing") else config.model.plan
+        params = read_params(folder, config.model, layers)
         checkpoints = Checkpoints(directory / "checkpoints")
         checkpoints.save(0, {"params": params}, None)
         checkpoints.close()
@@ -73,7 +75,7 @@ def import_run(
 
 
 def export_run(workdir: Path, target: Path, dtype: str) -> Config:
-    """Makes a folder that transformers loads, of a run that was trained or imported; returns the run's config.
+    """Makes a folder that transformers loads, of a run, trained or imported, and returns the run's config.
 
     Args:
       workdir: the run.
@@ -124,14 +126,13 @@ def _config(
     defaults: ConfigDict, fields: dict[str, Any], context: int, spec: str | None, workdir: Path
 ) -> Config:
     """Returns the config of an imported run. What it was trained on is not known."""
-    config = ConfigDict(defaults)
-    config.model.update(fields)
-    config.data.sequence_length = context
-    config.data.source = "files:unknown" if spec else "tokens:unknown"
+    values = defaults.to_dict()
+    values["model"] |= fields
+    values["data"] |= {"sequence_length": context, "source": "files:unknown" if spec else "tokens:unknown"}
     if spec:
         kind, _, name = spec.partition(":")
-        config.data.tokenizer = f"{kind}:{workdir / TOKENIZER / name}"
-    return from_config_dict(config)
+        values["data"]["tokenizer"] = f"{kind}:{workdir / TOKENIZER / name}"
+    return from_config_dict(values)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

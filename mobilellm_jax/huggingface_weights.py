@@ -25,6 +25,7 @@ from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.huggingface_config import read_object
 from mobilellm_jax.parameterization import multipliers
+from mobilellm_jax.sharing import LayerPlan
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 _HOW_TO_CONVERT = (
@@ -73,8 +74,8 @@ class Place(NamedTuple):
         return array if self.block is None else array[self.block]
 
 
-def places(config: ModelConfig) -> dict[str, Place]:
-    """Returns the place of every tensor of the model's Hugging Face form, by name; layers in plan order."""
+def places(config: ModelConfig, layers: LayerPlan) -> dict[str, Place]:
+    """Returns the place of every tensor in the file, by name; `layers` says which block each layer is."""
     D, F, H = config.width, config.ffn_width, config.head_dim
     query, key_value = config.num_heads * H, config.num_kv_heads * H
     shapes = {
@@ -91,7 +92,7 @@ def places(config: ModelConfig) -> dict[str, Place]:
         if path != "head" or not config.share_embedding:
             shape = (D,) if path == "final_norm/gain" else (config.vocab_size, D)
             found[name] = Place(shape, tuple(path.split("/")), None)
-    for layer, block in enumerate(config.plan):
+    for layer, block in enumerate(layers):
         for name, path in _LAYER.items():
             place = Place(shapes.get(name, (D,)), ("blocks", *path.split("/")), block)
             found[f"model.layers.{layer}.{name}.weight"] = place
@@ -101,17 +102,19 @@ def places(config: ModelConfig) -> dict[str, Place]:
 # --- in -------------------------------------------------------------------------------------------------
 
 
-def read_params(folder: Path, config: ModelConfig) -> model.Params:
+def read_params(folder: Path, config: ModelConfig, layers: LayerPlan) -> model.Params:
     """Returns the weights in a folder as float32 parameters in NumPy, which is exact.
+
+    Layers that are the same block must be equal, bit for bit.
 
     All names, shapes and dtypes are checked before the first is read; then tensors are read one by one, so
     that no more than the model and one tensor are in memory.
 
     Raises:
       UserError: no safetensors, a file that is missing or damaged, a tensor that is missing, unknown, or of
-        another shape or dtype, or layers that `config.plan` says are copies and are not.
+        another shape or dtype, or layers that are not equal and should be.
     """
-    wanted = places(config)
+    wanted = places(config, layers)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
     with contextlib.ExitStack() as stack:
         tensors = _open(folder, stack)
@@ -129,8 +132,8 @@ def read_params(folder: Path, config: ModelConfig) -> model.Params:
                 leaf[...] = tensor
             elif not _same_bits(leaf, tensor):
                 raise UserError(
-                    f"{folder}: {name} differs from {same}, and by the plan "
-                    f"{' '.join(map(str, config.plan))} they are one block"
+                    f"{folder}: {name} differs from {same}, and by the plan {' '.join(map(str, layers))} "
+                    "they are one block"
                 )
         for name in spare:
             _check_spare(folder, name, tensors[name].get_tensor(name), params, config)
@@ -244,7 +247,7 @@ def write_params(path: Path, params: model.Params, config: ModelConfig, dtype: s
       UserError: a weight is too large for `dtype`.
     """
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    wanted = places(config)
+    wanted = places(config, config.plan)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers asks for
     end = 0
     for name, place in wanted.items():
@@ -271,7 +274,7 @@ def _tensors(params: model.Params, config: ModelConfig) -> Iterator[tuple[str, n
         ("blocks", "attention", "output"): m.residual,
         ("blocks", "ffn", "down"): m.residual,
     }
-    for name, place in places(config).items():
+    for name, place in places(config, config.plan).items():
         tensor = place.leaf(params)
         if place.block is not None:
             tensor = tensor.reshape(place.shape[::-1]).T

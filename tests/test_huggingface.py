@@ -20,7 +20,7 @@ from mobilellm_jax.config import to_dict
 from mobilellm_jax.data import save_tokenizer
 from mobilellm_jax.data.tokenizers import BytesTokenizer, train_bpe
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.huggingface_config import check_exportable, model_fields
+from mobilellm_jax.huggingface_config import check_exportable, model_fields, read_object
 from mobilellm_jax.huggingface_weights import INDEX, WEIGHTS, read_params, write_params
 
 STORIES = Path(__file__).parents[2] / "shared/data/weights/stories260K"
@@ -158,14 +158,12 @@ def test_stories260k_says_what_it_said_elsewhere(tmp_path):
         ids, logits_TV = file["ids"], file["logits"]
     actual = apply(params, ids[None], config.model)[0]
     np.testing.assert_allclose(actual, logits_TV, rtol=0, atol=1e-4 * np.abs(logits_TV).max())
-    # Greedy decoding without a cache; what follows a position does not change it, so one shape serves all.
-    greedy = reference["greedy_ids"]
-    tokens_BT = np.zeros((1, len(greedy)), np.int32)
-    tokens_BT[0, 0] = greedy[0]
-    for t in range(1, len(greedy)):
-        tokens_BT[0, t] = np.argmax(apply(params, tokens_BT, config.model)[0, t - 1])
-    assert len(greedy) == 256
-    assert tokens_BT[0].tolist() == greedy
+    # Greedy decoding from BOS gives these ids if and only if each is the best after all before it.
+    greedy = np.array(reference["greedy_ids"], np.int32)
+    assert greedy.shape == (256,)
+    best = np.argmax(apply(params, greedy[None], config.model)[0], axis=-1)
+    assert best[:-1].tolist() == greedy[1:].tolist()
+    assert greedy[0] == read_object(tmp_path / "run" / run.IMPORTED)["config"]["bos_token_id"]
 
 
 # --- round trips ----------------------------------------------------------------------------------------
@@ -195,7 +193,7 @@ def test_other_dtypes_round_once(tmp_path, dtype, kind):
     m = tiny_model()
     params = random_params(m)
     write_params(tmp_path / WEIGHTS, params, m, dtype)
-    actual = read_params(tmp_path, m)
+    actual = read_params(tmp_path, m, m.plan)
     rounded = jax.tree.map(lambda leaf: leaf.astype(kind).astype(np.float32), params)
     assert_trees_close(actual, rounded, tolerance=0)
     params["blocks"]["ffn"]["up"][1, 2, 3] = -1e39 if dtype == "bfloat16" else -1e5
@@ -225,11 +223,11 @@ def test_shared_blocks_are_written_out_and_folded_back(tmp_path, sharing):
     flag = {"sharing": sharing["sharing"], "num_repeats": sharing.get("num_repeats", 1)}
     folded = {**to_dict(tiny_config())["model"], **model_fields(hf, **flag), "rope_base": m.rope_base}
     assert type(m)(**folded) == m
-    assert_trees_close(read_params(tmp_path, m), params, tolerance=0)
+    assert_trees_close(read_params(tmp_path, m, m.plan), params, tolerance=0)
     expanded = type(m)(**{**folded, **model_fields(hf), "rope_base": m.rope_base})
     assert (expanded.depth, expanded.sharing) == (m.effective_depth, "none")
     tokens_BT = np.arange(18, dtype=np.int32).reshape(2, 9)
-    actual = apply(read_params(tmp_path, expanded), tokens_BT, expanded)
+    actual = apply(read_params(tmp_path, expanded, expanded.plan), tokens_BT, expanded)
     np.testing.assert_allclose(actual, apply(params, tokens_BT, m), rtol=1e-5, atol=1e-5)
     if sharing["sharing"] == "none":
         return
@@ -240,7 +238,7 @@ def test_shared_blocks_are_written_out_and_folded_back(tmp_path, sharing):
     with pytest.raises(
         UserError, match=rf"{last} differs from model\.layers\.\d\.mlp\.down_proj.* are one block"
     ):
-        read_params(tmp_path, m)
+        read_params(tmp_path, m, m.plan)
 
 
 def test_the_official_options_share_embedding_and_layers(tmp_path):
@@ -281,7 +279,7 @@ def test_multipliers_go_into_the_weights(tmp_path, parameterization, tied):
     write_params(tmp_path / WEIGHTS, params, m, "float32")
     standard = tiny_model(**shape)
     tokens_BT = np.arange(18, dtype=np.int32).reshape(2, 9)
-    actual = apply(read_params(tmp_path, standard), tokens_BT, standard)
+    actual = apply(read_params(tmp_path, standard, standard.plan), tokens_BT, standard)
     expected = apply(params, tokens_BT, m)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
     assert np.abs(expected - apply(params, tokens_BT, standard)).max() > 0.1
@@ -515,19 +513,19 @@ def test_a_damaged_folder_is_refused(folder, tmp_path, damage, message):
 def test_what_follows_from_the_rest_may_be_there_twice(folder):
     """The head of a tied model, and frequencies, which old checkpoints have; if they agree."""
     m = tiny_model(rope_base=500.0)
-    expected = read_params(folder, m)
+    expected = read_params(folder, m, m.plan)
     tensors = read_tensors(folder)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = FREQUENCY.astype(ml_dtypes.bfloat16)
     safetensors.numpy.save_file(tensors, folder / WEIGHTS)
-    assert_trees_close(read_params(folder, m), expected, tolerance=0)
+    assert_trees_close(read_params(folder, m, m.plan), expected, tolerance=0)
     with pytest.raises(UserError, match=r"inv_freq disagrees with the rope_theta"):
-        read_params(folder, tiny_model(rope_base=400.0))
+        read_params(folder, tiny_model(rope_base=400.0), (0, 1))
 
 
 def test_an_untied_model_needs_its_head(folder):
     with pytest.raises(UserError, match=r"lm_head\.weight is missing; config\.json does not tie"):
-        read_params(folder, tiny_model(share_embedding=False))
+        read_params(folder, tiny_model(share_embedding=False), (0, 1))
 
 
 def test_models_that_are_no_llama_are_not_exported(tmp_path):
@@ -549,7 +547,7 @@ def test_directories_are_made_whole_and_never_written_over(folder, tmp_path):
         import_(folder, tmp_path / "run")
     with pytest.raises(UserError, match=r"--target=.*run: is there already"):
         huggingface.export_run(tmp_path / "run", tmp_path / "run", "float32")
-    with pytest.raises(UserError, match=r"--workdir=.*hf: there is no run here"):
+    with pytest.raises(UserError, match=r"hf/config\.json: not the config of a run"):
         huggingface.export_run(tmp_path / "hf", tmp_path / "out", "float32")
     with pytest.raises(UserError, match=r"--target=.*x: cannot write there \(Not a directory\)"):
         huggingface.export_run(tmp_path / "run", tmp_path / "hf" / "config.json" / "x", "float32")
