@@ -106,13 +106,13 @@ def _copy_tokenizer(folder: Path, vocab_size: int, workdir: Path) -> str | None:
     Raises:
       UserError: it cannot be read, or has ids that the model does not have.
     """
-    name = next((name for name in _SPECS if (folder / name).is_file()), None)
-    tokenizer = open_tokenizer(f"{_SPECS[name]}:{folder / name}") if name else None
+    specs = [f"{kind}:{folder / name}" for name, kind in _SPECS.items() if (folder / name).is_file()]
+    tokenizer = open_tokenizer(specs[0]) if specs else None
     if tokenizer is None:
         return None
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{folder / name}: has ids up to {tokenizer.vocab_size - 1}, and config.json says "
+            f"{specs[0]}: has ids up to {tokenizer.vocab_size - 1}, and config.json says "
             f"vocab_size={vocab_size}"
         )
     save_tokenizer(tokenizer, workdir / TOKENIZER)

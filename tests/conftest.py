@@ -65,6 +65,18 @@ SHARING = [
 ]
 FFN_KINDS = ["swiglu", "relu", "gelu"]
 
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the largest of the figures, {name: number}, that tests handed to `record_property`."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    figures: dict[str, list[float]] = {}
+    for report in reports:
+        for name, value in dict(report.user_properties).get("figures", {}).items():
+            figures.setdefault(name, []).append(value)
+    for name, values in figures.items():
+        terminalreporter.write_line(f"{name}: at most {max(values):.2g} in {len(values)} tests")
+
+
 init = jax.jit(model.init, static_argnums=1)
 apply = jax.jit(model.apply, static_argnums=2)
 loss_and_gradients = jax.jit(jax.value_and_grad(model.loss, has_aux=True), static_argnums=3)

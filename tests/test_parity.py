@@ -1,0 +1,171 @@
+"""Exported models in transformers, which shares no code with this project: logits, loss, gradients, text.
+
+Skipped without PyTorch and transformers: python -m pip install -e '.[hf]'.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import sentencepiece
+from conftest import (
+    SHARING,
+    apply,
+    loss_and_gradients,
+    random_batch,
+    random_params,
+    tiny_config,
+)
+
+from configs import base
+from mobilellm_jax import huggingface
+from mobilellm_jax.checkpoint import Checkpoints
+from mobilellm_jax.config import to_dict
+from mobilellm_jax.data import save_tokenizer
+from mobilellm_jax.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, train_bpe
+from mobilellm_jax.huggingface_weights import places
+from mobilellm_jax.run import TOKENIZER
+
+WITHOUT = "not installed: python -m pip install -e '.[hf]'"
+torch = pytest.importorskip("torch", reason=f"PyTorch is {WITHOUT}")
+transformers = pytest.importorskip("transformers", reason=f"transformers is {WITHOUT}")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+STORIES = Path(__file__).parents[2] / "shared/data/weights/stories260K"
+TEXT = "One day, Lily went  to the park.\n\tShe saw a big é 中 🙂!  "
+
+
+def random_shape(i):
+    """Returns fields of a model; every sharing strategy comes up as often."""
+    rng = np.random.default_rng(i)
+    kv_heads, groups, wide = rng.integers(1, 4, 3)
+    heads = int(kv_heads * groups)
+    return {
+        "vocab_size": int(rng.integers(20, 100)),
+        "depth": 2,
+        "width": heads * int(rng.integers(3, 9) * wide),
+        "num_heads": heads,
+        "num_kv_heads": int(kv_heads),
+        "head_dim": 2 * int(rng.integers(1, 17)),
+        "ffn_width": int(rng.integers(8, 100)),
+        "share_embedding": bool(rng.integers(2)),
+        "rope_base": float(rng.choice([100.0, 10_000.0, 500_000.0])),
+        "norm_epsilon": float(rng.choice([1e-6, 1e-5, 1e-2])),
+        **SHARING[i % len(SHARING)],
+    }
+
+
+def export(tmp_path, config, params, tokenizer=None):
+    """Writes a run and exports it; returns the folder."""
+    workdir, target = tmp_path / "run", tmp_path / "out"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(to_dict(config)))
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints.save(1, {"params": params}, None)
+    checkpoints.close()
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, workdir / TOKENIZER)
+    huggingface.export_run(workdir, target, "float32")
+    return target
+
+
+def load(folder, dtype="float32"):
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    assert type(loaded) is transformers.LlamaForCausalLM
+    return loaded
+
+
+def error(actual, expected):
+    """Returns the largest error, relative to the largest entry."""
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def random_run(i, **overrides):
+    """Returns the config and the parameters of a shape; larger weights would turn rounding into chaos."""
+    config = tiny_config(
+        **{f"model.{name}": value for name, value in {**random_shape(i), **overrides}.items()}
+    )
+    scale = min(1.0, 4 / config.model.width**0.5)
+    params = random_params(config.model)
+    params["blocks"] = jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 2 else leaf, params["blocks"])
+    return config, params
+
+
+@pytest.mark.parametrize("i", range(20))
+def test_logits_loss_and_gradients_equal_transformers(tmp_path, i, record_property):
+    config, params = random_run(i)
+    m, theirs = config.model, load(export(tmp_path, config, params))
+    assert theirs.config.num_hidden_layers == m.effective_depth
+    tokens_BT, targets_BT = random_batch(m)
+    logits_BTV = theirs(torch.tensor(tokens_BT).long()).logits
+    nats = torch.nn.functional.cross_entropy(
+        logits_BTV.flatten(0, 1), torch.tensor(targets_BT).long().ravel(), ignore_index=-1, reduction="sum"
+    )
+    nats.backward()
+    expected = jax.tree.map(np.zeros_like, params)
+    gradients = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
+    for name, place in places(m, m.plan).items():  # a shared block gets the sum over its copies
+        leaf, gradient = place.leaf(expected), gradients.pop(name)
+        leaf += (gradient if place.block is None else gradient.T).reshape(leaf.shape)
+    assert not gradients
+    (ours, _), actual = loss_and_gradients(params, tokens_BT, targets_BT, m)
+    errors = {
+        "logits": error(apply(params, tokens_BT, m), logits_BTV.detach().numpy()),
+        "loss": abs(float(ours) / nats.item() - 1),
+        "gradients": max(jax.tree.leaves(jax.tree.map(error, actual, expected))),
+    }
+    record_property("figures", {f"transformers, float32, {name}": e for name, e in errors.items()})
+    assert max(errors.values()) < 1e-4, errors
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_bfloat16_is_no_further_from_float32_than_theirs(tmp_path, i, record_property):
+    config, params = random_run(i)
+    params = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16).astype(np.float32), params)
+    tokens_BT, _ = random_batch(config.model)
+    with torch.no_grad():
+        theirs = load(export(tmp_path, config, params), "bfloat16")(torch.tensor(tokens_BT).long()).logits
+    ours = apply(params, tokens_BT, random_run(i, compute_dtype="bfloat16")[0].model)
+    exact = apply(params, tokens_BT, config.model)
+    errors = {"ours": error(ours, exact), "theirs": error(theirs.float().numpy(), exact)}
+    record_property("figures", {f"bfloat16, logits, {name}": e for name, e in errors.items()})
+    assert 0 < np.std(ours - exact) < 1.5 * np.std(theirs.float().numpy() - exact)
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES} is not there")
+def test_transformers_tells_the_same_story_after_a_round_trip(tmp_path):
+    huggingface.import_run(STORIES, tmp_path / "run", base.get_config())
+    huggingface.export_run(tmp_path / "run", tmp_path / "out", "float32")
+    greedy = json.loads((STORIES / "reference.json").read_text())["greedy_ids"]
+    with torch.no_grad():
+        logits_TV = load(tmp_path / "out")(torch.tensor([greedy])).logits[0]
+    assert logits_TV.argmax(-1).tolist()[:-1] == greedy[1:]
+
+
+def bpe(tmp_path):
+    return train_bpe("bpe:300", [TEXT] * 3)
+
+
+def sentencepieces(tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(["some words and more words", "a park and a day"] * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "sp"), vocab_size=300, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    return SentencePieceTokenizer("sentencepiece:sp.model", (tmp_path / "sp.model").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "make", [bpe, sentencepieces, lambda _: BytesTokenizer()], ids=["bpe", "sentencepiece", "bytes"]
+)
+def test_the_tokenizer_makes_the_same_ids(tmp_path, make):
+    tokenizer = make(tmp_path)
+    config = tiny_config(**{"model.vocab_size": 300})
+    folder = export(tmp_path, config, random_params(config.model), tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in (TEXT, "  " + TEXT, "a", ""):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode_batch([text])[0]
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
