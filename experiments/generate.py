@@ -35,7 +35,7 @@ _TEMPERATURE = flags.DEFINE_float(
 )
 _TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that together have this probability")
-_SEED = flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
 _CONTEXT = flags.DEFINE_integer("context", None, "longest prompt and text; else the length of a training row")
 _PRINT_IDS = flags.DEFINE_bool("print_ids", False, "print ids, those of the prompt included, and no text")
 
@@ -79,8 +79,10 @@ def _encode(texts: Sequence[str], tokenizer: data.Tokenizer | None) -> list[list
         hint = f"; --prompt_ids={begin} begins a document" if begin is not None else ""
         raise UserError(f"--prompt: is empty{hint}")
     for text in texts:
-        if not text.isprintable() and "\udc80" <= max(text) <= "\udfff":  # bytes that the shell passed on
-            raise UserError(f"--prompt: {text!r} is not UTF-8")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # bytes that the shell passed on
+            raise UserError(f"--prompt: {text!r} is not UTF-8") from None
     before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return [before + ids for ids in tokenizer.encode_batch(list(texts))]
 

@@ -74,12 +74,10 @@ def test_the_cache_has_an_entry_for_every_layer_applied():
 
 def test_a_step_of_decoding_copies_no_cache():
     m = tiny_model(sharing="immediate", num_repeats=8)
-    params = random_params(m)
-    cache = jax.eval_shape(lambda: model.empty_cache(jnp.zeros(2, int), 256, m))
-    tokens_B, keys_B = (jax.eval_shape(f) for f in (lambda: jnp.zeros(2, int), lambda: _keys(2)))
-    step = jax.jit(generate.decode, static_argnums=(2, 3), donate_argnums=1)
-    compiled = step.lower(params, generate.State(cache, tokens_B, keys_B), m, GREEDY).compile()
-    size, memory = 2 * cache.keys.size * 4, compiled.memory_analysis()
+    generator = Generator(random_params(m), m, GREEDY, context=256)
+    generator.start([[1] * 100, [2]], 100, None, 0)
+    ((_, step),) = generator._programs.values()
+    memory, size = step.memory_analysis(), 4 * 2 * m.effective_depth * 2 * 256 * 2 * 10
     assert memory.alias_size_in_bytes >= size  # updated where it stands
     assert memory.temp_size_in_bytes < size / 4
 

@@ -249,6 +249,7 @@ def test_killed_or_interrupted_and_resumed_is_bit_for_bit_the_same(tmp_path, cor
     assert "Traceback" not in stderr
     assert "resuming after step" in resume(killed).stdout
     assert "resuming after step" in resume(stopped).stdout
+    assert run.open_tokenizer(straight).spec == corpus["data.tokenizer"]
     step, state, lines = contents(straight)
     assert step == 40
     for other in (killed, stopped):
