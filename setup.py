@@ -26,6 +26,7 @@ setup(
         "jaxtyping>=0.3.4",
         "matplotlib>=3.10",
         "ml_collections>=1.1",
+        "ml_dtypes>=0.5",
         "numpy>=2.1",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.1",

@@ -16,7 +16,7 @@ import tokenizers
 from ml_collections import ConfigDict
 
 from mobilellm_jax import run
-from mobilellm_jax.checkpoint import Checkpoints
+from mobilellm_jax.checkpoint import save_params
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.data.tokenizers import (
     CARD_FILE,
@@ -66,9 +66,7 @@ def import_run(
         # The official MobileLLM keeps one layer for each block; everybody else one for each layer applied.
         layers = tuple(range(config.model.depth)) if hf.get("layer_sharing") else config.model.plan
         params = read_params(folder, config.model, layers)
-        checkpoints = Checkpoints(directory / "checkpoints")
-        checkpoints.save(0, {"params": params}, None)
-        checkpoints.close()
+        save_params(directory / "checkpoints" / "0", params)
         _write_json(directory / IMPORTED, {"source": folder.name, "config": hf})
         _write_json(directory / "config.json", to_dict(config))
     return config
