@@ -58,7 +58,7 @@ _RUN = {
     "train.eval_every": 4,
     "train.eval_rows": 64,
     "train.eval_batch_size": 8,
-    "train.checkpoint_every": 6,
+    "train.checkpoint_every": 10,
     "train.log_every": 1,
 }
 _START_SHARE = 0.15  # of the kills come before the first step
