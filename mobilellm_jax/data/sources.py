@@ -194,10 +194,8 @@ def _decode(path: str, data: bytes, offset: int) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        at = offset + error.start
-        raise UserError(
-            f"{path}: not UTF-8 at byte {at} (0x{data[error.start]:02x}); expected UTF-8 text"
-        ) from None
+        at, byte = offset + error.start, data[error.start]
+        raise UserError(f"{path}: not UTF-8 at byte {at} (0x{byte:02x}); expected UTF-8 text") from None
 
 
 def _read_text_file(path: str, on_read: OnRead, *, text_field: str) -> Iterator[Document]:
