@@ -260,7 +260,8 @@ def _hash_files(path: Path) -> dict[str, str]:
 def _reason(error: Exception) -> str:
     """Returns what the operating system said, if anything; tensorstore hides it in a long sentence."""
     hidden = re.search(r"os_error_code='(\d+)'", str(error))
-    number = error.errno if isinstance(error, OSError) else hidden and int(hidden[1])
+    cause = error.__context__ if isinstance(error, UserError) else error  # of `write_atomically`
+    number = cause.errno if isinstance(cause, OSError) else hidden and int(hidden[1])
     return os.strerror(number) if number else f"{type(error).__name__}: {error}".partition("\n")[0]
 
 

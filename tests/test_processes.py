@@ -168,7 +168,7 @@ def test_four_sweeps_share_the_points_and_take_over_from_one_that_is_killed(stud
         seen = ""
         for line in started[0].stdout:
             seen += line
-            if "step 20/60" in line:
+            if "step 40/60" in line:  # when step 20 was saved, the save of step 10 was complete
                 break
         started[0].kill()
         others = ends(started[1:])
