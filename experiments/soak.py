@@ -148,7 +148,8 @@ class Run:
                 lines.append(line)
                 if line.startswith("step "):
                     break
-            time.sleep(wait_s)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(wait_s)
             process.kill()
             lines += process.stdout.read().splitlines()
         if (self.workdir / "record.json").exists():
