@@ -144,9 +144,12 @@ class Run:
         lines = []
         with self.process() as process:
             assert process.stdout is not None
-            while not in_start and not (lines and lines[-1].startswith("step ")):
-                lines.append(process.stdout.readline())
-            time.sleep(wait_s)
+            while not in_start and (line := process.stdout.readline()):  # none where all steps are done
+                lines.append(line)
+                if line.startswith("step "):
+                    break
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(wait_s)
             process.kill()
             lines += process.stdout.read().splitlines()
         if (self.workdir / "record.json").exists():
