@@ -151,8 +151,8 @@ def test_loss_gradients_and_initial_parameters_of_several_processes(count, meshe
             ]:
                 for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
                     name = jax.tree_util.keystr(path, simple=True, separator="/")
-                    actual, scale = found[f"{m.sharing} {text} {kind}/{name}"], np.abs(leaf).max()
-                    np.testing.assert_allclose(actual / scale, leaf / scale, rtol=0, atol=tolerance)
+                    actual, atol = found[f"{m.sharing} {text} {kind}/{name}"], tolerance * np.abs(leaf).max()
+                    np.testing.assert_allclose(actual, leaf, rtol=0, atol=atol, err_msg=f"{text} {name}")
 
 
 @pytest.mark.slow
