@@ -2,7 +2,8 @@
 
   python -m experiments.sweep --config=configs/paper.py:tiny
 
-About 45 minutes on 2 CPU cores, resumable. `get_config` has the fields that all studies have.
+Some 430 short runs; an interrupted sweep goes on where it stopped. `get_config` has the fields that all
+studies have.
 """
 
 from ml_collections import ConfigDict

@@ -74,9 +74,11 @@ def run_all(commands: list[list[str]]) -> list[tuple[int, str, str]]:
         return ends(started)
 
 
-def assert_same_records(actual: Path, expected: Path) -> None:
+def assert_same_records(actual: Path, expected: Path, pattern: str = "*.json") -> None:
     """All but where, when and how fast; losses within rounding."""
-    for path in sorted(expected.rglob("*.json")):
+    paths = sorted(expected.rglob(pattern))
+    assert paths
+    for path in paths:
         one, two = results.read(path), results.read(actual / path.relative_to(expected))
         for name in ("point", "seed", "status", "steps", "tokens_seen", "layer_plan", "parameters", "data"):
             assert getattr(one, name) == getattr(two, name), name
@@ -104,24 +106,24 @@ def test_a_sweep_of_two_processes_leaves_the_records_of_one(study, tmp_path, cap
 def test_a_signal_to_one_stops_all_after_the_same_step_and_the_same_command_goes_on(study, tmp_path):
     run = ["experiments.train", f"--config={study}", "--config.train.checkpoint_every=100000"]
     run += ["--config.train.log_every=1", "--config.train.steps=300", "--config.train.eval_every=300"]
-    with running([["-m", *run, f"--workdir={tmp_path}/one"]]) as started:
+    with running([["-m", *run, f"--workdir={tmp_path}/one/run"]]) as started:
         ((status, _, errors),) = ends(started)
     assert status == 0, errors
-    with running(on_every_process(2, *run, f"--workdir={tmp_path}/two")) as started:
+    with running(on_every_process(2, *run, f"--workdir={tmp_path}/two/run")) as started:
         for line in started[0].stdout:
             if line.startswith("step 20/"):
                 started[1].send_signal(signal.SIGTERM)
                 break
         first, second = ends(started)
     assert first[0] == second[0] == 75, first[2] + second[2]
-    (step,) = [int(path.name) for path in (tmp_path / "two/checkpoints").iterdir()]
+    (step,) = [int(path.name) for path in (tmp_path / "two/run/checkpoints").iterdir()]
     assert f"stopped by another process after step {step}; a checkpoint was saved" in first[2]
     assert f"stopped by SIGTERM after step {step}; a checkpoint was saved" in second[2]
-    first, second = run_all(on_every_process(2, *run, f"--workdir={tmp_path}/two"))
+    first, second = run_all(on_every_process(2, *run, f"--workdir={tmp_path}/two/run"))
     assert first[0] == second[0] == 0, first[2] + second[2]
     assert f"resuming after step {step}" in first[1]
     assert second[1] == ""
-    assert_same_records(tmp_path / "two", tmp_path / "one")
+    assert_same_records(tmp_path / "two", tmp_path / "one", "record.json")
 
 
 @pytest.mark.slow
