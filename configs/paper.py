@@ -2,7 +2,7 @@
 
   python -m experiments.sweep --config=configs/paper.py:tiny
 
-Some 430 short runs; an interrupted sweep goes on where it stopped. `get_config` has the fields that all
+Some 480 short runs; an interrupted sweep goes on where it stopped. `get_config` has the fields that all
 studies have.
 """
 
