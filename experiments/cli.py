@@ -134,6 +134,21 @@ def run(main: Callable[[], int], default_config: str = "") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second error at exit
 
 
+def run_on_records(show: Callable[[str], None], folders: str) -> None:
+    """Runs a command whose one flag is --workdir, where records are: `show` gets its value.
+
+    The flag is defined here and not on import: other commands import what shows records, and have a --workdir
+    of their own.
+    """
+    workdir = flags.DEFINE_string("workdir", "experiments", f"directory of {folders}")
+
+    def main() -> int:
+        show(workdir.value)
+        return 0
+
+    run(main)
+
+
 def _complain(message: str, status: int) -> int:
     print(message, file=sys.stderr)
     return status

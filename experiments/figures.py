@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -347,13 +346,5 @@ def redraw(workdir: str | Path) -> None:
         raise UserError("\n".join(refused))
 
 
-def main() -> int:
-    """Draws what is in --workdir, and returns the exit status."""
-    redraw(flags.FLAGS.workdir)
-    return 0
-
-
 if __name__ == "__main__":
-    # Defined here and not on import: commands that import `figures` define --workdir themselves.
-    flags.DEFINE_string("workdir", "experiments", "directory of results/ and figures/")
-    cli.run(main)
+    cli.run_on_records(redraw, "results/ and figures/")

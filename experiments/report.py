@@ -22,8 +22,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
-
 from experiments import beside_paper, claims, cli, drawing, figures, gallery, tables
 from experiments.figures import Image
 from mobilellm_jax.errors import UserError
@@ -303,13 +301,5 @@ def redraw(workdir: str | Path) -> None:
         raise UserError("\n".join(refused))
 
 
-def main() -> int:
-    """Reports what is in --workdir, and returns the exit status."""
-    redraw(flags.FLAGS.workdir)
-    return 0
-
-
 if __name__ == "__main__":
-    # Defined here and not on import: commands that import `report` define --workdir themselves.
-    flags.DEFINE_string("workdir", "experiments", "directory of results/, reports/ and figures/")
-    cli.run(main)
+    cli.run_on_records(redraw, "results/, reports/ and figures/")

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -18,7 +17,6 @@ from experiments.leases import Leases
 from experiments.points import Point
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.run import enable_compilation_cache
-from mobilellm_jax.signals import preempt
 
 _POLL_S = 2.0  # between two looks for a point that no other sweep holds
 _TAKEN = 3  # exit status of a process whose point another sweep took first
@@ -47,40 +45,37 @@ def in_processes(
     cores = sorted(os.sched_getaffinity(0))
     free = [cores[i::jobs] or cores for i in range(jobs)]
     leases, waiting, running, broken, wait = leases_of(workdir), list(points), {}, [], Wait()
-    with _interrupted_by_sigterm():
-        try:
-            while waiting or running:
-                while free and (point := _first_free(waiting, leases)):
-                    waiting.remove(point)
-                    if not missing(point, workdir):  # another sweep has done it
-                        continue
-                    mine = free.pop(0)
-                    process = context.Process(
-                        target=_child, args=(do_point, point, workdir, mine), daemon=True
-                    )
-                    with _without_sigint():
-                        process.start()
-                    running[process.sentinel] = process, point, mine
-                if waiting and not running:
-                    wait(leases)
-                poll_s = _POLL_S if waiting and free else None
-                for sentinel in multiprocessing.connection.wait(list(running), poll_s) if running else ():
-                    process, point, mine = running.pop(sentinel)
-                    process.join()
-                    free.append(mine)
-                    if process.exitcode == _TAKEN:
-                        waiting.append(point)
-                        continue
-                    if process.exitcode:
-                        broken.append(f"{point.name} (status {process.exitcode})")
-                    left = f"{len(points) - len(waiting) - len(running)} of {len(points)} points done"
-                    say(point.name, left)
-        except BaseException:
-            for process, _, _ in running.values():
-                process.terminate()  # the run in it saves a checkpoint
-            for process, _, _ in running.values():
+    try:
+        while waiting or running:
+            while free and (point := _first_free(waiting, leases)):
+                waiting.remove(point)
+                if not missing(point, workdir):  # another sweep has done it
+                    continue
+                mine = free.pop(0)
+                process = context.Process(target=_child, args=(do_point, point, workdir, mine), daemon=True)
+                with _without_sigint():
+                    process.start()
+                running[process.sentinel] = process, point, mine
+            if waiting and not running:
+                wait(leases)
+            poll_s = _POLL_S if waiting and free else None
+            for sentinel in multiprocessing.connection.wait(list(running), poll_s) if running else ():
+                process, point, mine = running.pop(sentinel)
                 process.join()
-            raise
+                free.append(mine)
+                if process.exitcode == _TAKEN:
+                    waiting.append(point)
+                    continue
+                if process.exitcode:
+                    broken.append(f"{point.name} (status {process.exitcode})")
+                left = f"{len(points) - len(waiting) - len(running)} of {len(points)} points done"
+                say(point.name, left)
+    except BaseException:
+        for process, _, _ in running.values():
+            process.terminate()  # the run in it saves a checkpoint
+        for process, _, _ in running.values():
+            process.join()
+        raise
     if not broken:
         return []
     return [
@@ -140,12 +135,3 @@ def _without_sigint() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-@contextlib.contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    previous: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, preempt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

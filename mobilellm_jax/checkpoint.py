@@ -107,16 +107,12 @@ class Checkpoints:
                 self._retain()
 
     def _newest_intact(self) -> int | None:
-        steps, damage = sorted(self._steps(), reverse=True), []
-        for step in steps:
-            path = self._path(step)
-            problem = processes.of_first(lambda path=path: find_damage(path))
-            if problem is None:
-                return step
-            damage.append(problem)
-            absl_logging.warning("the checkpoint of step %d will not be used: %s", step, problem)
+        newest, damage = newest_intact(self._directory)
+        if newest is not None or not damage:
+            return newest
         # A kill cuts one save short, and that is the newest: alone, it is a run killed in its first save.
-        if damage and (len(steps) > 1 or (self._path(steps[0]) / MANIFEST).exists()):
+        steps = self._steps()
+        if len(steps) > 1 or (self._path(steps[0]) / MANIFEST).exists():
             raise UserError(
                 f"{self._directory}: no checkpoint is intact ({'; '.join(damage)}); "
                 "delete the directory to train from the start"
@@ -138,7 +134,7 @@ class Checkpoints:
         shutil.rmtree(self._path(step))
 
     def _steps(self) -> list[int]:
-        return [int(path.name) for path in self._directory.glob("*") if path.name.isdecimal()]
+        return _steps(self._directory)
 
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
@@ -155,6 +151,26 @@ class Checkpoints:
             ) from error
 
 
+def newest_intact(directory: Path) -> tuple[int | None, list[str]]:
+    """Returns the newest step in `directory` that is as it was written, and what is wrong with later ones.
+
+    The step is None where there is no such one. In a run over several processes all of them call this.
+    """
+    damage = []
+    for step in sorted(_steps(directory), reverse=True):
+        path = directory / str(step)
+        problem = processes.of_first(lambda path=path: find_damage(path))
+        if problem is None:
+            return step, damage
+        damage.append(problem)
+        absl_logging.warning("the checkpoint of step %d will not be used: %s", step, problem)
+    return None, damage
+
+
+def _steps(directory: Path) -> list[int]:
+    return [int(path.name) for path in directory.glob("*") if path.name.isdecimal()]
+
+
 def load_params(directory: Path, like: Any) -> Any:
     """Returns the parameters of the newest intact checkpoint, in NumPy; nothing in `directory` is changed.
 
@@ -165,26 +181,20 @@ def load_params(directory: Path, like: Any) -> Any:
     Raises:
       UserError: there is no checkpoint, all of them are damaged, or they are of another shape.
     """
-    steps = sorted((int(p.name) for p in directory.glob("*") if p.name.isdecimal()), reverse=True)
-    damage = []
-    for step in steps:
-        path = directory.absolute() / str(step)
-        problem = find_damage(path)
-        if problem is not None:
-            damage.append(problem)
-            absl_logging.warning("the checkpoint of step %d will not be used: %s", step, problem)
-            continue
-        if (path / PARAMS).exists():
-            return _read_params(path, like)
-        handler = ocp.PyTreeCheckpointHandler()
-        there = handler.metadata(epath.Path(path)).tree["params"]
-        _check_same_shapes(path, _shapes(there), _shapes(like))
-        numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
-        args = ocp.args.PyTreeRestore({"params": like}, {"params": numpy}, partial_restore=True)
-        with ocp.Checkpointer(handler) as checkpointer:
-            return checkpointer.restore(path, args=args)["params"]
-    why = f"no checkpoint is intact ({'; '.join(damage)})" if damage else "there is no checkpoint"
-    raise UserError(f"{directory}: {why}")
+    step, damage = newest_intact(directory)
+    if step is None:
+        why = f"no checkpoint is intact ({'; '.join(damage)})" if damage else "there is no checkpoint"
+        raise UserError(f"{directory}: {why}")
+    path = directory.absolute() / str(step)
+    if (path / PARAMS).exists():
+        return _read_params(path, like)
+    handler = ocp.PyTreeCheckpointHandler()
+    there = handler.metadata(epath.Path(path)).tree["params"]
+    _check_same_shapes(path, _shapes(there), _shapes(like))
+    numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+    args = ocp.args.PyTreeRestore({"params": like}, {"params": numpy}, partial_restore=True)
+    with ocp.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(path, args=args)["params"]
 
 
 def save_params(path: Path, params: Any) -> None:

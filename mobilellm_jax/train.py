@@ -279,10 +279,8 @@ def train(
     status, error, step = "finished", None, start
     pending: tuple[int, dict[str, Array]] | None = None  # metrics that the device may still be computing
     try:
-        with (
-            noted_signals() as signals,
-            contextlib.closing(checkpoints),
-        ):  # a signal still waits for the last save
+        # In this order, so that a signal still waits for the last save.
+        with noted_signals() as signals, contextlib.closing(checkpoints):
             for step in range(start + 1, t.steps + 1):
                 vote = stops.cast(bool(signals))  # before the step, so that it is counted when that is done
                 rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(batches))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import SHARING, init, loss_and_gradients, random_batch, random_params, tiny_model
-from test_sweep import STUDY
+from test_sweep import write_study
 
 from experiments import launch, sweep
 from experiments.points import points_of
@@ -27,12 +27,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": ".", "JAX_NUM_CPU_DEVICES": "1"}
 
 @pytest.fixture
 def study(tmp_path):
-    """The study of test_sweep.py: 2 points and 2 seeds on a corpus of 40 documents."""
-    for i in range(40):
-        (tmp_path / f"{i}.txt").write_text(f"document {i} " * 10)
-    path = tmp_path / "mini.py"
-    path.write_text(STUDY.replace("CORPUS", str(tmp_path)).replace("GRID", "()"))
-    return path
+    return write_study(tmp_path)
 
 
 def free_port() -> int:

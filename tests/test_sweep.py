@@ -48,14 +48,18 @@ def sweep(preset):
 """
 
 
+def write_study(folder):
+    """Returns a study of 2 points and 2 seeds on a corpus of 40 documents; the learning rate is not tuned."""
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(f"document {i} " * 10)
+    path = folder / "mini.py"
+    path.write_text(STUDY.replace("CORPUS", str(folder)).replace("GRID", "()"))
+    return path
+
+
 @pytest.fixture
 def study(tmp_path):
-    """A study of 2 points and 2 seeds on a corpus of 40 documents; the learning rate is not tuned."""
-    for i in range(40):
-        (tmp_path / f"{i}.txt").write_text(f"document {i} " * 10)
-    path = tmp_path / "mini.py"
-    path.write_text(STUDY.replace("CORPUS", str(tmp_path)).replace("GRID", "()"))
-    return path
+    return write_study(tmp_path)
 
 
 @pytest.fixture
