@@ -1,1 +1,1 @@
-"""The parts of `experiments.bench`: each module has a `measure(quick)` that returns the lines of its table."""
+"""The parts of `experiments.bench`: each has a `measure(quick)` that returns the lines of its table."""
