@@ -18,6 +18,7 @@ from conftest import (
 )
 
 from mobilellm_jax import model
+from mobilellm_jax.cross_entropy import cross_entropy
 
 
 def numpy_cross_entropy(x_BTD, head_VD, targets_BT):
@@ -53,9 +54,9 @@ def test_equals_numpy(chunk):
     @jax.jit
     def both(x_BTD, head_VD):
         def scaled(x_BTD, head_VD):  # the incoming gradient is not always 1
-            return 2.5 * model.cross_entropy(x_BTD, head_VD, targets_BT, chunk)
+            return 2.5 * cross_entropy(x_BTD, head_VD, targets_BT, chunk)
 
-        plain = model.cross_entropy(x_BTD, head_VD, targets_BT, chunk)
+        plain = cross_entropy(x_BTD, head_VD, targets_BT, chunk)
         return plain, *jax.value_and_grad(scaled, argnums=(0, 1))(x_BTD, head_VD)
 
     plain, scaled, (dx_BTD, dhead_VD) = both(x_BTD, head_VD)
@@ -87,7 +88,7 @@ def test_gradients_equal_those_of_the_plain_loss(share_embedding):
 def test_bfloat16_gradients_are_close():
     """The gradient of the head adds up over chunks in float32; rounded at each chunk, it would drift."""
     x_BTD, head_VD, targets_BT = random_inputs(300, jnp.bfloat16)
-    dx_BTD, dhead_VD = jax.jit(jax.grad(model.cross_entropy, (0, 1)), static_argnums=3)(
+    dx_BTD, dhead_VD = jax.jit(jax.grad(cross_entropy, (0, 1)), static_argnums=3)(
         x_BTD, head_VD, targets_BT, 1
     )
     assert (dx_BTD.dtype, dhead_VD.dtype) == (jnp.bfloat16, jnp.float32)
@@ -138,7 +139,7 @@ def test_full_logits_never_exist():
 def _memory(length, chunk):
     """Returns the temporary bytes of the compiled gradient for 2 rows of a vocabulary of 4,096."""
     arrays = [((2, length, 8), jnp.float32), ((4096, 8), jnp.float32), ((2, length), jnp.int32)]
-    gradient = jax.jit(jax.value_and_grad(model.cross_entropy, (0, 1)), static_argnums=3)
+    gradient = jax.jit(jax.value_and_grad(cross_entropy, (0, 1)), static_argnums=3)
     compiled = gradient.lower(*(jax.ShapeDtypeStruct(*array) for array in arrays), chunk).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
