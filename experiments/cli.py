@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mobilellm_jax import signals
 from mobilellm_jax.errors import Preempted, UserError, did_you_mean
+from mobilellm_jax.malloc import keep_freed_memory
 
 RESUME_ME = os.EX_TEMPFAIL
 
@@ -115,6 +116,7 @@ def run(main: Callable[[], int], default_config: str = "") -> None:
     A command with a `default_config` gets `--config` and `--config.<field>=<value>`. Errors that a person
     can mend, and interruptions, become one line on stderr.
     """
+    keep_freed_memory()
     logging.set_verbosity(logging.WARNING)  # orbax tells of every save at INFO
     signal.signal(signal.SIGTERM, signals.preempt)  # the training loop has one that saves first
     try:

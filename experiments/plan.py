@@ -121,7 +121,7 @@ def make_plan(config: Config, mesh: AbstractMesh) -> Plan:
     return Plan(
         tokens=tokens,
         model_flops=tokens * accounting.train_flops_per_token(config.model, length),
-        executed_flops=tokens * 3 * accounting.executed_flops_per_token(config.model, length),
+        executed_flops=tokens * accounting.executed_train_flops_per_token(config.model, length),
         rows=rows,
         parameter_bytes=parameters,
         optimizer_bytes=_device_bytes(state.opt_state),
@@ -168,7 +168,7 @@ def table(plan: Plan, devices: int) -> str:
     rows = [
         ("tokens per step", f"{plan.tokens:,}"),
         ("FLOPs per step, of the model", f"{plan.model_flops:.4g}"),
-        ("FLOPs per step, with all keys of attention", f"{plan.executed_flops:.4g}"),
+        ("FLOPs per step, with masked and repeated attention", f"{plan.executed_flops:.4g}"),
         ("for each device", ""),
         ("  FLOPs per step", f"{plan.model_flops / devices:.4g}"),
         ("  rows of a micro-batch", f"{plan.rows:,}"),

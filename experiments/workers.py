@@ -16,6 +16,7 @@ import jax
 from experiments.leases import Leases
 from experiments.points import Point
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.malloc import keep_freed_memory
 from mobilellm_jax.run import enable_compilation_cache
 
 _POLL_S = 2.0  # between two looks for a point that no other sweep holds
@@ -89,6 +90,7 @@ def _child(
 ) -> None:
     """What the process of a point does."""
     os.sched_setaffinity(0, cores)  # before jax starts its threads
+    keep_freed_memory()
     enable_compilation_cache()
     leases = leases_of(workdir)
     if not leases.take([point.name]):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+from mobilellm_jax.attention import mean_keys
 from mobilellm_jax.config import ModelConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -71,13 +72,21 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def executed_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Returns what the forward pass computes: `forward_flops_per_token` with attention over all keys.
+    """Returns what the forward pass computes: `forward_flops_per_token` with the keys that are masked.
 
-    `model.Attention` multiplies every query with all `length` keys, and masks half of the products then.
-    By XLA's own count, the compiled program takes 0.4 to 0.6 % more, and a training step without remat 0.8
-    to 1.4 % more than three times this (384 wide, 64 tokens): what `forward_flops_per_token` leaves out.
+    `attention.py` multiplies a chunk of queries with all keys up to the last of them. By XLA's own count, the
+    compiled program takes 0.4 to 0.6 % more (384 wide, 64 tokens): what `forward_flops_per_token` leaves out.
     """
-    return _forward_flops(config, keys=float(length))
+    return _forward_flops(config, keys=mean_keys(length))
+
+
+def executed_train_flops_per_token(config: ModelConfig, length: int) -> float:
+    """Returns what a training step computes, without what `remat` recomputes.
+
+    That is three times the forward pass, and once more the scores of attention, which are never kept.
+    """
+    scores = 2 * config.num_heads * config.head_dim * mean_keys(length)
+    return 3 * executed_flops_per_token(config, length) + config.effective_depth * scores
 
 
 def _forward_flops(config: ModelConfig, keys: float) -> float:
@@ -128,10 +137,11 @@ def kept_activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
     By the `remat` policy:
       full: the layer's input.
       dots: its input, and the matrix products with weights that the backward pass needs: queries, keys,
-        values, the output of attention, and what enters the activation function of the feed-forward layer.
+        values, the output of attention before and after its matrix, and what enters the activation function
+        of the feed-forward layer. Beside them a logarithm for each head, in float32.
       none: everything that differentiation asks for. Norms (6 D and 4 numbers), rotated queries and keys,
-        and the attention weights (twice N T, and 2 N) are float32, the rest is of the compute dtype.
-    These are the residuals that JAX saves, to the byte.
+        and the logarithms of attention (N) are float32, the rest is of the compute dtype.
+    These are the residuals that JAX saves, to the byte. The weights of attention are not among them.
     """
     c = _BYTES[config.compute_dtype]
     D, N, K, F = config.width, config.num_heads, config.num_kv_heads, config.ffn_width
@@ -139,9 +149,9 @@ def kept_activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
     if config.remat == "full":
         return rows * length * c * D
     if config.remat == "dots":
-        return rows * length * c * (2 * D + (N + 2 * K) * H + (2 if two_inputs else 1) * F)
+        return rows * length * (c * (2 * D + 2 * (N + K) * H + (2 if two_inputs else 1) * F) + 4 * N)
     norms = 4 * (6 * D + 4) + c * 2 * D
-    attention = (4 + c) * (N + K) * H + 4 * (2 * N * length + 2 * N)
+    attention = (4 + c) * (N + K) * H + 4 * N
     ffn = (1 + c) * F if config.ffn_kind == "relu" else 6 * c * F  # the sign of ReLU is one byte
     return rows * length * (norms + attention + ffn) + 4 * 2 * D  # and the gains of two norms
 
@@ -150,19 +160,21 @@ def activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
     """Returns about the largest memory that activations take in a training step on `rows` rows of `length`.
 
     That is what the layers and the final norm keep for the backward pass, and the larger of what is there
-    for a moment only: all that the layer at work needs, which is copied from the stack or recomputed, or the
-    logits, softmax and gradient of one `loss_chunk`. `rows` is one micro-batch over all devices.
+    for a moment only: all that the layer at work needs, which is copied from the stack or recomputed, and the
+    weights of its attention with their gradient; or the logits of one `loss_chunk` with their gradient.
+    `rows` is one micro-batch over all devices.
 
     Of the memory that XLA on a CPU sets aside for the gradients of five float32 models (48 to 128 wide, 2 to
-    8 layers), this is 96 to 102 % without remat and 78 to 109 % with it. Left out: the gradients (see
-    `optimizer_bytes`), the workspace of single operations, `scan_unroll` above 1, and fused attention, which
-    keeps no weights. XLA on a CPU also computes most of bfloat16 in float32, which this does not count.
+    8 layers, 128 and 512 tokens), this is 100 to 111 % without remat and 92 to 119 % with it. Left out: the
+    gradients (see `optimizer_bytes`), the workspace of single operations, and `scan_unroll` above 1. XLA on a
+    CPU also computes most of bfloat16 in float32, which this does not count.
     """
     c = _BYTES[config.compute_dtype]
     layers = config.effective_depth * kept_activation_bytes(config, length, rows)
     final_norm = rows * length * (4 * (3 * config.width + 2) + c * config.width)
     at_work = kept_activation_bytes(dataclasses.replace(config, remat="none"), length, rows)
-    loss_chunk = rows * min(config.loss_chunk, length) * config.vocab_size * (4 + 4 + c)
+    at_work += int(rows * config.num_heads * length * mean_keys(length)) * (4 + c)
+    loss_chunk = rows * min(config.loss_chunk, length) * config.vocab_size * (4 + c)
     return layers + final_norm + max(at_work, loss_chunk)
 
 

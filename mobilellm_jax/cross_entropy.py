@@ -48,7 +48,7 @@ def _scan(
     vocabulary_11V = jnp.arange(head_VD.shape[0])[None, None, :]
 
     def step(carry: Any, start: Int[Array, ""]) -> tuple[Any, None]:
-        nats, dx_BTD, dhead_VD = carry
+        nats, dx_BTD, dhead_DV = carry
         x_BCD = lax.dynamic_slice_in_dim(x_BTD, start, chunk, axis=1)
         target_BC1 = lax.dynamic_slice_in_dim(targets_BT, start, chunk, axis=1)[..., None]
         logits_BCV = head_logits(x_BCD, head_VD)
@@ -62,13 +62,13 @@ def _scan(
             dlogits_BCV = (softmax_BCV - is_target_BCV).astype(dtype)
             dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD.astype(dtype))
             dx_BTD = lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, axis=1)
-            dhead_VD += jnp.einsum("BCV,BCD->VD", dlogits_BCV, x_BCD, preferred_element_type=jnp.float32)
-        return (nats, dx_BTD, dhead_VD), None
+            dhead_DV += jnp.einsum("BCD,BCV->DV", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32)
+        return (nats, dx_BTD, dhead_DV), None
 
-    gradients = (jnp.zeros_like(x_BTD), jnp.zeros_like(head_VD)) if with_gradients else (None, None)
+    gradients = (jnp.zeros_like(x_BTD), jnp.zeros_like(head_VD.T)) if with_gradients else (None, None)
     starts = jnp.arange(0, x_BTD.shape[1], chunk)
-    (nats, dx_BTD, dhead_VD), _ = lax.scan(step, (jnp.zeros(()), *gradients), starts)
-    return nats, dx_BTD[:, :length] if with_gradients else None, dhead_VD
+    (nats, dx_BTD, dhead_DV), _ = lax.scan(step, (jnp.zeros(()), *gradients), starts)
+    return nats, dx_BTD[:, :length] if with_gradients else None, dhead_DV.T if with_gradients else None
 
 
 def _forward(x_BTD: Array, head_VD: Array, targets_BT: Array, chunk: int) -> tuple[Array, Any]:

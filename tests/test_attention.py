@@ -1,0 +1,93 @@
+"""Attention in chunks, and `model.linear`, against NumPy in float64 and against what JAX derives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mobilellm_jax import model
+from mobilellm_jax.attention import attend_causally
+
+# One chunk, one and a bit, several with a short last one, and more than 8 chunks' worth of positions.
+LENGTHS = (7, 65, 150, 600)
+
+
+def numpy_attention(q_BTNH, k_BTKH, v_BTKH):
+    """One query after the other."""
+    B, T, N, H = q_BTNH.shape
+    G = N // k_BTKH.shape[2]
+    out_BTNH = np.zeros_like(q_BTNH)
+    for b, t, n in np.ndindex(B, T, N):
+        scores = k_BTKH[b, : t + 1, n // G] @ q_BTNH[b, t, n] / np.sqrt(H)
+        weights = np.exp(scores - scores.max())
+        out_BTNH[b, t, n] = weights / weights.sum() @ v_BTKH[b, : t + 1, n // G]
+    return out_BTNH
+
+
+def random_inputs(length, rows=2, heads=4, kv_heads=2, size=6):
+    rng = np.random.default_rng(0)
+    shapes = [(rows, length, n, size) for n in (heads, kv_heads, kv_heads)]
+    return [2 * rng.normal(size=shape) for shape in shapes]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_every_query_attends_to_itself_and_to_what_is_before_it(length):
+    q, k, v = random_inputs(length)
+    out = jax.jit(attend_causally)(*map(jnp.float32, (q, k, v)))
+    np.testing.assert_allclose(out, numpy_attention(q, k, v), atol=2e-5)
+
+
+@pytest.mark.parametrize("length", LENGTHS[:3])
+def test_gradients_are_finite_differences_in_float64(length):
+    inputs = random_inputs(length, rows=1)
+    rng = np.random.default_rng(1)
+    dout = rng.normal(size=inputs[0].shape)
+    _, pullback = jax.vjp(jax.jit(attend_causally), *map(jnp.float32, inputs))
+    for i, gradient in enumerate(pullback(jnp.float32(dout))):
+        direction = rng.normal(size=inputs[i].shape)
+
+        def along(step, i=i, direction=direction):
+            moved = [x + step * direction if j == i else x for j, x in enumerate(inputs)]
+            return np.sum(dout * numpy_attention(*moved))
+
+        expected = (along(1e-5) - along(-1e-5)) / 2e-5
+        np.testing.assert_allclose(np.sum(np.float64(gradient) * direction), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_gradients_are_those_of_the_plain_attention_of_jax(dtype, tolerance, kv_heads):
+    inputs = [jnp.asarray(x, dtype) for x in random_inputs(150, kv_heads=kv_heads)]
+
+    def plain(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    dout = jnp.asarray(np.random.default_rng(1).normal(size=inputs[0].shape), dtype)
+    gradients, expected = (jax.vjp(jax.jit(f), *inputs)[1](dout) for f in (attend_causally, plain))
+    for a, b in zip(gradients, expected, strict=True):
+        assert a.dtype == dtype
+        a, b = np.float32(a), np.float32(b)
+        np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("product", "x", "w"),
+    [
+        ("BTD,DNH->BTNH", (2, 3, 4), (4, 3, 5)),
+        ("BTNH,NHD->BTD", (2, 3, 3, 5), (3, 5, 4)),  # the narrower operand comes first in its gradient
+        ("BTD,DF->BTF", (2, 3, 4), (4, 6)),
+        ("BTF,FD->BTD", (2, 3, 6), (6, 4)),
+    ],
+)
+def test_gradients_of_linear_are_those_that_jax_derives(product, x, w, dtype):
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (x, w))
+    y, pullback = jax.vjp(lambda x, w: model.linear(product, x, w), x, w)
+    expected_y, expected = jax.vjp(lambda x, w: jnp.einsum(product, x, w), x, w)
+    dy = jnp.asarray(rng.normal(size=y.shape), dtype)
+    np.testing.assert_array_equal(y, expected_y)
+    for a, b in zip(pullback(dy), expected(dy), strict=True):
+        assert a.dtype == dtype
+        assert a.shape == b.shape
+        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-5 if dtype == "float32" else 2e-2)
