@@ -1,10 +1,9 @@
 """The devices of this host in groups, so that processes side by side each see one group.
 
-The process that starts the others must not touch an accelerator: whoever opens a TPU first has it alone, and on
-a GPU it takes most of the memory. A short process of its own looks at what is there.
+The process that starts the others must not touch an accelerator: whoever opens a TPU first has it alone, and
+on a GPU it takes most of the memory. A short process of its own looks at what is there.
 """
 
-import os
 import re
 import subprocess
 import sys

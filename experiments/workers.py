@@ -36,14 +36,14 @@ def in_processes(
     missing: Callable[[Point, Path], int],
     devices_per_run: int | None = None,
 ) -> list[str]:
-    """Does the points in processes of their own, one at a time in each of `environments`, with a part of the cores.
+    """Does the points in processes side by side, each with one of `environments` and a part of the CPU cores.
 
     Points that other sweeps are at work on come last. A tiny model does not keep two cores busy: with a core
     each, two of them train in 0.6 to 0.7 of the time.
 
     Args:
       points, workdir: as in `sweep`.
-      environments: the variables that each of the processes side by side has beside those of this one.
+      environments: for each of the processes side by side the variables that differ from those of this one.
       do_point, missing: what a process does, and whether there is anything left to do.
       devices_per_run: how many devices a process is to see; checked in it before it starts.
 
@@ -89,7 +89,7 @@ def in_processes(
         return []
     return [
         f"the process of {', '.join(broken)} ended early; what it said is above. A negative status is the "
-        "signal that ended it: -9 where memory ran out, for which fewer side by side may help, as with --jobs=1"
+        "signal that ended it: -9 where memory ran out, for which fewer side by side may help (--jobs=1)"
     ]
 
 

@@ -255,7 +255,7 @@ def test_a_process_that_dies_is_named_and_the_others_finish(study, tmp_path):
     ids=["ctrl-c", "preemption", "preemption of a run on each device"],
 )
 def test_a_signal_stops_all_processes_after_a_checkpoint(study, tmp_path, number, status, flag):
-    """It goes to all of them at once, as from a terminal or a scheduler, when all are in the middle of a run."""
+    """It goes to all of them at once, as from a terminal or a scheduler, while both are in a run."""
     command = [sys.executable, "-m", "experiments.sweep", f"--config={study}", f"--workdir={tmp_path}/w"]
     command += [flag, "--config.train.steps=100000", "--config.train.log_every=10", "--seeds=1"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
