@@ -140,8 +140,8 @@ def sweep(
     enable_compilation_cache()
     for point in points:
         check(point.config)
-    processes.of_first(lambda: _make(workdir))
-    missing = processes.of_first(lambda: {point.name: _missing(point, workdir) for point in points})
+    processes.of_first(lambda: make_workdir(workdir))
+    missing = processes.of_first(lambda: {point.name: missing_runs(point, workdir) for point in points})
     todo = [point for point in points if missing[point.name]]
     for data_config, vocab_size in dict.fromkeys((p.config.data, p.config.model.vocab_size) for p in todo):
         data.prepare(data_config, vocab_size)
@@ -158,7 +158,7 @@ def sweep(
         todo = sorted(todo, key=lambda point: -point.flops)
         environments = (groups or [{}] * jobs)[: len(todo)]
         size = jax.device_count() if groups else None
-        broken = in_processes(todo, workdir, environments, do_point, _missing, size)
+        broken = in_processes(todo, workdir, environments, do_point, missing_runs, size)
     else:
         broken = _one_by_one(todo, workdir)
     status = processes.of_first(lambda: _finish(points, workdir))
@@ -230,8 +230,12 @@ def _record_path(workdir: Path, run_: Run) -> Path:
     return workdir / "results" / f"{run_.name}.json"
 
 
-def _missing(point: Point, workdir: Path) -> int:
-    """Returns how many runs are missing, after checking that the workdir fits the point."""
+def missing_runs(point: Point, workdir: Path) -> int:
+    """Returns how many runs are missing of a point.
+
+    Raises:
+      UserError: `workdir` holds runs of another sweep.
+    """
     if not point.learning_rates:
         known = list(point.comparison_runs(point.config.optimizer.learning_rate))
     else:
@@ -257,7 +261,8 @@ def _missing(point: Point, workdir: Path) -> int:
     return max(point.runs - there - len(mine) + len(compared), point.seeds - there)
 
 
-def _make(workdir: Path) -> None:
+def make_workdir(workdir: Path) -> None:
+    """Makes what a sweep writes into; UserError if that fails."""
     try:
         leases_of(workdir)
         (workdir / "results").mkdir(exist_ok=True)
