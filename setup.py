@@ -30,6 +30,7 @@ setup(
         "numpy>=2.1",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.1",
+        "pyyaml>=6.0",
         "scipy>=1.15",
         "safetensors>=0.6",
         "sentencepiece>=0.2.1",
