@@ -30,6 +30,7 @@ setup(
         "numpy>=2.1",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.1",
+        "pyyaml>=6.0",
         "scipy>=1.15",
         "safetensors>=0.6",
         "sentencepiece>=0.2.1",
@@ -49,14 +50,18 @@ setup(
         "hf": ["accelerate>=1.0", "torch>=2.6", "transformers>=5.0"],  # accelerate: for lm-eval's own model
         # For `experiments.evaluate --tasks`. It needs no torch; from 0.4.13 on, it imports none of it either.
         "eval": ["lm_eval>=0.4.13,<0.5"],
+        # For experiments.slurm.
+        "slurm": ["submitit>=1.5.4"],
         "test": [
             "beartype>=0.22",
             "hypothesis>=6.150",
             "jupytext>=1.19",
+            "kubernetes-validate>=1.33",  # the schemas that the output of experiments.gke is checked with
             "pyright[nodejs]>=1.1.400",
             "pytest>=9.0",
             "pytest-xdist>=3.8",
             "ruff>=0.14",
+            "submitit>=1.5.4",
         ],
         "dev": ["pre-commit>=4.3"],
     },

@@ -59,6 +59,12 @@ def overrides() -> dict[str, Any]:
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
+def given(*names: str) -> list[str]:
+    """Returns `--config`, its overrides and the flags of these names that were given, for another command."""
+    names = ("config", *sorted(name for name in flags.FLAGS if name.startswith("config.")), *names)
+    return [flags.FLAGS[name].serialize() for name in names if flags.FLAGS[name].present]
+
+
 def command() -> str:
     """Returns the command line, as one would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)

@@ -29,6 +29,12 @@ _INDEX = flags.DEFINE_integer("process_id", None, "which of the processes this i
 _PATIENCE_S = flags.DEFINE_float("start_timeout", 60, "seconds to wait for the other processes", 1)
 
 
+def asked() -> bool:
+    """Returns whether the flags ask for several processes."""
+    one = (_ADDRESS.value, _COUNT.value, _INDEX.value)
+    return _DISTRIBUTED.value or any(value is not None for value in one)
+
+
 def start() -> None:
     """Joins the other processes, if the flags ask for it; comes before the first use of devices.
 
@@ -37,7 +43,7 @@ def start() -> None:
     """
     address, count, index = _ADDRESS.value, _COUNT.value, _INDEX.value
     given = [value is not None for value in (address, count, index)]
-    if not (_DISTRIBUTED.value or any(given)):
+    if not asked():
         return
     if any(given) and not all(given):
         raise UserError(

@@ -9,8 +9,10 @@ A lease is over when its file is gone, when its process has died (seen on the sa
 file has not changed for `LIFE_S` of the observer's own clock: clocks are not compared.
 """
 
+import contextlib
 import json
 import os
+import random
 import socket
 import sys
 import threading
@@ -48,6 +50,21 @@ class Leases:
                     threading.Thread(target=_keep_alive, args=(path, over), daemon=True).start()
                     return name
                 path.unlink()
+        return None
+
+    def take_unless_alive(self, name: str) -> str | None:
+        """Takes `name` as soon as those that hold it are known to be dead, for at most `LIFE_S`.
+
+        Returns None; or the worker that holds it, once it is seen to be alive.
+        """
+        first: dict[str, str] = {}
+        while not self.take([name]):
+            for path in self._directory.glob(f"{name.replace('/', '~')}@*"):
+                with contextlib.suppress(OSError):  # released since
+                    content = path.read_text()
+                    if content and content != first.setdefault(path.name, content):
+                        return path.name.rpartition("@")[2]
+            time.sleep(random.uniform(0.1, 0.5))  # of two that start at once, one comes first
         return None
 
     def release(self, name: str) -> None:

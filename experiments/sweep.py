@@ -7,6 +7,7 @@
   python -m experiments.sweep --workdir=/shared/runs                 # on every node: they share the points
   python -m experiments.sweep --workdir=/shared/runs --shard=0/4     # or each has a part of its own
   python -m experiments.sweep --workdir=/shared/runs --distributed   # every run on all hosts, see launch.py
+  python -m experiments.sweep --devices_per_run=1                    # a run on each device of this host
 
 Every point looks for its own learning rate first, with a seed of its own, and then trains with the same seeds
 as all others. Finished runs are skipped and a half-done one is resumed, so the same command again goes on
@@ -22,7 +23,7 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, launch, report
+from experiments import cli, devices, launch, report
 from experiments.points import Point, Run, points_of, table
 from experiments.workers import Wait, in_processes, leases_of, say
 from mobilellm_jax import data, processes, results
@@ -54,6 +55,9 @@ _SEEDS = flags.DEFINE_integer("seeds", None, "number of seeds for each point; de
 _JOBS = flags.DEFINE_integer(
     "jobs", None, "points that run side by side; default: one for each CPU core, 1 on an accelerator", 1
 )
+_DEVICES_PER_RUN = flags.DEFINE_integer(
+    "devices_per_run", None, "points run side by side, each on so many devices of this host (TPU: chips)", 1
+)
 _SHARD = flags.DEFINE_string(
     "shard", "0/1", "i/n: only every n-th point, from the i-th on; i from 0 to n - 1"
 )
@@ -66,12 +70,29 @@ _EFFICIENCY, _POINT_S, _RUN_S = 0.12, 10.0, 1.2
 def main() -> int:
     """Runs the sweep, and returns the exit status."""
     points = shard(points_of(cli.config_spec(), cli.overrides(), _SEEDS.value, _ONLY.value), _SHARD.value)
+    groups = None
     if not _LIST.value:
+        groups = _groups()
         launch.start()
     print(table(points))
     if _LIST.value:
         return 0
-    return sweep(points, Path(_WORKDIR.value), _JOBS.value)
+    return sweep(points, Path(_WORKDIR.value), _JOBS.value, groups)
+
+
+def _groups() -> list[dict[str, str]] | None:
+    """Returns the environments of the processes that --devices_per_run asks for; None if it is not given."""
+    size = _DEVICES_PER_RUN.value
+    if size is None:
+        return None
+    if _JOBS.value is not None or launch.asked():
+        raise UserError(
+            f"--devices_per_run={size}: goes neither with --jobs nor with --distributed: it starts as many "
+            "processes as this host has groups of devices, and each run has one of them"
+        )
+    groups = devices.groups(*devices.of_host(), size, os.environ)
+    devices.stay_off(size)
+    return groups
 
 
 def shard(points: Sequence[Point], text: str) -> list[Point]:
@@ -90,7 +111,12 @@ def shard(points: Sequence[Point], text: str) -> list[Point]:
     return part
 
 
-def sweep(points: Sequence[Point], workdir: Path, jobs: int | None = None) -> int:
+def sweep(
+    points: Sequence[Point],
+    workdir: Path,
+    jobs: int | None = None,
+    groups: Sequence[Mapping[str, str]] | None = None,
+) -> int:
     """Does the runs that `workdir` has no record of, reports on all, and returns the exit status.
 
     Args:
@@ -98,6 +124,8 @@ def sweep(points: Sequence[Point], workdir: Path, jobs: int | None = None) -> in
       workdir: where everything is kept.
       jobs: points that run side by side, each in a process with its part of the CPU cores; 1 runs all in this
         process; None takes one for each core on a CPU and 1 on an accelerator.
+      groups: what `devices.groups` returns, to have instead a process for each of these groups of devices;
+        this process sees as many simulated devices as there are in a group (`devices.stay_off`).
 
     Raises:
       UserError: bad data, or a `workdir` of another sweep; found before anything is compiled.
@@ -112,19 +140,25 @@ def sweep(points: Sequence[Point], workdir: Path, jobs: int | None = None) -> in
     enable_compilation_cache()
     for point in points:
         check(point.config)
-    processes.of_first(lambda: _make(workdir))
-    missing = processes.of_first(lambda: {point.name: _missing(point, workdir) for point in points})
+    processes.of_first(lambda: make_workdir(workdir))
+    missing = processes.of_first(lambda: {point.name: missing_runs(point, workdir) for point in points})
     todo = [point for point in points if missing[point.name]]
     for data_config, vocab_size in dict.fromkeys((p.config.data, p.config.model.vocab_size) for p in todo):
         data.prepare(data_config, vocab_size)
     if todo:
         total, left = sum(point.runs for point in points), sum(missing.values())
         print(f"\n{total - left} of about {total} runs are done already", end="; ")
-        seconds = expected_seconds([(point, missing[point.name]) for point in todo])
-        print(f"the rest will take about {duration(seconds / min(jobs, len(todo)))} (m:ss)", flush=True)
-    if jobs > 1 and len(todo) > 1:
+        if groups:
+            each = f"{jax.device_count()} of the devices of this host"
+            print(f"{min(len(groups), len(todo))} points at a time, each on {each}", flush=True)
+        else:
+            seconds = expected_seconds([(point, missing[point.name]) for point in todo])
+            print(f"the rest will take about {duration(seconds / min(jobs, len(todo)))} (m:ss)", flush=True)
+    if groups or (jobs > 1 and len(todo) > 1):
         todo = sorted(todo, key=lambda point: -point.flops)
-        broken = in_processes(todo, workdir, min(jobs, len(todo)), do_point, _missing)
+        environments = (groups or [{}] * jobs)[: len(todo)]
+        size = jax.device_count() if groups else None
+        broken = in_processes(todo, workdir, environments, do_point, missing_runs, size)
     else:
         broken = _one_by_one(todo, workdir)
     status = processes.of_first(lambda: _finish(points, workdir))
@@ -196,8 +230,12 @@ def _record_path(workdir: Path, run_: Run) -> Path:
     return workdir / "results" / f"{run_.name}.json"
 
 
-def _missing(point: Point, workdir: Path) -> int:
-    """Returns how many runs are missing, after checking that the workdir fits the point."""
+def missing_runs(point: Point, workdir: Path) -> int:
+    """Returns how many runs are missing of a point.
+
+    Raises:
+      UserError: `workdir` holds runs of another sweep.
+    """
     if not point.learning_rates:
         known = list(point.comparison_runs(point.config.optimizer.learning_rate))
     else:
@@ -223,7 +261,8 @@ def _missing(point: Point, workdir: Path) -> int:
     return max(point.runs - there - len(mine) + len(compared), point.seeds - there)
 
 
-def _make(workdir: Path) -> None:
+def make_workdir(workdir: Path) -> None:
+    """Makes what a sweep writes into; UserError if that fails."""
     try:
         leases_of(workdir)
         (workdir / "results").mkdir(exist_ok=True)

@@ -8,12 +8,15 @@ The same command again resumes from the newest intact checkpoint; once finished,
 saves a checkpoint and exits with status 75, which asks a scheduler to start the command again.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
 
 from experiments import cli, launch
+from experiments.leases import Leases
 from mobilellm_jax import processes, results
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
@@ -55,8 +58,11 @@ def main() -> int:
     record = agreed_record(path, config)
     if record is None:
         enable_compilation_cache()
-        record = run(config, workdir, describe)
-        processes.of_first(lambda: results.write(record, path))
+        with _alone(workdir):
+            record = agreed_record(path, config)  # another may have finished it just now
+            if record is None:
+                record = run(config, workdir, describe)
+                processes.of_first(lambda: results.write(record, path))
     if record.status != "finished":
         print(f"{record.status}: {record.error}; see {path}")
         return 1
@@ -64,6 +70,36 @@ def main() -> int:
     in_bits = f", {bits:.4f} bits per byte" if bits else ""
     print(f"finished: held-out loss {record.score:.4f} nats per token{in_bits}; see {path}")
     return 0
+
+
+@contextlib.contextmanager
+def _alone(workdir: Path) -> Iterator[None]:
+    """Keeps all others out of `workdir`; process 0 does so for all of a run.
+
+    Raises:
+      UserError: in all processes, if another training is at work there.
+    """
+    mine: list[Leases] = []
+
+    def take() -> None:
+        try:
+            leases = Leases(workdir / ".leases")
+        except OSError as error:
+            raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from None
+        worker = leases.take_unless_alive("run")
+        if worker:
+            raise UserError(
+                f"--workdir={workdir}: another training is at work there: {worker} (host, process id). "
+                "Wait for it, or use another --workdir"
+            )
+        mine.append(leases)
+
+    processes.of_first(take)
+    try:
+        yield
+    finally:
+        for leases in mine:
+            leases.release("run")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 
+from experiments import devices
 from experiments.leases import Leases
 from experiments.points import Point
 from mobilellm_jax.errors import UserError
@@ -31,20 +32,27 @@ def say(name: str, line: str) -> None:
 def in_processes(
     points: Sequence[Point],
     workdir: Path,
-    jobs: int,
+    environments: Sequence[Mapping[str, str]],
     do_point: Callable[[Point, Path], None],
     missing: Callable[[Point, Path], int],
+    devices_per_run: int | None = None,
 ) -> list[str]:
-    """Does the points in processes of their own, `jobs` at a time, each on its part of the CPU cores.
+    """Does the points in processes side by side, each with one of `environments` and a part of the CPU cores.
 
     Points that other sweeps are at work on come last. A tiny model does not keep two cores busy: with a core
     each, two of them train in 0.6 to 0.7 of the time.
 
+    Args:
+      points, workdir: as in `sweep`.
+      environments: for each of the processes side by side the variables that differ from those of this one.
+      do_point, missing: what a process does, and whether there is anything left to do.
+      devices_per_run: how many devices a process is to see; checked in it before it starts.
+
     Returns what to say of points whose process ended early.
     """
     context = multiprocessing.get_context("spawn")
-    cores = sorted(os.sched_getaffinity(0))
-    free = [cores[i::jobs] or cores for i in range(jobs)]
+    cores, jobs = sorted(os.sched_getaffinity(0)), len(environments)
+    free = [(cores[i::jobs] or cores, environments[i]) for i in range(jobs)]
     leases, waiting, running, broken, wait = leases_of(workdir), list(points), {}, [], Wait()
     try:
         while waiting or running:
@@ -53,8 +61,9 @@ def in_processes(
                 if not missing(point, workdir):  # another sweep has done it
                     continue
                 mine = free.pop(0)
-                process = context.Process(target=_child, args=(do_point, point, workdir, mine), daemon=True)
-                with _without_sigint():
+                arguments = do_point, point, workdir, mine[0], devices_per_run
+                process = context.Process(target=_child, args=arguments, daemon=True)
+                with _without_sigint(), _variables(mine[1]):
                     process.start()
                 running[process.sentinel] = process, point, mine
             if waiting and not running:
@@ -81,12 +90,16 @@ def in_processes(
         return []
     return [
         f"the process of {', '.join(broken)} ended early; what it said is above. A negative status is the "
-        "signal that ended it: -9 where memory ran out, for which --jobs=1 may help"
+        "signal that ended it: -9 where memory ran out, for which fewer side by side may help (--jobs=1)"
     ]
 
 
 def _child(
-    do_point: Callable[[Point, Path], None], point: Point, workdir: Path, cores: Sequence[int]
+    do_point: Callable[[Point, Path], None],
+    point: Point,
+    workdir: Path,
+    cores: Sequence[int],
+    devices_per_run: int | None,
 ) -> None:
     """What the process of a point does."""
     os.sched_setaffinity(0, cores)  # before jax starts its threads
@@ -96,6 +109,8 @@ def _child(
     if not leases.take([point.name]):
         sys.exit(_TAKEN)
     try:
+        if devices_per_run:
+            devices.check_seen(devices_per_run)
         do_point(point, workdir)
     except UserError as error:
         sys.exit(f"{point.name}  error: {error}")
@@ -137,3 +152,18 @@ def _without_sigint() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextlib.contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Processes started in here have these environment variables."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

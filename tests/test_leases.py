@@ -1,10 +1,13 @@
 """Leases: held by one worker at a time, taken over from those that died or stand still, and from no other."""
 
+import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
+from test_sweep import write_study
 
 from experiments import leases
 from experiments.leases import Leases
@@ -107,6 +110,53 @@ def test_a_lease_of_another_machine_is_over_when_it_does_not_change(tmp_path, ho
     time.sleep(0.6)
     assert mine.take(["a/b"]) == "a/b"
     mine.release("a/b")
+
+
+def test_one_that_waits_for_the_dead_gives_way_to_the_living(tmp_path, holder, monkeypatch):
+    """On another machine: the holder beats, and then stands still."""
+    monkeypatch.setattr(leases, "_machine", lambda: "another machine")
+    mine = Leases(tmp_path)
+    worker = mine.take_unless_alive("a/b")
+    assert worker
+    assert f"-{holder.pid}-" in worker
+    monkeypatch.setattr(leases, "LIFE_S", 0.5)
+    holder.kill()
+    assert mine.take_unless_alive("a/b") is None
+    assert Leases(tmp_path).holders().keys() == {"a/b"}
+    mine.release("a/b")
+
+
+def train(study, workdir):
+    command = [sys.executable, "-m", "experiments.train", f"--config={study}", f"--workdir={workdir}"]
+    command += ["--config.train.steps=100000", "--config.train.checkpoint_every=10"]
+    command += ["--config.train.log_every=10", "--config.train.eval_every=100000"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_trainings_in_one_directory_exclude_each_other_until_one_is_killed(tmp_path):
+    study = write_study(tmp_path)
+    first = train(study, tmp_path / "w")
+    try:
+        assert any(line.startswith("step 40/") for line in first.stdout)
+        second = train(study, tmp_path / "w")
+        output, errors = second.communicate(timeout=300)
+        assert (second.returncode, output, errors.count("\n")) == (2, "", 1), errors
+        assert f"another training is at work there: {socket.gethostname()}-{first.pid}-" in errors
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    third = train(study, tmp_path / "w")
+    try:
+        assert "resuming after step" in third.stdout.readline()
+        assert any(line.startswith("step ") for line in third.stdout)
+        third.send_signal(signal.SIGTERM)
+        third.communicate(timeout=300)
+        assert third.returncode == 75
+        assert not list((tmp_path / "w/.leases").iterdir())
+    finally:
+        third.kill()
+        third.communicate()
 
 
 def test_a_worker_whose_lease_was_taken_for_dead_ends_at_once(tmp_path, holder):

@@ -1,45 +1,33 @@
-"""Every config and every point of every study lowers for TPU and CUDA from a CPU, on a mesh of 8 devices."""
+"""Every config and every point of every study lowers for TPU and CUDA from a CPU, on up to 256 devices."""
 
+import importlib
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from configs import (
-    base,
-    depth_vs_width,
-    embedding_sharing,
-    followups,
-    head_groups,
-    khop,
-    layer_sharing,
-    mobilellm,
-    repeats,
-    roadmap,
-)
+from configs import base, mobilellm
 from mobilellm_jax import partition
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.train import make_programs
 
-MESH = AbstractMesh((8, 1, 1), partition.AXES, axis_types=(AxisType.Auto,) * 3)
+DEVICES = 256
+# Collections of studies have no points of their own.
+MODULES = [
+    importlib.import_module(f"configs.{path.stem}") for path in sorted(Path("configs").glob("[!_]*.py"))
+]
+STUDIES = [module for module in MODULES if hasattr(module, "sweep")]
 
 
 def programs() -> Iterator[tuple[str, Config]]:
     """Yields every config once; points that two studies share make one program."""
     seen = set()
-    for study in (
-        depth_vs_width,
-        layer_sharing,
-        khop,
-        head_groups,
-        embedding_sharing,
-        repeats,
-        roadmap,
-        mobilellm,
-        followups,
-    ):
+    yield "base", from_config_dict(base.get_config())
+    for study in STUDIES:
         for preset in study.PRESETS:
             for overrides in study.sweep(preset):
                 config = from_config_dict(base.update(study.get_config(preset), overrides))
@@ -51,10 +39,29 @@ def programs() -> Iterator[tuple[str, Config]]:
     yield "mobilellm:125m with muon", from_config_dict(muon)
 
 
+def largest_mesh(config: Config) -> AbstractMesh:
+    """Returns a mesh of as many of the devices as the batch, the width and the heads can be split over."""
+    m, t = config.model, config.train
+    rows = math.gcd(t.batch_size // t.accumulation_steps, t.eval_batch_size, DEVICES)
+    fsdp = math.gcd(rows, m.width, 4)
+    tensor = math.gcd(m.num_heads, m.num_kv_heads, m.ffn_width, m.vocab_size, DEVICES // rows)
+    return AbstractMesh((rows // fsdp, fsdp, tensor), partition.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 @pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in programs()])
 def test_the_train_step_lowers(config):
-    step = make_programs(config, MESH)
+    mesh = largest_mesh(config)
+    partition.check_divisible(config, mesh)
+    step = make_programs(config, mesh)
     traced = step.step.trace(step.state, step.rows, jax.ShapeDtypeStruct((), jnp.float32))
     lowered = traced.lower(lowering_platforms=("tpu", "cuda")).as_text()
     assert "stablehlo.while" in lowered  # one loop over the layer plan, whatever its length
     assert "sharding" in lowered
+
+
+def test_the_published_models_fill_the_largest_mesh():
+    published = [preset for preset in mobilellm.PRESETS if preset not in ("tiny", "small")]
+    meshes = [largest_mesh(from_config_dict(mobilellm.get_config(preset))) for preset in published]
+    assert [mesh.shape_tuple for mesh in meshes] == [(("data", 64), ("fsdp", 4), ("tensor", 1))] * len(
+        published
+    )

@@ -246,17 +246,21 @@ def test_a_process_that_dies_is_named_and_the_others_finish(study, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)],
-    ids=["ctrl-c", "preemption"],
+    ("number", "status", "flag"),
+    [
+        (signal.SIGINT, 130, "--jobs=2"),
+        pytest.param(signal.SIGTERM, 75, "--jobs=2", marks=pytest.mark.slow),
+        (signal.SIGTERM, 75, "--devices_per_run=1"),
+    ],
+    ids=["ctrl-c", "preemption", "preemption of a run on each device"],
 )
-def test_a_signal_stops_all_processes_after_a_checkpoint(study, tmp_path, number, status):
-    """It goes to all of them at once, as from a terminal or a scheduler."""
+def test_a_signal_stops_all_processes_after_a_checkpoint(study, tmp_path, number, status, flag):
+    """It goes to all of them at once, as from a terminal or a scheduler, while both are in a run."""
     command = [sys.executable, "-m", "experiments.sweep", f"--config={study}", f"--workdir={tmp_path}/w"]
-    command += ["--jobs=2", "--config.train.steps=100000", "--config.train.log_every=10", "--seeds=1"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    command += [flag, "--config.train.steps=100000", "--config.train.log_every=10", "--seeds=1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     seen = ""
     while not all(f"mini/tiny/{point}-s0  step 10" in seen for point in ("none", "reverse")):
         line = process.stdout.readline()

@@ -1,0 +1,131 @@
+"""Submit a study to Slurm, one task of a job array for each point; it needs `pip install -e '.[slurm]'`.
+
+  python -m experiments.slurm --config=configs/khop.py:tiny --workdir=/shared/runs --partition=gpu --gpus=1
+  python -m experiments.slurm --config=configs/khop.py:tiny --workdir=runs --cluster=local    # without Slurm
+  python -m experiments.slurm ... --time=240 --parallel=16 --sbatch='qos=low,constraint=a100'
+
+A task is `python -m experiments.sweep ... --shard=i/n`, started in this directory, which all nodes see, as
+they do --workdir. Points that are complete are not submitted, so the same command again submits what is left.
+Before its time limit a task saves a checkpoint and queues again. So it does when it is preempted, if the
+cluster sends the signal for it (`PreemptParameters=send_user_signal`) or requeues by itself. `scancel` ends
+it for good. Logs are in --workdir/slurm. Tried with submitit on one machine, and on an imitation of sbatch,
+srun and scontrol; not on a cluster.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments import cli, launch
+from experiments.points import points_of, table
+from experiments.sweep import make_workdir, missing_runs
+from mobilellm_jax.errors import UserError
+
+_CLUSTER = flags.DEFINE_enum(
+    "cluster", "slurm", ["slurm", "local"], "local: as processes on this machine, one task after the other"
+)
+_PARTITION = flags.DEFINE_string("partition", None, "partition of the cluster; default: its own")
+_ACCOUNT = flags.DEFINE_string("account", None, "account that is charged")
+_TIME = flags.DEFINE_integer("time", 240, "minutes until a task saves and queues again", 5)
+_GPUS = flags.DEFINE_integer("gpus", 0, "GPUs for each task", 0)
+_CPUS = flags.DEFINE_integer("cpus", 2, "CPU cores for each task", 1)
+_MEMORY = flags.DEFINE_float("mem_gb", None, "memory for each task, in GB; default: the cluster's", 0.1)
+_PARALLEL = flags.DEFINE_integer("parallel", 256, "tasks that may run at once", 1)
+_SBATCH = flags.DEFINE_list("sbatch", [], "more options of sbatch, such as qos=low,constraint=a100")
+
+_SAVE_S = 120  # between the signal and the time limit
+_TIMEOUTS = 10_000  # a point may reach the time limit as often as it takes
+_TASK_FLAGS = ("workdir", "only", "seeds")
+
+
+def main() -> int:
+    """Submits what is missing, and returns the exit status."""
+    all_flags = flags.FLAGS
+    for name in ("jobs", "shard", "devices_per_run", "list"):
+        if all_flags[name].present:
+            raise UserError(f"--{name}: not here; each point is a task of its own")
+    if launch.asked():
+        raise UserError("--distributed: not here; each point is a task of its own, on one node")
+    extra = dict(_option(text) for text in _SBATCH.value)
+    workdir = Path(all_flags["workdir"].value)
+    points = points_of(cli.config_spec(), cli.overrides(), all_flags["seeds"].value, all_flags["only"].value)
+    executor = _executor(workdir / "slurm", extra)
+    make_workdir(workdir)
+    print(table(points))
+    todo = [index for index, point in enumerate(points) if missing_runs(point, workdir)]
+    print(f"\n{len(points) - len(todo)} of {len(points)} points are complete", flush=True)
+    command = [sys.executable, "-m", "experiments.sweep", *cli.given(*_TASK_FLAGS)]
+    tasks = [[*command, f"--shard={index}/{len(points)}"] for index in todo]
+    names = [points[index].name for index in todo]
+    return _run_here(executor, names, tasks) if _CLUSTER.value == "local" else _submit(executor, names, tasks)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """Returns an option of sbatch from "name=value", or from "name" one that takes no value."""
+    name, equals, value = text.strip().lstrip("-").partition("=")
+    if not name or name in ("array", "signal"):
+        raise UserError(f"--sbatch={text}: expected name=value; array and signal are set already")
+    return name, value if equals else True
+
+
+def _executor(folder: Path, extra: dict[str, Any]) -> Any:
+    """Returns submitit's executor with what the flags say.
+
+    Raises:
+      UserError: submitit or Slurm is missing.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("submitit is missing: pip install -e '.[slurm]'") from None
+    timeouts = {f"{_CLUSTER.value}_max_num_timeout": _TIMEOUTS}
+    try:
+        executor = submitit.AutoExecutor(folder / "%j", cluster=_CLUSTER.value, **timeouts)
+    except RuntimeError:
+        raise UserError(
+            "--cluster=slurm: there is no srun here; start this on a node of the cluster, or try "
+            "--cluster=local on this machine"
+        ) from None
+    executor.update_parameters(
+        name="mobilellm",
+        timeout_min=_TIME.value,
+        gpus_per_node=_GPUS.value or None,
+        cpus_per_task=_CPUS.value,
+        mem_gb=_MEMORY.value,
+        slurm_partition=_PARTITION.value,
+        slurm_account=_ACCOUNT.value,
+        slurm_array_parallelism=_PARALLEL.value,
+        slurm_signal_delay_s=_SAVE_S,
+        slurm_additional_parameters={"requeue": True, **extra},
+    )
+    return executor
+
+
+def _submit(executor: Any, names: list[str], tasks: list[list[str]]) -> int:
+    from experiments.requeue import Command
+
+    with executor.batch():
+        jobs = [executor.submit(Command(task)) for task in tasks]
+    for name, job in zip(names, jobs, strict=True):
+        print(f"{name}  job {job.job_id}, log {job.paths.stdout}")
+    return 0
+
+
+def _run_here(executor: Any, names: list[str], tasks: list[list[str]]) -> int:
+    from experiments.requeue import Command
+
+    failed = []
+    for name, task in zip(names, tasks, strict=True):
+        job = executor.submit(Command(task))
+        print(f"{name}  job {job.job_id}, log {job.paths.stdout}", flush=True)
+        job.wait()
+        if job.exception() is not None:
+            failed.append(name)
+            print(f"{name}  failed, see {job.paths.stderr}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    cli.run(main, default_config="configs/tour.py:tiny")

@@ -1,0 +1,90 @@
+"""A run on each device of a host: what each process gets to see, and what is refused."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from test_sweep import points, write_study
+
+from experiments import devices, sweep
+from mobilellm_jax import results
+from mobilellm_jax.errors import UserError
+
+
+@pytest.fixture
+def study(tmp_path):
+    return write_study(tmp_path)
+
+
+def start(study, workdir, *flags, platforms="cpu"):
+    """Runs a sweep on a host with four simulated devices."""
+    command = [sys.executable, "-m", "experiments.sweep", f"--config={study}", f"--workdir={workdir}", *flags]
+    environment = {**os.environ, "PYTHONPATH": ".", "JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": platforms}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_each_run_has_its_part_of_the_devices(study, tmp_path):
+    result = start(study, tmp_path / "w", "--seeds=1", "--devices_per_run=2")
+    assert result.returncode == 0, result.stderr
+    assert "2 points at a time, each on 2 of the devices of this host" in result.stdout
+    records = results.read_all(tmp_path / "w/results")
+    assert [(record.status, record.device["count"]) for record in records] == [("finished", 2)] * 2
+
+
+def test_a_process_that_sees_other_devices_than_its_own_does_not_start(study, tmp_path):
+    environments = [{"JAX_NUM_CPU_DEVICES": "8"}, {"JAX_NUM_CPU_DEVICES": "3"}]  # 8 as here: right
+    with pytest.raises(UserError, match=r"the process of mini/tiny/none \(status 1\) ended early"):
+        sweep.sweep(points(study, seeds=1), tmp_path / "w", groups=environments)
+    assert [record.point for record in results.read_all(tmp_path / "w/results")] == ["reverse"]
+
+
+def test_groups_of_gpus_are_parts_of_those_that_are_visible():
+    visible = "CUDA_VISIBLE_DEVICES"
+    assert devices.groups("gpu", 3, 1, {}) == [{visible: "0"}, {visible: "1"}, {visible: "2"}]
+    assert devices.groups("gpu", 4, 2, {visible: "5,1, 7,GPU-8a"}) == [
+        {visible: "5,1"},
+        {visible: "7,GPU-8a"},
+    ]
+
+
+def test_groups_of_tpu_chips_are_slices_of_their_own():
+    groups = devices.groups("tpu", 8, 4, {})
+    assert [group["TPU_VISIBLE_CHIPS"] for group in groups] == ["0,1,2,3", "4,5,6,7"]
+    assert {group["TPU_CHIPS_PER_PROCESS_BOUNDS"] for group in groups} == {"2,2,1"}
+    assert {group["TPU_PROCESS_BOUNDS"] for group in groups} == {"1,1,1"}
+    ports = [group["TPU_PROCESS_PORT"] for group in groups]
+    assert [group["TPU_PROCESS_ADDRESSES"] for group in groups] == [f"localhost:{port}" for port in ports]
+    assert len(set(ports)) == 2
+    given = devices.groups("tpu", 2, 1, {"TPU_VISIBLE_CHIPS": "2,3"})
+    assert [group["TPU_VISIBLE_CHIPS"] for group in given] == ["2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "count", "size", "message"),
+    [
+        ("cpu", 4, 3, "this host has 4 cpu devices; valid: 1, 2, 4"),
+        ("gpu", 1, 2, "this host has 1 gpu device; valid: 1"),
+        ("tpu", 6, 3, "this host has 6 tpu chips; valid: 1, 2"),
+    ],
+)
+def test_groups_that_do_not_fit(platform, count, size, message):
+    with pytest.raises(UserError, match=f"--devices_per_run={size}: {message}$"):
+        devices.groups(platform, count, size, {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "platforms", "message"),
+    [
+        (["--devices_per_run=8"], "cpu", "this host has 4 cpu devices; valid: 1, 2, 4"),
+        (["--devices_per_run=1"], "cuda", "--devices_per_run: jax finds no devices on this host ("),
+        (["--devices_per_run=1", "--jobs=1"], "cpu", "goes neither with --jobs nor with --distributed"),
+        (["--devices_per_run=1", "--process_id=0"], "cpu", "goes neither with --jobs nor with --distributed"),
+    ],
+    ids=str,
+)
+def test_flags_that_do_not_fit(study, tmp_path, flags, platforms, message):
+    result = start(study, tmp_path / "w", *flags, platforms=platforms)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert message in result.stderr
+    assert not (tmp_path / "w").exists()
