@@ -20,7 +20,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from mobilellm_jax import data, model, partition, processes
+from mobilellm_jax import data, memory, model, partition, processes
 from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import Config, ModelConfig, OptimizerConfig
 from mobilellm_jax.errors import Interrupted, Preempted, UserError
@@ -228,11 +228,13 @@ def train(
 
     Raises:
       Interrupted, Preempted: on SIGINT, on SIGTERM; a second call goes on where this one stopped.
-      UserError: every checkpoint in `workdir` is damaged, or `workdir` cannot be written any more.
+      UserError: a step does not fit into memory, every checkpoint in `workdir` is damaged, or `workdir`
+        cannot be written any more.
     """
     wall_start = time.perf_counter()
     t = config.train
     programs = _compile(_compile_key(config), mesh)
+    memory.check_fits(programs.step, config)
     compile_s = time.perf_counter() - wall_start
     checkpoints = Checkpoints(workdir / "checkpoints")
     restored = checkpoints.restore_latest(programs.state)

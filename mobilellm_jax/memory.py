@@ -1,0 +1,64 @@
+"""Whether a compiled training step fits into memory, before it runs."""
+
+import re
+from pathlib import Path
+
+import jax
+
+from mobilellm_jax.config import Config
+from mobilellm_jax.errors import UserError
+
+
+def check_fits(step: jax.stages.Compiled, config: Config) -> None:
+    """Checks what the compiler says that a training step needs against what the device has.
+
+    Raises:
+      UserError: it needs more, and what to lower. Where compiler or device do not tell, nothing is checked.
+    """
+    analysis, has = step.memory_analysis(), device_bytes()
+    if analysis is None or has is None:
+        return
+    state = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    needs = state + analysis.temp_size_in_bytes
+    if needs <= has:
+        return
+    t, length = config.train, config.data.sequence_length
+    rows = t.batch_size // t.accumulation_steps
+    advice = []
+    if rows > 1:
+        advice.append(
+            f"smaller micro-batches, {rows} rows now (train.accumulation_steps={2 * t.accumulation_steps})"
+        )
+    if config.model.remat != "full":
+        advice.append(f"model.remat={'dots' if config.model.remat == 'none' else 'full'}")
+    advice += [f"a data.sequence_length below {length}", "more devices with mesh.fsdp"]
+    raise UserError(
+        f"a training step needs {_gb(needs)} of memory on each device, {_gb(state)} of it for parameters, "
+        f"optimizer state and batch; there are {_gb(has)}. What lowers it: {'; '.join(advice)}"
+    )
+
+
+def device_bytes() -> int | None:
+    """Returns the memory that one device may use; for a CPU its part of the machine's. None if unknown."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    machine = _machine_bytes() if device.platform == "cpu" else None
+    return None if machine is None else machine // jax.local_device_count()
+
+
+def _machine_bytes() -> int | None:
+    """Returns the memory of this machine, or of the container that this process is in; None off Linux."""
+    found = []
+    for path, pattern, unit in (
+        ("/proc/meminfo", r"MemTotal: *(\d+) kB", 1024),
+        ("/sys/fs/cgroup/memory.max", r"(\d+)", 1),
+    ):
+        content = Path(path).read_text() if Path(path).is_file() else ""
+        found += [int(number) * unit for number in re.findall(pattern, content)]
+    return min(found, default=None)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"
