@@ -22,7 +22,7 @@ def test_a_step_that_does_not_fit_says_what_it_needs_and_what_to_lower(monkeypat
     step = compiled(config)
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(make_state(config)))
     monkeypatch.setattr(memory, "device_bytes", lambda: state)  # without room for anything else
-    with pytest.raises(UserError, match=r"a training step needs .* accumulation_steps=2.*remat=dots"):
+    with pytest.raises(UserError, match=r"a training step needs .*accumulation_steps=2.*remat=dots"):
         memory.check_fits(step, config)
     full = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
     with pytest.raises(UserError) as error:
