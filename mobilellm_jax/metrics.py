@@ -1,4 +1,7 @@
-"""The log of a run: `metrics.jsonl`, one JSON object a line, and the same numbers as TensorBoard events."""
+"""The log of a run: `metrics.jsonl`, one JSON object a line, and the same numbers as TensorBoard events.
+
+Every line has a seal; those of earlier versions have none.
+"""
 
 import contextlib
 import json
@@ -15,7 +18,7 @@ from tensorboardX.summary import scalar
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.results import write_atomically
-from mobilellm_jax.sealed import parse
+from mobilellm_jax.sealed import parse, seal, unseal_if_sealed
 
 _KEYS = {
     "train": {"step", "loss", "grad_norm", "learning_rate", "train_s"},
@@ -37,8 +40,8 @@ class MetricsLog:
         """Opens the log of `workdir`, as it was after `start_step`.
 
         Raises:
-          UserError: a line before the last is not one of a log, or the file is gone; and, as in all methods,
-            the log cannot be written.
+          UserError: a line is not as it was written (the last may be cut short), or the file is gone; and, as
+            in all methods, the log cannot be written.
         """
         self.evaluations: list[dict[str, Any]] = []
         self.train_curve: list[list[Any]] = []
@@ -49,7 +52,7 @@ class MetricsLog:
             self._remember(line)
         self._file = self._events = None
         if write:
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            write_atomically(path, "".join(map(_text, kept)).encode())
             with self._explained():
                 (workdir / "tensorboard").mkdir(exist_ok=True)
                 self._file = path.open("a")
@@ -88,7 +91,7 @@ class MetricsLog:
         self._remember(line)
         if self._file and self._events:
             with self._explained():
-                self._file.write(json.dumps(line) + "\n")
+                self._file.write(_text(line))
                 for name, value in values.items():
                     if name not in ("step", "train_s") and value is not None:
                         summary = scalar(f"{kind}/{name}", value)
@@ -111,19 +114,24 @@ class MetricsLog:
             self.train_s = values["train_s"]
 
 
+def _text(line: dict[str, Any]) -> str:
+    return json.dumps(seal(line)) + "\n"
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; it is the log up to the checkpoint") from None
     parsed = []
     for number, text in enumerate(lines, start=1):
         try:
-            line = parse(text)
-            if not _KEYS[line["kind"]] <= line.keys():
+            line = unseal_if_sealed(parse(text))
+            if line.keys() - {"kind"} != _KEYS[line["kind"]]:
                 raise ValueError
             parsed.append(line)
-        except (KeyError, TypeError, ValueError):
-            if number < len(lines):  # the last line of a killed run may be half-written
+        except (AttributeError, KeyError, TypeError, ValueError):
+            # A killed run may have written half of the last line: then neither object nor line has an end.
+            if number < len(lines) or b"}" in text or text.endswith(b"\n"):
                 raise UserError(f"{path}, line {number}: damaged, as the log of this run is") from None
     return parsed

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mobilellm_jax.errors import UserError, did_you_mean
-from mobilellm_jax.sealed import SEAL, parse, seal, unseal
+from mobilellm_jax.sealed import parse, seal, unseal_if_sealed
 
 SCHEMA = 2
 Scalar = bool | int | float | str | None
@@ -176,9 +176,7 @@ def read(path: str | os.PathLike[str]) -> Record:
         was written; records made before they had a seal cannot tell.
     """
     try:
-        fields = parse(Path(path).read_text(encoding="utf-8"))
-        if isinstance(fields, dict) and SEAL in fields:
-            fields = unseal(fields)
+        fields = unseal_if_sealed(parse(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:  # ValueError: broken JSON or UTF-8, or a seal that does not agree
         raise UserError(
             f"{path}: not a readable JSON record: {error}; restore the file, or delete it: the command in it "

@@ -16,7 +16,7 @@ from mobilellm_jax import accounting, data, model, partition, processes, results
 from mobilellm_jax.checkpoint import load_params
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.sealed import parse
+from mobilellm_jax.sealed import parse, seal, unseal_if_sealed
 from mobilellm_jax.train import Outcome, train
 
 # Fields that may differ when a run is resumed: they change where and how it is computed, not what.
@@ -43,7 +43,7 @@ def check_workdir(workdir: Path, config: Config) -> None:
     """Checks that `workdir` holds no checkpoint of a run with another config, else raises UserError."""
     if any(workdir.glob("checkpoints/*")):  # before the first, there is nothing to lose
         path = workdir / "config.json"
-        check_same(path, _read_config(path), config)
+        check_same(path, read_config(path), config)
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
@@ -60,7 +60,7 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         check_workdir(workdir, config)
-        results.write_atomically(path, (json.dumps(to_dict(config), indent=1) + "\n").encode())
+        results.write_atomically(path, (json.dumps(seal(to_dict(config)), indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from None
 
@@ -76,7 +76,7 @@ def open_run(workdir: Path) -> tuple[Config, model.Params]:
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"--workdir={workdir}: there is no run here: {path.name} is missing")
-    config = from_config_dict(_read_config(path))
+    config = from_config_dict(read_config(path))
     like = jax.eval_shape(lambda: model.init(jax.random.key(0), config.model))
     return config, load_params(workdir / "checkpoints", like)
 
@@ -91,9 +91,14 @@ def open_tokenizer(workdir: Path) -> data.Tokenizer | None:
     return data.load_tokenizer(directory) if directory.exists() else None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Returns the config of a run, valid, as `to_dict` gives it.
+
+    Raises:
+      UserError: it is missing, damaged or no config.
+    """
     try:
-        values = parse(path.read_text())
+        values = unseal_if_sealed(parse(path.read_text()))
         from_config_dict(values)
     except FileNotFoundError:
         raise UserError(f"{path}: is missing, but there are checkpoints; use another --workdir") from None
