@@ -19,7 +19,7 @@ from experiments.benchmarks import measure
 from mobilellm_jax import results, run
 from mobilellm_jax.errors import UserError, did_you_mean
 
-PARTS: tuple[str, ...] = ()
+PARTS: tuple[str, ...] = ("checkpoints", "input", "sharding")
 
 _ONLY = flags.DEFINE_list("only", list(PARTS), "parts to measure")
 _QUICK = flags.DEFINE_bool("quick", False, "models and turns so few that the numbers mean nothing: a test")
