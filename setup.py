@@ -16,7 +16,7 @@ setup(
     install_requires=[
         "absl-py>=2.3",
         "array_record>=0.8",
-        "etils>=1.13",
+        "etils[epath]>=1.13",
         "filelock>=3.20",
         "flax>=0.12.8",
         "grain>=0.2.18",
@@ -49,8 +49,12 @@ setup(
         "hf": ["accelerate>=1.0", "torch>=2.6", "transformers>=5.0"],  # accelerate: for lm-eval's own model
         # For `experiments.evaluate --tasks`. It needs no torch; from 0.4.13 on, it imports none of it either.
         "eval": ["lm_eval>=0.4.13,<0.5"],
+        # For a --workdir in a bucket of Google Cloud Storage.
+        "gcs": ["gcsfs>=2026.4"],
         "test": [
             "beartype>=0.22",
+            "gcp-storage-emulator>=2024.8",
+            "gcsfs>=2026.4",
             "hypothesis>=6.150",
             "jupytext>=1.19",
             "pyright[nodejs]>=1.1.400",

@@ -17,6 +17,7 @@ from experiments import cli, launch
 from mobilellm_jax import processes, results
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import directory
 from mobilellm_jax.run import agreed_record, enable_compilation_cache, run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if it is not there")
@@ -28,7 +29,7 @@ def main() -> int:
         raise UserError("--workdir: say where the run is to be kept, such as --workdir=runs/first")
     config = from_config_dict(flags.FLAGS.config)
     launch.start()
-    workdir = Path(_WORKDIR.value)
+    workdir = directory("workdir", _WORKDIR.value)
     study, _, preset = cli.config_spec().partition(":")
     describe = functools.partial(
         results.Record,

@@ -9,13 +9,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import jax
 
 from experiments.leases import Leases
 from experiments.points import Point
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import AnyPath
 from mobilellm_jax.run import enable_compilation_cache
 
 _POLL_S = 2.0  # between two looks for a point that no other sweep holds
@@ -29,10 +29,10 @@ def say(name: str, line: str) -> None:
 
 def in_processes(
     points: Sequence[Point],
-    workdir: Path,
+    workdir: AnyPath,
     jobs: int,
-    do_point: Callable[[Point, Path], None],
-    missing: Callable[[Point, Path], int],
+    do_point: Callable[[Point, AnyPath], None],
+    missing: Callable[[Point, AnyPath], int],
 ) -> list[str]:
     """Does the points in processes of their own, `jobs` at a time, each on its part of the CPU cores.
 
@@ -85,7 +85,7 @@ def in_processes(
 
 
 def _child(
-    do_point: Callable[[Point, Path], None], point: Point, workdir: Path, cores: Sequence[int]
+    do_point: Callable[[Point, AnyPath], None], point: Point, workdir: AnyPath, cores: Sequence[int]
 ) -> None:
     """What the process of a point does."""
     os.sched_setaffinity(0, cores)  # before jax starts its threads
@@ -122,7 +122,7 @@ def _first_free(points: Sequence[Point], leases: Leases) -> Point | None:
     return next((point for point in points if point.name not in held), None)
 
 
-def leases_of(workdir: Path) -> Leases:
+def leases_of(workdir: AnyPath) -> Leases:
     """Returns the leases on the points of `workdir`."""
     return Leases(workdir / "runs" / ".leases")
 

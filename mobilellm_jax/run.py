@@ -16,6 +16,7 @@ from mobilellm_jax import accounting, data, model, partition, processes, results
 from mobilellm_jax.checkpoint import load_params
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import AnyPath, reason, write_atomically
 from mobilellm_jax.sealed import parse, seal, unseal_if_sealed
 from mobilellm_jax.train import Outcome, train
 
@@ -39,14 +40,14 @@ def check(config: Config) -> Mesh:
     return mesh
 
 
-def check_workdir(workdir: Path, config: Config) -> None:
+def check_workdir(workdir: AnyPath, config: Config) -> None:
     """Checks that `workdir` holds no checkpoint of a run with another config, else raises UserError."""
     if any(workdir.glob("checkpoints/*")):  # before the first, there is nothing to lose
         path = workdir / "config.json"
         check_same(path, read_config(path), config)
 
 
-def claim_workdir(workdir: Path, config: Config) -> None:
+def claim_workdir(workdir: AnyPath, config: Config) -> None:
     """Makes `workdir` and writes `config.json` into it, if it holds no checkpoint of another run.
 
     Raises:
@@ -60,12 +61,12 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         check_workdir(workdir, config)
-        results.write_atomically(path, (json.dumps(seal(to_dict(config)), indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps(seal(to_dict(config)), indent=1) + "\n").encode())
     except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from None
+        raise UserError(f"--workdir={workdir}: cannot write there ({reason(error)})") from None
 
 
-def open_run(workdir: Path) -> tuple[Config, model.Params]:
+def open_run(workdir: AnyPath) -> tuple[Config, model.Params]:
     """Returns the config of a run and the parameters of its newest intact checkpoint, in NumPy.
 
     The run may have been trained or imported, and may still be in progress; nothing in `workdir` is changed.
@@ -81,7 +82,7 @@ def open_run(workdir: Path) -> tuple[Config, model.Params]:
     return config, load_params(workdir / "checkpoints", like)
 
 
-def open_tokenizer(workdir: Path) -> data.Tokenizer | None:
+def open_tokenizer(workdir: AnyPath) -> data.Tokenizer | None:
     """Returns the tokenizer that a run keeps in `tokenizer/`; None where it keeps none.
 
     Raises:
@@ -91,7 +92,7 @@ def open_tokenizer(workdir: Path) -> data.Tokenizer | None:
     return data.load_tokenizer(directory) if directory.exists() else None
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: AnyPath) -> dict[str, Any]:
     """Returns the config of a run, valid, as `to_dict` gives it.
 
     Raises:
@@ -107,7 +108,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_same(path: Path, there: dict[str, Any], config: Config) -> None:
+def check_same(path: AnyPath, there: dict[str, Any], config: Config) -> None:
     """Checks that `there`, a config found at `path`, computes the same as `config`.
 
     Raises:
@@ -126,7 +127,7 @@ def check_same(path: Path, there: dict[str, Any], config: Config) -> None:
         )
 
 
-def finished_record(path: Path, config: Config) -> results.Record | None:
+def finished_record(path: AnyPath, config: Config) -> results.Record | None:
     """Returns the record at `path`; None where there is none, or the run failed and is worth another try.
 
     Raises:
@@ -139,7 +140,7 @@ def finished_record(path: Path, config: Config) -> results.Record | None:
     return None if record.status == "failed" else record
 
 
-def agreed_record(path: Path, config: Config) -> results.Record | None:
+def agreed_record(path: AnyPath, config: Config) -> results.Record | None:
     """Returns `finished_record` as process 0 finds it, in all processes: they may see files later than it."""
 
     def fields() -> dict[str, Any] | None:
@@ -160,7 +161,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def run(
     config: Config,
-    workdir: Path,
+    workdir: AnyPath,
     describe: Callable[..., results.Record],
     say: Callable[[str], None] = print,
 ) -> results.Record:

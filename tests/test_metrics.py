@@ -116,7 +116,7 @@ def test_a_log_that_is_gone_is_not_begun_anew(tmp_path):
 def test_a_full_disk_is_told_and_nothing_waits_for_it(tmp_path):
     log = MetricsLog(tmp_path, 0)
     with open("/dev/full", "w") as full:
-        os.dup2(full.fileno(), log._file.fileno())
+        os.dup2(full.fileno(), log._file.file.fileno())
     for step in range(1, 15):  # more events than the queue of a SummaryWriter holds
         log.train(step, 1.0, 1.0, 1e-3, 0.1)
     with pytest.raises(UserError, match=f"{tmp_path}: the log cannot be written: No space left on device"):
