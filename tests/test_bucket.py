@@ -1,5 +1,6 @@
 """Runs in a bucket: the same as in a directory, over the protocol of Google Cloud Storage."""
 
+import contextlib
 import json
 import os
 import re
@@ -179,17 +180,23 @@ def test_of_two_sweeps_one_is_killed_and_every_run_is_done_once(where, tmp_path,
     command += [f"--workdir={workdir}", "--jobs=1", "--config.train.steps=400", "--config.train.log_every=10"]
     command += ["--config.train.checkpoint_every=100"]
     outputs = [tmp_path / "first.log", tmp_path / "second.log"]
-    workers = [subprocess.Popen(command, stdout=p.open("w"), stderr=subprocess.STDOUT) for p in outputs]
 
     def text(worker):
         return outputs[worker].read_text()
 
-    while not re.search(r"step 1[1-9]0/400", text(0)):
-        assert workers[0].poll() is None, text(0)
-        time.sleep(0.01)
-    workers[0].send_signal(signal.SIGKILL)
-    assert workers[1].wait() == 0, text(1)
-    workers[0].wait()
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(path.open("w")) for path in outputs]
+        workers = [
+            stack.enter_context(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT))
+            for file in opened
+        ]
+        for worker in workers:
+            stack.callback(worker.kill)
+        while not re.search(r"step 1[1-9]0/400", text(0)):
+            assert workers[0].poll() is None, text(0)
+            time.sleep(0.01)
+        workers[0].send_signal(signal.SIGKILL)
+        assert workers[1].wait() == 0, text(1)
     records = results.read_all(files.path_of(workdir) / "results")
     assert [(r.point, r.seed, r.status) for r in records] == [
         (point, seed, "finished") for point in ("none", "reverse") for seed in (0, 1)
