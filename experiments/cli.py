@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mobilellm_jax import signals
 from mobilellm_jax.errors import Preempted, UserError, did_you_mean
+from mobilellm_jax.files import AnyPath, directory
 from mobilellm_jax.malloc import keep_freed_memory
 
 RESUME_ME = os.EX_TEMPFAIL
@@ -142,7 +143,7 @@ def run(main: Callable[[], int], default_config: str = "") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second error at exit
 
 
-def run_on_records(show: Callable[[str], None], folders: str) -> None:
+def run_on_records(show: Callable[[AnyPath], None], folders: str) -> None:
     """Runs a command whose one flag is --workdir, where records are: `show` gets its value.
 
     The flag is defined here and not on import: other commands import what shows records, and have a --workdir
@@ -151,7 +152,7 @@ def run_on_records(show: Callable[[str], None], folders: str) -> None:
     workdir = flags.DEFINE_string("workdir", "experiments", f"directory of {folders}")
 
     def main() -> int:
-        show(workdir.value)
+        show(directory("workdir", workdir.value))
         return 0
 
     run(main)

@@ -27,6 +27,7 @@ from mobilellm_jax import data, partition
 from mobilellm_jax.config import Config, MeshConfig
 from mobilellm_jax.data.text import read_text
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import directory
 from mobilellm_jax.model import Params
 from mobilellm_jax.run import check, enable_compilation_cache, open_run, open_tokenizer
 from mobilellm_jax.train import evaluate_batches, make_programs
@@ -54,7 +55,7 @@ def main() -> int:
         raise UserError(
             "--text: say what to score, such as --text='files:corpus/*.txt', or --tasks=mobilellm"
         )
-    workdir = Path(_WORKDIR.value)
+    workdir = directory("workdir", _WORKDIR.value)
     config, params = open_run(workdir)
     tokenizer = open_tokenizer(workdir)
     if tokenizer is None:

@@ -15,6 +15,7 @@ from absl import flags
 from experiments import cli
 from mobilellm_jax import huggingface
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import local_directory
 from mobilellm_jax.huggingface_weights import DTYPES, WEIGHTS
 from mobilellm_jax.run import open_tokenizer
 
@@ -29,7 +30,7 @@ def main() -> int:
         raise UserError("--workdir: say which run to export, such as --workdir=runs/first")
     if not _TARGET.value:
         raise UserError("--target: say which folder to make, such as --target=exported")
-    workdir, target = Path(_WORKDIR.value), Path(_TARGET.value)
+    workdir, target = local_directory("workdir", _WORKDIR.value), Path(_TARGET.value)
     config = huggingface.export_run(workdir, target, _DTYPE.value)
     tokenizer = open_tokenizer(workdir)
     print(

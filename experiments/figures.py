@@ -19,7 +19,6 @@ import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,6 +29,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from experiments import beside_paper, cli, drawing, tables
 from experiments.drawing import SCALE, VALUES, WORDS, comparison_runs, styled
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import AnyPath, path_of
 from mobilellm_jax.results import Record, by_point, by_study, newest, read_all, write_atomically
 from mobilellm_jax.verdicts import Comparison, Verdict, verdict
 
@@ -45,13 +45,13 @@ class Image:
     png: bytes
 
 
-def read_studies(workdir: str | Path) -> tuple[list[tuple[list[Record], Verdict]], list[str]]:
+def read_studies(workdir: str | AnyPath) -> tuple[list[tuple[list[Record], Verdict]], list[str]]:
     """Returns the records of every study in `workdir` with what they show, and why others are refused.
 
     Raises:
       UserError: there are no records, or one is damaged.
     """
-    results = Path(workdir) / "results"
+    results = path_of(workdir) / "results"
     found, refused = [], []
     for records in map(in_order, by_study(read_all(results)).values()):
         try:
@@ -66,7 +66,7 @@ def read_studies(workdir: str | Path) -> tuple[list[tuple[list[Record], Verdict]
     return found, refused
 
 
-def write(records: Sequence[Record], found: Verdict, workdir: str | Path) -> dict[str, Image]:
+def write(records: Sequence[Record], found: Verdict, workdir: str | AnyPath) -> dict[str, Image]:
     """Writes figures and tables (CSV) of one study at one preset, and returns the figures by suffix.
 
     `records` are as `in_order` returns them.
@@ -81,7 +81,7 @@ def write(records: Sequence[Record], found: Verdict, workdir: str | Path) -> dic
         "-curves": ("Held-out values during training", curves(records)),
         "-learning_rates": ("Final loss against learning rate", learning_rates(records, found)),
     }
-    folder, name = Path(workdir) / "figures", stem(records)
+    folder, name = path_of(workdir) / "figures", stem(records)
     images = {
         suffix: Image(f"{name}{suffix}.png", alt, drawing.render(figure))
         for suffix, (alt, figure) in drawn.items()
@@ -331,7 +331,7 @@ def _curve(run: Record) -> dict[int, float]:
     }
 
 
-def redraw(workdir: str | Path) -> None:
+def redraw(workdir: str | AnyPath) -> None:
     """Draws every study that has records in `workdir`, and prints the names of the files.
 
     Raises:
@@ -341,7 +341,7 @@ def redraw(workdir: str | Path) -> None:
     studies, refused = read_studies(workdir)
     for records, found in studies:
         for image in write(records, found, workdir).values():
-            print(Path(workdir) / "figures" / image.name)
+            print(path_of(workdir) / "figures" / image.name)
     if refused:
         raise UserError("\n".join(refused))
 

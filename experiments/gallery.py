@@ -7,12 +7,13 @@ from urllib.parse import quote
 
 from experiments import figures, paper
 from experiments.tables import plain
+from mobilellm_jax.files import AnyPath, is_bucket
 from mobilellm_jax.results import Record, newest
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def section(drawn: Sequence[tuple[Sequence[Record], Mapping[str, figures.Image]]], workdir: Path) -> str:
+def section(drawn: Sequence[tuple[Sequence[Record], Mapping[str, figures.Image]]], workdir: AnyPath) -> str:
     """Returns the gallery in Markdown, for a page in `workdir`; the studies of the paper come first.
 
     Args:
@@ -42,10 +43,10 @@ def _figure(image: figures.Image) -> str:
     return f"figures/{quote(image.name)}"
 
 
-def _links(records: Sequence[Record], workdir: Path) -> list[str]:
+def _links(records: Sequence[Record], workdir: AnyPath) -> list[str]:
     facts = newest(records)
     links = [f"[Report](reports/{quote(figures.stem(records))}.md)"]
-    if (config := _config(facts)).is_file():
+    if (config := _config(facts)).is_file() and not is_bucket(workdir):
         links.append(f"[config]({quote(os.path.relpath(config, workdir))})")
     if (workdir / (folder := f"results/{facts.study}/{facts.preset}".rstrip("/"))).is_dir():
         links.append(f"[{len(records)} records]({quote(folder)})")

@@ -12,13 +12,13 @@ and compiling is not part of the speed of decoding.
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
 from experiments import cli
 from mobilellm_jax import data
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import directory
 from mobilellm_jax.generate import Generator, Sampling, TextStream
 from mobilellm_jax.run import enable_compilation_cache, open_run, open_tokenizer
 
@@ -48,7 +48,7 @@ def main() -> int:
     if not (_PROMPT.value or _PROMPT_IDS.value or sys.stdin.isatty()):
         raise UserError("--prompt: say what to continue, such as --prompt='Once upon a time'")
     given_ids = [_token_ids(text) for text in _PROMPT_IDS.value]
-    workdir = Path(_WORKDIR.value)
+    workdir = directory("workdir", _WORKDIR.value)
     config, params = open_run(workdir)
     tokenizer = open_tokenizer(workdir)
     if tokenizer is None and not (_PRINT_IDS.value and given_ids and not _PROMPT.value):

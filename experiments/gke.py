@@ -6,8 +6,9 @@
 
 Every host of the slice runs the same command, with --distributed where there are several. The working
 directory of the image is this repository, with `.[tpu]` installed. The claim is a PersistentVolumeClaim that
-all hosts can write (ReadWriteMany, such as Filestore), mounted at --mount, under which --workdir lies. The
-cluster needs the JobSet controller and a node pool of this topology.
+all hosts can write (ReadWriteMany, such as Filestore), mounted at --mount, under which --workdir lies. Or
+--workdir is gs://bucket/folder, without a claim; then the image has `.[tpu,gcs]`, and its pods a service
+account that may write there. The cluster needs the JobSet controller and a node pool of this topology.
 
 A host that is to go gets SIGTERM, and the run ends with a checkpoint and status 75 on all hosts: that starts
 them again, as often as it takes. So does the loss of a node. Any other failure starts them again at most 10
@@ -56,12 +57,15 @@ def main() -> int:
     """Prints the manifest, and returns the exit status."""
     hosts, chips = hosts_of(_TPU.value, _TOPOLOGY.value or "", _CHIPS.value)
     workdir = flags.FLAGS["workdir"].value if flags.FLAGS["workdir"].present else ""
+    in_bucket = workdir.startswith("gs://")
     for name, flag in (("image", _IMAGE), ("claim", _CLAIM)):
-        if not flag.value:
+        if not flag.value and not (name == "claim" and in_bucket):
             raise UserError(f"--{name}: say which {flag.help}")
-    if not PurePosixPath(workdir).is_relative_to(_MOUNT.value):
+    if in_bucket and _CLAIM.value:
+        raise UserError(f"--claim={_CLAIM.value}: is for a --workdir under {_MOUNT.value}, not in a bucket")
+    if not in_bucket and not PurePosixPath(workdir).is_relative_to(_MOUNT.value):
         raise UserError(
-            f"--workdir={workdir}: lies outside of the volume of --claim; expected {_MOUNT.value}/..."
+            f"--workdir={workdir}: lies outside of the volume of --claim; expected {_MOUNT.value}/... or gs://..."
         )
     command = ["python", "-m", f"experiments.{_RUN.value}", *_arguments(hosts, chips)]
     name = _NAME.value or re.sub(r"[^a-z0-9]+", "-", PurePosixPath(cli.config_spec()).name.lower())
@@ -133,21 +137,22 @@ def manifest(name: str, command: list[str], hosts: int, chips: int) -> dict[str,
     }
     if _SPOT.value:
         nodes["cloud.google.com/gke-spot"] = "true"
-    container = {
+    container: dict[str, Any] = {
         "name": "run",
         "image": _IMAGE.value,
         "command": command,
         "ports": [{"containerPort": 8471}],  # of libtpu
         "resources": {kind: {"google.com/tpu": chips} for kind in ("requests", "limits")},
-        "volumeMounts": [{"name": "runs", "mountPath": _MOUNT.value}],
     }
-    pod = {
+    pod: dict[str, Any] = {
         "restartPolicy": "Never",  # a host cannot come back alone: all start again
         "terminationGracePeriodSeconds": _GRACE_S,
         "nodeSelector": nodes,
         "containers": [container],
-        "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": _CLAIM.value}}],
     }
+    if _CLAIM.value:
+        container["volumeMounts"] = [{"name": "runs", "mountPath": _MOUNT.value}]
+        pod["volumes"] = [{"name": "runs", "persistentVolumeClaim": {"claimName": _CLAIM.value}}]
     # These fail the job with the reason PodFailurePolicy, which the JobSet does not count as a restart.
     ask_for_restart = [
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},

@@ -17,6 +17,7 @@ from configs import base
 from experiments import cli
 from mobilellm_jax import accounting, huggingface
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import local_directory
 from mobilellm_jax.huggingface_config import model_fields, read_object
 
 _SOURCE = flags.DEFINE_string("source", None, "folder with config.json and safetensors, or <owner>/<name>")
@@ -33,7 +34,9 @@ def main() -> int:
         raise UserError("--workdir: say which directory to make, such as --workdir=runs/smollm2")
     how = (_SHARING.value, _NUM_REPEATS.value)
     folder = fetch(_SOURCE.value, how)
-    config = huggingface.import_run(folder, Path(_WORKDIR.value), base.get_config(), *how)
+    config = huggingface.import_run(
+        folder, local_directory("workdir", _WORKDIR.value), base.get_config(), *how
+    )
     m, has_text = config.model, config.data.source.startswith("files:")
     print(
         f"imported {accounting.parameters(m).total:,} parameters, {m.depth} blocks of width {m.width} in "

@@ -75,7 +75,7 @@ class Leases:
     def holders(self) -> dict[str, str]:
         """Returns which names other workers hold: {name: worker}; deletes leases that are over."""
         found = {}
-        for path in self._directory.iterdir():
+        for path in self._listing():
             name, _, worker = path.name.rpartition("@")
             if worker != self._worker:
                 if self._is_over(path):
@@ -83,6 +83,12 @@ class Leases:
                 else:
                     found[name.replace("~", "/")] = worker
         return found
+
+    def _listing(self) -> list[epath.Path]:
+        try:
+            return list(self._directory.iterdir())
+        except FileNotFoundError:  # a folder of a bucket is there for as long as there are files in it
+            return []
 
     def _path(self, name: str) -> epath.Path:
         return self._directory / f"{name.replace('/', '~')}@{self._worker}"
@@ -116,7 +122,7 @@ def _keep_alive(path: epath.Path, over: threading.Event) -> None:
                 print(f"error: {path} is gone: this process stood still for too long", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(1)  # at once: what it works on belongs to another worker
-        except OSError as error:  # a file system that hangs or is full: perhaps the next time
+        except Exception as error:  # a disk that hangs or is full, or no network: perhaps the next time
             logging.warning("%s: %s", path, error)
 
 

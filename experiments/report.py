@@ -20,11 +20,11 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from experiments import beside_paper, claims, cli, drawing, figures, gallery, tables
 from experiments.figures import Image
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import AnyPath, path_of
 from mobilellm_jax.results import Record, by_point, newest, write_atomically
 from mobilellm_jax.statistics import format_score
 from mobilellm_jax.verdicts import Verdict, verdict
@@ -74,7 +74,7 @@ UNITS = {
 }
 
 
-def report(records: Sequence[Record], workdir: str | Path) -> str:
+def report(records: Sequence[Record], workdir: str | AnyPath) -> str:
     """Writes figures, table (CSV) and report (HTML, Markdown) of one study at one preset.
 
     Returns:
@@ -88,9 +88,11 @@ def report(records: Sequence[Record], workdir: str | Path) -> str:
     return _report(records, found, figures.write(records, found, workdir), workdir)
 
 
-def _report(records: Sequence[Record], found: Verdict, images: dict[str, Image], workdir: str | Path) -> str:
+def _report(
+    records: Sequence[Record], found: Verdict, images: dict[str, Image], workdir: str | AnyPath
+) -> str:
     facts, sections = newest(records), contents(records, found, images)
-    path = Path(workdir) / "reports" / figures.stem(records)
+    path = path_of(workdir) / "reports" / figures.stem(records)
     for suffix, page in ((".html", to_html), (".md", to_markdown)):
         write_atomically(f"{path}{suffix}", page(facts.question, sections).encode())
     said = textwrap.fill(found.sentence, 110, break_long_words=False, break_on_hyphens=False)
@@ -278,14 +280,14 @@ def _markdown(block: Block) -> str:
             )
 
 
-def redraw(workdir: str | Path) -> None:
+def redraw(workdir: str | AnyPath) -> None:
     """Reports every study that has records in `workdir`, and prints the findings.
 
     Raises:
       UserError: there are no records, one is damaged, a README.md is there that this did not write, or the
         runs of a study cannot be compared; the other studies are reported all the same.
     """
-    page = Path(workdir) / "README.md"
+    page = path_of(workdir) / "README.md"
     if page.exists() and not page.read_text(encoding="utf-8").startswith(claims.TITLE):
         raise UserError(f"{page}: is not a page of this command, and would be lost; choose another --workdir")
     studies, refused = figures.read_studies(workdir)
@@ -294,7 +296,7 @@ def redraw(workdir: str | Path) -> None:
         images = figures.write(records, found, workdir)
         print(_report(records, found, images, workdir), end="\n\n")
         drawn.append((records, images))
-    text = "\n".join([claims.page(studies), gallery.section(drawn, Path(workdir))])
+    text = "\n".join([claims.page(studies), gallery.section(drawn, path_of(workdir))])
     write_atomically(page, text.encode())
     print(f"Claims and all figures: {page}")
     if refused:

@@ -9,7 +9,6 @@ fit. Writes figures/<study>-scaling.png and reports/<study>-scaling.md.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -19,6 +18,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from experiments import cli, drawing, tables
 from mobilellm_jax import scaling
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import directory
 from mobilellm_jax.results import Record, by_point, by_study, read_all, write_atomically
 from mobilellm_jax.statistics import format_difference, format_p
 from mobilellm_jax.verdicts import Comparison, Verdict, verdict
@@ -45,7 +45,7 @@ class Size:
 
 def main() -> int:
     """Fits, draws and prints what is in --workdir, and returns the exit status."""
-    workdir, study = Path(flags.FLAGS.workdir), flags.FLAGS.study
+    workdir, study = directory("workdir", flags.FLAGS.workdir), flags.FLAGS.study
     presets = {
         preset: records
         for (name, preset), records in by_study(read_all(workdir / "results")).items()

@@ -22,6 +22,7 @@ from experiments import cli, launch
 from experiments.points import points_of, table
 from experiments.sweep import make_workdir, missing_runs
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import local_directory
 
 _CLUSTER = flags.DEFINE_enum(
     "cluster", "slurm", ["slurm", "local"], "local: as processes on this machine, one task after the other"
@@ -49,7 +50,7 @@ def main() -> int:
     if launch.asked():
         raise UserError("--distributed: not here; each point is a task of its own, on one node")
     extra = dict(_option(text) for text in _SBATCH.value)
-    workdir = Path(all_flags["workdir"].value)
+    workdir = local_directory("workdir", all_flags["workdir"].value)  # submitit keeps its logs there
     points = points_of(cli.config_spec(), cli.overrides(), all_flags["seeds"].value, all_flags["only"].value)
     executor = _executor(workdir / "slurm", extra)
     make_workdir(workdir)

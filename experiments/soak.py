@@ -3,12 +3,14 @@
   python -m experiments.soak                       # 20 kills, 36 bits: about 8 minutes on 2 CPU cores
   python -m experiments.soak --kills=2 --flips=6
 
-A tiny run is killed by SIGKILL at random moments, of its start and of its training, and started again, up to
-four times. What it ends with has to be the same, bit for bit, as what the run that was left alone ends with:
-parameters, optimizer state, every line of metrics.jsonl but the times, the record. Then single bits are
-flipped in checkpoints, prepared data and records, and files of a checkpoint cut, emptied and deleted: each
-has to be noticed and the file named, and the newest intact checkpoint used. Exit status 1 where a count is
-not full. On the CPU, unless JAX_PLATFORMS says otherwise.
+A tiny run is killed by SIGKILL at random moments of its start, of a step, of a save and of an evaluation, and
+started again, up to four times. What it ends with has to be the same, bit for bit, as what the run that was
+left alone ends with: parameters, optimizer state, every line of metrics.jsonl but the times, the record. What
+a kill met is told by what it left on disk and what was printed last, not by what was aimed at. Then single
+bits are flipped in checkpoints, prepared data, records, logs and configs, and files of a checkpoint cut,
+emptied and deleted: each has to be noticed and the file named, and the newest intact checkpoint used. Exit
+status 1 where a count is not full, or one of four kinds of moment was not met by 8 or more kills. On the CPU,
+unless JAX_PLATFORMS says otherwise.
 """
 
 import collections
@@ -33,16 +35,18 @@ from absl import flags, logging
 
 from experiments import cli
 from mobilellm_jax import data, partition, results
-from mobilellm_jax.checkpoint import Checkpoints, find_damage
+from mobilellm_jax.checkpoint import MANIFEST, Checkpoints, find_damage
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.metrics import MetricsLog
+from mobilellm_jax.run import read_config
 from mobilellm_jax.train import TrainState, make_programs
 
 _KILLS = flags.DEFINE_integer("kills", 20, "how many runs to kill", 0)
 _FLIPS = flags.DEFINE_integer("flips", 36, "how many bits to flip in each kind of file", 0)
 _SEED = flags.DEFINE_integer("seed", 0, "of the random moments and bits", 0)
 
-# So many saves and evaluations that a random moment often meets one.
+# Of steps, saves and evaluations that take about as long as a look at them.
 _RUN = {
     "model.vocab_size": 264,
     "model.depth": 2,
@@ -61,7 +65,9 @@ _RUN = {
     "train.checkpoint_every": 10,
     "train.log_every": 1,
 }
-_START_SHARE = 0.15  # of the kills come before the first step
+# What a kill may meet, and its share of the kills.
+_MOMENTS = {"in the start": 0.15, "in a step": 0.35, "in a save": 0.25, "in an evaluation": 0.25}
+_ALL_MOMENTS = 8  # so many kills meet all of them
 _IN_A_ROW = 4
 
 
@@ -76,12 +82,12 @@ def main() -> int:
             (folder / f"{i}.txt").write_text(f"Document {i}. {' '.join(words)}")
         straight = Run(folder, folder / "straight")
         _, start_s, training_s = straight.finish()
-        killed = kills(straight, _KILLS.value, start_s, training_s, rng)
+        killed = kills(straight, _KILLS.value, start_s, training_s / _RUN["train.steps"], rng)
         counts = [
             count("kills, then the same as without", killed),
             *damaged_checkpoints(straight, _FLIPS.value, rng),
             *damaged_data(straight, _FLIPS.value, rng),
-            count("bits flipped in a record, noticed", flips_in_record(straight, _FLIPS.value, rng)),
+            *damaged_words(straight, _FLIPS.value, rng),
         ]
     return 0 if all(counts) else 1
 
@@ -94,7 +100,7 @@ def count(what: str, trials: Iterator[tuple[bool, str]]) -> bool:
         kinds[kind] += 1
         if not ok:
             print(f"  NOT: {what}: {kind}", flush=True)
-    listed = ", ".join(f"{kind} {number}" for kind, number in sorted(kinds.items()))
+    listed = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
     print(f"{what}: {sum(good)} of {len(good)} ({listed})", flush=True)
     return all(good)
 
@@ -136,18 +142,19 @@ class Run:
                 raise UserError(f"a run ended with status {process.returncode}: {''.join(lines)}")
         return "".join(lines), first - begin, time.perf_counter() - first
 
-    def kill(self, in_start: bool, wait_s: float) -> str | None:
-        """Kills it so long after its start, or its first step; None if it finished before.
+    def kill(self, aim: str, number: int, wait_s: float) -> str | None:
+        """Kills it so long after its start, or after a step, save or evaluation has begun, the `number`-th.
 
-        Returns what it was doing.
+        Returns what it was doing; None if it finished before.
         """
         lines = []
         with self.process() as process:
             assert process.stdout is not None
-            while not in_start and (line := process.stdout.readline()):  # none where all steps are done
+            while aim != "in the start" and number and (line := process.stdout.readline()):
                 lines.append(line)
-                if line.startswith("step "):
-                    break
+                number -= aim == self._next(line) and not (aim == "in a step" and self._is_saving())
+            while aim == "in a save" and process.poll() is None and not self._is_saving():
+                time.sleep(0.001)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(wait_s)
             process.kill()
@@ -156,6 +163,19 @@ class Run:
             return None
         return self._doing([line for line in lines if line.startswith("step ")])
 
+    def _next(self, line: str) -> str | None:
+        """Returns what begins after a line of output."""
+        if not line.startswith("step "):
+            return None
+        step, evaluated = _step_of(line), "held-out" in line
+        if step % _RUN["train.eval_every"] == 0 and not evaluated:
+            return "in an evaluation"
+        return "in a save" if step % _RUN["train.checkpoint_every"] == 0 else "in a step"
+
+    def _is_saving(self) -> bool:
+        there = list((self.workdir / "checkpoints").glob("*"))
+        return any("tmp" in path.name or not (path / MANIFEST).exists() for path in there)
+
     def _doing(self, lines: list[str]) -> str:
         """Returns what a killed run was doing, by what it left on disk and what it printed last."""
         if not lines:
@@ -163,13 +183,12 @@ class Run:
         left = list((self.workdir / "checkpoints").glob("*"))
         if any("tmp" in path.name or find_damage(path) for path in left):
             return "in a save"
-        step = int(lines[-1].split()[1].split("/")[0].replace(",", ""))
-        evaluating = step % _RUN["train.eval_every"] == 0 and "held-out" not in lines[-1]
-        return "in an evaluation" if evaluating else "in a step"
+        doing = self._next(lines[-1])
+        return "in a step" if doing == "in a save" else str(doing)  # the save was done, or had not begun
 
     @property
     def config(self) -> Config:
-        return from_config_dict(json.loads((self.workdir / "config.json").read_text()))
+        return from_config_dict(read_config(self.workdir / "config.json"))
 
     def like(self) -> TrainState:
         mesh = partition.make_mesh(self.config.mesh)
@@ -182,8 +201,13 @@ class Run:
         lines = [json.loads(line) for line in (self.workdir / "metrics.jsonl").read_text().splitlines()]
         for line in lines:
             line.pop("train_s", None)
+            line.pop("sha256")  # of the times, too
         record = results.read(self.workdir / "record.json")
         return *restored, lines, record.evaluations, record.train_curve, record.data, record.steps
+
+
+def _step_of(line: str) -> int:
+    return int(line.split()[1].split("/")[0].replace(",", ""))
 
 
 def restore(directory: Path, like: TrainState) -> tuple[int, Any] | None:
@@ -205,18 +229,27 @@ def same(a: Any, b: Any) -> bool:
 
 
 def kills(
-    straight: Run, number: int, start_s: float, training_s: float, rng: random.Random
+    straight: Run, number: int, start_s: float, step_s: float, rng: random.Random
 ) -> Iterator[tuple[bool, str]]:
     """Yields for every kill whether the run ended as the one left alone, and what was killed.
 
-    A run is killed up to `_IN_A_ROW` times, and then left to finish.
+    A run is killed up to `_IN_A_ROW` times, and then left to finish. Aims at what was met least by its share.
     """
-    expected, done = straight.contents(), 0
-    while done < number:
+    expected, met = straight.contents(), collections.Counter[str]()
+    wanted = _MOMENTS if number >= _ALL_MOMENTS else {}
+
+    def left() -> int:
+        """Returns how many kills are still to come; some more than asked for where a moment was not met."""
+        unmet = sum(not met[moment] for moment in wanted)
+        return max(number - met.total(), unmet if met.total() < 2 * number else 0)
+
+    while left():
         run, found = Run(straight.corpus, straight.workdir.with_name("killed")), list[str]()
-        while len(found) < min(_IN_A_ROW, number - done):
-            in_start = rng.random() < _START_SHARE
-            doing = run.kill(in_start, rng.random() * (start_s if in_start else training_s))
+        while len(found) < min(_IN_A_ROW, left()):
+            so_far = met + collections.Counter(found)
+            aim = min(_MOMENTS, key=lambda moment: (so_far[moment] + rng.random()) / _MOMENTS[moment])
+            wait_s = rng.random() * (start_s if aim == "in the start" else step_s)
+            doing = run.kill(aim, rng.randint(1, 12 if aim == "in a step" else 3), wait_s)
             if doing is None:
                 break
             print(f"  killed {doing}", flush=True)
@@ -224,8 +257,9 @@ def kills(
         run.finish()
         ok = same(run.contents(), expected)
         yield from ((ok, doing) for doing in found)
-        done += len(found)
+        met.update(found)
         shutil.rmtree(run.workdir)
+    yield from ((False, f"none was {moment}") for moment in wanted if not met[moment])
 
 
 # --- damage ---------------------------------------------------------------------------------------------
@@ -324,15 +358,31 @@ def damaged_data(straight: Run, number: int, rng: random.Random) -> Iterator[boo
     yield count("bits flipped in prepared rows, noticed", flipped("train-00000.array_record"))
 
 
-def flips_in_record(straight: Run, number: int, rng: random.Random) -> Iterator[tuple[bool, str]]:
-    """Yields for every bit flipped whether the record was refused."""
-    path = straight.workdir / "record.json"
-    for _ in flips(path, number, rng):
-        try:
-            results.read(path)
-            yield False, "read"
-        except UserError as error:
-            yield str(path) in str(error), "refused"
+def damaged_words(straight: Run, number: int, rng: random.Random) -> Iterator[bool]:
+    """Flips bits in the record, the log and the config of a run, and counts what was noticed."""
+
+    def log(path: Path) -> Any:
+        there = MetricsLog(path.parent, _RUN["train.steps"], write=False)
+        return there.evaluations, there.train_curve, there.train_s
+
+    readers: dict[str, Callable[[Path], Any]] = {
+        "record.json": results.read,
+        "metrics.jsonl": log,
+        "config.json": read_config,
+    }
+
+    def flipped(name: str) -> Iterator[tuple[bool, str]]:
+        path = straight.workdir / name
+        expected = readers[name](path)
+        for _ in flips(path, number, rng):
+            try:
+                equal = readers[name](path) == expected
+                yield equal, "without a meaning" if equal else "read"
+            except UserError as error:
+                yield str(path) in str(error), "refused"
+
+    for name in readers:
+        yield count(f"bits flipped in {name}, noticed", flipped(name))
 
 
 if __name__ == "__main__":

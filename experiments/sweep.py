@@ -36,6 +36,7 @@ from experiments.points import Point, Run, points_of, table
 from experiments.workers import Wait, in_processes, leases_of, say
 from mobilellm_jax import data, processes, results
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import AnyPath, directory, reason
 from mobilellm_jax.run import (
     agreed_record,
     check,
@@ -77,7 +78,7 @@ def main() -> int:
     print(table(points))
     if _LIST.value:
         return 0
-    return sweep(points, Path(_WORKDIR.value), _JOBS.value, groups)
+    return sweep(points, directory("workdir", _WORKDIR.value), _JOBS.value, groups)
 
 
 def _groups() -> list[dict[str, str]] | None:
@@ -113,7 +114,7 @@ def shard(points: Sequence[Point], text: str) -> list[Point]:
 
 def sweep(
     points: Sequence[Point],
-    workdir: Path,
+    workdir: AnyPath,
     jobs: int | None = None,
     groups: Sequence[Mapping[str, str]] | None = None,
 ) -> int:
@@ -167,7 +168,7 @@ def sweep(
     return status
 
 
-def _one_by_one(points: Sequence[Point], workdir: Path) -> list[str]:
+def _one_by_one(points: Sequence[Point], workdir: AnyPath) -> list[str]:
     """Does the points, those of other sweeps last, and returns what went wrong with any."""
     leases, waiting, broken = leases_of(workdir), {point.name: point for point in points}, []
     wait = Wait()
@@ -186,7 +187,7 @@ def _one_by_one(points: Sequence[Point], workdir: Path) -> list[str]:
     return broken
 
 
-def do_point(point: Point, workdir: Path) -> None:
+def do_point(point: Point, workdir: AnyPath) -> None:
     """Looks for the learning rate of a point, then does its seeds; every run leaves a record.
 
     The search is for the lowest loss, whatever the study compares: it still moves where an error rate is 0
@@ -206,7 +207,7 @@ def do_point(point: Point, workdir: Path) -> None:
         _do(comparison, workdir)
 
 
-def _do(run_: Run, workdir: Path) -> results.Record:
+def _do(run_: Run, workdir: AnyPath) -> results.Record:
     """Returns the record of a run, making it if it is not there; an error in it goes no further."""
     path, directory = _record_path(workdir, run_), workdir / "runs" / run_.name
     if (record := agreed_record(path, run_.config)) is not None:
@@ -226,11 +227,11 @@ def _do(run_: Run, workdir: Path) -> results.Record:
     return record
 
 
-def _record_path(workdir: Path, run_: Run) -> Path:
+def _record_path(workdir: AnyPath, run_: Run) -> AnyPath:
     return workdir / "results" / f"{run_.name}.json"
 
 
-def missing_runs(point: Point, workdir: Path) -> int:
+def missing_runs(point: Point, workdir: AnyPath) -> int:
     """Returns how many runs are missing of a point.
 
     Raises:
@@ -261,16 +262,16 @@ def missing_runs(point: Point, workdir: Path) -> int:
     return max(point.runs - there - len(mine) + len(compared), point.seeds - there)
 
 
-def make_workdir(workdir: Path) -> None:
+def make_workdir(workdir: AnyPath) -> None:
     """Makes what a sweep writes into; UserError if that fails."""
     try:
         leases_of(workdir)
         (workdir / "results").mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from None
+        raise UserError(f"--workdir={workdir}: cannot write there ({reason(error)})") from None
 
 
-def _finish(points: Sequence[Point], workdir: Path) -> int:
+def _finish(points: Sequence[Point], workdir: AnyPath) -> int:
     """Reports on the studies that the points belong to, and returns the exit status."""
     leases = leases_of(workdir)
     while not leases.take(["report"]):  # of two sweeps that end at once, one writes after the other
@@ -281,7 +282,7 @@ def _finish(points: Sequence[Point], workdir: Path) -> int:
         leases.release("report")
 
 
-def _report(points: Sequence[Point], workdir: Path) -> int:
+def _report(points: Sequence[Point], workdir: AnyPath) -> int:
     unfinished, refused = [], []
     for study in dict.fromkeys(Path(point.name).parent for point in points):
         records = results.read_all(workdir / "results" / study)

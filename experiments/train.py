@@ -20,6 +20,7 @@ from experiments.leases import Leases
 from mobilellm_jax import processes, results
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import AnyPath, directory, reason
 from mobilellm_jax.run import agreed_record, enable_compilation_cache, run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if it is not there")
@@ -31,7 +32,7 @@ def main() -> int:
         raise UserError("--workdir: say where the run is to be kept, such as --workdir=runs/first")
     config = from_config_dict(flags.FLAGS.config)
     launch.start()
-    workdir = Path(_WORKDIR.value)
+    workdir = directory("workdir", _WORKDIR.value)
     study, _, preset = cli.config_spec().partition(":")
     describe = functools.partial(
         results.Record,
@@ -73,7 +74,7 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def _alone(workdir: Path) -> Iterator[None]:
+def _alone(workdir: AnyPath) -> Iterator[None]:
     """Keeps all others out of `workdir`; process 0 does so for all of a run.
 
     Raises:
@@ -84,8 +85,8 @@ def _alone(workdir: Path) -> Iterator[None]:
     def take() -> None:
         try:
             leases = Leases(workdir / ".leases")
-        except OSError as error:
-            raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from None
+        except Exception as error:  # a bucket has other ones than OSError
+            raise UserError(f"--workdir={workdir}: cannot write there ({reason(error)})") from None
         worker = leases.take_unless_alive("run")
         if worker:
             raise UserError(

@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import jax
 
@@ -17,6 +16,7 @@ from experiments import devices
 from experiments.leases import Leases
 from experiments.points import Point
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import AnyPath
 from mobilellm_jax.malloc import keep_freed_memory
 from mobilellm_jax.run import enable_compilation_cache
 
@@ -31,10 +31,10 @@ def say(name: str, line: str) -> None:
 
 def in_processes(
     points: Sequence[Point],
-    workdir: Path,
+    workdir: AnyPath,
     environments: Sequence[Mapping[str, str]],
-    do_point: Callable[[Point, Path], None],
-    missing: Callable[[Point, Path], int],
+    do_point: Callable[[Point, AnyPath], None],
+    missing: Callable[[Point, AnyPath], int],
     devices_per_run: int | None = None,
 ) -> list[str]:
     """Does the points in processes side by side, each with one of `environments` and a part of the CPU cores.
@@ -95,9 +95,9 @@ def in_processes(
 
 
 def _child(
-    do_point: Callable[[Point, Path], None],
+    do_point: Callable[[Point, AnyPath], None],
     point: Point,
-    workdir: Path,
+    workdir: AnyPath,
     cores: Sequence[int],
     devices_per_run: int | None,
 ) -> None:
@@ -139,7 +139,7 @@ def _first_free(points: Sequence[Point], leases: Leases) -> Point | None:
     return next((point for point in points if point.name not in held), None)
 
 
-def leases_of(workdir: Path) -> Leases:
+def leases_of(workdir: AnyPath) -> Leases:
     """Returns the leases on the points of `workdir`."""
     return Leases(workdir / "runs" / ".leases")
 

@@ -16,6 +16,7 @@ from mobilellm_jax import data, results
 from mobilellm_jax.config import Config
 from mobilellm_jax.data.tokenizers import adds_bos
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import AnyPath
 from mobilellm_jax.model import Params
 from mobilellm_jax.run import IMPORTED, TOKENIZER
 from mobilellm_jax.zero_shot import PAPER_COLUMNS
@@ -25,7 +26,7 @@ RESULTS = "zero_shot.json"
 
 def score_tasks(
     names: Sequence[str],
-    workdir: Path,
+    workdir: AnyPath,
     config: Config,
     params: Params,
     tokenizer: data.Tokenizer,

@@ -12,10 +12,9 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -27,7 +26,7 @@ from etils import epath
 
 from mobilellm_jax import processes
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.results import write_atomically
+from mobilellm_jax.files import AnyPath, delete, files_below, on_disk, write_atomically
 from mobilellm_jax.sealed import parse, seal, unseal
 
 MANIFEST = "manifest.sha256.json"
@@ -37,9 +36,9 @@ PARAMS = "params.safetensors"  # in the checkpoint of an imported model
 class Checkpoints:
     """The checkpoints of one run: the two latest, and the one with the lowest held-out loss."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: AnyPath):
         """Opens `directory`, which is made by the first save."""
-        self._directory = Path(directory).absolute()
+        self._directory = _absolute(directory)
         absl_logging.get_absl_logger().addFilter(_is_news)
         # Made in the background, a directory that cannot be made costs a wait of 5 minutes at exit.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
@@ -88,7 +87,8 @@ class Checkpoints:
                 if later > step:
                     self._delete(later)
             for leftover in self._directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    delete(leftover)
 
     def close(self) -> None:
         """Waits for the save in progress and releases the threads; errors as in `save`."""
@@ -131,12 +131,12 @@ class Checkpoints:
 
     def _delete(self, step: int) -> None:
         (self._path(step) / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(self._path(step))
+        delete(self._path(step))
 
     def _steps(self) -> list[int]:
         return _steps(self._directory)
 
-    def _path(self, step: int) -> Path:
+    def _path(self, step: int) -> AnyPath:
         return self._directory / str(step)
 
     @contextlib.contextmanager
@@ -151,7 +151,7 @@ class Checkpoints:
             ) from error
 
 
-def newest_intact(directory: Path) -> tuple[int | None, list[str]]:
+def newest_intact(directory: AnyPath) -> tuple[int | None, list[str]]:
     """Returns the newest step in `directory` that is as it was written, and what is wrong with later ones.
 
     The step is None where there is no such one. In a run over several processes all of them call this.
@@ -167,11 +167,16 @@ def newest_intact(directory: Path) -> tuple[int | None, list[str]]:
     return None, damage
 
 
-def _steps(directory: Path) -> list[int]:
+def _absolute(directory: AnyPath) -> AnyPath:
+    """Returns what orbax takes; an absolute path of epath would lose the gs:// in front."""
+    return directory.absolute() if isinstance(directory, Path) else directory
+
+
+def _steps(directory: AnyPath) -> list[int]:
     return [int(path.name) for path in directory.glob("*") if path.name.isdecimal()]
 
 
-def load_params(directory: Path, like: Any) -> Any:
+def load_params(directory: AnyPath, like: Any) -> Any:
     """Returns the parameters of the newest intact checkpoint, in NumPy; nothing in `directory` is changed.
 
     Args:
@@ -185,7 +190,7 @@ def load_params(directory: Path, like: Any) -> Any:
     if step is None:
         why = f"no checkpoint is intact ({'; '.join(damage)})" if damage else "there is no checkpoint"
         raise UserError(f"{directory}: {why}")
-    path = directory.absolute() / str(step)
+    path = _absolute(directory) / str(step)
     if (path / PARAMS).exists():
         return _read_params(path, like)
     handler = ocp.PyTreeCheckpointHandler()
@@ -197,7 +202,7 @@ def load_params(directory: Path, like: Any) -> Any:
         return checkpointer.restore(path, args=args)["params"]
 
 
-def save_params(path: Path, params: Any) -> None:
+def save_params(path: AnyPath, params: Any) -> None:
     """Writes a checkpoint of parameters alone, for `load_params`.
 
     Orbax needs three times the memory of the parameters to write them (measured), safetensors none.
@@ -208,8 +213,8 @@ def save_params(path: Path, params: Any) -> None:
     _write_manifest(path, None)
 
 
-def _read_params(path: Path, like: Any) -> Any:
-    with safetensors.safe_open(path / PARAMS, framework="np") as file:
+def _read_params(path: AnyPath, like: Any) -> Any:
+    with on_disk(path / PARAMS) as local, safetensors.safe_open(local, framework="np") as file:
         names = file.keys()
         _check_same_shapes(path, {n: tuple(file.get_slice(n).get_shape()) for n in names}, _shapes(like))
         return jax.tree_util.tree_map_with_path(lambda key, _: file.get_tensor(_name(key)), like)
@@ -224,7 +229,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {_name(key): tuple(leaf.shape) for key, leaf in leaves}
 
 
-def _check_same_shapes(path: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_same_shapes(path: AnyPath, there: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name in sorted(there.keys() | wanted.keys()):
         if there.get(name) != wanted.get(name):
             raise UserError(
@@ -232,7 +237,7 @@ def _check_same_shapes(path: Path, there: dict[str, Any], wanted: dict[str, Any]
             )
 
 
-def find_damage(path: Path) -> str | None:
+def find_damage(path: AnyPath) -> str | None:
     """Returns what is wrong with the checkpoint at `path`, or None if every file is as it was written."""
     try:
         expected = _read_manifest(path)["files"]
@@ -249,21 +254,24 @@ def find_damage(path: Path) -> str | None:
     return None
 
 
-def _write_manifest(path: Path, loss: float | None) -> None:
+def _write_manifest(path: AnyPath, loss: float | None) -> None:
     manifest = seal({"loss": loss, "files": _hash_files(path)})
     write_atomically(path / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: AnyPath) -> dict[str, Any]:
     return unseal(parse((path / MANIFEST).read_text()))
 
 
-def _hash_files(path: Path) -> dict[str, str]:
-    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name != MANIFEST)
+def _hash_files(path: AnyPath) -> dict[str, str]:
     hashes = {}
-    for file in files:
+    for file in files_below(path):
+        if file.name == MANIFEST:
+            continue
         with file.open("rb") as stream:
-            hashes[file.relative_to(path).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+            hashes[file.relative_to(path).as_posix()] = hashlib.file_digest(
+                cast(Any, stream), "sha256"
+            ).hexdigest()
     return hashes
 
 

@@ -35,6 +35,7 @@ from mobilellm_jax.huggingface_config import (
 )
 from mobilellm_jax.huggingface_weights import INDEX, WEIGHTS, read_params, write_params
 from mobilellm_jax.run import IMPORTED, TOKENIZER, open_run
+from mobilellm_jax.sealed import seal
 
 _SPECS = {"tokenizer.json": "huggingface", "tokenizer.model": "sentencepiece"}  # the first that is there
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -68,7 +69,7 @@ def import_run(
         params = read_params(folder, config.model, layers)
         save_params(directory / "checkpoints" / "0", params)
         _write_json(directory / IMPORTED, {"source": folder.name, "config": hf})
-        _write_json(directory / "config.json", to_dict(config))
+        _write_json(directory / "config.json", seal(to_dict(config)))
     return config
 
 

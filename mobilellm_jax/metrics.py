@@ -1,12 +1,14 @@
-"""The log of a run: `metrics.jsonl`, one JSON object a line, and the same numbers as TensorBoard events."""
+"""The log of a run: `metrics.jsonl`, one JSON object a line, and the same numbers as TensorBoard events.
+
+Every line has a seal; those of earlier versions have none. A log in a bucket has no TensorBoard events, and
+gets its lines when a checkpoint is saved.
+"""
 
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
@@ -14,8 +16,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore  (
 from tensorboardX.summary import scalar
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.results import write_atomically
-from mobilellm_jax.sealed import parse
+from mobilellm_jax.files import AnyPath, Appender, is_bucket, reason
+from mobilellm_jax.sealed import parse, seal, unseal_if_sealed
 
 _KEYS = {
     "train": {"step", "loss", "grad_norm", "learning_rate", "train_s"},
@@ -33,12 +35,12 @@ class MetricsLog:
       train_s: seconds of training up to the last line.
     """
 
-    def __init__(self, workdir: Path, start_step: int, write: bool = True):
+    def __init__(self, workdir: AnyPath, start_step: int, write: bool = True):
         """Opens the log of `workdir`, as it was after `start_step`.
 
         Raises:
-          UserError: a line before the last is not one of a log, or the file is gone; and, as in all methods,
-            the log cannot be written.
+          UserError: a line is not as it was written (the last may be cut short), or the file is gone; and, as
+            in all methods, the log cannot be written.
         """
         self.evaluations: list[dict[str, Any]] = []
         self.train_curve: list[list[Any]] = []
@@ -49,10 +51,11 @@ class MetricsLog:
             self._remember(line)
         self._file = self._events = None
         if write:
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            with self._explained():
+                self._file = Appender(path, "".join(map(_text, kept)))
+        if write and not is_bucket(workdir):
             with self._explained():
                 (workdir / "tensorboard").mkdir(exist_ok=True)
-                self._file = path.open("a")
                 # Not SummaryWriter: once its thread meets a full disk, everything waits for it for ever.
                 self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
                 restart = SessionLog(status=SessionLog.START)  # TensorBoard drops what it has of later steps
@@ -69,26 +72,27 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Hands all lines to the disk, so that a checkpoint never knows more than the log."""
-        if self._file and self._events:
-            with self._explained():
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._events.flush()
+        with self._explained():
+            for file in (self._file, self._events):
+                if file:
+                    file.flush()
 
     def close(self) -> None:
         """Closes the files."""
         file, events, self._file, self._events = self._file, self._events, None, None
-        if file and events:
-            with self._explained(), contextlib.closing(file), contextlib.closing(events):
-                pass
+        with self._explained(), contextlib.ExitStack() as stack:
+            for opened in (events, file):
+                if opened:
+                    stack.callback(opened.close)
 
     def _add(self, kind: str, values: dict[str, Any]) -> None:
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         line = {"kind": kind, **values}
         self._remember(line)
-        if self._file and self._events:
-            with self._explained():
-                self._file.write(json.dumps(line) + "\n")
+        with self._explained():
+            if self._file:
+                self._file.write(_text(line))
+            if self._events:
                 for name, value in values.items():
                     if name not in ("step", "train_s") and value is not None:
                         summary = scalar(f"{kind}/{name}", value)
@@ -100,7 +104,7 @@ class MetricsLog:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self._path.parent}: the log cannot be written: {error.strerror}") from None
+            raise UserError(f"{self._path.parent}: the log cannot be written: {reason(error)}") from None
 
     def _remember(self, line: dict[str, Any]) -> None:
         values = {name: value for name, value in line.items() if name != "kind"}
@@ -111,19 +115,24 @@ class MetricsLog:
             self.train_s = values["train_s"]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _text(line: dict[str, Any]) -> str:
+    return json.dumps(seal(line)) + "\n"
+
+
+def _read(path: AnyPath) -> list[dict[str, Any]]:
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; it is the log up to the checkpoint") from None
+        raise UserError(f"{path}: {reason(error)}; it is the log up to the checkpoint") from None
     parsed = []
     for number, text in enumerate(lines, start=1):
         try:
-            line = parse(text)
-            if not _KEYS[line["kind"]] <= line.keys():
+            line = unseal_if_sealed(parse(text))
+            if line.keys() - {"kind"} != _KEYS[line["kind"]]:
                 raise ValueError
             parsed.append(line)
-        except (KeyError, TypeError, ValueError):
-            if number < len(lines):  # the last line of a killed run may be half-written
+        except (AttributeError, KeyError, TypeError, ValueError):
+            # A killed run may have written half of the last line: then neither object nor line has an end.
+            if number < len(lines) or b"}" in text or text.endswith(b"\n"):
                 raise UserError(f"{path}, line {number}: damaged, as the log of this run is") from None
     return parsed

@@ -1,6 +1,5 @@
 """One run = one JSON record. Tables, figures and verdicts are made from records alone, without jax."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mobilellm_jax.errors import UserError, did_you_mean
-from mobilellm_jax.sealed import SEAL, parse, seal, unseal
+from mobilellm_jax.files import files_below, path_of, write_atomically
+from mobilellm_jax.sealed import parse, seal, unseal_if_sealed
 
 SCHEMA = 2
 Scalar = bool | int | float | str | None
@@ -176,9 +176,7 @@ def read(path: str | os.PathLike[str]) -> Record:
         was written; records made before they had a seal cannot tell.
     """
     try:
-        fields = parse(Path(path).read_text(encoding="utf-8"))
-        if isinstance(fields, dict) and SEAL in fields:
-            fields = unseal(fields)
+        fields = unseal_if_sealed(parse(path_of(path).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:  # ValueError: broken JSON or UTF-8, or a seal that does not agree
         raise UserError(
             f"{path}: not a readable JSON record: {error}; restore the file, or delete it: the command in it "
@@ -190,30 +188,8 @@ def read(path: str | os.PathLike[str]) -> Record:
 
 def read_all(directory: str | os.PathLike[str]) -> list[Record]:
     """Reads every `*.json` below `directory`, sorted by study, preset, point, seed. Errors as in `read`."""
-    records = [read(path) for path in sorted(Path(directory).rglob("*.json"))]
+    records = [read(path) for path in files_below(path_of(directory)) if path.suffix == ".json"]
     return sorted(records, key=lambda r: (r.study, r.preset, r.point_index, r.point, r.seed))
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replaces the file at `path` in one step, creating its directory.
-
-    Raises:
-      UserError: it cannot be written; an old file is left as it was.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def by_study(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:

@@ -16,7 +16,8 @@ from mobilellm_jax import accounting, data, model, partition, processes, results
 from mobilellm_jax.checkpoint import load_params
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.sealed import parse
+from mobilellm_jax.files import AnyPath, reason, write_atomically
+from mobilellm_jax.sealed import parse, seal, unseal_if_sealed
 from mobilellm_jax.train import Outcome, train
 
 # Fields that may differ when a run is resumed: they change where and how it is computed, not what.
@@ -39,14 +40,14 @@ def check(config: Config) -> Mesh:
     return mesh
 
 
-def check_workdir(workdir: Path, config: Config) -> None:
+def check_workdir(workdir: AnyPath, config: Config) -> None:
     """Checks that `workdir` holds no checkpoint of a run with another config, else raises UserError."""
     if any(workdir.glob("checkpoints/*")):  # before the first, there is nothing to lose
         path = workdir / "config.json"
-        check_same(path, _read_config(path), config)
+        check_same(path, read_config(path), config)
 
 
-def claim_workdir(workdir: Path, config: Config) -> None:
+def claim_workdir(workdir: AnyPath, config: Config) -> None:
     """Makes `workdir` and writes `config.json` into it, if it holds no checkpoint of another run.
 
     Raises:
@@ -60,12 +61,12 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         check_workdir(workdir, config)
-        results.write_atomically(path, (json.dumps(to_dict(config), indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps(seal(to_dict(config)), indent=1) + "\n").encode())
     except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot write there ({error.strerror})") from None
+        raise UserError(f"--workdir={workdir}: cannot write there ({reason(error)})") from None
 
 
-def open_run(workdir: Path) -> tuple[Config, model.Params]:
+def open_run(workdir: AnyPath) -> tuple[Config, model.Params]:
     """Returns the config of a run and the parameters of its newest intact checkpoint, in NumPy.
 
     The run may have been trained or imported, and may still be in progress; nothing in `workdir` is changed.
@@ -76,12 +77,12 @@ def open_run(workdir: Path) -> tuple[Config, model.Params]:
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"--workdir={workdir}: there is no run here: {path.name} is missing")
-    config = from_config_dict(_read_config(path))
+    config = from_config_dict(read_config(path))
     like = jax.eval_shape(lambda: model.init(jax.random.key(0), config.model))
     return config, load_params(workdir / "checkpoints", like)
 
 
-def open_tokenizer(workdir: Path) -> data.Tokenizer | None:
+def open_tokenizer(workdir: AnyPath) -> data.Tokenizer | None:
     """Returns the tokenizer that a run keeps in `tokenizer/`; None where it keeps none.
 
     Raises:
@@ -91,9 +92,14 @@ def open_tokenizer(workdir: Path) -> data.Tokenizer | None:
     return data.load_tokenizer(directory) if directory.exists() else None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: AnyPath) -> dict[str, Any]:
+    """Returns the config of a run, valid, as `to_dict` gives it.
+
+    Raises:
+      UserError: it is missing, damaged or no config.
+    """
     try:
-        values = parse(path.read_text())
+        values = unseal_if_sealed(parse(path.read_text()))
         from_config_dict(values)
     except FileNotFoundError:
         raise UserError(f"{path}: is missing, but there are checkpoints; use another --workdir") from None
@@ -102,7 +108,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_same(path: Path, there: dict[str, Any], config: Config) -> None:
+def check_same(path: AnyPath, there: dict[str, Any], config: Config) -> None:
     """Checks that `there`, a config found at `path`, computes the same as `config`.
 
     Raises:
@@ -121,7 +127,7 @@ def check_same(path: Path, there: dict[str, Any], config: Config) -> None:
         )
 
 
-def finished_record(path: Path, config: Config) -> results.Record | None:
+def finished_record(path: AnyPath, config: Config) -> results.Record | None:
     """Returns the record at `path`; None where there is none, or the run failed and is worth another try.
 
     Raises:
@@ -134,7 +140,7 @@ def finished_record(path: Path, config: Config) -> results.Record | None:
     return None if record.status == "failed" else record
 
 
-def agreed_record(path: Path, config: Config) -> results.Record | None:
+def agreed_record(path: AnyPath, config: Config) -> results.Record | None:
     """Returns `finished_record` as process 0 finds it, in all processes: they may see files later than it."""
 
     def fields() -> dict[str, Any] | None:
@@ -155,7 +161,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def run(
     config: Config,
-    workdir: Path,
+    workdir: AnyPath,
     describe: Callable[..., results.Record],
     say: Callable[[str], None] = print,
 ) -> results.Record:

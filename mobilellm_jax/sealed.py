@@ -38,5 +38,14 @@ def unseal(values: Any) -> dict[str, Any]:
     return rest
 
 
+def unseal_if_sealed(values: Any) -> Any:
+    """Returns the values without their seal, if they have one; files of earlier versions have none.
+
+    Raises:
+      ValueError: as `unseal`. Damage to the name of the seal shows as a name that nobody knows: look for it.
+    """
+    return unseal(values) if isinstance(values, dict) and SEAL in values else values
+
+
 def _hash(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import Config, ModelConfig, OptimizerConfig
 from mobilellm_jax.errors import Interrupted, Preempted, UserError
 from mobilellm_jax.evaluate import eval_step, inputs_and_targets, scores
+from mobilellm_jax.files import AnyPath, is_bucket
 from mobilellm_jax.metrics import MetricsLog
 from mobilellm_jax.optimizer import learning_rate_schedule, make_optimizer
 from mobilellm_jax.signals import noted_signals
@@ -219,7 +219,7 @@ def train(
     config: Config,
     prepared: data.PreparedData | data.TaskData,
     mesh: Mesh,
-    workdir: Path,
+    workdir: AnyPath,
     say: Callable[[str], None],
 ) -> Outcome:
     """Trains from scratch, or from the newest intact checkpoint in `workdir`, to `config.train.steps`.
@@ -244,6 +244,8 @@ def train(
         start, state = restored
         say(f"resuming after step {start:,}")
     checkpoints.delete_after(start)
+    if is_bucket(workdir):
+        say("no TensorBoard events in a bucket; metrics.jsonl has their numbers, up to the last checkpoint")
     log = MetricsLog(workdir, start, write=jax.process_index() == 0)
     learning_rates = _learning_rates(config)
     share = partition.process_share(mesh)

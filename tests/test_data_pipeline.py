@@ -68,6 +68,12 @@ def test_every_row_once_in_every_epoch_in_an_order_of_its_own(prepared):
     assert len(set(map(tuple, [*epochs, range(ROWS)]))) == 5
 
 
+def test_batches_of_one_row_are_the_rows_of_larger_ones(prepared):
+    ones = take(prepared, 48, batch_size=1)
+    assert [n for step in ones for n in step] == [n for step in take(prepared, 2) for n in step]
+    assert take(prepared, 3, batch_size=2, process_index=1, process_count=2) == ones[1:6:2]
+
+
 def test_order_follows_from_the_seed(prepared):
     assert take(prepared, 3, seed=3) == take(prepared, 3, seed=3)
     orders = {str(take(prepared, 3, seed=seed)) for seed in (0, 1, 2, 2**32 - 1)}

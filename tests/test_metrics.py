@@ -59,6 +59,39 @@ def test_a_damaged_line_is_named(tmp_path):
         MetricsLog(tmp_path, 3)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"4.0", b"5.0"),
+        (b'"sha256"', b'"sha257"'),
+        (b'"step": 3', b'"step": 2'),
+        (b"}\n", b"|\n"),
+        (b"}\n", b"}*"),
+    ],
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_damage_that_may_be_json_is_named(tmp_path, old, new, last):
+    write_steps(MetricsLog(tmp_path, 0), range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    content = path.read_bytes()
+    changed = new.join(content.rsplit(old, 1)) if last else content.replace(old, new, 1)
+    assert changed != content
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line \d: damaged"):
+        MetricsLog(tmp_path, 3)
+
+
+def test_a_log_without_seals_is_read_and_gets_them(tmp_path):
+    write_steps(MetricsLog(tmp_path, 0), range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    sealed = path.read_bytes()
+    bare = [{name: value for name, value in line.items() if name != "sha256"} for line in lines(tmp_path)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in bare))
+    assert path.read_bytes() != sealed
+    MetricsLog(tmp_path, 3).close()
+    assert path.read_bytes() == sealed
+
+
 def test_tensorboard_events_hold_the_same_numbers(tmp_path):
     write_steps(MetricsLog(tmp_path, 0), range(1, 3))
     (path,) = (tmp_path / "tensorboard").iterdir()
@@ -83,8 +116,8 @@ def test_a_log_that_is_gone_is_not_begun_anew(tmp_path):
 def test_a_full_disk_is_told_and_nothing_waits_for_it(tmp_path):
     log = MetricsLog(tmp_path, 0)
     with open("/dev/full", "w") as full:
-        os.dup2(full.fileno(), log._file.fileno())
-    for step in range(1, 30):  # more events than the queue of a SummaryWriter holds
+        os.dup2(full.fileno(), log._file.file.fileno())
+    for step in range(1, 15):  # more events than the queue of a SummaryWriter holds
         log.train(step, 1.0, 1.0, 1e-3, 0.1)
     with pytest.raises(UserError, match=f"{tmp_path}: the log cannot be written: No space left on device"):
         log.flush()

@@ -23,7 +23,7 @@ def test_a_config_that_never_trained_can_be_mended(tmp_path):
     run.claim_workdir(tmp_path, tiny_config(**{"data.source": "files:typo.txt"}))
     config = tiny_config(**{"data.source": "files:text.txt"})
     run.claim_workdir(tmp_path, config)
-    assert from_config_dict(json.loads((tmp_path / "config.json").read_text())) == config
+    assert from_config_dict(run.read_config(tmp_path / "config.json")) == config
 
 
 def test_a_config_with_a_checkpoint_stands(tmp_path):
@@ -38,6 +38,21 @@ def test_a_config_with_a_checkpoint_stands(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json: is missing"):
         run.claim_workdir(tmp_path, tiny_config())
+
+
+def test_a_config_whose_digits_changed_is_refused_and_one_without_a_seal_is_read(tmp_path):
+    config, path = tiny_config(), tmp_path / "config.json"
+    run.claim_workdir(tmp_path, config)
+    text = path.read_text()
+    assert '"width": 24' in text
+    path.write_text(text.replace('"width": 24', '"width": 28'))
+    with pytest.raises(UserError, match=r"config\.json: not the config of a run \(changed since"):
+        run.read_config(path)
+    path.write_text(text.replace('"sha256"', '"sha257"'))
+    with pytest.raises(UserError, match=r"config\.json: not the config of a run"):
+        run.read_config(path)
+    path.write_text(json.dumps(to_dict(config)))
+    assert run.read_config(path) == to_dict(config)
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):

@@ -230,7 +230,8 @@ def contents(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("train_s", None)
-    config = from_config_dict(json.loads((workdir / "config.json").read_text()))
+        line.pop("sha256")  # of the times, too
+    config = from_config_dict(run.read_config(workdir / "config.json"))
     mesh = partition.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     checkpoints = train.Checkpoints(workdir / "checkpoints")
     step, state = checkpoints.restore_latest(make_programs(config, mesh).state)

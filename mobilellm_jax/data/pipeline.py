@@ -51,7 +51,8 @@ def train_batches(
     import grain  # here, because it imports jax, which preparing data does without
 
     rows = _Rows(prepared, "train")
-    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
+    # Not without end: of endless data in batches of one row, grain cannot say the length, and fails.
+    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat(2**50 // len(rows))
     # Numbers are batched before the rows are read: reading rows one by one is ten times slower.
     batches = order[process_index::process_count].batch(local).map(rows.read)
     iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))

@@ -28,6 +28,7 @@ from mobilellm_jax.data.sources import Document, OnRead, Source, open_source
 from mobilellm_jax.data.tasks import TaskData, open_task
 from mobilellm_jax.data.tokenizers import CARD_FILE, Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import local_directory
 from mobilellm_jax.sealed import seal
 
 PACKING = (
@@ -82,7 +83,7 @@ def prepare(data: DataConfig, vocab_size: int) -> PreparedData | TaskData:
     }
     identity = json.dumps({**card, "python_version": None}, sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    cache_dir = Path(data.cache_dir).expanduser()
+    cache_dir = local_directory("config.data.cache_dir", data.cache_dir).expanduser()
     directory = cache_dir / f"{source.name.partition(':')[0]}-{key}"
     try:
         if not directory.exists():

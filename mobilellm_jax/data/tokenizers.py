@@ -16,6 +16,7 @@ import sentencepiece
 import tokenizers
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import AnyPath, path_of, reason
 from mobilellm_jax.sealed import parse
 
 CARD_FILE = "card.json"
@@ -185,7 +186,7 @@ def tokenizer_file(spec: str | None) -> str | None:
     return _FILES.get((spec or "").partition(":")[0])
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, directory: AnyPath) -> None:
     """Writes a tokenizer into `directory`, making it, for `load_tokenizer`; so a run keeps its own."""
     directory.mkdir(parents=True, exist_ok=True)
     name = tokenizer_file(tokenizer.spec)
@@ -200,7 +201,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     Raises:
       UserError: the directory is neither, was prepared from token ids, or its tokenizer is damaged.
     """
-    directory = Path(directory)
+    directory = path_of(directory)
     try:
         card = parse((directory / CARD_FILE).read_bytes())
         spec = card["tokenizer"]
@@ -217,7 +218,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         if tokenizer.sha256 != card["tokenizer_sha256"]:
             raise ValueError(f"{name} is not the one that the rows were made with")
     except OSError as error:
-        raise UserError(f"{directory}: no tokenizer here: {error.strerror}: {error.filename}") from None
+        raise UserError(f"{directory}: no tokenizer here: {reason(error)}: {error.filename}") from None
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -255,7 +256,7 @@ def adds_space(tokenizer: Tokenizer) -> bool:
     return words == word + word
 
 
-def adds_bos(tokenizer: Tokenizer, directory: Path) -> bool:
+def adds_bos(tokenizer: Tokenizer, directory: AnyPath) -> bool:
     """Whether transformers would put BOS before a text, given the files in `directory`."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return _from_json(tokenizer.file_bytes).encode("").ids[:1] == [tokenizer.bos_id]
