@@ -19,7 +19,17 @@ from mobilellm_jax import results, run
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.files import directory
 
-PARTS: tuple[str, ...] = ("checkpoints", "input", "sharding")
+PARTS: tuple[str, ...] = (
+    "training",
+    "pytorch",
+    "compile",
+    "decode",
+    "sweep",
+    "trials",
+    "checkpoints",
+    "input",
+    "sharding",
+)
 
 _ONLY = flags.DEFINE_list("only", list(PARTS), "parts to measure")
 _QUICK = flags.DEFINE_bool("quick", False, "models and turns so few that the numbers mean nothing: a test")

@@ -1,0 +1,51 @@
+"""Compilation: seconds and memory against the number of blocks, and against how often each is applied.
+
+The layers are one scan over the plan, so neither should grow with it. Blocks are 128 wide; the persistent
+cache of compiled programs is left out. Memory is what the compiler sets aside for a step beside its arguments.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmarks import measure as m
+from experiments.benchmarks.shapes import config_of
+from mobilellm_jax import run
+from mobilellm_jax.train import make_programs
+
+_DEPTHS = (4, 12, 30, 62)
+_REPEATS = (1, 2, 4)
+
+
+def measure(quick: bool) -> list[m.Line]:
+    """Returns seconds to compile a training step, memory, and the ratio of the deepest to the shallowest."""
+    depths = _DEPTHS[:2] if quick else _DEPTHS
+    plans = {f"{depth} blocks": {"depth": depth} for depth in depths}
+    plans |= {
+        f"12 blocks, each applied {times} times": {"depth": 12, "sharing": "immediate", "num_repeats": times}
+        for times in _REPEATS[1:]
+    }
+    memory: dict[str, float] = {}
+
+    def compile_step(name: str, fields: dict[str, object]) -> Callable[[], None]:
+        config = config_of("tiny", 8, 128, quick, **fields)
+        rate = jax.ShapeDtypeStruct((), jnp.float32)
+
+        def call() -> None:
+            jax.clear_caches()
+            programs = make_programs(config, run.check(config))
+            compiled = programs.step.lower(programs.state, programs.rows, rate).compile()
+            analysis = compiled.memory_analysis()
+            memory[name] = analysis.temp_size_in_bytes / 1e6 if analysis else float("nan")
+
+        return call
+
+    seconds = m.alternate(
+        {name: compile_step(name, fields) for name, fields in plans.items()}, 2 if quick else 5
+    )
+    lines = [m.Line(f"{name}: compile", "s", tuple(times)) for name, times in seconds.items()]
+    few, many = f"{depths[0]} blocks", f"{depths[-1]} blocks"
+    ratio = m.ratios(seconds[many], seconds[few])
+    lines.append(m.Line(f"{many} / {few}: compile", "x", ratio, at_most=1.3))
+    return lines + [m.Line(f"{name}: memory of a step", "MB", (size,)) for name, size in memory.items()]

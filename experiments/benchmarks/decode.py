@@ -1,0 +1,54 @@
+"""Generation: the latency of a token at batch 1, with shared layers and with as many layers of their own.
+
+The shape is MobileLLM-125M's, whose 0.5 GB of float32 weights no cache holds; one block, 14 MB, a large one
+does. That is the paper's reason for immediate sharing, whose twice as many layers it measures at 1.03 times
+the latency on a phone, against 1.86 times for twice as many blocks (section 3.6, table 7).
+"""
+
+from collections.abc import Callable
+from itertools import islice
+
+import jax
+
+from experiments.benchmarks import measure as m
+from experiments.benchmarks.shapes import config_of
+from mobilellm_jax import model
+from mobilellm_jax.generate import Generator, Sampling
+
+_PROMPT = 64
+
+
+def measure(quick: bool) -> list[m.Line]:
+    """Returns milliseconds for a token of each model, and ratios to the unshared one."""
+    blocks = 2 if quick else 30
+    models = {
+        "30 blocks": {},
+        "30 blocks, immediate x2": {"sharing": "immediate", "num_repeats": 2},
+        "30 blocks, repeat_all x2": {"sharing": "repeat_all", "num_repeats": 2},
+        "60 blocks": {"depth": 2 * blocks},
+    }
+    tokens = 4 if quick else 32
+    sides = {name: _generate(quick, tokens, fields) for name, fields in models.items()}
+    seconds = m.alternate(sides, 2 if quick else 7)
+    times = {name: [s / tokens * 1e3 for s in of_side] for name, of_side in seconds.items()}
+    lines = [m.Line(f"{name}: a token", "ms", tuple(values)) for name, values in times.items()]
+    plain = "30 blocks"
+    for name in list(models)[1:]:
+        most = 1.1 if "immediate" in name else None
+        lines.append(m.Line(f"{name} / {plain}", "x", m.ratios(times[name], times[plain]), at_most=most))
+    return lines
+
+
+def _generate(quick: bool, tokens: int, fields: dict[str, object]) -> Callable[[], None]:
+    config = config_of("125m", 1, 128, quick, **fields).model
+    generator = Generator(model.init(jax.random.key(0), config), config, Sampling(0.0, 0, 1.0), 128)
+    steps = None
+
+    def call() -> None:
+        nonlocal steps
+        if steps is None or not list(islice(steps, tokens)):
+            steps = generator.start([[1] * _PROMPT], None, None, 0)
+            list(islice(steps, 2))  # reads the prompt
+            list(islice(steps, tokens))
+
+    return call

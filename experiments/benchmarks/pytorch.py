@@ -1,0 +1,136 @@
+"""The same training step in PyTorch: Hugging Face's `LlamaForCausalLM`, eager and compiled, against ours.
+
+Same shape, batch, precision and optimizer: AdamW, fused, with the gradient clipped; sdpa attention; the loss
+as transformers computes it; all cores. On CPUs the PyTorch process also gets our setting of the C library, to
+keep freed memory, which makes it faster too. In bfloat16 its matrix products and attention run under
+autocast, ours with `model.compute_dtype=bfloat16`; parameters and optimizer are float32 in both. Each PyTorch
+variant has a process of its own, which waits while the others work.
+
+  python -m experiments.benchmarks.pytorch SHAPE     # one of them: a JSON object, see `_peer`
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from experiments.benchmarks import measure as m
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.malloc import keep_freed_memory
+
+_CASES = {"tiny": (16, 128), "125m": (4, 512)}  # rows and tokens of a row
+_ACCELERATOR = {"tiny": (256, 128), "125m": (16, 2048)}
+
+
+def missing() -> str:
+    """Returns what this part needs and does not find, as a sentence; "" where all is there."""
+    try:
+        import torch  # noqa: F401 # pyright: ignore[reportMissingImports]
+        import transformers  # noqa: F401 # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        return f"pytorch compares with PyTorch: pip install -e '.[hf]' ({error})"
+    return ""
+
+
+def measure(quick: bool) -> list[m.Line]:
+    """Returns tokens per second of all, and ours against the faster one of PyTorch's.
+
+    Raises:
+      UserError: an extra is not installed.
+    """
+    if reason := missing():
+        raise UserError(reason)
+    cases = [("tiny", "float32")] if quick else [(n, d) for n in _CASES for d in ("float32", "bfloat16")]
+    return [line for name, dtype in cases for line in _compare(name, dtype, quick)]
+
+
+def _compare(name: str, dtype: str, quick: bool) -> Iterator[m.Line]:
+    from experiments.benchmarks.shapes import config_of
+    from experiments.benchmarks.trainer import Trainer
+
+    on_cpu = jax.default_backend() == "cpu"
+    rows, length = (2, 32) if quick else (_CASES if on_cpu else _ACCELERATOR)[name]
+    steps = 1 if on_cpu else 10
+    config = config_of(name, rows, length, quick, compute_dtype=dtype)
+    with contextlib.ExitStack() as stack:
+        sides: dict[str, Callable[[], object]] = {}
+        for variant in ("eager",) if quick else ("eager", "torch.compile"):
+            shape = {
+                "vocab_size": config.model.vocab_size,
+                "hidden_size": config.model.width,
+                "intermediate_size": config.model.ffn_width,
+                "num_hidden_layers": config.model.depth,
+                "num_attention_heads": config.model.num_heads,
+                "num_key_value_heads": config.model.num_kv_heads,
+                "tie_word_embeddings": config.model.share_embedding,
+            }
+            how = {"rows": rows, "length": length, "steps": steps, "dtype": dtype, "variant": variant}
+            sides[variant] = stack.enter_context(_process({"model": shape, **how, "cpu": on_cpu}))
+        trainer = Trainer(config)
+        batches = trainer.random_batches()
+        sides["ours"] = lambda: trainer.train(batches, steps)
+        seconds = m.alternate(sides, 2 if quick else 5)
+    case = f"{name}, {rows} x {length} tokens, {dtype}"
+    tokens = {side: m.rates(steps * rows * length, times) for side, times in seconds.items()}
+    for side, rates in tokens.items():
+        label = side if side == "ours" else f"PyTorch, {side}"
+        yield m.Line(f"{case}: {label}", "tokens/s", rates)
+    peers = [side for side in tokens if side != "ours"]
+    fastest = max(peers, key=lambda side: sorted(tokens[side])[len(tokens[side]) // 2])
+    wanted = (1.1 if dtype == "float32" else None) if on_cpu else 1.3
+    ratio = m.ratios(tokens["ours"], tokens[fastest])
+    yield m.Line(f"{case}: ours / PyTorch, {fastest}", "x", ratio, at_least=wanted)
+
+
+@contextlib.contextmanager
+def _process(what: dict[str, Any]) -> Iterator[Callable[[], None]]:
+    """Yields a function that has a PyTorch process take its steps, and waits for them."""
+    command = [sys.executable, "-m", "experiments.benchmarks.pytorch", json.dumps(what)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def steps() -> None:
+            stdin.write("\n")
+            stdin.flush()
+            if stdout.readline() != "done\n":
+                raise UserError(f"pytorch: the process of {what['variant']} ended; what it said is above")
+
+        yield steps
+        stdin.close()
+
+
+def _peer(what: dict[str, Any]) -> None:
+    """Trains with PyTorch: takes its steps for every line on stdin, and answers "done"."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
+
+    device = "cpu" if what["cpu"] else "cuda"
+    torch.set_float32_matmul_precision("high")
+    shape = {**what["model"], "use_cache": False, "max_position_embeddings": what["length"]}
+    model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).to(device).train()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    forward = torch.compile(model) if what["variant"] == "torch.compile" else model
+    size = (what["rows"], what["length"])
+    tokens = torch.randint(0, what["model"]["vocab_size"], size, device=device)
+    for _ in sys.stdin:
+        for _ in range(what["steps"]):
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device, torch.bfloat16, enabled=what["dtype"] == "bfloat16"):
+                loss = forward(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+        loss.item()
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    _peer(json.loads(sys.argv[1]))

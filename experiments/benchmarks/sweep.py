@@ -1,0 +1,42 @@
+"""A whole sweep at its `tiny` preset: how much of its wall time is not training steps.
+
+That is start-up, preparing data, compilation, evaluation, checkpoints, records and figures. Runs of several
+points go side by side, one for each core, so training time is added up over the processes and compared with
+wall time times processes.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from experiments.benchmarks import measure as m
+from mobilellm_jax import results
+
+_STUDY = "configs/layer_sharing.py:tiny"
+
+
+def measure(quick: bool) -> list[m.Line]:
+    """Returns the minutes of the sweep and the share that is not training; a single turn."""
+    cores = len(os.sched_getaffinity(0))
+    flags = ["--config.train.steps=8", "--config.optimizer.warmup_steps=2", "--seeds=1"] if quick else []
+    with tempfile.TemporaryDirectory(prefix="bench-") as workdir:
+        command = [sys.executable, "-m", "experiments.sweep", f"--config={_STUDY}", f"--workdir={workdir}"]
+        start = time.perf_counter()
+        subprocess.run([*command, *flags], check=True, stdout=subprocess.DEVNULL)
+        wall_s = time.perf_counter() - start
+        records = results.read_all(Path(workdir) / "results")
+    points = len({record.point for record in records})
+    side_by_side = min(cores, points)
+    train_s = sum(record.timing["train_s"] for record in records)
+    evaluate = "runs, with evaluation and checkpoints"
+    run_s = sum(record.timing["wall_s"] for record in records)
+    all_s = side_by_side * wall_s
+    return [
+        m.Line(f"{_STUDY}, {len(records)} runs: wall time", "s", (wall_s,)),
+        m.Line("not training steps, share of wall time", "%", (100 * (1 - train_s / all_s),), at_most=15),
+        m.Line("of it compilation", "%", (100 * sum(r.timing["compile_s"] for r in records) / all_s,)),
+        m.Line(f"of it outside of {evaluate}", "%", (100 * (1 - run_s / all_s),)),
+    ]

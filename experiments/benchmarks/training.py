@@ -1,0 +1,77 @@
+"""Training: tokens per second, and how much of the rate of the machine's matrix products they come to.
+
+The rate is that of a float32 (on accelerators bfloat16) product of square matrices, measured in the same
+turns; of known accelerators also the datasheet's. FLOPs are those of the model, see
+`accounting.train_flops_per_token`: what remat recomputes and what is elementwise counts as waste. An ls_ model
+applies every block twice.
+"""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmarks import measure as m
+from experiments.benchmarks.shapes import config_of
+from experiments.benchmarks.trainer import Trainer
+from mobilellm_jax import accounting
+
+# name: rows and tokens of a row on a CPU, and on an accelerator
+_SHAPES = {
+    "tiny": ((16, 128), (256, 128)),
+    "125m": ((4, 512), (32, 2048)),
+    "350m": ((2, 512), (16, 2048)),
+}
+_DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5": 197e12}
+
+
+def measure(quick: bool) -> list[m.Line]:
+    """Returns tokens per second and utilization of each shape, without and with sharing."""
+    names = ["tiny"] if quick else list(_SHAPES)
+    return [line for name in names for line in _measure(name, quick)]
+
+
+def _measure(name: str, quick: bool) -> Iterator[m.Line]:
+    on_cpu = jax.default_backend() == "cpu"
+    rows, length = (2, 32) if quick else _SHAPES[name][0 if on_cpu else 1]
+    configs = {
+        name: config_of(name, rows, length, quick),
+        f"{name} immediate x2": config_of(name, rows, length, quick, sharing="immediate", num_repeats=2),
+    }
+    product, flops = matrix_product(64 if quick else 2048 if on_cpu else 8192)
+    sides: dict[str, Callable[[], object]] = {"product": product}
+    for label, config in configs.items():
+        trainer = Trainer(config)
+        batches = trainer.random_batches()
+        steps = 1 if on_cpu else 10
+        sides[label] = lambda trainer=trainer, batches=batches, steps=steps: trainer.train(batches, steps)
+    seconds = m.alternate(sides, 2 if quick else 5)
+    peak = m.rates(flops, seconds["product"])
+    yield m.Line(f"{name}: rate of matrix products", "GFLOP/s", tuple(rate / 1e9 for rate in peak))
+    kind = jax.devices()[0].device_kind
+    datasheet = next((rate for key, rate in _DATASHEET.items() if key in kind), None)
+    for label, config in configs.items():
+        tokens = m.rates((1 if on_cpu else 10) * rows * length, seconds[label])
+        size = f"{label}, {rows} x {length} tokens, {config.model.compute_dtype}"
+        yield m.Line(f"{size}: tokens per second", "tokens/s", tokens)
+        per_token = accounting.train_flops_per_token(config.model, length)
+        used = m.ratios([per_token * rate for rate in tokens], peak)
+        wanted = 85.0 if on_cpu and label == "125m" else None
+        share = tuple(100 * share for share in used)
+        yield m.Line(f"{size}: share of that rate", "%", share, at_least=wanted)
+        if datasheet:
+            wanted = {"125m": 50.0, "350m": 55.0}.get(label)
+            share = tuple(100 * per_token * rate / datasheet for rate in tokens)
+            yield m.Line(f"{size}: share of {datasheet / 1e12:.0f} TFLOP/s", "%", share, at_least=wanted)
+
+
+def matrix_product(size: int) -> tuple[Callable[[], object], float]:
+    """Returns a call that multiplies square matrices several times, and how many FLOPs that is."""
+    dtype, times = "float32" if jax.default_backend() == "cpu" else "bfloat16", 8
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
+
+    @jax.jit
+    def multiply(a: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, times, lambda _, b: jnp.dot(a, b) / size, a)
+
+    return lambda: jax.block_until_ready(multiply(a)), times * 2 * float(size) ** 3
