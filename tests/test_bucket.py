@@ -117,14 +117,18 @@ def test_leases_are_seen_kept_and_taken_over(bucket, monkeypatch):
     one, two = Leases(folder), Leases(folder)
     assert two.holders() == {}
     assert one.take(["a", "b"]) == "a"
-    assert list(two.holders()) == ["a"]  # a listing of now, though this one wrote nothing in between
+    assert list(two.holders()) == ["a"]
     assert two.take(["a"]) is None
     one.release("a")
     assert two.holders() == one.holders() == {}
+    assert one.take(["c"]) == "c"
+    assert one.holders() == {}  # a listing that a cache would keep
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "a/b\n"
+    assert list(one.holders()) == ["a/b"]
+    one.release("c")
     assert one.take(["a/b"]) is None
     monkeypatch.setattr(leases, "_machine", lambda: "another machine")
     monkeypatch.setattr(leases, "LIFE_S", 1.0)

@@ -1,7 +1,8 @@
 """Compilation: seconds and memory against the number of blocks, and against how often each is applied.
 
-The layers are one scan over the plan, so neither should grow with it. Blocks are 128 wide; the persistent
-cache of compiled programs is left out. Memory is what the compiler sets aside for a step beside its arguments.
+The layers are one scan over the plan, so compilation should not grow with it. Blocks are 128 wide; the
+persistent cache of compiled programs is left out. Memory is what the compiler sets aside for a step beside
+its arguments.
 """
 
 from collections.abc import Callable

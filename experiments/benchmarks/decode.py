@@ -41,7 +41,9 @@ def measure(quick: bool) -> list[m.Line]:
 
 def _generate(quick: bool, tokens: int, fields: dict[str, object]) -> Callable[[], None]:
     config = config_of("125m", 1, 128, quick, **fields).model
-    generator = Generator(model.init(jax.random.key(0), config), config, Sampling(0.0, 0, 1.0), 128)
+    generator = Generator(
+        model.init(jax.random.key(0), config), config, Sampling(temperature=0.0, top_k=0, top_p=1.0), 128
+    )
     steps = None
 
     def call() -> None:

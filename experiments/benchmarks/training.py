@@ -2,8 +2,7 @@
 
 The rate is that of a float32 (on accelerators bfloat16) product of square matrices, measured in the same
 turns; of known accelerators also the datasheet's. FLOPs are those of the model, see
-`accounting.train_flops_per_token`: what remat recomputes and what is elementwise counts as waste. An ls_ model
-applies every block twice.
+`accounting.train_flops_per_token`: what remat recomputes and what is elementwise counts as waste.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Runs of one shape that differ in seed and learning rate: one after the other, or in one program (`jax.vmap`).
+"""Runs of one shape that differ in seed and learning rate, trained together in one program (`jax.vmap`).
 
 What that could be worth: a step of a small model does not fill an accelerator. The sweep does not do it yet;
 on a CPU it runs points side by side in processes instead.
