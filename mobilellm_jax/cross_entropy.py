@@ -3,7 +3,6 @@
 Letters: B batch, T position, C positions of one chunk, D width, V vocabulary.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,8 +17,7 @@ def head_logits(x_BTD: Float[Array, "B T D"], head_VD: Float[Array, "V D"]) -> F
     return jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def cross_entropy(
+def _cross_entropy(
     x_BTD: Float[Array, "B T D"], head_VD: Float[Array, "V D"], targets_BT: Int[Array, "B T"], chunk: int
 ) -> Float[Array, ""]:
     """Returns -sum log softmax(x head^T)[target] over targets >= 0, `chunk` positions at a time.
@@ -81,4 +79,5 @@ def _backward(chunk: int, gradients: Any, dnats: Array) -> tuple[Array, Array, N
     return (dx_BTD * dnats).astype(dx_BTD.dtype), dhead_VD * dnats, None
 
 
+cross_entropy = jax.custom_vjp(_cross_entropy, nondiff_argnums=(3,))
 cross_entropy.defvjp(_forward, _backward)

@@ -67,8 +67,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x_BTD, self.param("gain", nn.initializers.ones, x_BTD.shape[-1:]), self.epsilon)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear(product: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:
+def _linear(product: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns `jnp.einsum(product, x, w)`; `w` has the axes that `x` loses and then those that it gains.
 
     Its gradients are written out, since XLA on a CPU is slow at those that JAX derives: it transposes the
@@ -94,6 +93,7 @@ def _linear_backward(product: str, kept: tuple[Array, Array], dy: Array) -> tupl
     return dx, jnp.einsum(f"{gained_first}->{w_axes}", dw)
 
 
+linear = jax.custom_vjp(_linear, nondiff_argnums=(0,))
 linear.defvjp(_linear_forward, _linear_backward)
 
 
