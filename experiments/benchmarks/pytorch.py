@@ -22,7 +22,7 @@ from experiments.benchmarks import measure as m
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.malloc import keep_freed_memory
 
-_CASES = {"tiny": (16, 128), "125m": (4, 512)}  # rows and tokens of a row
+_CASES = {"tiny": (16, 128), "125m": (2, 512)}  # rows and tokens of a row
 _ACCELERATOR = {"tiny": (256, 128), "125m": (16, 2048)}
 
 

@@ -18,8 +18,8 @@ from mobilellm_jax import accounting
 # name: rows and tokens of a row on a CPU, and on an accelerator
 _SHAPES = {
     "tiny": ((16, 128), (256, 128)),
-    "125m": ((4, 512), (32, 2048)),
-    "350m": ((2, 512), (16, 2048)),
+    "125m": ((2, 512), (32, 2048)),
+    "350m": ((1, 512), (16, 2048)),
 }
 _DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5": 197e12}
 
