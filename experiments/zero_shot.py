@@ -14,10 +14,9 @@ from jax.sharding import Mesh
 from experiments import cli, paper
 from mobilellm_jax import data, results
 from mobilellm_jax.config import Config
-from mobilellm_jax.data.tokenizers import adds_bos
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import Params
-from mobilellm_jax.run import IMPORTED, TOKENIZER
+from mobilellm_jax.run import begins_with_bos
 from mobilellm_jax.zero_shot import PAPER_COLUMNS
 
 RESULTS = "zero_shot.json"
@@ -52,7 +51,7 @@ def score_tasks(
     from mobilellm_jax import harness  # here: it needs the extra `eval`
 
     if bos is None:
-        bos = adds_bos(tokenizer, workdir / TOKENIZER) if (workdir / IMPORTED).exists() else True
+        bos = begins_with_bos(workdir, tokenizer)
     path = workdir / RESULTS
     document = _read(path)
     tasks, left_out = harness.load_tasks(names, data_dir)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from mobilellm_jax import accounting, data, model, partition, processes, results
 from mobilellm_jax.checkpoint import load_params
 from mobilellm_jax.config import Config, from_config_dict, to_dict
+from mobilellm_jax.data.tokenizers import adds_bos
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.sealed import parse
 from mobilellm_jax.train import Outcome, train
@@ -89,6 +90,13 @@ def open_tokenizer(workdir: Path) -> data.Tokenizer | None:
     """
     directory = workdir / TOKENIZER
     return data.load_tokenizer(directory) if directory.exists() else None
+
+
+def begins_with_bos(workdir: Path, tokenizer: data.Tokenizer) -> bool:
+    """Whether the model of a run expects BOS before a text: as in training; if imported, as transformers does."""
+    if tokenizer.bos_id is None:
+        return False
+    return not (workdir / IMPORTED).exists() or adds_bos(tokenizer, workdir / TOKENIZER)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
