@@ -7,13 +7,15 @@
   python -m experiments.sweep --workdir=/shared/runs                 # on every node: they share the points
   python -m experiments.sweep --workdir=/shared/runs --shard=0/4     # or each has a part of its own
   python -m experiments.sweep --workdir=/shared/runs --distributed   # every run on all hosts, see launch.py
+  python -m experiments.sweep --tasks=mobilellm --data_dir=eval      # and zero-shot accuracy of every run
 
 Every point looks for its own learning rate first, with a seed of its own, and then trains with the same seeds
 as all others. Finished runs are skipped and a half-done one is resumed, so the same command again goes on
 after an interruption; SIGTERM saves checkpoints and exits with status 75, "start me again". A run that fails
 or diverges is recorded as such, and the others go on. Sweeps that share a --workdir share the points; the
-point of one that died is taken over (`leases.py`). In --workdir: results/ has one JSON record for each run,
-reports/ and figures/ what they show, runs/ checkpoints and logs.
+point of one that died is taken over (`leases.py`). With --tasks, every finished run answers them at the end,
+also one that was there before; what its record has is not asked again. In --workdir: results/ has one JSON
+record for each run, reports/ and figures/ what they show, runs/ checkpoints and logs.
 """
 
 import functools
@@ -22,7 +24,7 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -30,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, launch, report
+from experiments import cli, launch, report, zero_shot
 from experiments.points import Point, Run, points_of, table
 from experiments.workers import Wait, in_processes, leases_of, say
 from mobilellm_jax import data, processes, results
@@ -57,6 +59,9 @@ _JOBS = flags.DEFINE_integer(
 _SHARD = flags.DEFINE_string(
     "shard", "0/1", "i/n: only every n-th point, from the i-th on; i from 0 to n - 1"
 )
+_TASKS = flags.DEFINE_list("tasks", [], "ask every finished run these tasks, as experiments.evaluate does")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "folder with local files of --tasks; else the hub is asked")
+_LIMIT = flags.DEFINE_integer("limit", None, "ask only so many questions of each of --tasks", 1)
 
 # For the expected time only, measured on the tiny studies on 2 CPU cores: the share of the matrix rate that
 # training reaches, and the seconds that a point (process, compilation) and a run (evaluation, saving) cost.
@@ -65,13 +70,14 @@ _EFFICIENCY, _POINT_S, _RUN_S = 0.12, 10.0, 1.2
 
 def main() -> int:
     """Runs the sweep, and returns the exit status."""
+    questions = zero_shot.questions_of(_TASKS.value, _DATA_DIR.value, _LIMIT.value)
     points = shard(points_of(cli.config_spec(), cli.overrides(), _SEEDS.value, _ONLY.value), _SHARD.value)
     if not _LIST.value:
         launch.start()
     print(table(points))
     if _LIST.value:
         return 0
-    return sweep(points, Path(_WORKDIR.value), _JOBS.value)
+    return sweep(points, Path(_WORKDIR.value), _JOBS.value, questions)
 
 
 def shard(points: Sequence[Point], text: str) -> list[Point]:
@@ -90,7 +96,12 @@ def shard(points: Sequence[Point], text: str) -> list[Point]:
     return part
 
 
-def sweep(points: Sequence[Point], workdir: Path, jobs: int | None = None) -> int:
+def sweep(
+    points: Sequence[Point],
+    workdir: Path,
+    jobs: int | None = None,
+    questions: zero_shot.Questions | None = None,
+) -> int:
     """Does the runs that `workdir` has no record of, reports on all, and returns the exit status.
 
     Args:
@@ -98,6 +109,7 @@ def sweep(points: Sequence[Point], workdir: Path, jobs: int | None = None) -> in
       workdir: where everything is kept.
       jobs: points that run side by side, each in a process with its part of the CPU cores; 1 runs all in this
         process; None takes one for each core on a CPU and 1 on an accelerator.
+      questions: to ask every finished run of the points.
 
     Raises:
       UserError: bad data, or a `workdir` of another sweep; found before anything is compiled.
@@ -112,6 +124,7 @@ def sweep(points: Sequence[Point], workdir: Path, jobs: int | None = None) -> in
     enable_compilation_cache()
     for point in points:
         check(point.config)
+    known = zero_shot.load(questions, points) if questions else {}
     processes.of_first(lambda: _make(workdir))
     missing = processes.of_first(lambda: {point.name: _missing(point, workdir) for point in points})
     todo = [point for point in points if missing[point.name]]
@@ -122,18 +135,31 @@ def sweep(points: Sequence[Point], workdir: Path, jobs: int | None = None) -> in
         print(f"\n{total - left} of about {total} runs are done already", end="; ")
         seconds = expected_seconds([(point, missing[point.name]) for point in todo])
         print(f"the rest will take about {duration(seconds / min(jobs, len(todo)))} (m:ss)", flush=True)
-    if jobs > 1 and len(todo) > 1:
-        todo = sorted(todo, key=lambda point: -point.flops)
-        broken = in_processes(todo, workdir, min(jobs, len(todo)), do_point, _missing)
-    else:
-        broken = _one_by_one(todo, workdir)
+    broken = _all(todo, workdir, jobs, do_point, _missing)
+    if questions:
+        asked = {"questions": questions, "known": known}
+        lacking = functools.partial(zero_shot.lacking, **asked)
+        left = processes.of_first(lambda: {point.name: lacking(point, workdir) for point in points})
+        todo = [point for point in points if left[point.name]]
+        broken += _all(todo, workdir, jobs, functools.partial(zero_shot.score_point, **asked), lacking)
     status = processes.of_first(lambda: _finish(points, workdir))
     if broken:
         raise UserError("\n".join(broken))
     return status
 
 
-def _one_by_one(points: Sequence[Point], workdir: Path) -> list[str]:
+Do, Count = Callable[[Point, Path], None], Callable[[Point, Path], int]
+
+
+def _all(points: Sequence[Point], workdir: Path, jobs: int, do: Do, missing: Count) -> list[str]:
+    """Does the points, side by side if there are several, and returns what went wrong with any."""
+    if jobs == 1 or len(points) < 2:
+        return _one_by_one(points, workdir, do)
+    largest_first = sorted(points, key=lambda point: -point.flops)
+    return in_processes(largest_first, workdir, min(jobs, len(points)), do, missing)
+
+
+def _one_by_one(points: Sequence[Point], workdir: Path, do: Do) -> list[str]:
     """Does the points, those of other sweeps last, and returns what went wrong with any."""
     leases, waiting, broken = leases_of(workdir), {point.name: point for point in points}, []
     wait = Wait()
@@ -143,7 +169,7 @@ def _one_by_one(points: Sequence[Point], workdir: Path) -> list[str]:
             wait(leases)
             continue
         try:
-            do_point(waiting.pop(name), workdir)
+            do(waiting.pop(name), workdir)
         except UserError as error:
             broken.append(f"{name}: {error}")
         finally:

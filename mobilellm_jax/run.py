@@ -93,7 +93,7 @@ def open_tokenizer(workdir: Path) -> data.Tokenizer | None:
 
 
 def begins_with_bos(workdir: Path, tokenizer: data.Tokenizer) -> bool:
-    """Whether the model of a run expects BOS before a text: as in training; if imported, as transformers does."""
+    """Whether BOS comes before a text: as in training; for an imported model, as in transformers."""
     if tokenizer.bos_id is None:
         return False
     return not (workdir / IMPORTED).exists() or adds_bos(tokenizer, workdir / TOKENIZER)
