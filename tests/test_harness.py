@@ -4,6 +4,7 @@ Skipped without lm-eval: python -m pip install -e '.[eval]'. The comparison item
 too: there lm-eval runs the exported model by transformers, which shares no code with this project.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,8 +13,9 @@ import sys
 import numpy as np
 import pytest
 from conftest import random_params, tiny_config
+from test_sweep import write_study
 
-from mobilellm_jax import huggingface, partition
+from mobilellm_jax import huggingface, partition, results
 from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import to_dict
 from mobilellm_jax.data import save_tokenizer
@@ -203,6 +205,48 @@ def test_the_command_prints_a_table_and_keeps_results(workdir, data_dir):
     assert document["piqa"]["metrics"].keys() == {"acc", "acc_norm"}
     assert document["boolq"]["requests_shortened"] > document["piqa"]["requests_shortened"] == 0
     assert rest[-1] == ["see", str(workdir / "zero_shot.json")]
+
+
+def run_command(name, *arguments):
+    """Returns the output of a command that succeeds."""
+    environment = {**os.environ, "PYTHONPATH": ".", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-m", f"experiments.{name}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_asks_every_run_and_text_and_tasks_go_in_one_command(tmp_path, data_dir):
+    study, workdir = write_study(tmp_path), tmp_path / "w"
+    length = "--config.data.sequence_length=128"
+    arguments = [f"--config={study}", f"--workdir={workdir}", length, "--seeds=1", "--jobs=1"]
+    tasks = [f"--data_dir={data_dir}", "--limit=5"]
+    run_command("sweep", *arguments)
+    path = workdir / "results" / "mini" / "tiny" / "none-s0.json"
+    trained = results.read(path)
+    assert trained.zero_shot is None
+    # two finished runs, asked afterwards; then only what is new; then nothing
+    assert run_command("sweep", *arguments, *tasks, "--tasks=piqa").count("  acc: piqa") == 2
+    out = run_command("sweep", *arguments, *tasks, "--tasks=piqa,boolq")
+    assert (out.count("  acc: boolq"), out.count("piqa")) == (2, 0)
+    assert "acc:" not in run_command("sweep", *arguments, *tasks, "--tasks=piqa,boolq")
+    record = results.read(path)
+    assert record.zero_shot is not None
+    assert record.zero_shot.keys() == {"piqa", "boolq"}
+    assert dataclasses.replace(record, zero_shot=None) == trained
+    report = (workdir / "reports" / "mini-tiny.md").read_text()
+    assert "## Zero-shot accuracy" in report
+    run = workdir / "runs" / "mini" / "tiny" / "none-s0"
+    text = f"--text=files:{tmp_path}/1.txt"
+    out = run_command("evaluate", f"--workdir={run}", text, *tasks, "--tasks=piqa,winogrande")
+    first, *rest = out.splitlines()
+    assert "bits per byte" in first
+    assert rest[-1] == f"see {path}"
+    after = results.read(path).zero_shot
+    assert after is not None
+    assert after["piqa"]["metrics"] == record.zero_shot["piqa"]["metrics"]
+    assert (after["winogrande"]["items"], after["winogrande"]["step"]) == (5, 4)
 
 
 # --- against lm-eval's own model ------------------------------------------------------------------------

@@ -37,7 +37,7 @@ _SIZES = {
     "4 x 128": {"model.depth": 4, "model.width": 128, "model.num_heads": 4},
     "6 x 384": {"model.depth": 6, "model.width": 384, "model.num_heads": 6, "model.vocab_size": 8192},
 }
-_QUESTIONS = 24  # of each task
+_QUESTIONS = 16  # of each task
 _CONTEXT = 512
 _BATCHES = (8, 32, 64)  # of the Hugging Face model
 
