@@ -317,3 +317,13 @@ def test_texts_and_generated_texts_equal_those_of_transformers(adapter, theirs):
     for settings in ({"until": ["a", "."], "max_gen_toks": 12}, {"until": [], "max_gen_toks": 5}):
         prompts = instances("generate_until", [(text, {"do_sample": False, **settings}) for text in texts])
         assert ours.generate_until(prompts) == other.generate_until(prompts)
+
+
+@pytest.mark.slow
+def test_the_benchmark_finds_no_answer_that_differs(theirs, tmp_path):
+    run_command("bench", "--only=zero_shot", "--quick", f"--workdir={tmp_path}")
+    (path,) = tmp_path.rglob("zero_shot.json")
+    lines = {line["name"]: line for line in json.loads(path.read_text())["lines"]}
+    different = next(line for name, line in lines.items() if name.endswith("that differ"))
+    assert (different["values"], different["at_most"]) == ([0.0], 0.0)
+    assert lines["4 x 128: ours / Hugging Face"]["median"] > 0
