@@ -11,18 +11,18 @@ predicted from little. Bits per byte compare models with different tokenizers, p
 Zero-shot accuracy by EleutherAI's lm-evaluation-harness, which is an extra: pip install -e '.[eval]'.
 `mobilellm` stands for the paper's eight tasks. Without --data_dir, questions come from the hub, and every
 task of lm-eval can be asked. A local file is <task>*.jsonl, such as arc_easy_test.jsonl (also .gz, .xz, .zst;
-the formats are in mobilellm_jax/zero_shot.py). Results are added to zero_shot.json in the run's directory.
+the formats are in mobilellm_jax/zero_shot.py). Results are added to the run's record; where there is none, as
+of an imported run, to zero_shot.json in its directory.
 """
 
 import dataclasses
 import math
-from pathlib import Path
 
 import jax
 from absl import flags
 
 from experiments import cli
-from experiments.zero_shot import score_tasks
+from experiments.zero_shot import questions_of, score_tasks
 from mobilellm_jax import data, partition
 from mobilellm_jax.config import Config, MeshConfig
 from mobilellm_jax.data.text import read_text
@@ -55,6 +55,7 @@ def main() -> int:
         raise UserError(
             "--text: say what to score, such as --text='files:corpus/*.txt', or --tasks=mobilellm"
         )
+    questions = questions_of(_TASKS.value, _DATA_DIR.value, _LIMIT.value, _BOS.value)
     workdir = directory("workdir", _WORKDIR.value)
     config, params = open_run(workdir)
     tokenizer = open_tokenizer(workdir)
@@ -64,18 +65,8 @@ def main() -> int:
     enable_compilation_cache()
     if _TEXT.value:
         _score_text(config, params, tokenizer, _TEXT.value)
-    if _TASKS.value:
-        score_tasks(
-            _TASKS.value,
-            workdir,
-            config,
-            params,
-            tokenizer,
-            check(config),
-            data_dir=None if _DATA_DIR.value is None else Path(_DATA_DIR.value),
-            limit=_LIMIT.value,
-            bos=_BOS.value,
-        )
+    if questions:
+        score_tasks(questions, workdir, config, params, tokenizer, check(config))
     return 0
 
 

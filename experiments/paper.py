@@ -164,7 +164,8 @@ def published(model: Any) -> tuple[str, Cells] | None:
             "share_embedding": row["tied_embeddings"] == "yes",
         }
         if all(getattr(model, field) == value for field, value in shape.items()):
-            return row["model"], _zero_shot_rows()[row["model"]]
+            name = row["model"]
+            return name, {**_zero_shot_rows()[name], **_other_rows().get(name, {})}
     return None
 
 
@@ -186,3 +187,11 @@ def _published_accuracy() -> dict[str, str]:
 def _zero_shot_rows() -> dict[str, Cells]:
     tables = (table("table03_main_zero_shot"), table("table08_larger_models_zero_shot"))
     return {row["model"]: row for of_table in tables for row in of_table}
+
+
+def _other_rows() -> dict[str, Cells]:
+    """TriviaQA and RACE by model, as far as they are known."""
+    return {
+        row["model"]: {column: text for column, text in row.items() if text != "not found"}
+        for row in table("table04_tqa_race")
+    }

@@ -73,6 +73,11 @@ UNITS = {
     "error": "Held-out answers that are exactly right after the last step, in percent, ± a 95 % t interval.",
 }
 
+SHARES = (
+    "acc / acc_norm in percent, mean over the seeds; in brackets the number of questions. Chance is the "
+    "expected share of a guess, majority that of the place that is right most often."
+)
+
 
 def report(records: Sequence[Record], workdir: str | AnyPath) -> str:
     """Writes figures, table (CSV) and report (HTML, Markdown) of one study at one preset.
@@ -116,6 +121,7 @@ def contents(records: Sequence[Record], found: Verdict, images: dict[str, Image]
         ("Designs", [*tables.head(records, found)[1:], *tables.designs(records, found), BUDGETS]),
         ("Learning rates", [*shown("-learning_rates"), *_learning_rates(found)]),
         ("Outcomes", [UNITS[facts.metric], tables.outcomes(records, found), _seeds(records)]),
+        ("Zero-shot accuracy", [SHARES, zero_shot] if (zero_shot := tables.zero_shot(records)) else []),
         ("Against parameters and FLOPs", shown("-costs")),
         ("Training curves", [images["-curves"]]),
         ("Runs that did not finish", _unfinished(records, found)),

@@ -8,13 +8,15 @@
   python -m experiments.sweep --workdir=/shared/runs --shard=0/4     # or each has a part of its own
   python -m experiments.sweep --workdir=/shared/runs --distributed   # every run on all hosts, see launch.py
   python -m experiments.sweep --devices_per_run=1                    # a run on each device of this host
+  python -m experiments.sweep --tasks=mobilellm --data_dir=eval      # and zero-shot accuracy of every run
 
 Every point looks for its own learning rate first, with a seed of its own, and then trains with the same seeds
 as all others. Finished runs are skipped and a half-done one is resumed, so the same command again goes on
 after an interruption; SIGTERM saves checkpoints and exits with status 75, "start me again". A run that fails
 or diverges is recorded as such, and the others go on. Sweeps that share a --workdir share the points; the
-point of one that died is taken over (`leases.py`). In --workdir: results/ has one JSON record for each run,
-reports/ and figures/ what they show, runs/ checkpoints and logs.
+point of one that died is taken over (`leases.py`). With --tasks, every finished run answers them at the end,
+also one that was there before; what its record has is not asked again. In --workdir: results/ has one JSON
+record for each run, reports/ and figures/ what they show, runs/ checkpoints and logs.
 """
 
 import functools
@@ -23,7 +25,7 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -31,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, devices, launch, report
+from experiments import cli, devices, launch, report, zero_shot
 from experiments.points import Point, Run, points_of, table
 from experiments.workers import Wait, in_processes, leases_of, say
 from mobilellm_jax import data, processes, results
@@ -62,6 +64,9 @@ _DEVICES_PER_RUN = flags.DEFINE_integer(
 _SHARD = flags.DEFINE_string(
     "shard", "0/1", "i/n: only every n-th point, from the i-th on; i from 0 to n - 1"
 )
+_TASKS = flags.DEFINE_list("tasks", [], "ask every finished run these tasks, as experiments.evaluate does")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "folder with local files of --tasks; else the hub is asked")
+_LIMIT = flags.DEFINE_integer("limit", None, "ask only so many questions of each of --tasks", 1)
 
 # For the expected time only, measured on the tiny studies on 2 CPU cores: the share of the matrix rate that
 # training reaches, and the seconds that a point (process, compilation) and a run (evaluation, saving) cost.
@@ -70,6 +75,7 @@ _EFFICIENCY, _POINT_S, _RUN_S = 0.12, 10.0, 1.2
 
 def main() -> int:
     """Runs the sweep, and returns the exit status."""
+    questions = zero_shot.questions_of(_TASKS.value, _DATA_DIR.value, _LIMIT.value)
     points = shard(points_of(cli.config_spec(), cli.overrides(), _SEEDS.value, _ONLY.value), _SHARD.value)
     groups = None
     if not _LIST.value:
@@ -78,7 +84,7 @@ def main() -> int:
     print(table(points))
     if _LIST.value:
         return 0
-    return sweep(points, directory("workdir", _WORKDIR.value), _JOBS.value, groups)
+    return sweep(points, directory("workdir", _WORKDIR.value), _JOBS.value, groups, questions)
 
 
 def _groups() -> list[dict[str, str]] | None:
@@ -117,6 +123,7 @@ def sweep(
     workdir: AnyPath,
     jobs: int | None = None,
     groups: Sequence[Mapping[str, str]] | None = None,
+    questions: zero_shot.Questions | None = None,
 ) -> int:
     """Does the runs that `workdir` has no record of, reports on all, and returns the exit status.
 
@@ -127,6 +134,7 @@ def sweep(
         process; None takes one for each core on a CPU and 1 on an accelerator.
       groups: what `devices.groups` returns, to have instead a process for each of these groups of devices;
         this process sees as many simulated devices as there are in a group (`devices.stay_off`).
+      questions: to ask every finished run of the points.
 
     Raises:
       UserError: bad data, or a `workdir` of another sweep; found before anything is compiled.
@@ -141,6 +149,7 @@ def sweep(
     enable_compilation_cache()
     for point in points:
         check(point.config)
+    known = zero_shot.load(questions, points) if questions else {}
     processes.of_first(lambda: make_workdir(workdir))
     missing = processes.of_first(lambda: {point.name: missing_runs(point, workdir) for point in points})
     todo = [point for point in points if missing[point.name]]
@@ -155,20 +164,41 @@ def sweep(
         else:
             seconds = expected_seconds([(point, missing[point.name]) for point in todo])
             print(f"the rest will take about {duration(seconds / min(jobs, len(todo)))} (m:ss)", flush=True)
-    if groups or (jobs > 1 and len(todo) > 1):
-        todo = sorted(todo, key=lambda point: -point.flops)
-        environments = (groups or [{}] * jobs)[: len(todo)]
-        size = jax.device_count() if groups else None
-        broken = in_processes(todo, workdir, environments, do_point, missing_runs, size)
-    else:
-        broken = _one_by_one(todo, workdir)
+    environments = groups or [{}] * jobs
+    size = jax.device_count() if groups else None
+    broken = _all(todo, workdir, environments, do_point, missing_runs, size)
+    if questions:
+        asked = {"questions": questions, "known": known}
+        lacking = functools.partial(zero_shot.lacking, **asked)
+        left = processes.of_first(lambda: {point.name: lacking(point, workdir) for point in points})
+        todo = [point for point in points if left[point.name]]
+        score = functools.partial(zero_shot.score_point, **asked)
+        broken += _all(todo, workdir, environments, score, lacking, size)
     status = processes.of_first(lambda: _finish(points, workdir))
     if broken:
         raise UserError("\n".join(broken))
     return status
 
 
-def _one_by_one(points: Sequence[Point], workdir: AnyPath) -> list[str]:
+Do, Count = Callable[[Point, AnyPath], None], Callable[[Point, AnyPath], int]
+
+
+def _all(
+    points: Sequence[Point],
+    workdir: AnyPath,
+    environments: Sequence[Mapping[str, str]],
+    do: Do,
+    missing: Count,
+    devices_per_run: int | None,
+) -> list[str]:
+    """Does the points, side by side if there are several, and returns what went wrong with any."""
+    if devices_per_run is None and min(len(environments), len(points)) < 2:
+        return _one_by_one(points, workdir, do)
+    largest_first = sorted(points, key=lambda point: -point.flops)
+    return in_processes(largest_first, workdir, environments[: len(points)], do, missing, devices_per_run)
+
+
+def _one_by_one(points: Sequence[Point], workdir: AnyPath, do: Do) -> list[str]:
     """Does the points, those of other sweeps last, and returns what went wrong with any."""
     leases, waiting, broken = leases_of(workdir), {point.name: point for point in points}, []
     wait = Wait()
@@ -178,7 +208,7 @@ def _one_by_one(points: Sequence[Point], workdir: AnyPath) -> list[str]:
             wait(leases)
             continue
         try:
-            do_point(waiting.pop(name), workdir)
+            do(waiting.pop(name), workdir)
         except UserError as error:
             broken.append(f"{name}: {error}")
         finally:

@@ -170,6 +170,50 @@ def comparisons(records: Sequence[Record], verdict: Verdict) -> Columns:
     }
 
 
+def zero_shot(records: Sequence[Record]) -> Columns | None:
+    """Returns zero-shot accuracies in percent, acc / acc_norm, means over the seeds; None without any.
+
+    One column for each task (with the number of questions; another number of them is another column), and
+    the average over the columns of the points that have all of them.
+    """
+    runs = [r for r in records if r.phase == "comparison" and r.status == "finished" and r.zero_shot]
+    metrics = ("acc", "acc_norm")
+    found: dict[tuple[str, int, str], dict[str, list[dict[str, Any]]]] = {}
+    for run in runs:
+        for task, entry in sorted((run.zero_shot or {}).items()):
+            if all(metric in entry["metrics"] for metric in metrics):
+                column = found.setdefault((task, entry["items"], entry["data"]), {})
+                column.setdefault(run.point, []).append(entry)
+    if not found:
+        return None
+    points = list(by_point(runs))
+    columns: Columns = {"point": [*points, "chance", "majority"]}
+    means: dict[str, list[list[float]]] = {point: [] for point in points}
+    for (task, items, data), of_points in found.items():
+        name = f"{task} ({items:,})"
+        cells = []
+        for point in points:
+            entries = of_points.get(point, [])
+            if entries:
+                values = [[entry["metrics"][metric]["value"] for entry in entries] for metric in metrics]
+                means[point].append([float(np.mean(of_metric)) for of_metric in values])
+            cells.append(_shares(means[point][-1]) if entries else "")
+        one = next(iter(of_points.values()))[0]
+        cells += [_shares([one[baseline]]) for baseline in ("chance", "majority")]
+        columns[name if name not in columns else f"{name}, {data}"] = cells
+    if len(found) > 1:
+        complete = [len(means[point]) == len(found) for point in points]
+        columns["average"] = [
+            _shares(np.mean(means[point], axis=0).tolist()) if ok else ""
+            for point, ok in zip(points, complete, strict=True)
+        ] + ["", ""]
+    return columns
+
+
+def _shares(shares: Sequence[float | None]) -> str:
+    return " / ".join("" if share is None else f"{100 * share:.1f}" for share in shares)
+
+
 def csv_text(records: Sequence[Record], verdict: Verdict) -> str:
     """Returns one row for each point, with every number in full precision, in the metric itself."""
     rows = []

@@ -93,7 +93,7 @@ def export_run(workdir: Path, target: Path, dtype: str) -> Config:
             hf = read_object(workdir / IMPORTED)["config"]
             special = {name: hf.get(name) for name in special}
         if tokenizer is not None:
-            _write_tokenizer(directory, tokenizer, workdir / TOKENIZER)
+            _write_tokenizer(directory, tokenizer, workdir)
         _write_json(directory / "config.json", export_config(config, dtype, special))
         write_params(directory / WEIGHTS, params, config.model, dtype)
     return config
@@ -138,35 +138,47 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _write_tokenizer(target: Path, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the files of a tokenizer that `AutoTokenizer` reads.
+def _write_tokenizer(target: Path, tokenizer: Tokenizer, workdir: Path) -> None:
+    """Writes the files of a run's tokenizer, with which `AutoTokenizer` gives the ids that the model expects.
 
-    Args:
-      target: where to.
-      tokenizer: of the run.
-      folder: where the run keeps it, with what import found beside it.
+    What import found is written as it was. Of a trained run, a text begins with BOS, as in training.
     """
-    for path in folder.iterdir():
+    for path in (workdir / TOKENIZER).iterdir():
         if path.name != CARD_FILE:
             shutil.copy(path, target)
+    special = tokenizer.bos_id, tokenizer.eos_id
     if isinstance(tokenizer, SentencePieceTokenizer):
         piece = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.file_bytes).id_to_piece
     else:
-        text = tokenizer.file_bytes.decode() or _bytes_tokenizer()
-        (target / "tokenizer.json").write_text(text)
-        piece = tokenizers.Tokenizer.from_str(text).id_to_token
+        theirs = tokenizers.Tokenizer.from_str(tokenizer.file_bytes.decode() or _bytes_tokenizer())
+        piece = theirs.id_to_token
+        if not (workdir / IMPORTED).exists():
+            _put_before(theirs, tokenizer.bos_id)
+            (target / "tokenizer.json").write_text(theirs.to_str(pretty=True))
     path = target / "tokenizer_config.json"
     if not path.exists():
-        bos, eos = (None if i is None else piece(i) for i in (tokenizer.bos_id, tokenizer.eos_id))
+        bos, eos = (None if i is None else piece(i) for i in special)
         # Of SentencePiece, the class named after Llama makes other tokens of several spaces in a row, and so
-        # does this one without `legacy` (measured with transformers 5.24).
+        # does this one without `legacy` (measured with transformers 5.24). Only there does `add_bos_token`
+        # decide; elsewhere tokenizer.json does.
         values = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "legacy": True,
+            "add_bos_token": run.begins_with_bos(workdir, tokenizer),
             "bos_token": bos,
             "eos_token": eos,
         }
         path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _put_before(tokenizer: tokenizers.Tokenizer, bos_id: int | None) -> None:
+    """Makes a tokenizer put BOS, where there is one, and nothing else around a text, however long."""
+    bos = [] if bos_id is None else [tokenizer.id_to_token(bos_id)]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[*bos, "$A"], pair=[*bos, "$A", "$B:1"], special_tokens=[(token, bos_id) for token in bos]
+    )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
 
 
 def _bytes_tokenizer() -> str:

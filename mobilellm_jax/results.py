@@ -77,6 +77,8 @@ class Record:
       git_commit: of the code, with "-dirty" where Python files differ from it; None outside a checkout.
       versions, device: of Python and libraries, and what the run was on.
       command, created: how to repeat it, and when it ended (ISO 8601, UTC).
+      zero_shot: what it scored on tasks, by the task's name, as `experiments.evaluate` says it; None where it
+        was not asked, and in records made before there was such a field.
     """
 
     schema: int = SCHEMA
@@ -115,6 +117,7 @@ class Record:
     device: dict[str, str | int]
     command: str
     created: str
+    zero_shot: dict[str, dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -160,6 +163,8 @@ def write(record: Record, path: str | os.PathLike[str]) -> None:
       UserError: a field is of the wrong type, or the file cannot be written; the old file is left as it was.
     """
     fields = _finite(dataclasses.asdict(record))
+    if record.zero_shot is None:
+        del fields["zero_shot"]
     _validate(fields, str(path))
     text = json.dumps(seal(fields), indent=2, sort_keys=True, allow_nan=False)
     # Lists of numbers go on one line. A JSON string holds no raw newline, so the pattern matches none.
@@ -184,6 +189,12 @@ def read(path: str | os.PathLike[str]) -> Record:
         ) from None
     _validate(fields, str(path))
     return Record(**fields)
+
+
+def add_zero_shot(path: str | os.PathLike[str], task: str, entry: dict[str, Any]) -> None:
+    """Adds what a run scored on a task to the record at `path`, in one step; errors as in `read`, `write`."""
+    record = read(path)
+    write(dataclasses.replace(record, zero_shot={**(record.zero_shot or {}), task: entry}), path)
 
 
 def read_all(directory: str | os.PathLike[str]) -> list[Record]:
@@ -266,8 +277,9 @@ def _validate(fields: Any, where: str) -> None:
     for name in fields.keys() - types_of.keys():
         require(False, name, f"no such field; {did_you_mean(name, types_of)}")
     for name, wanted in types_of.items():
-        require(name in fields, name, "the field is missing")
-        _check(fields[name], wanted, f"{where}: {name}")
+        if name in fields or name != "zero_shot":
+            require(name in fields, name, "the field is missing")
+            _check(fields[name], wanted, f"{where}: {name}")
     required = [(name, fields[name], keys) for name, keys in _KEYS.items() if fields[name] is not None]
     required += [(f"evaluations[{i}]", item, _EVALUATION) for i, item in enumerate(fields["evaluations"])]
     required += [(f"config.{name}", fields["config"].get(name, {}), keys) for name, keys in _SETTINGS.items()]

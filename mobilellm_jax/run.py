@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from mobilellm_jax import accounting, data, model, partition, processes, results
 from mobilellm_jax.checkpoint import load_params
 from mobilellm_jax.config import Config, from_config_dict, to_dict
+from mobilellm_jax.data.tokenizers import adds_bos
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import AnyPath, reason, write_atomically
 from mobilellm_jax.sealed import parse, seal, unseal_if_sealed
@@ -90,6 +91,13 @@ def open_tokenizer(workdir: AnyPath) -> data.Tokenizer | None:
     """
     directory = workdir / TOKENIZER
     return data.load_tokenizer(directory) if directory.exists() else None
+
+
+def begins_with_bos(workdir: AnyPath, tokenizer: data.Tokenizer) -> bool:
+    """Whether BOS comes before a text: as in training; for an imported model, as in transformers."""
+    if tokenizer.bos_id is None:
+        return False
+    return not (workdir / IMPORTED).exists() or adds_bos(tokenizer, workdir / TOKENIZER)
 
 
 def read_config(path: AnyPath) -> dict[str, Any]:

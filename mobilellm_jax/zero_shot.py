@@ -25,6 +25,8 @@ PAPER_COLUMNS = {
     "openbookqa": "OBQA",
     "winogrande": "WinoGrande",
 }
+# Columns of its table 4: lm-eval's race is RACE high; TriviaQA there is F1 with one example in the prompt.
+OTHER_COLUMNS = {"race": "RACE_high", "triviaqa": "TQA_F1_1shot"}
 GROUPS = {"mobilellm": list(PAPER_COLUMNS)}
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
 Row = dict[str, Any]

@@ -77,6 +77,7 @@ def test_generate_prints_texts_in_order(workdir, params):
         ("generate", ["--prompt_ids=1,x"], "--prompt_ids: '1,x' is not valid; expected token ids"),
         ("generate", [], "--prompt: say what to continue"),
         ("evaluate", [], "--text: say what to score"),
+        ("evaluate", ["--text=bundled", "--limit=3"], "--limit: goes with --tasks"),
         ("evaluate", ["--text=bundled", "--mesh=1"], "--mesh=1: expected three sizes, such as -1,1,1"),
     ],
     ids=str,

@@ -4,6 +4,7 @@ Skipped without lm-eval: python -m pip install -e '.[eval]'. The comparison item
 too: there lm-eval runs the exported model by transformers, which shares no code with this project.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,8 +13,9 @@ import sys
 import numpy as np
 import pytest
 from conftest import random_params, tiny_config
+from test_sweep import write_study
 
-from mobilellm_jax import huggingface, partition
+from mobilellm_jax import huggingface, partition, results
 from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import to_dict
 from mobilellm_jax.data import save_tokenizer
@@ -205,6 +207,48 @@ def test_the_command_prints_a_table_and_keeps_results(workdir, data_dir):
     assert rest[-1] == ["see", str(workdir / "zero_shot.json")]
 
 
+def run_command(name, *arguments):
+    """Returns the output of a command that succeeds."""
+    environment = {**os.environ, "PYTHONPATH": ".", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-m", f"experiments.{name}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_asks_every_run_and_text_and_tasks_go_in_one_command(tmp_path, data_dir):
+    study, workdir = write_study(tmp_path), tmp_path / "w"
+    length = "--config.data.sequence_length=128"
+    arguments = [f"--config={study}", f"--workdir={workdir}", length, "--seeds=1", "--jobs=1"]
+    tasks = [f"--data_dir={data_dir}", "--limit=5"]
+    run_command("sweep", *arguments)
+    path = workdir / "results" / "mini" / "tiny" / "none-s0.json"
+    trained = results.read(path)
+    assert trained.zero_shot is None
+    # two finished runs, asked afterwards; then only what is new; then nothing
+    assert run_command("sweep", *arguments, *tasks, "--tasks=piqa").count("  acc: piqa") == 2
+    out = run_command("sweep", *arguments, *tasks, "--tasks=piqa,boolq")
+    assert (out.count("  acc: boolq"), out.count("piqa")) == (2, 0)
+    assert "acc:" not in run_command("sweep", *arguments, *tasks, "--tasks=piqa,boolq")
+    record = results.read(path)
+    assert record.zero_shot is not None
+    assert record.zero_shot.keys() == {"piqa", "boolq"}
+    assert dataclasses.replace(record, zero_shot=None) == trained
+    report = (workdir / "reports" / "mini-tiny.md").read_text()
+    assert "## Zero-shot accuracy" in report
+    run = workdir / "runs" / "mini" / "tiny" / "none-s0"
+    text = f"--text=files:{tmp_path}/1.txt"
+    out = run_command("evaluate", f"--workdir={run}", text, *tasks, "--tasks=piqa,winogrande")
+    first, *rest = out.splitlines()
+    assert "bits per byte" in first
+    assert rest[-1] == f"see {path}"
+    after = results.read(path).zero_shot
+    assert after is not None
+    assert after["piqa"]["metrics"] == record.zero_shot["piqa"]["metrics"]
+    assert (after["winogrande"]["items"], after["winogrande"]["step"]) == (5, 4)
+
+
 # --- against lm-eval's own model ------------------------------------------------------------------------
 
 
@@ -225,9 +269,8 @@ def theirs(workdir, tmp_path_factory):
 
     def make(bos):
         tokenizer = transformers.AutoTokenizer.from_pretrained(target)
-        special = [(tokenizer.bos_token, tokenizer.bos_token_id)]
-        parts = [tokenizer.bos_token, "$A"] if bos else ["$A"]
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=parts, special_tokens=special)
+        if not bos:  # an exported one puts it there
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
         return HFLM(pretrained=exported, tokenizer=tokenizer, batch_size=7)
 
     return make
@@ -274,3 +317,13 @@ def test_texts_and_generated_texts_equal_those_of_transformers(adapter, theirs):
     for settings in ({"until": ["a", "."], "max_gen_toks": 12}, {"until": [], "max_gen_toks": 5}):
         prompts = instances("generate_until", [(text, {"do_sample": False, **settings}) for text in texts])
         assert ours.generate_until(prompts) == other.generate_until(prompts)
+
+
+@pytest.mark.slow
+def test_the_benchmark_finds_no_answer_that_differs(theirs, tmp_path):
+    run_command("bench", "--only=zero_shot", "--quick", f"--workdir={tmp_path}")
+    (path,) = tmp_path.rglob("zero_shot.json")
+    lines = {line["name"]: line for line in json.loads(path.read_text())["lines"]}
+    different = next(line for name, line in lines.items() if name.endswith("that differ"))
+    assert (different["values"], different["at_most"]) == ([0.0], 0.0)
+    assert lines["4 x 128: ours / Hugging Face"]["median"] > 0

@@ -1,7 +1,12 @@
 """Hugging Face checkpoints: weights in, weights out, and clear words for what is neither. No PyTorch here."""
 
+import hashlib
+import http.server
 import json
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -558,3 +563,92 @@ def test_imported_weights_are_not_trained_on(folder, tmp_path):
     config, _ = run.open_run(tmp_path / "run")
     with pytest.raises(UserError, match="holds imported weights, without an optimizer state"):
         run.claim_workdir(tmp_path / "run", config)
+
+
+# --- the hub --------------------------------------------------------------------------------------------
+
+COMMIT = "a" * 40
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves the repository org/name from `folder` to `snapshot_download`, and keeps what was asked."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        if self.path.startswith("/api/models/org/name/revision/"):
+            siblings = [{"rfilename": path.name} for path in self.folder.iterdir()]
+            return self.answer(json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode())
+        if self.path.startswith(f"/api/models/org/name/tree/{COMMIT}"):
+            sizes = {path.name: path.stat().st_size for path in self.folder.iterdir()}
+            files = [{"type": "file", "oid": "", "path": name, "size": size} for name, size in sizes.items()]
+            return self.answer(json.dumps(files).encode())
+        path = self.folder / self.path.rpartition("/")[2]
+        if self.path.startswith(f"/org/name/resolve/{COMMIT}/") and path.is_file():
+            return self.answer(path.read_bytes())
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def answer(self, content):
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def import_from_hub(folder, tmp_path):
+    """Returns a function that runs the import command on a hub of its own, and what that hub was asked."""
+    handler = type("Handler", (Hub,), {"folder": folder, "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "NO_PROXY": "127.0.0.1",
+    }
+
+    def call(source):
+        arguments = [f"--source={source}", f"--workdir={tmp_path}/run"]
+        command = [sys.executable, "-m", "experiments.import_hf", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    yield call, handler.asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_id_on_the_hub_is_downloaded(folder, tmp_path, import_from_hub):
+    call, asked = import_from_hub
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle that nobody needs")
+    result = call("org/name")
+    assert result.returncode == 0, result.stderr
+    assert "imported" in result.stdout
+    config, params = run.open_run(tmp_path / "run")
+    expected = read_params(folder, config.model, config.model.plan)
+    assert_trees_close(params, expected, tolerance=0)
+    assert not [path for path in asked if path.endswith(".bin")]
+    result = call("org/nmae")
+    assert (result.returncode, len(result.stderr.strip().splitlines())) == (2, 1), result.stderr
+    assert "--source=org/nmae: there is no such folder, and the hub says: " in result.stderr
+
+
+def test_another_architecture_on_the_hub_is_refused_before_its_weights_come(folder, import_from_hub):
+    call, asked = import_from_hub
+    (folder / "config.json").write_text(json.dumps({**HF, "model_type": "gpt2"}))
+    result = call("org/name")
+    assert (result.returncode, "model_type='gpt2'" in result.stderr) == (2, True), result.stderr
+    assert not [path for path in asked if "safetensors" in path]

@@ -173,6 +173,9 @@ def test_published_accuracies_are_found_by_shape():
     assert [row and row[0] for row in found] == names
     assert found[0] is not None
     assert (found[0][1]["ARC-e"], found[0][1]["BoolQ"], found[0][1]["Avg"]) == ("43.9", "60.2", "46.3")
+    assert (found[0][1]["RACE_high"], found[0][1]["TQA_F1_1shot"]) == ("28.9", "13.9")
+    assert found[1] is not None
+    assert (found[1][1]["RACE_high"], found[1][1].get("TQA_F1_5shot")) == ("29.6", None)  # it was not found
     assert paper.published(dataclasses.replace(models[0], num_kv_heads=9)) is None
     reverse = dataclasses.replace(models[1], sharing="reverse")  # as large as what was published, but another
     assert paper.published(reverse) is None

@@ -21,7 +21,7 @@ from conftest import (
 )
 
 from configs import base
-from mobilellm_jax import huggingface
+from mobilellm_jax import huggingface, run
 from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import to_dict
 from mobilellm_jax.data import save_tokenizer
@@ -167,5 +167,14 @@ def test_the_tokenizer_makes_the_same_ids(tmp_path, make):
     folder = export(tmp_path, config, random_params(config.model), tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for text in (TEXT, "  " + TEXT, "a", ""):
-        assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode_batch([text])[0]
+        ids = tokenizer.encode_batch([text])[0]
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+        assert theirs(text)["input_ids"] == [tokenizer.bos_id, *ids]  # as in training and evaluation
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    huggingface.import_run(folder, tmp_path / "back", base.get_config())
+    back = run.open_tokenizer(tmp_path / "back")
+    assert back.encode_batch([TEXT]) == tokenizer.encode_batch([TEXT])
+    assert run.begins_with_bos(tmp_path / "back", back)
+    huggingface.export_run(tmp_path / "back", tmp_path / "again", "float32")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again(TEXT)["input_ids"] == theirs(TEXT)["input_ids"]

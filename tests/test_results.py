@@ -137,6 +137,27 @@ def test_what_is_written_is_read(tmp_path):
     assert results.read(tmp_path / "new" / "directory" / "a.json") == record
 
 
+def test_accuracies_are_added_to_a_record(tmp_path):
+    path, record = tmp_path / "a.json", make_record()
+    results.write(record, path)
+    assert "zero_shot" not in json.loads(path.read_text())  # older code can read it
+    entries = {
+        task: {"items": 5, "metrics": {"acc": {"value": 0.4, "standard_error": 0.1}}}
+        for task in ("piqa", "boolq")
+    }
+    for task, entry in entries.items():
+        results.add_zero_shot(path, task, entry)
+    assert results.read(path) == dataclasses.replace(record, zero_shot=entries)
+    path.write_text(path.read_text().replace("0.4", "0.5", 1))
+    with pytest.raises(UserError, match="changed since it was written"):
+        results.add_zero_shot(path, "piqa", entries["piqa"])
+    fields = json.loads(path.read_text())
+    del fields[sealed.SEAL]
+    path.write_text(json.dumps({**fields, "zero_shot": {"piqa": 0.4}}))
+    with pytest.raises(UserError, match=r"zero_shot\.piqa: 0\.4 is of type float"):
+        results.read(path)
+
+
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     results.write(make_diverged(train_curve=[[1, 7.6], [300, math.inf]]), tmp_path / "a.json")
     json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)

@@ -193,3 +193,28 @@ def test_markdown_escapes_the_column_separator():
 )
 def test_quantity(number, shown):
     assert tables.quantity(number) == shown
+
+
+def accuracy(acc, acc_norm, items=100):
+    values = {"acc": acc, "acc_norm": acc_norm}
+    metrics = {name: {"value": value, "standard_error": 0.05} for name, value in values.items()}
+    return {"items": items, "metrics": metrics, "chance": 0.25, "majority": 0.266, "data": "x.jsonl"}
+
+
+def test_accuracies_are_means_over_the_seeds_of_equal_questions():
+    assert tables.zero_shot(depths()) is None
+    tasks = [{"piqa": accuracy(0.5, 0.6), "boolq": accuracy(0.7, 0.7)}, {"piqa": accuracy(0.6, 0.8)}]
+    records = [make_record(depth=2, seed=seed, zero_shot=found) for seed, found in enumerate(tasks)]
+    records += [make_record(depth=4, zero_shot={"piqa": accuracy(0.1, 0.2, items=9)}), *depths()]
+    columns = tables.zero_shot(records)
+    assert columns == {
+        "point": ["2 x 128", "4 x 128", "chance", "majority"],
+        "boolq (100)": ["70.0 / 70.0", "", "25.0", "26.6"],
+        "piqa (100)": ["55.0 / 70.0", "", "25.0", "26.6"],
+        "piqa (9)": ["", "10.0 / 20.0", "25.0", "26.6"],
+        "average": ["", "", "", ""],
+    }
+    whole = [make_record(depth=d, zero_shot=tasks[0]) for d in (2, 4)]
+    columns = tables.zero_shot(whole)
+    assert columns is not None
+    assert columns["average"][:2] == ["60.0 / 65.0"] * 2
