@@ -1,7 +1,8 @@
 """Measures speed and memory on this machine, part by part, with its targets beside each number.
 
-  python -m experiments.bench                        # everything
+  python -m experiments.bench                        # everything; about 40 minutes on 2 cores
   python -m experiments.bench --only=training,decode
+  python -m experiments.bench --show                 # what was measured before, without measuring
 
 Prints a table for each part and leaves `bench/<platform>/<part>.json` in --workdir, with the machine and the
 versions; `experiments/benchmarks/<part>.py` says what the part compares. The machine should be idle.
@@ -10,6 +11,7 @@ versions; `experiments/benchmarks/<part>.py` says what the part compares. The ma
 import datetime
 import importlib
 import json
+from typing import Any
 
 from absl import flags
 
@@ -20,7 +22,7 @@ from experiments.benchmarks import (
 )
 from mobilellm_jax import results, run
 from mobilellm_jax.errors import UserError, did_you_mean
-from mobilellm_jax.files import directory
+from mobilellm_jax.files import AnyPath, directory
 
 PARTS: tuple[str, ...] = (
     "training",
@@ -37,6 +39,7 @@ PARTS: tuple[str, ...] = (
 
 _ONLY = flags.DEFINE_list("only", list(PARTS), "parts to measure")
 _QUICK = flags.DEFINE_bool("quick", False, "models and turns so few that the numbers mean nothing: a test")
+_SHOW = flags.DEFINE_bool("show", False, "print the tables of earlier measurements, and measure nothing")
 _WORKDIR = flags.DEFINE_string("workdir", "experiments", "directory of bench/; it may exist")
 
 
@@ -45,6 +48,10 @@ def main() -> int:
     for part in _ONLY.value:
         if part not in PARTS:
             raise UserError(f"--only={part}: there is no such part; {did_you_mean(part, PARTS)}")
+    bench = directory("workdir", _WORKDIR.value) / "bench"
+    if _SHOW.value:
+        print("\n".join(show(bench, _ONLY.value)))
+        return 0
     for part in _ONLY.value:
         module = importlib.import_module(f"experiments.benchmarks.{part}")
         missing = getattr(module, "missing", str)()  # a part that needs an extra can say so
@@ -63,11 +70,41 @@ def main() -> int:
             "versions": results.versions(),
             "lines": [line.to_json() for line in lines],
         }
-        path = directory("workdir", _WORKDIR.value) / "bench" / device["platform"] / f"{part}.json"
+        path = bench / device["platform"] / f"{part}.json"
         results.write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
-        print(f"\n{part}: {device['kind']}, {device['cores']} cores; {path}\n")
-        print(tables.markdown_table(measure.columns(lines)), flush=True)
+        print("\n".join(table(record)), flush=True)
     return 0
+
+
+def show(bench: AnyPath, parts: list[str]) -> list[str]:
+    """Returns the tables of all records of these parts, line by line.
+
+    Raises:
+      UserError: there is none, or one that cannot be read.
+    """
+    paths = sorted(path for part in parts for path in bench.glob(f"*/{part}.json"))
+    if not paths:
+        raise UserError(f"{bench}: nothing was measured yet; leave out --show")
+    lines = []
+    for path in paths:
+        try:
+            lines += table(json.loads(path.read_text()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a record of this command: {error!r}") from None
+    return lines
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """Returns the table of one record, with the machine above it."""
+    lines = [measure.Line.from_json(line) for line in record["lines"]]
+    device, versions = record["device"], record["versions"]
+    machine = f"{device['count']} x {device['kind']}, {device['cores']} cores"
+    return [
+        "",
+        f"{record['part']}: {machine}, jax {versions['jax']}, {record['created'][:10]}",
+        "",
+        *tables.markdown_table(measure.columns(lines)).splitlines(),
+    ]
 
 
 if __name__ == "__main__":

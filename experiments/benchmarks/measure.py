@@ -45,6 +45,12 @@ class Line:
         """Returns the attributes and the median."""
         return {**dataclasses.asdict(self), "values": list(self.values), "median": self.median}
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Line":
+        """Returns the line that `to_json` gave."""
+        fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        return cls(**{**fields, "values": tuple(fields["values"])})
+
 
 def alternate(sides: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
     """Returns the seconds of every call: each side once in each turn, after one call of each to warm up.

@@ -1,0 +1,96 @@
+"""The benchmark: sides take turns, ratios are those within a turn, and every part runs on small models."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from test_cli import command
+
+from experiments import bench
+from experiments.benchmarks import compile, decode, measure, pytorch, training, trials
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_sides_take_turns_after_one_call_to_warm_up():
+    calls = []
+    seconds = measure.alternate({name: lambda name=name: calls.append(name) for name in "ab"}, 3)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_seconds_are_those_of_the_calls():
+    seconds = measure.alternate({"slow": lambda: time.sleep(0.05), "fast": lambda: None}, 2)
+    assert min(seconds["slow"]) >= 0.05
+    assert sum(seconds["fast"]) < sum(seconds["slow"])
+
+
+def test_ratios_are_of_the_same_turn():
+    assert measure.ratios([1.0, 9.0], [2.0, 3.0]) == (0.5, 3.0)
+    assert measure.rates(6, [2.0, 3.0]) == (3.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "is_met", "text"),
+    [
+        ({"at_least": 2.0}, True, "at least 2: met"),
+        ({"at_least": 2.1}, False, "at least 2.1: MISSED"),
+        ({"at_most": 2.0}, True, "at most 2: met"),
+        ({"at_most": 1.0}, False, "at most 1: MISSED"),
+        ({}, None, ""),
+    ],
+)
+def test_a_target_is_met_by_the_median(bounds, is_met, text):
+    line = measure.Line("a", "x", (1.0, 2.0, 9.0), **bounds)
+    assert line.is_met is is_met
+    table = measure.columns([line])
+    assert [cells[0] for cells in table.values()] == ["a", "2 x", "1 .. 9", text]
+    assert measure.Line.from_json(json.loads(json.dumps(line.to_json()))) == line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [compile, decode, training, trials], ids=lambda m: m.__name__)
+def test_parts_run(module):
+    lines = module.measure(quick=True)
+    assert len({line.name for line in lines}) == len(lines)
+    for line in lines:
+        assert all(value > 0 for value in line.values), line
+
+
+def test_pytorch_takes_the_same_steps():
+    if reason := pytorch.missing():
+        pytest.skip(reason)
+    eager, ours, ratio = pytorch.measure(quick=True)
+    assert [value > 0 for value in (*eager.values, *ours.values)] == [True] * 4
+    assert ratio.values == measure.ratios(ours.values, eager.values)
+
+
+def test_the_command_leaves_a_record_that_can_be_shown(tmp_path):
+    flags = ["experiments.bench", "--only=trials", f"--workdir={tmp_path}"]
+    measured = command(*flags, "--quick")
+    assert measured.returncode == 0, measured.stderr
+    assert "| 4 together / 1 |" in measured.stdout
+    shown = command(*flags, "--show")
+    assert shown.stdout.strip() == measured.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--only=trainings"], "--only=trainings: there is no such part; did you mean training?"),
+        (["--show"], "nothing was measured yet; leave out --show"),
+    ],
+)
+def test_flags_that_do_not_fit(tmp_path, flags, message):
+    result = command("experiments.bench", f"--workdir={tmp_path}", *flags)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert message in result.stderr
+
+
+def test_numbers_in_the_readme_are_those_of_the_records():
+    section = (ROOT / "README.md").read_text().partition("\n## Speed\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ") and not line.startswith("| what")]
+    shown = bench.show(ROOT / "experiments" / "bench", list(bench.PARTS))
+    assert rows
+    assert set(rows) <= set(shown)
