@@ -22,8 +22,9 @@ from experiments.benchmarks import measure as m
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.malloc import keep_freed_memory
 
-_CASES = {"tiny": (16, 128), "125m": (2, 512)}  # rows and tokens of a row
-_ACCELERATOR = {"tiny": (256, 128), "125m": (16, 2048)}
+# rows and tokens of a row
+_CASES = {"4 x 48": (8, 64), "12 x 128": (16, 128), "125m": (2, 512)}
+_ACCELERATOR = {"4 x 48": (256, 64), "12 x 128": (256, 128), "125m": (16, 2048)}
 
 
 def missing() -> str:
@@ -44,7 +45,7 @@ def measure(quick: bool) -> list[m.Line]:
     """
     if reason := missing():
         raise UserError(reason)
-    cases = [("tiny", "float32")] if quick else [(n, d) for n in _CASES for d in ("float32", "bfloat16")]
+    cases = [("4 x 48", "float32")] if quick else [(n, d) for n in _CASES for d in ("float32", "bfloat16")]
     return [line for name, dtype in cases for line in _compare(name, dtype, quick)]
 
 
@@ -54,7 +55,7 @@ def _compare(name: str, dtype: str, quick: bool) -> Iterator[m.Line]:
 
     on_cpu = jax.default_backend() == "cpu"
     rows, length = (2, 32) if quick else (_CASES if on_cpu else _ACCELERATOR)[name]
-    steps = 1 if on_cpu else 10
+    steps = 10 if name == "4 x 48" or not on_cpu else 1
     config = config_of(name, rows, length, quick, compute_dtype=dtype)
     with contextlib.ExitStack() as stack:
         sides: dict[str, Callable[[], object]] = {}

@@ -5,8 +5,11 @@ import jax
 from configs import base, mobilellm
 from mobilellm_jax.config import Config, from_config_dict
 
-# 12 blocks of 128, as large as models get that a laptop trains in minutes.
-_TINY = {"model.vocab_size": 4096, "model.depth": 12, "model.width": 128, "model.num_heads": 4}
+# As a study at its `tiny` preset, and about as large as a laptop trains in minutes.
+_SMALL = {
+    "4 x 48": {"model.vocab_size": 512, "model.depth": 4, "model.width": 48, "model.num_heads": 3},
+    "12 x 128": {"model.vocab_size": 4096, "model.depth": 12, "model.width": 128, "model.num_heads": 4},
+}
 _QUICK = {"model.depth": 2, "model.width": 32, "model.num_heads": 2, "model.vocab_size": 128}
 
 
@@ -14,13 +17,13 @@ def config_of(name: str, rows: int, length: int, quick: bool, **fields: object) 
     """Returns a config whose programs can be compiled; its data are never opened.
 
     Args:
-      name: "tiny" or a preset of `configs/mobilellm.py`.
+      name: "4 x 48" or "12 x 128" (blocks x width), or a preset of `configs/mobilellm.py`.
       rows, length: the size of a batch.
       quick: a model of two blocks instead, for tests.
       fields: others of the model: sharing="immediate".
     """
-    config = base.get_config() if name == "tiny" or quick else mobilellm.get_config(name)
-    base.update(config, _QUICK if quick else _TINY if name == "tiny" else {})
+    config = base.get_config() if name in _SMALL or quick else mobilellm.get_config(name)
+    base.update(config, _QUICK if quick else _SMALL.get(name, {}))
     if jax.default_backend() == "cpu":  # which has no bfloat16 units; memory is no trouble at these sizes
         config.model.compute_dtype = "float32"
         config.model.remat = "dots"

@@ -29,8 +29,7 @@ def measure(quick: bool) -> list[m.Line]:
 
 
 def _steps(trials: int, rows: int, length: int, quick: bool) -> Callable[[], object]:
-    size = {"depth": 4, "width": 48, "num_heads": 3, "vocab_size": 512, "ffn_width": 256}
-    config = config_of("tiny", rows, length, quick, **({} if quick else size))
+    config = config_of("4 x 48", rows, length, quick)
     model, optimizer = config.model, config.optimizer
 
     def step(state: object, rows_BS: jax.Array, rate: jax.Array) -> object:
