@@ -74,7 +74,7 @@ def _compare(name: str, dtype: str, quick: bool) -> Iterator[m.Line]:
         trainer = Trainer(config)
         batches = trainer.random_batches()
         sides["ours"] = lambda: trainer.train(batches, steps)
-        seconds = m.alternate(sides, 2 if quick else 5)
+        seconds = m.alternate(sides, 2 if quick else 5 if dtype == "float32" else 3)
     case = f"{name}, {rows} x {length} tokens, {dtype}"
     tokens = {side: m.rates(steps * rows * length, times) for side, times in seconds.items()}
     for side, rates in tokens.items():
