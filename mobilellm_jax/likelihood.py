@@ -22,6 +22,9 @@ from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.errors import UserError
 
 _BATCH_TOKENS = 1 << 14  # positions in one batch, padding included
+# On a CPU small batches are no slower for each position, and of few requests less is padding. Measured on 2
+# cores, 6 blocks 384 wide, 224 requests: 18 s of CPU time with 16,384 positions, 11 with 4,096, 8 with 1,024.
+_CPU_BATCH_TOKENS = 1 << 10
 _LENGTHS = sorted(base << k for base in (16, 24) for k in range(20))  # T; at most a third is padding
 _CONTINUATIONS = [4**k for k in range(1, 12)]  # C
 _POWERS = [1 << k for k in range(24)]  # J, and rows of the last batch on each device
@@ -167,10 +170,12 @@ def _batches(
 ) -> Iterable[tuple[Sequence[_Row], tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """Yields rows, and the arrays (tokens_BT, first_B, targets_BCJ) made of them and of padding."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    batch_tokens = min(_BATCH_TOKENS, _CPU_BATCH_TOKENS) if is_cpu else _BATCH_TOKENS
     start = 0
     while start < len(rows):
         T = _shape(rows[start], max_length)[0]
-        most = max(1, _BATCH_TOKENS // (T * ways))
+        most = max(1, batch_tokens // (T * ways))
         B = ways * min(most, _at_least(-(-(len(rows) - start) // ways), _POWERS))
         batch = rows[start : start + B]
         C = max(_shape(row, max_length)[1] for row in batch)
