@@ -66,7 +66,11 @@ def _scan(
     gradients = (jnp.zeros_like(x_BTD), jnp.zeros_like(head_VD.T)) if with_gradients else (None, None)
     starts = jnp.arange(0, x_BTD.shape[1], chunk)
     (nats, dx_BTD, dhead_DV), _ = lax.scan(step, (jnp.zeros(()), *gradients), starts)
-    return nats, dx_BTD[:, :length] if with_gradients else None, dhead_DV.T if with_gradients else None
+    if not with_gradients:
+        return nats, None, None
+    # Else XLA puts the transposition into the product: slower on a CPU, and not there in bfloat16.
+    dhead_DV = lax.optimization_barrier(dhead_DV)
+    return nats, dx_BTD[:, :length], dhead_DV.T
 
 
 def _forward(x_BTD: Array, head_VD: Array, targets_BT: Array, chunk: int) -> tuple[Array, Any]:

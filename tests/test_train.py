@@ -19,7 +19,7 @@ from conftest import SHARING, assert_trees_close, tiny_config
 
 from experiments import cli
 from mobilellm_jax import data, partition, run, train
-from mobilellm_jax.config import MeshConfig, from_config_dict
+from mobilellm_jax.config import REMAT_POLICIES, MeshConfig, from_config_dict
 from mobilellm_jax.train import init_state, learning_rate_schedule, make_programs, train_step
 
 GOLDENS = Path(__file__).parent / "goldens" / "losses.txt"
@@ -83,6 +83,16 @@ def test_a_step_on_8_devices_equals_one_on_1(shape):
     assert metrics["loss"] == pytest.approx(float(expected_metrics["loss"]), rel=1e-6)
     query = state.params["blocks"]["attention"]["query"]
     assert query.sharding.shard_shape(query.shape)[1] == query.shape[1] // shape[1]
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_a_step_in_bfloat16_is_nearly_one_in_float32(remat):
+    """Also for what XLA on a CPU has no product for, unless it is kept from transposing its result."""
+    fields = {"data.sequence_length": 64, "model.remat": remat, "model.loss_chunk": 64, **SMOOTH}
+    runs = [one_step(tiny_config(**fields, **{"model.compute_dtype": d})) for d in ("bfloat16", "float32")]
+    (_, half), (_, full) = runs
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(float(half[name]), float(full[name]), rtol=0.02)
 
 
 def test_golden_losses():
