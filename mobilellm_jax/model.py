@@ -28,6 +28,7 @@ from mobilellm_jax.attention import attend_causally
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.cross_entropy import cross_entropy, head_logits
 from mobilellm_jax.parameterization import multipliers
+from mobilellm_jax.sharing import uses_in_a_row
 
 Params = dict[str, Any]
 Rope = tuple[Float[Array, "#B T 1 h"], Float[Array, "#B T 1 h"]]  # cosines and sines, h = H / 2
@@ -316,9 +317,8 @@ def extend(
     is_token_BS = slot_S[None, :] >= cache.padding[:, None]
     sees_B1TS = is_token_BS[:, None, None, :] & (slot_S[None, :] <= slot_T[:, None])[None, None, :, :]
 
-    def layer(carry: Any, plan: Any) -> tuple[Any, None]:
+    def layer(carry: Any, weights: Params, l: Int[Array, ""]) -> Any:  # noqa: E741, the letter of layers
         x_BTD, *read = carry
-        l, u = plan  # noqa: E741, the letter of layers
 
         def attend(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> tuple[Array, Any]:
             at = (l, 0, cache.used, 0, 0)
@@ -329,12 +329,22 @@ def extend(
             k_BSKH, v_BSKH = (lax.dynamic_index_in_dim(w_LBSKH, l, keepdims=False) for w_LBSKH in whole)
             return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=sees_B1TS), whole
 
-        y_BTD, memory = block.apply({"params": _pick(params["blocks"], u, config)}, x_BTD, rope, attend)
-        return (_constrain(y_BTD, ("data", "fsdp")), *memory), None
+        y_BTD, memory = block.apply({"params": weights}, x_BTD, rope, attend)
+        return _constrain(y_BTD, ("data", "fsdp")), *memory
 
-    plan = jnp.arange(config.effective_depth), jnp.array(config.plan)
+    in_a_row = uses_in_a_row(config.plan)
+
+    def layers(carry: Any, group: Any) -> tuple[Any, None]:
+        """Applies one block as often as it comes in a row; fetching it once is what `immediate` is for."""
+        first, u = group
+        weights = _pick(params["blocks"], u, config)
+        for use in range(in_a_row):
+            carry = layer(carry, weights, first + use)
+        return carry, None
+
+    groups = jnp.arange(0, config.effective_depth, in_a_row), jnp.array(config.plan[::in_a_row])
     carry = _embed(params, tokens_BT, config), cache.keys, cache.values
-    (x_BTD, keys, values), _ = lax.scan(layer, carry, plan)
+    (x_BTD, keys, values), _ = lax.scan(layers, carry, groups)
     return _final_norm(params, x_BTD, config), Cache(keys, values, cache.padding, cache.used + T)
 
 
