@@ -7,6 +7,7 @@ array shapes in them.
 
 import gc
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,10 @@ jaxtyping.install_import_hook("mobilellm_jax", "beartype.beartype")
 
 from mobilellm_jax import model  # noqa: E402, after the hook
 from mobilellm_jax.config import Config, ModelConfig, from_config_dict  # noqa: E402
+
+# Where a shell started the tests in the background, they ignore Ctrl-C, and so would all that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Every verdict collects garbage (statsmodels does), for 0.3 s if it has to look through all of jax.
 gc.freeze()
