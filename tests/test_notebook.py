@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "experiments/explore.ipynb"
 COMMAND = "jupytext --to ipynb --update experiments/explore.py"
-SECONDS = 600  # for one cell, to end one that hangs; all of them take 30 s on two idle CPU cores
+SECONDS = 240  # for one cell, to end one that hangs; all of them take 30 s on two idle CPU cores
 
 
 def without_ids(notebook: dict[str, Any]) -> dict[str, Any]:
@@ -36,17 +36,25 @@ def test_every_cell_runs(tmp_path):
     import nbclient  # of the `notebook` extra
     import nbformat
 
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = nbclient.NotebookClient(
-        notebook,
-        timeout=SECONDS,
-        kernel_name="python3",  # jupyter_client starts it with the Python that runs here
-        resources={"metadata": {"path": str(NOTEBOOK.parent)}},
-    )
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     (tmp_path / "tmp").mkdir()
     environment |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path / "tmp"), "PIP_NO_INDEX": "1"}
-    client.execute(env=environment)  # raises what a cell raises
+    for attempt in (1, 2):
+        notebook = nbformat.read(NOTEBOOK, as_version=4)
+        client = nbclient.NotebookClient(
+            notebook,
+            timeout=SECONDS,
+            kernel_name="python3",  # jupyter_client starts it with the Python that runs here
+            resources={"metadata": {"path": str(NOTEBOOK.parent)}},
+        )
+        try:
+            client.execute(env=environment)  # raises what a cell raises
+            break
+        except nbclient.exceptions.CellTimeoutError:
+            # On a busy machine an answer about a widget was lost now and then: the kernel idle, the client
+            # waiting.
+            if attempt == 2:
+                raise
     assert not (tmp_path / ".cache/mobilellm_jax").exists()
     # A widget shows what its function raises, and no cell fails for it.
     widgets = notebook.metadata["widgets"]["application/vnd.jupyter.widget-state+json"]["state"].values()

@@ -54,7 +54,7 @@ def _compare(name: str, dtype: str, quick: bool) -> Iterator[m.Line]:
     from experiments.benchmarks.trainer import Trainer
 
     on_cpu = jax.default_backend() == "cpu"
-    rows, length = (2, 32) if quick else (_CASES if on_cpu else _ACCELERATOR)[name]
+    rows, length = (8, 32) if quick else (_CASES if on_cpu else _ACCELERATOR)[name]
     steps = 10 if name == "4 x 48" or not on_cpu else 1
     config = config_of(name, rows, length, quick, compute_dtype=dtype)
     with contextlib.ExitStack() as stack:

@@ -33,7 +33,7 @@ def measure(quick: bool) -> list[m.Line]:
 
 def _measure(name: str, quick: bool) -> Iterator[m.Line]:
     on_cpu = jax.default_backend() == "cpu"
-    rows, length = (2, 32) if quick else _SHAPES[name][0 if on_cpu else 1]
+    rows, length = (8, 32) if quick else _SHAPES[name][0 if on_cpu else 1]
     configs = {
         name: config_of(name, rows, length, quick),
         f"{name} immediate x2": config_of(name, rows, length, quick, sharing="immediate", num_repeats=2),
