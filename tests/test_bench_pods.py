@@ -8,14 +8,15 @@ import time
 import numpy as np
 import pytest
 
-from experiments.benchmarks.trainer import Trainer, paper_config, tiny_config
+from experiments.benchmarks.shapes import config_of
+from experiments.benchmarks.trainer import Trainer, tiny_config
 from mobilellm_jax import accounting
 
 
 def test_the_model_is_that_of_the_paper():
-    config = paper_config(False, 8, 128)
+    config = config_of("125m", 8, 128, False)
     assert accounting.parameters(config.model).total == 124_635_456
-    assert accounting.parameters(paper_config(True, 8, 16).model).total < 100_000
+    assert accounting.parameters(config_of("125m", 8, 16, True).model).total < 100_000
 
 
 def test_waiting_for_batches_is_told_from_training():

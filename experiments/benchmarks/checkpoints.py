@@ -15,7 +15,8 @@ from pathlib import Path
 import jax
 
 from experiments.benchmarks import measure as m
-from experiments.benchmarks.trainer import Trainer, paper_config
+from experiments.benchmarks.shapes import config_of
+from experiments.benchmarks.trainer import Trainer
 from mobilellm_jax.checkpoint import Checkpoints, newest_intact
 
 _EVERY = 100  # steps between two saves
@@ -26,7 +27,7 @@ def measure(quick: bool) -> list[m.Line]:
     """Returns seconds of a step, of a save and of a restore, and the share of the loop that saves take."""
     on_cpu = jax.default_backend() == "cpu"
     shape = (1, 512) if on_cpu else (32, 2048)
-    trainer = Trainer(paper_config(quick, *((1, 32) if quick else shape)))
+    trainer = Trainer(config_of("125m", *((1, 32) if quick else shape), quick))
     batches, numbers, blocked = trainer.random_batches(), count(1), list[float]()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         directory = Path(name) / "checkpoints"

@@ -9,7 +9,8 @@ import time
 import jax
 
 from experiments.benchmarks import measure as m
-from experiments.benchmarks.trainer import Trainer, paper_config, tiny_config
+from experiments.benchmarks.shapes import config_of
+from experiments.benchmarks.trainer import Trainer, tiny_config
 from mobilellm_jax import data
 from mobilellm_jax.config import Config
 
@@ -21,7 +22,7 @@ def measure(quick: bool) -> list[m.Line]:
     """Returns the share of waiting at the shape of the paper and at a tiny one, and tokens per second."""
     rows = 1 if jax.default_backend() == "cpu" else _ROWS
     sides = {
-        "125M": (paper_config(quick, rows, 64 if quick else 2048), 2),
+        "125M": (config_of("125m", rows, 64 if quick else 2048, quick), 2),
         "tiny": (tiny_config(), 10 if quick else 300),
     }
     return [line for name, (config, steps) in sides.items() for line in _lines(name, config, steps, quick)]

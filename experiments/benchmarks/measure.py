@@ -4,10 +4,13 @@ What else a shared machine does then falls on all sides alike; the spread over t
 is left.
 """
 
+import contextlib
 import dataclasses
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -68,6 +71,30 @@ def alternate(sides: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, l
             sides[name]()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+@contextlib.contextmanager
+def process(name: str, module: str, *arguments: str) -> Iterator[Callable[[], None]]:
+    """Yields a side whose work is done by `python -m module arguments`, which waits while others work.
+
+    The process takes its turn for every line on stdin, and answers "done".
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        stdin, stdout = server.stdin, server.stdout
+        assert stdin is not None
+        assert stdout is not None
+
+        def ask() -> None:
+            stdin.write("go\n")
+            stdin.flush()
+            if stdout.readline() != "done\n":
+                raise RuntimeError(f"the process of {name} ended early; what it said is above")
+
+        try:
+            yield ask
+        finally:
+            server.kill()
 
 
 def ratios(a: Sequence[float], b: Sequence[float]) -> tuple[float, ...]:

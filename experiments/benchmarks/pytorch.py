@@ -11,7 +11,6 @@ variant has a process of its own, which waits while the others work.
 
 import contextlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -70,7 +69,8 @@ def _compare(name: str, dtype: str, quick: bool) -> Iterator[m.Line]:
                 "tie_word_embeddings": config.model.share_embedding,
             }
             how = {"rows": rows, "length": length, "steps": steps, "dtype": dtype, "variant": variant}
-            sides[variant] = stack.enter_context(_process({"model": shape, **how, "cpu": on_cpu}))
+            what = json.dumps({"model": shape, **how, "cpu": on_cpu})
+            sides[variant] = stack.enter_context(m.process(variant, __name__, what))
         trainer = Trainer(config)
         batches = trainer.random_batches()
         sides["ours"] = lambda: trainer.train(batches, steps)
@@ -85,25 +85,6 @@ def _compare(name: str, dtype: str, quick: bool) -> Iterator[m.Line]:
     wanted = (1.1 if dtype == "float32" else None) if on_cpu else 1.3
     ratio = m.ratios(tokens["ours"], tokens[fastest])
     yield m.Line(f"{case}: ours / PyTorch, {fastest}", "x", ratio, at_least=wanted)
-
-
-@contextlib.contextmanager
-def _process(what: dict[str, Any]) -> Iterator[Callable[[], None]]:
-    """Yields a function that has a PyTorch process take its steps, and waits for them."""
-    command = [sys.executable, "-m", "experiments.benchmarks.pytorch", json.dumps(what)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        stdin, stdout = process.stdin, process.stdout
-
-        def steps() -> None:
-            stdin.write("\n")
-            stdin.flush()
-            if stdout.readline() != "done\n":
-                raise UserError(f"pytorch: the process of {what['variant']} ended; what it said is above")
-
-        yield steps
-        stdin.close()
 
 
 def _peer(what: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ _SMALL = {
     "4 x 48": {"model.vocab_size": 512, "model.depth": 4, "model.width": 48, "model.num_heads": 3},
     "12 x 128": {"model.vocab_size": 4096, "model.depth": 12, "model.width": 128, "model.num_heads": 4},
 }
-_QUICK = {"model.depth": 2, "model.width": 32, "model.num_heads": 2, "model.vocab_size": 128}
+_QUICK = {"model.depth": 2, "model.width": 32, "model.num_heads": 2, "model.vocab_size": 512}
 
 
 def config_of(name: str, rows: int, length: int, quick: bool, **fields: object) -> Config:

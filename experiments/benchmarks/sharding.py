@@ -11,10 +11,7 @@ waits while the others work. Always on the CPU.
 import contextlib
 import json
 import math
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
 
 from experiments.benchmarks import measure as m
 
@@ -45,42 +42,23 @@ def measure(quick: bool) -> list[m.Line]:
     steps, turns = (1, 2) if quick else (3, 5)
     names = [_ONE, "fsdp:8"] if quick else list(_MESHES)
     with contextlib.ExitStack() as stack:
-        sides = {name: stack.enter_context(_process(name, steps, quick)) for name in names}
+        sides = {
+            name: stack.enter_context(
+                m.process(name, __name__, json.dumps(_MESHES[name]), str(steps), str(int(quick)))
+            )
+            for name in names
+        }
         seconds = m.alternate(sides, turns)
     one = m.Line(f"a step on {_ONE}", "s", tuple(s / steps for s in seconds[_ONE]))
     split = [m.Line(f"{name} / {_ONE}", "x", m.ratios(seconds[name], seconds[_ONE])) for name in names[1:]]
     return [one, *split]
 
 
-@contextlib.contextmanager
-def _process(name: str, steps: int, quick: bool) -> Iterator[Callable[[], None]]:
-    """Yields a function that has a process of its own take so many steps, and waits for them."""
-    command = [sys.executable, "-m", "experiments.benchmarks.sharding"]
-    command += [json.dumps(_MESHES[name]), str(steps), str(int(quick))]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        stdin, stdout = process.stdin, process.stdout
-        assert stdin is not None
-        assert stdout is not None
-
-        def ask() -> None:
-            stdin.write("go\n")
-            stdin.flush()
-            if stdout.readline() != "done\n":
-                raise RuntimeError(f"the process of {name} ended early")
-
-        try:
-            yield ask
-        finally:
-            process.kill()
-
-
 def _serve(mesh: dict[str, int], steps: int, quick: bool) -> None:
     """Takes so many steps for each line on stdin, and says when they are done."""
     import jax
 
+    jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", math.prod(mesh.values()))
     from configs import base
     from experiments.benchmarks.trainer import Trainer

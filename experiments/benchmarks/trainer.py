@@ -7,30 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import base, depth_vs_width, mobilellm
+from configs import base, depth_vs_width
 from mobilellm_jax import partition, run
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.train import make_programs
-
-
-def paper_config(quick: bool, rows: int, length: int) -> Config:
-    """Returns MobileLLM-125M in the paper's recipe, in float32 on a CPU.
-
-    Args:
-      quick: of one block, 64 wide, for tests.
-      rows, length: the size of a batch.
-    """
-    config = mobilellm.get_config("125m")
-    if quick:
-        base.update(
-            config, {"model.depth": 1, "model.width": 64, "model.num_heads": 4, "model.vocab_size": 512}
-        )
-        base.update(config, {"model.num_kv_heads": 2, "model.ffn_width": 64})
-    if jax.default_backend() == "cpu":  # which has no bfloat16 units
-        config.model.compute_dtype = "float32"
-    config.data.tokenizer = "bytes"
-    sizes = {"train.batch_size": rows, "train.eval_batch_size": rows, "data.sequence_length": length}
-    return from_config_dict(base.update(config, sizes))
 
 
 def tiny_config() -> Config:
