@@ -1,6 +1,6 @@
 """Measures speed and memory on this machine, part by part, with its targets beside each number.
 
-  python -m experiments.bench                        # everything; about 40 minutes on 2 cores
+  python -m experiments.bench                        # everything, which takes a while
   python -m experiments.bench --only=training,decode
   python -m experiments.bench --show                 # what was measured before, without measuring
 
