@@ -44,7 +44,7 @@ class Leases:
         for name in names:
             if name not in held:
                 path = self._path(name)
-                path.write_text(_content(0))
+                path.write_text(_content())
                 if name not in self.holders():
                     self._mine[name] = over = threading.Event()
                     threading.Thread(target=_keep_alive, args=(path, over), daemon=True).start()
@@ -78,10 +78,11 @@ class Leases:
         for path in self._listing():
             name, _, worker = path.name.rpartition("@")
             if worker != self._worker:
-                if self._is_over(path):
-                    path.unlink(missing_ok=True)
-                else:
-                    found[name.replace("~", "/")] = worker
+                with contextlib.suppress(FileNotFoundError):  # released; by now its worker may hold it again
+                    if self._is_over(path):
+                        path.unlink()
+                    else:
+                        found[name.replace("~", "/")] = worker
         return found
 
     def _listing(self) -> list[epath.Path]:
@@ -96,8 +97,10 @@ class Leases:
     def _is_over(self, path: epath.Path) -> bool:
         try:
             content = path.read_text()
-        except OSError:  # released since
-            return True
+        except FileNotFoundError:
+            raise
+        except OSError:  # a disk or network that fails: not known to be over
+            return False
         first_content, since = self._seen.setdefault(path.name, (content, time.monotonic()))
         if content != first_content:
             self._seen[path.name] = content, time.monotonic()
@@ -105,18 +108,17 @@ class Leases:
         return _has_died(content) or time.monotonic() - since > LIFE_S
 
 
-def _content(beat: int) -> str:
-    pid = os.getpid()
-    return json.dumps({"beat": f"{beat:09}", "machine": _machine(), "pid": pid, "started": _started(pid)})
+def _content() -> str:
+    """Returns what a lease says now: different each time, as long each time."""
+    pid, beat = os.getpid(), time.monotonic_ns()
+    return json.dumps({"beat": f"{beat:020}", "machine": _machine(), "pid": pid, "started": _started(pid)})
 
 
 def _keep_alive(path: epath.Path, over: threading.Event) -> None:
     """Rewrites a lease until it is over; ends this process if another worker has taken it for dead."""
-    beat = 0
     while not over.wait(BEAT_S):
-        beat += 1
         try:
-            _rewrite(path, _content(beat))
+            _rewrite(path, _content())
         except FileNotFoundError:
             if not over.is_set():
                 print(f"error: {path} is gone: this process stood still for too long", file=sys.stderr)

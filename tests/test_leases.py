@@ -70,10 +70,10 @@ def test_of_two_that_write_at_once_not_both_hold(tmp_path, monkeypatch):
     one, two = Leases(tmp_path), Leases(tmp_path)
     content, taken = leases._content, []
 
-    def while_two_takes(beat):
+    def while_two_takes():
         monkeypatch.setattr(leases, "_content", content)
         taken.append(two.take(["a"]))
-        return content(beat)
+        return content()
 
     monkeypatch.setattr(leases, "_content", while_two_takes)
     assert one.take(["a"]) is None
@@ -124,6 +124,33 @@ def test_one_that_waits_for_the_dead_gives_way_to_the_living(tmp_path, holder, m
     assert mine.take_unless_alive("a/b") is None
     assert Leases(tmp_path).holders().keys() == {"a/b"}
     mine.release("a/b")
+
+
+def test_a_lease_released_and_taken_again_during_a_look_is_not_deleted(tmp_path, monkeypatch):
+    one, two = Leases(tmp_path), Leases(tmp_path)
+    assert one.take(["a"]) == "a"
+    is_over = two._is_over
+
+    def while_one_moves(path):
+        one.release("a")
+        try:
+            return is_over(path)
+        finally:
+            assert one.take(["a"]) == "a"
+
+    monkeypatch.setattr(two, "_is_over", while_one_moves)
+    two.holders()
+    assert Leases(tmp_path).holders().keys() == {"a"}
+
+
+def test_a_name_that_one_worker_takes_again_and_again_is_not_seen_as_one_dead_lease(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "LIFE_S", 0.2)
+    one, two = Leases(tmp_path), Leases(tmp_path)
+    for _ in range(4):
+        assert one.take(["a"]) == "a"
+        assert two.take(["a"]) is None
+        one.release("a")
+        time.sleep(0.1)
 
 
 def train(study, workdir):
