@@ -50,13 +50,16 @@ def _scan(
         x_BCD = lax.dynamic_slice_in_dim(x_BTD, start, chunk, axis=1)
         target_BC1 = lax.dynamic_slice_in_dim(targets_BT, start, chunk, axis=1)[..., None]
         logits_BCV = head_logits(x_BCD, head_VD)
-        log_z_BC1 = jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
+        most_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
+        e_BCV = jnp.exp(logits_BCV - most_BC1)
+        z_BC1 = jnp.sum(e_BCV, axis=-1, keepdims=True)
+        log_z_BC1 = most_BC1 + jnp.log(z_BC1)
         is_target_BCV = target_BC1 == vocabulary_11V
         counts_BC1 = target_BC1 >= 0
         nats += jnp.sum(jnp.where(counts_BC1, log_z_BC1, 0.0))
         nats -= jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0))
         if with_gradients:
-            softmax_BCV = jnp.where(counts_BC1, jnp.exp(logits_BCV - log_z_BC1), 0.0)
+            softmax_BCV = e_BCV * jnp.where(counts_BC1, 1 / z_BC1, 0.0)
             dlogits_BCV = (softmax_BCV - is_target_BCV).astype(dtype)
             dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD.astype(dtype))
             dx_BTD = lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, axis=1)
