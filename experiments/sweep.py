@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, devices, launch, report, zero_shot
+from experiments import cli, devices, launch, zero_shot
 from experiments.points import Point, Run, points_of, table
 from experiments.workers import Wait, in_processes, leases_of, say
 from mobilellm_jax import data, processes, results
@@ -313,6 +313,8 @@ def _finish(points: Sequence[Point], workdir: AnyPath) -> int:
 
 
 def _report(points: Sequence[Point], workdir: AnyPath) -> int:
+    from experiments import report  # here: two seconds that the processes of the points need not spend
+
     unfinished, refused = [], []
     for study in dict.fromkeys(Path(point.name).parent for point in points):
         records = results.read_all(workdir / "results" / study)

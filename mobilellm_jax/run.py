@@ -22,7 +22,10 @@ from mobilellm_jax.sealed import parse, seal, unseal_if_sealed
 from mobilellm_jax.train import Outcome, train
 
 # Fields that may differ when a run is resumed: they change where and how it is computed, not what.
-_MAY_CHANGE = ("mesh.", "data.cache_dir", "train.log_every", "train.checkpoint_every")
+_MAY_CHANGE = (
+    *("mesh.", "data.cache_dir", "train.log_every", "train.checkpoint_every"),
+    *("model.remat", "model.scan_unroll", "model.loss_chunk"),
+)
 
 IMPORTED = "imported.json"  # in a run directory whose weights were imported
 TOKENIZER = "tokenizer"  # folder of a run directory, as `data.save_tokenizer` writes it

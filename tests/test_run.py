@@ -29,7 +29,7 @@ def test_a_config_that_never_trained_can_be_mended(tmp_path):
 def test_a_config_with_a_checkpoint_stands(tmp_path):
     run.claim_workdir(tmp_path, tiny_config())
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    run.claim_workdir(tmp_path, tiny_config(**{"mesh.fsdp": 2, "train.log_every": 3}))
+    run.claim_workdir(tmp_path, tiny_config(**{"mesh.fsdp": 2, "train.log_every": 3, "model.remat": "full"}))
     with pytest.raises(UserError, match=r"model\.width is 24 there and 32 here.*another --workdir"):
         run.claim_workdir(tmp_path, tiny_config(**{"model.width": 32}))
     (tmp_path / "config.json").write_text("{")

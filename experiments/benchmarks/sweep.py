@@ -1,4 +1,4 @@
-"""A whole sweep at its `tiny` preset: how much of its wall time is not training steps.
+"""The sweep that a newcomer starts, both studies at their `tiny` presets: how much of its wall time is not training steps.
 
 That is start-up, preparing data, compilation, evaluation, checkpoints, records and figures. Runs of several
 points go side by side, one for each core, so training time is added up over the processes and compared with
@@ -15,7 +15,7 @@ from pathlib import Path
 from experiments.benchmarks import measure as m
 from mobilellm_jax import results
 
-_STUDY = "configs/layer_sharing.py:tiny"
+_STUDY = "configs/tour.py:tiny"
 
 
 def measure(quick: bool) -> list[m.Line]:
