@@ -32,9 +32,11 @@ def missing() -> str:
     """Returns what this part needs and does not find, as a sentence; "" where all is there."""
     # Not imported, which would put PyTorch's threads and gigabytes beside ours.
     lacking = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if lacking:
-        return f"pytorch compares with PyTorch: pip install -e '.[hf]' (there is no {' and no '.join(lacking)})"
-    return ""
+    return (
+        f"pytorch compares with PyTorch: pip install -e '.[hf]' (no {', no '.join(lacking)})"
+        if lacking
+        else ""
+    )
 
 
 def measure(quick: bool) -> list[m.Line]:

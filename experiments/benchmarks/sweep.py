@@ -1,4 +1,4 @@
-"""The sweep that a newcomer starts, both studies at their `tiny` presets: how much of its wall time is not training steps.
+"""The sweep without flags: how much of its wall time is not training steps.
 
 That is start-up, preparing data, compilation, evaluation, checkpoints, records and figures. Runs of several
 points go side by side, one for each core, so training time is added up over the processes and compared with
