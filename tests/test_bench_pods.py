@@ -48,7 +48,6 @@ def test_the_parts_leave_records(tmp_path):
     assert targets == {
         "a save every 100 steps: share of time lost": 5,
         "125M, 1 rows of 64: waiting for data": 1,
-        "tiny, 8 rows of 64: waiting for data": 1,
     }
     for name in ("verification, share of a restore", "tiny, 8 rows of 64: waiting for data"):
         assert all(0 < value < 100 for value in lines[name]["values"])
