@@ -2,6 +2,7 @@
 
   python -m experiments.bench                        # everything, which takes a while
   python -m experiments.bench --only=training,decode
+  python -m experiments.bench --only=training --shapes=125m,350m
   python -m experiments.bench --show                 # what was measured before, without measuring
 
 Prints a table for each part and leaves `bench/<platform>/<part>.json` in --workdir, with the machine and the
@@ -18,7 +19,8 @@ from absl import flags
 from experiments import cli, tables
 from experiments.benchmarks import (
     measure,
-    zero_shot,  # noqa: F401, it defines a flag
+    shapes,  # noqa: F401, it defines a flag
+    zero_shot,  # noqa: F401, the same
 )
 from mobilellm_jax import results, run
 from mobilellm_jax.errors import UserError, did_you_mean

@@ -152,7 +152,7 @@ def kept_activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
         return rows * length * (c * (2 * D + 2 * (N + K) * H + (2 if two_inputs else 1) * F) + 4 * N)
     norms = 4 * (6 * D + 4) + c * 2 * D
     attention = (4 + c) * (N + K) * H + 4 * N
-    ffn = (1 + c) * F if config.ffn_kind == "relu" else 6 * c * F  # the sign of ReLU is one byte
+    ffn = {"swiglu": 3 * c, "relu": 1 + c, "gelu": 6 * c}[config.ffn_kind] * F  # the sign of ReLU is one byte
     return rows * length * (norms + attention + ffn) + 4 * 2 * D  # and the gains of two norms
 
 
@@ -160,12 +160,13 @@ def activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
     """Returns about the largest memory that activations take in a training step on `rows` rows of `length`.
 
     That is what the layers and the final norm keep for the backward pass, and the larger of what is there
-    for a moment only: all that the layer at work needs, which is copied from the stack or recomputed, and the
-    weights of its attention with their gradient; or the logits of one `loss_chunk` with their gradient.
+    for a moment only: all that the layer at work needs, which is copied from the stack or recomputed, the
+    gradients of SwiGLU, and the weights of attention with their gradient; or the logits of one `loss_chunk`
+    with their gradient.
     `rows` is one micro-batch over all devices.
 
     Of the memory that XLA on a CPU sets aside for the gradients of five float32 models (48 to 128 wide, 2 to
-    8 layers, 128 and 512 tokens), this is 100 to 111 % without remat and 92 to 119 % with it. Left out: the
+    8 layers, 128 and 512 tokens), this is 100 to 112 % without remat and 93 to 119 % with it. Left out: the
     gradients (see `optimizer_bytes`), the workspace of single operations, and `scan_unroll` above 1. XLA on a
     CPU also computes most of bfloat16 in float32, which this does not count.
     """
@@ -173,6 +174,8 @@ def activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
     layers = config.effective_depth * kept_activation_bytes(config, length, rows)
     final_norm = rows * length * (4 * (3 * config.width + 2) + c * config.width)
     at_work = kept_activation_bytes(dataclasses.replace(config, remat="none"), length, rows)
+    if config.ffn_kind == "swiglu":
+        at_work += 3 * c * rows * length * config.ffn_width
     at_work += int(rows * config.num_heads * length * mean_keys(length)) * (4 + c)
     loss_chunk = rows * min(config.loss_chunk, length) * config.vocab_size * (4 + c)
     return layers + final_norm + max(at_work, loss_chunk)

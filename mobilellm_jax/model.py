@@ -39,8 +39,11 @@ _FETCH = frozenset({"dynamic_slice", "squeeze", "reshape", "convert_element_type
 _REMAT_POLICIES = {
     "none": lambda primitive, *_, **__: primitive.name not in _FETCH,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(attention.KEPT),
+        jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(attention.KEPT),
+        ),
+        lambda primitive, *_, **__: primitive.name in attention.KEPT_PRIMITIVES,
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -129,6 +132,31 @@ class Attention(nn.Module):
         return linear("BTNH,NHD->BTD", out_BTNH, w_NHD), memory
 
 
+@jax.custom_vjp
+def swiglu(gate_BTF: Float[Array, "B T F"], up_BTF: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    """Returns silu(gate) * up (Shazeer 2020), computed in float32.
+
+    Its gradient is written out: the backward pass keeps the operands and nothing between.
+    """
+    gate = gate_BTF.astype(jnp.float32)
+    return (gate * jax.nn.sigmoid(gate) * up_BTF).astype(gate_BTF.dtype)
+
+
+def _swiglu_forward(gate_BTF: Array, up_BTF: Array) -> tuple[Array, Any]:
+    return swiglu(gate_BTF, up_BTF), (gate_BTF, up_BTF)
+
+
+def _swiglu_backward(kept: tuple[Array, Array], dy_BTF: Array) -> tuple[Array, Array]:
+    gate_BTF, up_BTF = kept
+    gate, dy, dtype = gate_BTF.astype(jnp.float32), dy_BTF.astype(jnp.float32), gate_BTF.dtype
+    sigmoid = jax.nn.sigmoid(gate)
+    dgate = dy * up_BTF * sigmoid * (1 + gate * (1 - sigmoid))
+    return dgate.astype(dtype), (dy * gate * sigmoid).astype(dtype)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020; section 2.2.1), or two matrices with ReLU or tanh-approximated GELU between."""
 
@@ -142,7 +170,7 @@ class FeedForward(nn.Module):
         y_BTF = linear("BTD,DF->BTF", x_BTD, up_DF)
         if c.ffn_kind == "swiglu":
             gate_DF = self.param("gate", normal, (c.width, c.ffn_width))
-            y_BTF = y_BTF * jax.nn.silu(linear("BTD,DF->BTF", x_BTD, gate_DF))
+            y_BTF = swiglu(linear("BTD,DF->BTF", x_BTD, gate_DF), y_BTF)
         else:
             y_BTF = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}[c.ffn_kind](y_BTF)
         down_FD = self.param("down", normal, (c.ffn_width, c.width))
@@ -213,30 +241,51 @@ def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
 def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
     """Returns what the head turns into logits: the normalised output of the last layer, in the compute dtype.
 
-    The block of each layer is picked from the stack inside `jax.checkpoint`, so that the backward pass holds
-    no copy of the blocks whatever the plan; it is cast to the compute dtype after the pick, so that the
-    gradients of the several uses of a block add up in float32.
+    One loop over the layer plan, compiled once however long it is; or, with a `scan_unroll` of no fewer than
+    the layers, no loop, which takes longer to compile and less time to run on a GPU.
+
+    In the loop, the block of each layer is picked from the stack inside `jax.checkpoint`, so that the
+    backward pass holds no copy of the blocks whatever the plan. It is cast to the compute dtype after the
+    pick, so that the gradients of the several uses of a block add up in float32.
     """
     block, rope = Block(config), rope_table(jnp.arange(tokens_BT.shape[1])[None, :], config)
+    remat = partial(jax.checkpoint, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
 
-    @partial(jax.checkpoint, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
+    def apply_block(weights: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        y_BTD, _ = block.apply({"params": _cast(weights, config)}, x_BTD, rope)
+        return _constrain(y_BTD, ("data", "fsdp"))
+
+    @remat
     def layer(x_BTD: Float[Array, "B T D"], u: Int[Array, ""]) -> tuple[Any, None]:
-        y_BTD, _ = block.apply({"params": _pick(params["blocks"], u, config)}, x_BTD, rope)
-        return _constrain(y_BTD, ("data", "fsdp")), None
+        return apply_block(_pick(params["blocks"], u), x_BTD), None
 
     x_BTD = _embed(params, tokens_BT, config)
-    x_BTD, _ = lax.scan(layer, x_BTD, jnp.array(config.plan), unroll=config.scan_unroll)
+    if config.scan_unroll >= config.effective_depth:
+        blocks, only_layer = _unstack(params["blocks"]), remat(apply_block)
+        for u in config.plan:
+            x_BTD = only_layer(blocks[u], x_BTD)
+    else:
+        x_BTD, _ = lax.scan(layer, x_BTD, jnp.array(config.plan), unroll=config.scan_unroll)
     return _final_norm(params, x_BTD, config)
 
 
-def _pick(blocks: Params, u: Int[Array, ""], config: ModelConfig) -> Params:
-    """Returns block u of the stack, its matrices in the compute dtype."""
+def _pick(blocks: Params, u: Int[Array, ""]) -> Params:
+    """Returns block u of the stack."""
+    return jax.tree.map(lambda w_U: lax.dynamic_index_in_dim(w_U, u, keepdims=False), blocks)
 
-    def pick(w_U: Float[Array, "U ..."]) -> Float[Array, "..."]:
-        w = lax.dynamic_index_in_dim(w_U, u, keepdims=False)
-        return w.astype(config.compute_dtype) if w.ndim > 1 else w  # norm gains stay float32
 
-    return jax.tree.map(pick, blocks)
+def _unstack(blocks: Params) -> list[Params]:
+    """Returns all blocks of the stack.
+
+    Their gradients are put together once, where those of so many picks would be added up as whole stacks.
+    """
+    leaves, tree = jax.tree.flatten(blocks)
+    return [tree.unflatten(block) for block in zip(*map(jnp.unstack, leaves), strict=True)]
+
+
+def _cast(weights: Params, config: ModelConfig) -> Params:
+    """Returns a block with its matrices in the compute dtype; norm gains stay float32."""
+    return jax.tree.map(lambda w: w.astype(config.compute_dtype) if w.ndim > 1 else w, weights)
 
 
 def _embed(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
@@ -337,7 +386,7 @@ def extend(
     def layers(carry: Any, group: Any) -> tuple[Any, None]:
         """Applies one block as often as it comes in a row; fetching it once is what `immediate` is for."""
         first, u = group
-        weights = _pick(params["blocks"], u, config)
+        weights = _cast(_pick(params["blocks"], u), config)
         for use in range(in_a_row):
             carry = layer(carry, weights, first + use)
         return carry, None

@@ -265,6 +265,8 @@ def test_kept_activations_are_what_jax_saves_for_the_backward_pass(remat, comput
     m = dataclasses.replace(m, vocab_size=1)
     everything = accounting.kept_activation_bytes(dataclasses.replace(m, remat="none"), LENGTH, BATCH)
     everything += BATCH * m.num_heads * LENGTH * LENGTH * (4 + jnp.dtype(compute_dtype).itemsize)  # weights
+    if m.ffn_kind == "swiglu":
+        everything += 3 * BATCH * LENGTH * m.ffn_width * jnp.dtype(compute_dtype).itemsize
     final_norm = accounting.activation_bytes(m, LENGTH, BATCH) - m.effective_depth * kept - everything
     assert final_norm == sum(x.size * x.dtype.itemsize for x in norm)
 
@@ -272,7 +274,7 @@ def test_kept_activations_are_what_jax_saves_for_the_backward_pass(remat, comput
 @pytest.mark.parametrize(
     ("remat", "overrides", "low", "high"),
     [
-        ("none", {}, 0.95, 1.12),
+        ("none", {}, 0.95, 1.15),
         ("none", {"vocab_size": 8192, "depth": 2}, 0.95, 1.12),
         ("dots", {"sharing": "repeat_all", "num_repeats": 2}, 0.9, 1.2),
         ("full", {}, 0.9, 1.2),

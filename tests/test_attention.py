@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mobilellm_jax import model
-from mobilellm_jax.attention import attend_causally
+from mobilellm_jax.attention import attend_causally, attend_padded
 
 # One chunk, one and a bit, several with a short last one, and more than 8 chunks' worth of positions.
 LENGTHS = (7, 65, 150, 600)
@@ -35,6 +35,22 @@ def test_every_query_attends_to_itself_and_to_what_is_before_it(length):
     q, k, v = random_inputs(length)
     out = jax.jit(attend_causally)(*map(jnp.float32, (q, k, v)))
     np.testing.assert_allclose(out, numpy_attention(q, k, v), atol=2e-5)
+
+
+@pytest.mark.parametrize(("size", "padded"), [(6, 8), (8, 8), (20, 24)])
+def test_heads_padded_for_cudnn_change_nothing(size, padded, monkeypatch):
+    """With XLA's own attention in the place of cuDNN's, which needs a GPU."""
+    sizes, plain = set(), jax.nn.dot_product_attention
+
+    def attend(q, k, v, **how):
+        sizes.update(x.shape[-1] for x in (q, k, v))
+        return plain(q, k, v, **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    q, k, v = random_inputs(65, size=size)
+    out = attend_padded(*map(jnp.float32, (q, k, v)), implementation="xla")
+    np.testing.assert_allclose(out, numpy_attention(q, k, v), atol=2e-5)
+    assert sizes == {padded}
 
 
 @pytest.mark.parametrize("length", LENGTHS[:3])

@@ -30,7 +30,7 @@ def measure(quick: bool) -> list[m.Line]:
     memory: dict[str, float] = {}
 
     def compile_step(name: str, fields: dict[str, object]) -> Callable[[], None]:
-        config = config_of("12 x 128", 8, 128, quick, **fields)
+        config = config_of("12 x 128", 8, 128, quick, scan_unroll=1, **fields)
         rate = jax.ShapeDtypeStruct((), jnp.float32)
 
         def call() -> None:

@@ -1,9 +1,15 @@
 """The models that several parts measure."""
 
+from collections.abc import Iterable
+
 import jax
+from absl import flags
 
 from configs import base, mobilellm
 from mobilellm_jax.config import Config, from_config_dict
+from mobilellm_jax.errors import UserError, did_you_mean
+
+_SHAPES = flags.DEFINE_list("shapes", [], "of the parts training and pytorch, only these models: 125m,350m")
 
 # As a study at its `tiny` preset, and about as large as a laptop trains in minutes.
 _SMALL = {
@@ -13,8 +19,23 @@ _SMALL = {
 _QUICK = {"model.depth": 2, "model.width": 32, "model.num_heads": 2, "model.vocab_size": 512}
 
 
+def chosen(names: Iterable[str]) -> list[str]:
+    """Returns those of `names` that `--shapes` asks for.
+
+    Raises:
+      UserError: it asks for one that is not among them.
+    """
+    names = list(names)
+    for shape in _SHAPES.value:
+        if shape not in names:
+            raise UserError(f"--shapes={shape}: there is no such model; {did_you_mean(shape, names)}")
+    return [name for name in names if not _SHAPES.value or name in _SHAPES.value]
+
+
 def config_of(name: str, rows: int, length: int, quick: bool, **fields: object) -> Config:
     """Returns a config whose programs can be compiled; its data are never opened.
+
+    In the setting that is the fastest on this platform, see "Speed" in the README.
 
     Args:
       name: "4 x 48" or "12 x 128" (blocks x width), or a preset of `configs/mobilellm.py`.
@@ -27,6 +48,10 @@ def config_of(name: str, rows: int, length: int, quick: bool, **fields: object) 
     if jax.default_backend() == "cpu":  # which has no bfloat16 units; memory is no trouble at these sizes
         config.model.compute_dtype = "float32"
         config.model.remat = "dots"
+    if jax.default_backend() == "gpu":
+        config.model.compute_dtype = "bfloat16"
+        config.model.remat = "none"
+        config.model.scan_unroll = 1000  # no loop
     config.data.tokenizer = "bytes"
     sizes = {"train.batch_size": rows, "train.eval_batch_size": rows, "data.sequence_length": length}
     return from_config_dict(

@@ -33,7 +33,8 @@ class Trainer:
 
     def random_batches(self) -> Iterator[np.ndarray]:
         """Yields the same random rows again and again."""
-        rows = np.random.default_rng(0).integers(0, 256, self.programs.rows.shape, dtype=np.int32)
+        vocabulary, shape = self.config.model.vocab_size, self.programs.rows.shape
+        rows = np.random.default_rng(0).integers(0, vocabulary, shape, dtype=np.int32)
         while True:
             yield rows
 

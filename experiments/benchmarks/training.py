@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks import measure as m
-from experiments.benchmarks.shapes import config_of
+from experiments.benchmarks.shapes import chosen, config_of
 from experiments.benchmarks.trainer import Trainer
 from mobilellm_jax import accounting
 
@@ -22,22 +22,28 @@ _SHAPES = {
     "125m": ((2, 512), (32, 2048)),
     "350m": ((1, 512), (16, 2048)),
 }
+_SHARED = " immediate x2"
 _DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5": 197e12}
 
 
 def measure(quick: bool) -> list[m.Line]:
     """Returns tokens per second and utilization of each shape, without and with sharing."""
     names = ["4 x 48"] if quick else list(_SHAPES)
-    return [line for name in names for line in _measure(name, quick)]
+    labels = [label for name in names for label in (name, name + _SHARED)]
+    labels = labels if quick else chosen(labels)
+    return [line for name in names for line in _measure(name, labels, quick)]
 
 
-def _measure(name: str, quick: bool) -> Iterator[m.Line]:
+def _measure(name: str, labels: list[str], quick: bool) -> Iterator[m.Line]:
     on_cpu = jax.default_backend() == "cpu"
     rows, length = (8, 32) if quick else _SHAPES[name][0 if on_cpu else 1]
     configs = {
         name: config_of(name, rows, length, quick),
-        f"{name} immediate x2": config_of(name, rows, length, quick, sharing="immediate", num_repeats=2),
+        name + _SHARED: config_of(name, rows, length, quick, sharing="immediate", num_repeats=2),
     }
+    configs = {label: config for label, config in configs.items() if label in labels}
+    if not configs:
+        return
     product, flops = matrix_product(64 if quick else 2048 if on_cpu else 8192)
     sides: dict[str, Callable[[], object]] = {"product": product}
     for label, config in configs.items():
@@ -45,7 +51,7 @@ def _measure(name: str, quick: bool) -> Iterator[m.Line]:
         batches = trainer.random_batches()
         steps = _steps(name)
         sides[label] = lambda trainer=trainer, batches=batches, steps=steps: trainer.train(batches, steps)
-    seconds = m.alternate(sides, 2 if quick else 5)
+    seconds = m.alternate(sides, 2 if quick else 5 if on_cpu else 3)
     peak = m.rates(flops, seconds["product"])
     yield m.Line(f"{name}: rate of matrix products", "GFLOP/s", tuple(rate / 1e9 for rate in peak))
     kind = jax.devices()[0].device_kind
