@@ -187,7 +187,7 @@ def use_small_recipe(config: ConfigDict, preset: str) -> None:
     """Sets vocabulary, batch and schedule for studies at `tiny` (2 CPU cores) and `small` (a GPU) scale."""
     tiny = preset == "tiny"
     config.model.vocab_size = 512 if tiny else 4096
-    config.model.remat = "dots" if tiny else "none"  # at 56 wide a step takes 0.91 of the time of "full"
+    config.model.remat = "dots"  # the fastest on 2 CPU cores, and of the loops over layers on a GPU
     config.data.tokenizer = f"bpe:{config.model.vocab_size}"
     config.data.sequence_length = 64 if tiny else 512
     config.optimizer.learning_rate = 5e-3 if tiny else 3e-3

@@ -69,7 +69,7 @@ def main() -> int:
             "command": cli.command(),
             "git_commit": results.git_commit(),
             "device": device,
-            "versions": results.versions(),
+            "versions": results.versions(*getattr(module, "AGAINST", ())),
             "lines": [line.to_json() for line in lines],
         }
         path = bench / device["platform"] / f"{part}.json"

@@ -83,9 +83,10 @@ def executed_flops_per_token(config: ModelConfig, length: int) -> float:
 def executed_train_flops_per_token(config: ModelConfig, length: int) -> float:
     """Returns what a training step computes, without what `remat` recomputes.
 
-    That is three times the forward pass, and once more the scores of attention, which are never kept.
+    That is three times the forward pass, and once more the scores of attention, which are never kept, with
+    the sums over H that `attention.py` takes as products with ones.
     """
-    scores = 2 * config.num_heads * config.head_dim * mean_keys(length)
+    scores = 2 * config.num_heads * config.head_dim * (mean_keys(length) + 1)
     return 3 * executed_flops_per_token(config, length) + config.effective_depth * scores
 
 

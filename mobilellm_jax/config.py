@@ -50,8 +50,7 @@ class ModelConfig:
         (TF32, bfloat16 passes) unless JAX's `jax_default_matmul_precision` says otherwise.
       remat: what the backward pass recomputes: "none", all but matrix products ("dots"), or "full".
       scan_unroll: layers per iteration of the compiled loop over the plan; above 1, the backward pass holds
-        more than one layer's weights and, whatever `remat` says, activations. As many as there are layers or
-        more: no loop, see `model.hidden`.
+        more than one layer's weights and, whatever `remat` says, activations; as many as layers: no loop.
       loss_chunk: sequence positions whose logits exist at one time in the loss; best a divisor of the
         sequence length, which is padded to a multiple of it.
     """

@@ -243,10 +243,10 @@ def git_commit() -> str | None:
         return None
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the libraries that results depend on."""
+def versions(*more: str) -> dict[str, str]:
+    """Returns the versions of Python, of the libraries that results depend on, and of `more` libraries."""
     found = {"python": platform.python_version()}
-    for library in ("jax", "jaxlib", "flax", "optax", "numpy"):
+    for library in ("jax", "jaxlib", "flax", "optax", "numpy", *more):
         try:
             found[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:

@@ -119,14 +119,14 @@ def test_flops_equal_the_matrix_products_of_the_program(overrides):
     """Forward and training step, whose gradient program is counted with remat "none".
 
     The program multiplies every query with all T keys and masks afterwards, as these are few; the formula
-    counts the (T + 1) / 2 that causal attention needs. The backward pass computes the scores again. Both
-    differences are known and taken off.
+    counts the (T + 1) / 2 that causal attention needs. The backward pass computes the scores again, and the
+    sums over H that they have in common. The differences are known and taken off.
     """
     m = tiny_model(**overrides, loss_chunk=LENGTH)
     tokens_BT, targets_BT = random_batch(m)
     masked_pairs = BATCH * LENGTH * (LENGTH - 1) / 2
     masked = m.effective_depth * 2 * 2 * m.num_heads * m.head_dim * masked_pairs
-    scores = m.effective_depth * 2 * m.num_heads * m.head_dim * BATCH * LENGTH * LENGTH
+    scores = m.effective_depth * 2 * m.num_heads * m.head_dim * BATCH * LENGTH * (LENGTH + 1)
     forward = jax.make_jaxpr(model.apply, static_argnums=2)(shapes(m), tokens_BT, m).jaxpr
     training = jax.make_jaxpr(jax.value_and_grad(model.loss, has_aux=True), static_argnums=3)(
         shapes(m), tokens_BT, targets_BT, m

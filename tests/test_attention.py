@@ -1,11 +1,11 @@
-"""Attention in chunks, and `model.linear`, against NumPy in float64 and against what JAX derives."""
+"""Attention in chunks, and `kernels.linear`, against NumPy in float64 and against what JAX derives."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobilellm_jax import model
+from mobilellm_jax import kernels
 from mobilellm_jax.attention import attend_causally, attend_padded
 
 # One chunk, one and a bit, several with a short last one, and more than 8 chunks' worth of positions.
@@ -99,7 +99,7 @@ def test_gradients_are_those_of_the_plain_attention_of_jax(dtype, tolerance, kv_
 def test_gradients_of_linear_are_those_that_jax_derives(product, x, w, dtype):
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (x, w))
-    y, pullback = jax.vjp(lambda x, w: model.linear(product, x, w), x, w)
+    y, pullback = jax.vjp(lambda x, w: kernels.linear(product, x, w), x, w)
     expected_y, expected = jax.vjp(lambda x, w: jnp.einsum(product, x, w), x, w)
     dy = jnp.asarray(rng.normal(size=y.shape), dtype)
     np.testing.assert_array_equal(y, expected_y)
@@ -107,3 +107,18 @@ def test_gradients_of_linear_are_those_that_jax_derives(product, x, w, dtype):
         assert a.dtype == dtype
         assert a.shape == b.shape
         np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-5 if dtype == "float32" else 2e-2)
+
+
+def test_swiglu_and_its_gradient_are_those_of_silu_in_float64():
+    rng = np.random.default_rng(0)
+    gate, up, dy = (3 * rng.normal(size=(2, 5, 7)) for _ in range(3))
+    y, pullback = jax.vjp(jax.jit(kernels.swiglu), jnp.float32(gate), jnp.float32(up))
+
+    def expected(gate, up):
+        return gate / (1 + np.exp(-gate)) * up
+
+    np.testing.assert_allclose(y, expected(gate, up), rtol=1e-5, atol=1e-6)
+    moved = [(expected(gate + h, up), expected(gate, up + h)) for h in (1e-6, -1e-6)]
+    for i, gradient in enumerate(pullback(jnp.float32(dy))):
+        difference = dy * (moved[0][i] - moved[1][i]) / 2e-6
+        np.testing.assert_allclose(gradient, difference, rtol=1e-4, atol=1e-5)

@@ -196,21 +196,6 @@ def test_without_a_loop_gradients_are_the_same_and_stacked_once(remat):
     assert len(made) == len(jax.tree.leaves(shapes(m)["blocks"]))
 
 
-def test_swiglu_and_its_gradient_are_those_of_silu_in_float64():
-    rng = np.random.default_rng(0)
-    gate, up, dy = (3 * rng.normal(size=(2, 5, 7)) for _ in range(3))
-    y, pullback = jax.vjp(jax.jit(model.swiglu), jnp.float32(gate), jnp.float32(up))
-
-    def expected(gate, up):
-        return gate / (1 + np.exp(-gate)) * up
-
-    np.testing.assert_allclose(y, expected(gate, up), rtol=1e-5, atol=1e-6)
-    moved = [(expected(gate + h, up), expected(gate, up + h)) for h in (1e-6, -1e-6)]
-    for i, gradient in enumerate(pullback(jnp.float32(dy))):
-        difference = dy * (moved[0][i] - moved[1][i]) / 2e-6
-        np.testing.assert_allclose(gradient, difference, rtol=1e-4, atol=1e-5)
-
-
 # --- attention -----------------------------------------------------------------------------------------
 
 

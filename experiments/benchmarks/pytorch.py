@@ -24,6 +24,8 @@ from experiments.benchmarks import measure as m
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.malloc import keep_freed_memory
 
+AGAINST = ("torch", "transformers")
+
 # rows and tokens of a row
 _CASES = {"4 x 48": (8, 64), "12 x 128": (16, 128), "125m": (2, 512)}
 _STEPS = {"4 x 48": 50, "12 x 128": 5, "125m": 2}  # of a turn, the first of which finds cold caches
@@ -33,7 +35,7 @@ _ACCELERATOR = {"4 x 48": (256, 64), "12 x 128": (256, 128), "125m": (16, 2048)}
 def missing() -> str:
     """Returns what this part needs and does not find, as a sentence; "" where all is there."""
     # Not imported, which would put PyTorch's threads and gigabytes beside ours.
-    lacking = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    lacking = [name for name in AGAINST if find_spec(name) is None]
     return (
         f"pytorch compares with PyTorch: pip install -e '.[hf]' (no {', no '.join(lacking)})"
         if lacking

@@ -27,6 +27,8 @@ from mobilellm_jax.data.sources import open_source
 from mobilellm_jax.data.tokenizers import train_bpe
 from mobilellm_jax.errors import UserError
 
+AGAINST = ("torch", "transformers", "lm_eval")
+
 _DATA_DIR = flags.DEFINE_string(
     "data_dir",
     None,
