@@ -194,8 +194,8 @@ def _all(
     """Does the points, side by side if there are several, and returns what went wrong with any."""
     if devices_per_run is None and min(len(environments), len(points)) < 2:
         return _one_by_one(points, workdir, do)
-    largest_first = sorted(points, key=lambda point: -point.flops)
-    return in_processes(largest_first, workdir, environments[: len(points)], do, missing, devices_per_run)
+    longest_first = sorted(points, key=lambda point: -point.cost)  # so that no core waits long for the last
+    return in_processes(longest_first, workdir, environments[: len(points)], do, missing, devices_per_run)
 
 
 def _one_by_one(points: Sequence[Point], workdir: AnyPath, do: Do) -> list[str]:

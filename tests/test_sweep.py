@@ -424,3 +424,11 @@ def test_a_config_file_alone_says_how_to_run_it():
     with pytest.raises(UserError, match="not a study"):
         points(Path("configs/base.py"))
     assert json.dumps(cli.load_config("configs/mobilellm.py:125m")[2].to_dict())
+
+
+def test_the_points_of_the_tour_start_in_the_order_of_their_seconds():
+    """By FLOPs alone, eight thin blocks would be the cheapest, start last and leave a core idle."""
+    points = points_of("configs/tour.py:tiny", {}, None, ())
+    names = [point.name.split("/")[-1] for point in sorted(points, key=lambda point: -point.cost)]
+    assert set(names[:3]) == {"immediate", "repeat_all", "reverse"}  # 120 to 135 s on a core
+    assert names[3:] == ["8-x-32", "4-x-48", "none", "2-x-64", "1-x-96"]  # 83, 64, 68, 58 and 54 s
