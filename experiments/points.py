@@ -94,7 +94,7 @@ class Point:
 
     @property
     def cost(self) -> float:
-        """FLOPs, and something for each layer: thin ones take longer than their products. To compare points."""
+        """FLOPs, and something for each layer, as thin ones take longer than that. To compare points."""
         return self.flops + self._tokens * _LAYER_FLOPS * self.config.model.effective_depth
 
     @property
