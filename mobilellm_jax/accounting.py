@@ -142,8 +142,8 @@ def kept_activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
         of the feed-forward layer. Beside them a logarithm for each head, in float32.
       none: everything that differentiation asks for. Norms (6 D and 4 numbers), rotated queries and keys,
         and the logarithms of attention (N) are float32, the rest is of the compute dtype.
-    These are the residuals that JAX saves, to the byte (from 0.11 on, F numbers less for GELU). The weights of
-    attention are not among them.
+    These are the residuals that JAX saves, to the byte (from 0.11 on, F numbers less for GELU). The weights
+    of attention are not among them.
     """
     c = _BYTES[config.compute_dtype]
     D, N, K, F = config.width, config.num_heads, config.num_kv_heads, config.ffn_width
