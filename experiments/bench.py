@@ -19,8 +19,8 @@ from absl import flags
 from experiments import cli, tables
 from experiments.benchmarks import (
     measure,
-    shapes,  # noqa: F401, it defines a flag
-    zero_shot,  # noqa: F401, the same
+    shapes,
+    zero_shot,  # noqa: F401, it defines a flag
 )
 from mobilellm_jax import results, run
 from mobilellm_jax.errors import UserError, did_you_mean
@@ -54,8 +54,11 @@ def main() -> int:
     if _SHOW.value:
         print("\n".join(show(bench, _ONLY.value)))
         return 0
-    for part in _ONLY.value:
-        module = importlib.import_module(f"experiments.benchmarks.{part}")
+    modules = {part: importlib.import_module(f"experiments.benchmarks.{part}") for part in _ONLY.value}
+    for module in modules.values():
+        if hasattr(module, "MODELS"):  # a part that --shapes is for: refused before any is measured
+            shapes.chosen(module.MODELS)
+    for part, module in modules.items():
         missing = getattr(module, "missing", str)()  # a part that needs an extra can say so
         if missing and not flags.FLAGS["only"].present:
             print(f"\n{part}: left out: {missing}", flush=True)

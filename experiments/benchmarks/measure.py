@@ -77,8 +77,7 @@ def alternate(sides: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, l
 def process(name: str, module: str, *arguments: str) -> Iterator[Callable[[], None]]:
     """Yields a side whose work is done by `python -m module arguments`, which waits while others work.
 
-    The process takes its turn for every line on stdin, and answers "done". It gets the first line at once, so
-    that several warm up side by side.
+    The process takes its turn for every line on stdin, and answers "done".
     """
     command = [sys.executable, "-m", module, *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
@@ -86,22 +85,13 @@ def process(name: str, module: str, *arguments: str) -> Iterator[Callable[[], No
         assert stdin is not None
         assert stdout is not None
 
-        def go() -> None:
+        def ask() -> None:
             stdin.write("go\n")
             stdin.flush()
-
-        is_warm = False
-
-        def ask() -> None:
-            nonlocal is_warm
-            if is_warm:
-                go()
-            is_warm = True
             if stdout.readline() != "done\n":
                 raise RuntimeError(f"the process of {name} ended early; what it said is above")
 
         try:
-            go()
             yield ask
         finally:
             server.kill()

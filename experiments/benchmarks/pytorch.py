@@ -28,6 +28,7 @@ AGAINST = ("torch", "transformers")
 
 # rows and tokens of a row
 _CASES = {"4 x 48": (8, 64), "12 x 128": (16, 128), "125m": (2, 512)}
+MODELS = tuple(_CASES)
 _STEPS = {"4 x 48": 50, "12 x 128": 5, "125m": 2}  # of a turn, the first of which finds cold caches
 _ACCELERATOR = {"4 x 48": (256, 64), "12 x 128": (256, 128), "125m": (16, 2048)}
 
@@ -51,12 +52,11 @@ def measure(quick: bool) -> list[m.Line]:
     """
     if reason := missing():
         raise UserError(reason)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave PyTorch some of the GPU's memory
-    dtypes = ("float32", "bfloat16") if jax.default_backend() == "cpu" else ("bfloat16",)
     from experiments.benchmarks.shapes import chosen
 
-    names = ["4 x 48"] if quick else chosen(_CASES)
-    cases = [(name, dtype) for name in names for dtype in (dtypes[:1] if quick else dtypes)]
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave PyTorch some of the GPU's memory
+    dtypes = ("float32", "bfloat16") if jax.default_backend() == "cpu" else ("bfloat16",)
+    cases = [("4 x 48", "float32")] if quick else [(n, d) for n in chosen(MODELS) for d in dtypes]
     return [line for name, dtype in cases for line in _compare(name, dtype, quick)]
 
 
@@ -83,8 +83,6 @@ def _compare(name: str, dtype: str, quick: bool) -> Iterator[m.Line]:
             how = {"rows": rows, "length": length, "steps": steps, "dtype": dtype, "variant": variant}
             what = json.dumps({"model": shape, **how, "cpu": on_cpu})
             sides[variant] = stack.enter_context(m.process(variant, __name__, what))
-        for warm_up in sides.values():
-            warm_up()
         trainer = Trainer(config)
         batches = trainer.random_batches()
         sides["ours"] = lambda: trainer.train(batches, steps)

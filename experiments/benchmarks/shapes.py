@@ -1,6 +1,6 @@
 """The models that several parts measure."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import jax
 from absl import flags
@@ -19,13 +19,12 @@ _SMALL = {
 _QUICK = {"model.depth": 2, "model.width": 32, "model.num_heads": 2, "model.vocab_size": 512}
 
 
-def chosen(names: Iterable[str]) -> list[str]:
-    """Returns those of `names` that `--shapes` asks for.
+def chosen(names: Sequence[str]) -> list[str]:
+    """Returns those of `names` that `--shapes` asks for; all where it is not given.
 
     Raises:
       UserError: it asks for one that is not among them.
     """
-    names = list(names)
     for shape in _SHAPES.value:
         if shape not in names:
             raise UserError(f"--shapes={shape}: there is no such model; {did_you_mean(shape, names)}")

@@ -23,15 +23,14 @@ _SHAPES = {
     "350m": ((1, 512), (16, 2048)),
 }
 _SHARED = " immediate x2"
+MODELS = tuple(label for name in _SHAPES for label in (name, name + _SHARED))
 _DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5": 197e12}
 
 
 def measure(quick: bool) -> list[m.Line]:
     """Returns tokens per second and utilization of each shape, without and with sharing."""
-    names = ["4 x 48"] if quick else list(_SHAPES)
-    labels = [label for name in names for label in (name, name + _SHARED)]
-    labels = labels if quick else chosen(labels)
-    return [line for name in names for line in _measure(name, labels, quick)]
+    labels = list(MODELS[:2]) if quick else chosen(MODELS)
+    return [line for name in _SHAPES for line in _measure(name, labels, quick)]
 
 
 def _measure(name: str, labels: list[str], quick: bool) -> Iterator[m.Line]:
