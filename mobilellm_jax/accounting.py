@@ -163,12 +163,12 @@ def activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
 
     That is what the layers and the final norm keep for the backward pass, and the larger of what is there
     for a moment only: all that the layer at work needs, which is copied from the stack or recomputed, the
-    gradients of SwiGLU, and the weights of attention with their gradient; or the logits of one `loss_chunk`
-    with their gradient.
+    gradients of SwiGLU's operands, and the weights of attention with their gradient; or the logits of one
+    `loss_chunk` with their gradient.
     `rows` is one micro-batch over all devices.
 
     Of the memory that XLA on a CPU sets aside for the gradients of five float32 models (48 to 128 wide, 2 to
-    8 layers, 128 and 512 tokens), this is 100 to 112 % without remat and 93 to 119 % with it. Left out: the
+    8 layers, 128 and 512 tokens), this is 100 to 112 % without remat and 88 to 119 % with it. Left out: the
     gradients (see `optimizer_bytes`), the workspace of single operations, and `scan_unroll` above 1. XLA on a
     CPU also computes most of bfloat16 in float32, which this does not count.
     """
@@ -177,7 +177,7 @@ def activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
     final_norm = rows * length * (4 * (3 * config.width + 2) + c * config.width)
     at_work = kept_activation_bytes(dataclasses.replace(config, remat="none"), length, rows)
     if config.ffn_kind == "swiglu":
-        at_work += 3 * c * rows * length * config.ffn_width
+        at_work += 2 * c * rows * length * config.ffn_width
     at_work += int(rows * config.num_heads * length * mean_keys(length)) * (4 + c)
     loss_chunk = rows * min(config.loss_chunk, length) * config.vocab_size * (4 + c)
     return layers + final_norm + max(at_work, loss_chunk)

@@ -259,16 +259,17 @@ def test_kept_activations_are_what_jax_saves_for_the_backward_pass(remat, comput
     ]  # tokens, and numbers of blocks
     layers = [x for x in saved if x.shape[:1] == (m.effective_depth,)]
     kept = accounting.kept_activation_bytes(m, LENGTH, BATCH)
-    one_less = BATCH * LENGTH * m.ffn_width * jnp.dtype(compute_dtype).itemsize  # of GELU, in jax 0.11
-    allowed = {kept, kept - one_less} if (m.ffn_kind, remat) == ("gelu", "none") else {kept}
-    assert sum(x.size * x.dtype.itemsize for x in layers) / m.effective_depth in allowed
+    saved_bytes = sum(x.size * x.dtype.itemsize for x in layers)
+    if (m.ffn_kind, remat) == ("gelu", "none") and jax.__version_info__ >= (0, 11):
+        saved_bytes += m.effective_depth * BATCH * LENGTH * m.ffn_width * jnp.dtype(compute_dtype).itemsize
+    assert m.effective_depth * kept == saved_bytes
     norm = [x for x in saved if x.shape[:2] == (BATCH, LENGTH) and x.shape[2] in (1, m.width)]
     # What activation_bytes adds, with a vocabulary too small for the loss to matter.
     m = dataclasses.replace(m, vocab_size=1)
     everything = accounting.kept_activation_bytes(dataclasses.replace(m, remat="none"), LENGTH, BATCH)
     everything += BATCH * m.num_heads * LENGTH * LENGTH * (4 + jnp.dtype(compute_dtype).itemsize)  # weights
     if m.ffn_kind == "swiglu":
-        everything += 3 * BATCH * LENGTH * m.ffn_width * jnp.dtype(compute_dtype).itemsize
+        everything += 2 * BATCH * LENGTH * m.ffn_width * jnp.dtype(compute_dtype).itemsize
     final_norm = accounting.activation_bytes(m, LENGTH, BATCH) - m.effective_depth * kept - everything
     assert final_norm == sum(x.size * x.dtype.itemsize for x in norm)
 
@@ -276,7 +277,7 @@ def test_kept_activations_are_what_jax_saves_for_the_backward_pass(remat, comput
 @pytest.mark.parametrize(
     ("remat", "overrides", "low", "high"),
     [
-        ("none", {}, 0.95, 1.15),
+        ("none", {}, 0.95, 1.12),
         ("none", {"vocab_size": 8192, "depth": 2}, 0.95, 1.12),
         ("dots", {"sharing": "repeat_all", "num_repeats": 2}, 0.9, 1.2),
         ("full", {}, 0.9, 1.2),
