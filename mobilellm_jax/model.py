@@ -201,17 +201,18 @@ def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) ->
         y_BTD, _ = block.apply({"params": _cast(weights, config)}, x_BTD, rope)
         return _constrain(y_BTD, ("data", "fsdp"))
 
-    @remat
-    def layer(x_BTD: Float[Array, "B T D"], u: Int[Array, ""]) -> tuple[Any, None]:
-        return apply_block(_pick(params["blocks"], u), x_BTD), None
-
     x_BTD = _embed(params, tokens_BT, config)
     if config.scan_unroll >= config.effective_depth:
-        blocks, only_layer = _unstack(params["blocks"]), remat(apply_block)
+        blocks, layer = _unstack(params["blocks"]), remat(apply_block)
         for u in config.plan:
-            x_BTD = only_layer(blocks[u], x_BTD)
+            x_BTD = layer(blocks[u], x_BTD)
     else:
-        x_BTD, _ = lax.scan(layer, x_BTD, jnp.array(config.plan), unroll=config.scan_unroll)
+
+        @remat
+        def pick_and_apply(x_BTD: Float[Array, "B T D"], u: Int[Array, ""]) -> tuple[Any, None]:
+            return apply_block(_pick(params["blocks"], u), x_BTD), None
+
+        x_BTD, _ = lax.scan(pick_and_apply, x_BTD, jnp.array(config.plan), unroll=config.scan_unroll)
     return _final_norm(params, x_BTD, config)
 
 

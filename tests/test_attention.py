@@ -1,11 +1,13 @@
 """Attention in chunks, and `kernels.linear`, against NumPy in float64 and against what JAX derives."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobilellm_jax import kernels
+from mobilellm_jax import attention, kernels
 from mobilellm_jax.attention import attend_causally, attend_padded
 
 # One chunk, one and a bit, several with a short last one, and more than 8 chunks' worth of positions.
@@ -51,6 +53,26 @@ def test_heads_padded_for_cudnn_change_nothing(size, padded, monkeypatch):
     out = attend_padded(*map(jnp.float32, (q, k, v)), implementation="xla")
     np.testing.assert_allclose(out, numpy_attention(q, k, v), atol=2e-5)
     assert sizes == {padded}
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "size", "attends"),
+    [
+        ("9.0", "bfloat16", 64, True),
+        ("8.0", "float16", 128, True),
+        ("12.0", "bfloat16", 64, True),
+        ("7.5", "bfloat16", 64, False),  # a T4
+        ("gfx90a", "bfloat16", 64, False),  # of AMD
+        ("9.0", "float32", 64, False),
+        ("9.0", "bfloat16", 129, False),
+    ],
+)
+def test_cudnn_attends_where_it_has_a_kernel(capability, dtype, size, attends, monkeypatch):
+    calls, device = [], types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(attention.jax, "devices", lambda: [device])
+    monkeypatch.setattr(attention, "attend_padded", lambda q, k, v, how: calls.append(how) or q)
+    attend_causally(*(jnp.asarray(x, dtype) for x in random_inputs(7, size=size)))
+    assert calls == (["cudnn"] if attends else [])
 
 
 @pytest.mark.parametrize("length", LENGTHS[:3])
