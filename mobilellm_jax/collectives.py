@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
 _ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(rf"= (?P<shape>.*?) (?P<kind>{'|'.join(_KINDS)})\((?P<rest>.*)")
@@ -53,9 +56,21 @@ def partitioned_text(lowered: Any) -> str:
             "xla_dump_hlo_as_text": True,
             "xla_dump_hlo_pass_re": "spmd-partitioning",
         }
-        lowered.compile(compiler_options=options)
+        # A program from the persistent cache is not partitioned again, and would leave no text.
+        cached = jax.config.values["jax_enable_compilation_cache"]
+        try:
+            _use_cache(False)
+            lowered.compile(compiler_options=options)
+        finally:
+            _use_cache(cached)
         files = sorted(Path(directory).glob("*after_spmd-partitioning*.txt"))
         return files[-1].read_text() if files else ""
+
+
+def _use_cache(use: bool) -> None:
+    """Turns the persistent cache of compiled programs on or off; JAX looks at this once, until a reset."""
+    jax.config.update("jax_enable_compilation_cache", use)
+    compilation_cache.reset_cache()
 
 
 def count_collectives(text: str) -> list[Collective]:

@@ -88,6 +88,19 @@ def test_data_parallelism_sums_gradients_in_every_use_of_a_block_and_every_chunk
     assert 0 <= numbers < 20  # losses and counts
 
 
+def test_traffic_is_the_same_with_a_cache_of_compiled_programs(tmp_path):
+    settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        first, second = (plan.traffic(tiny_config(**{"mesh.data": 8})) for _ in range(2))
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert first == second != []
+
+
 def test_tensor_parallelism_sums_activations():
     collectives = plan.traffic(tiny_config(**{"mesh.data": 1, "mesh.tensor": 2}))
     assert {c.among for c in collectives} == {2}
