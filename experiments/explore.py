@@ -70,7 +70,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.run import check
 from mobilellm_jax.sharing import STRATEGIES, layer_plan
 from mobilellm_jax.train import train
-from mobilellm_jax.verdicts import budget_name, verdict
+from mobilellm_jax.verdicts import verdict
 
 plt.style.use(drawing.STYLE)
 
@@ -121,7 +121,7 @@ def budgets(fields):
     """Returns what a shape costs, by name, for rows of 2,048 tokens."""
     config = base.update(base.get_config(), {f"model.{name}": value for name, value in fields.items()})
     costs = accounting.budgets(from_config_dict(config).model, length=2048, rows=1)
-    return {budget_name(name): tables.quantity(value) for name, value in costs.items()}
+    return {results.budget_name(name): tables.quantity(value) for name, value in costs.items()}
 
 
 @interact(

@@ -13,7 +13,6 @@ from mobilellm_jax import accounting, results
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.run import flatten
-from mobilellm_jax.verdicts import budget_name
 
 # Added to the seeds of the runs that look for the learning rate, so that a point is not judged on the noise
 # that its learning rate was chosen by.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mobilellm_jax.results import Record, by_point, newest
+from mobilellm_jax.results import Record, budget_name, by_point, newest
 from mobilellm_jax.statistics import (
     format_bound,
     format_difference,
@@ -19,7 +19,7 @@ from mobilellm_jax.statistics import (
     format_p,
     format_score,
 )
-from mobilellm_jax.verdicts import Verdict, budget_name
+from mobilellm_jax.verdicts import Verdict
 
 Columns = dict[str, list[str]]  # header -> one cell for each row
 _BUDGETS = {  # in the order shown, which a record does not keep; headers short enough for a terminal

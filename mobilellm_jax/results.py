@@ -319,3 +319,8 @@ def _check(value: Any, wanted: Any, field: str) -> None:
     if not (ok or (value is None and types.NoneType in kinds)):
         expected = str(wanted).removeprefix("typing.") if args else wanted.__name__
         raise UserError(f"{field}: {value!r} is of type {type(value).__name__}; expected {expected}")
+
+
+def budget_name(key: str) -> str:
+    """Returns "non-embedding parameters" for "non_embedding_parameters", a key of `Record.budgets`."""
+    return key.replace("non_", "non-").replace("_", " ").replace("kv", "key/value").replace("flops", "FLOPs")

@@ -11,7 +11,7 @@ import numpy as np
 from mobilellm_jax import rates, statistics
 from mobilellm_jax.comparable import check_comparable
 from mobilellm_jax.rates import Tuning
-from mobilellm_jax.results import Record, by_point, by_study, newest
+from mobilellm_jax.results import Record, budget_name, by_point, by_study, newest
 from mobilellm_jax.statistics import (
     Decision,
     Estimate,
@@ -201,11 +201,6 @@ def _sentence(
     if scores and seeds_vary != "nothing":
         parts.append(f"Seeds change {seeds_vary}.")
     return " ".join([*parts, failures]).strip()
-
-
-def budget_name(key: str) -> str:
-    """Returns "non-embedding parameters" for "non_embedding_parameters"."""
-    return key.replace("non_", "non-").replace("_", " ").replace("kv", "key/value").replace("flops", "FLOPs")
 
 
 def _join(names: Sequence[str]) -> str:
