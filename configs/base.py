@@ -194,10 +194,10 @@ def use_small_recipe(config: ConfigDict, preset: str) -> None:
     config.optimizer.warmup_steps = 120 if tiny else 200
     config.train.steps = 350 if tiny else 4000
     config.train.batch_size = 8 if tiny else 32
-    config.train.eval_every = 50 if tiny else 500
+    config.train.eval_every = 70 if tiny else 500
     config.train.eval_rows = 192 if tiny else 1024
     config.train.eval_batch_size = 64 if tiny else 32
-    config.train.checkpoint_every = 175 if tiny else 500
+    config.train.checkpoint_every = 350 if tiny else 500
     config.train.log_every = 175 if tiny else 100
 
 

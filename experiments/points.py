@@ -64,18 +64,21 @@ class Point:
         return f"{self.facts['study']}/{self.facts['preset']}/{label}"
 
     def tuning_run(self, learning_rate: float, index: int) -> Run:
-        return self._run("tuning", f"lr{learning_rate:.3g}-s{index}", learning_rate, TUNING_SEED + index)
+        """Returns a run of which only the end is of interest, and evaluated."""
+        suffix, seed = f"lr{learning_rate:.3g}-s{index}", TUNING_SEED + index
+        return self._run("tuning", suffix, learning_rate, seed, eval_every=self.config.train.steps)
 
     def comparison_runs(self, learning_rate: float) -> Iterator[Run]:
+        every = self.config.train.eval_every
         for seed in range(self.seeds):
-            yield self._run("comparison", f"s{seed}", learning_rate, seed)
+            yield self._run("comparison", f"s{seed}", learning_rate, seed, eval_every=every)
 
-    def _run(self, phase: str, suffix: str, learning_rate: float, seed: int) -> Run:
-        fields = {f"{kind}_seed": getattr(self.config.train, f"{kind}_seed") + seed for kind in self.vary}
+    def _run(self, phase: str, suffix: str, learning_rate: float, seed: int, eval_every: int) -> Run:
+        seeds = {f"{kind}_seed": getattr(self.config.train, f"{kind}_seed") + seed for kind in self.vary}
         config = dataclasses.replace(
             self.config,
             optimizer=dataclasses.replace(self.config.optimizer, learning_rate=learning_rate),
-            train=dataclasses.replace(self.config.train, **fields),
+            train=dataclasses.replace(self.config.train, eval_every=eval_every, **seeds),
         )
         return Run(config, {**self.facts, "phase": phase, "seed": seed}, f"{self.name}-{suffix}")
 
@@ -228,7 +231,7 @@ def _check_study(spec: str, study: Study, labels: Sequence[str], configs: Sequen
     spread = max(sizes) / min(sizes) - 1
     if spread > study.tolerance:
         raise UserError(
-            f"--config={spec}: the points are to have equal {budget_name(study.matched)} within "
+            f"--config={spec}: the points are to have equal {results.budget_name(study.matched)} within "
             f"{study.tolerance:.0%}, but they run from {min(sizes):,} to {max(sizes):,}, {spread:.1%} apart; "
             "python -m experiments.shapes finds shapes that fit"
         )

@@ -10,7 +10,7 @@ from mobilellm_jax.results import Record, by_study, newest
 _SEEDS = {"train.init_seed", "train.data_seed"}
 # Settings without influence on the loss, or that follow from others.
 _IDLE = re.compile(
-    r"train\.(init_seed|data_seed|log_every|checkpoint_every|eval_batch_size)|data\.cache_dir|mesh\..*"
+    r"train\.(init_seed|data_seed|(log|eval|checkpoint)_every|eval_batch_size)|data\.cache_dir|mesh\..*"
     r"|model\.(num_kv_heads|head_dim|ffn_width|remat|scan_unroll|loss_chunk)"
 )
 # Settings without which losses mean different things.

@@ -21,9 +21,9 @@ from mobilellm_jax.files import AnyPath, reason, write_atomically
 from mobilellm_jax.sealed import parse, seal, unseal_if_sealed
 from mobilellm_jax.train import Outcome, train
 
-# Fields that may differ when a run is resumed: they change where and how it is computed, not what.
+# Fields that may differ when a run is resumed: they change where it is computed and watched, not what.
 _MAY_CHANGE = (
-    *("mesh.", "data.cache_dir", "train.log_every", "train.checkpoint_every"),
+    *("mesh.", "data.cache_dir", "train.log_every", "train.eval_every", "train.checkpoint_every"),
     *("model.remat", "model.scan_unroll", "model.loss_chunk"),
 )
 
@@ -32,8 +32,12 @@ TOKENIZER = "tokenizer"  # folder of a run directory, as `data.save_tokenizer` w
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that a second run of the same shape starts at once."""
-    jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/mobilellm_jax/xla").expanduser()))
+    """Keeps compiled programs on disk, so that a second run of the same shape starts at once.
+
+    Where JAX_COMPILATION_CACHE_DIR says, if it is set.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/mobilellm_jax/xla").expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from mobilellm_jax.config import Config, ModelConfig, OptimizerConfig
 from mobilellm_jax.errors import Interrupted, Preempted, UserError
 from mobilellm_jax.evaluate import eval_step, inputs_and_targets, scores
 from mobilellm_jax.files import AnyPath, is_bucket
-from mobilellm_jax.metrics import MetricsLog
+from mobilellm_jax.metrics import Clock, MetricsLog
 from mobilellm_jax.optimizer import learning_rate_schedule, make_optimizer
 from mobilellm_jax.signals import noted_signals
 
@@ -136,22 +137,35 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> Programs:
         init=jax.jit(
             lambda key: init_state(key, m, o),
             out_shardings=shardings,
-            # The code for normal random numbers takes LLVM 6 s, and runs once.
-            compiler_options={"xla_backend_optimization_level": 0}
-            if jax.default_backend() == "cpu"
-            else None,
+            compiler_options=_optimized(0),  # what draws normal random numbers takes LLVM 6 s, and runs once
         ),
         step=jax.jit(
             step,
             in_shardings=(shardings, batch, scalar),
             out_shardings=(shardings, scalar),
             donate_argnums=0,
+            compiler_options=_optimized(1),
         ),
-        evaluate=jax.jit(evaluate, in_shardings=(shardings.params, batch), out_shardings=scalar),
+        evaluate=jax.jit(
+            evaluate,
+            in_shardings=(shardings.params, batch),
+            out_shardings=scalar,
+            compiler_options=_optimized(1),
+        ),
         state=jax.tree.map(with_sharding, shapes, shardings),
         rows=rows(t.batch_size),
         eval_rows=rows(t.eval_batch_size),
     )
+
+
+def _optimized(level: int) -> dict[str, int] | None:
+    """Returns the compiler's options for this level of LLVM on a CPU, unless XLA_FLAGS sets one for all.
+
+    Levels 1 to 3 give the same bits at the same speed, but 3, the default, takes a third longer to compile.
+    """
+    name = "xla_backend_optimization_level"
+    asked = jax.default_backend() == "cpu" and name not in os.environ.get("XLA_FLAGS", "")
+    return {name: level} if asked else None
 
 
 @functools.lru_cache(maxsize=1)  # the runs of one point follow each other
@@ -247,7 +261,7 @@ def train(
     if is_bucket(workdir):
         say("no TensorBoard events in a bucket; metrics.jsonl has their numbers, up to the last checkpoint")
     log = MetricsLog(workdir, start, write=jax.process_index() == 0)
-    learning_rates = _learning_rates(config)
+    learning_rates = _learning_rates(config.optimizer, t.steps)
     share = partition.process_share(mesh)
     batches = data.train_batches(
         prepared, batch_size=t.batch_size, seed=t.data_seed, start_step=start, **share
@@ -255,7 +269,7 @@ def train(
     stops = processes.StopVote(mesh)
     tokens_per_step = t.batch_size * config.data.sequence_length
     bytes_per_token = prepared.bytes_per_token("valid")
-    clock = _Clock(start, log.train_s)
+    clock = Clock(start, log.train_s)
 
     def read(step: int, metrics: dict[str, Array]) -> None:
         """Waits for the metrics of a step and logs them where due."""
@@ -329,10 +343,11 @@ def train(
     )
 
 
-def _learning_rates(config: Config) -> np.ndarray:
+@functools.lru_cache(maxsize=1)  # runs that differ in seeds share it; its program takes 0.1 s to compile
+def _learning_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
     """Returns the learning rate of every step, float32 [steps]."""
-    schedule = learning_rate_schedule(config.optimizer, config.train.steps)
-    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(config.train.steps)), np.float32)
+    schedule = learning_rate_schedule(config, steps)
+    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(steps)), np.float32)
 
 
 def _evaluate(
@@ -360,29 +375,6 @@ def evaluate_batches(
     """
     place = functools.partial(jax.make_array_from_process_local_data, programs.eval_rows.sharding)
     return scores(jax.device_get([programs.evaluate(params, place(rows)) for rows in batches]))
-
-
-class _Clock:
-    """Seconds spent in training steps, without evaluation and checkpoints."""
-
-    def __init__(self, step: int, total: float):
-        self._before, self._start = total, time.perf_counter()
-        self._last = step, total
-
-    @property
-    def total(self) -> float:
-        return self._before + time.perf_counter() - self._start
-
-    def rate(self, step: int, tokens_per_step: int) -> float:
-        """Returns tokens per second since the last call, or since the start."""
-        (last_step, last_total), self._last = self._last, (step, self.total)
-        return (step - last_step) * tokens_per_step / (self.total - last_total)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - start
 
 
 def duration(seconds: float) -> str:

@@ -29,7 +29,8 @@ def test_a_config_that_never_trained_can_be_mended(tmp_path):
 def test_a_config_with_a_checkpoint_stands(tmp_path):
     run.claim_workdir(tmp_path, tiny_config())
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    run.claim_workdir(tmp_path, tiny_config(**{"mesh.fsdp": 2, "train.log_every": 3, "model.remat": "full"}))
+    free = {"mesh.fsdp": 2, "train.log_every": 3, "train.eval_every": 3, "model.remat": "full"}
+    run.claim_workdir(tmp_path, tiny_config(**free))
     with pytest.raises(UserError, match=r"model\.width is 24 there and 32 here.*another --workdir"):
         run.claim_workdir(tmp_path, tiny_config(**{"model.width": 32}))
     (tmp_path / "config.json").write_text("{")
@@ -130,3 +131,14 @@ def test_the_record_names_the_processor():
     assert device["platform"] == "cpu"
     assert device["kind"] in Path("/proc/cpuinfo").read_text() + platform.machine()
     assert (device["count"], device["cores"]) == (8, len(os.sched_getaffinity(0)))
+
+
+def test_compiled_programs_are_kept_where_jax_is_told_to(monkeypatch):
+    kept = {}
+    monkeypatch.setattr(jax.config, "update", kept.__setitem__)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    run.enable_compilation_cache()
+    assert kept.pop("jax_compilation_cache_dir") == str(Path.home() / ".cache/mobilellm_jax/xla")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    run.enable_compilation_cache()
+    assert "jax_compilation_cache_dir" not in kept

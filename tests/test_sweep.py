@@ -24,6 +24,9 @@ from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.run import measured_fields
 from mobilellm_jax.train import Outcome
+from mobilellm_jax.verdicts import verdict
+
+ROOT = Path(__file__).parents[1]
 
 STUDY = """
 from configs import base
@@ -110,6 +113,8 @@ def test_every_point_is_tuned_and_then_judged_on_other_seeds(tuned_study, tmp_pa
     assert len(seeds) == 1
     assert seeds.isdisjoint({(0, 0), (1, 1)})
     assert {r.tuning for r in records} == {"grid"}
+    assert [r.config["train"]["eval_every"] for r in tuning] == [r.config["train"]["steps"] for r in tuning]
+    assert not [warning for warning in verdict(records).warnings if "eval_every" in warning]
 
 
 def test_rates_that_diverge_are_recorded_and_tuned_around(tuned_study, tmp_path, monkeypatch):
@@ -347,11 +352,18 @@ def test_a_workdir_of_another_sweep_is_refused_and_left_as_it_is(study, tmp_path
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_other_logging_and_checkpointing_is_the_same_sweep(study, tmp_path, capsys):
+def test_other_logging_and_evaluations_are_the_same_sweep(study, tmp_path, capsys):
     sweep.sweep(points(study, seeds=1, only=["none"]), tmp_path / "w")
     capsys.readouterr()
-    assert sweep.sweep(points(study, {"train.log_every": 1}, seeds=1, only=["none"]), tmp_path / "w") == 0
+    often = {"train.log_every": 1, "train.eval_every": 1}
+    assert sweep.sweep(points(study, often, seeds=1, only=["none"]), tmp_path / "w") == 0
     assert "tokens/s" not in capsys.readouterr().out
+
+
+def test_processes_of_points_load_no_statistics():
+    """Which take longer to load than jax."""
+    code = "import sys, experiments.sweep as _; print({'scipy.stats', 'pandas'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
 
 
 @pytest.mark.parametrize(
