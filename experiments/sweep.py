@@ -19,6 +19,7 @@ also one that was there before; what its record has is not asked again. In --wor
 record for each run, reports/ and figures/ what they show, runs/ checkpoints and logs.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -53,7 +54,9 @@ from mobilellm_jax.tuning import best_learning_rate, next_trial
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs", "directory of results/, figures/, reports/ and runs/")
 _LIST = flags.DEFINE_bool("list", False, "print the points with what they cost, and train nothing")
-_ONLY = flags.DEFINE_list("only", [], "labels of the points to run, separated by commas; empty runs all")
+_ONLY = flags.DEFINE_list(
+    "only", [], 'labels of the points to run, separated by commas, in " where they hold one; empty runs all'
+)
 _SEEDS = flags.DEFINE_integer("seeds", None, "number of seeds for each point; default: as the study says", 1)
 _JOBS = flags.DEFINE_integer(
     "jobs", None, "points that run side by side; default: one for each CPU core, 1 on an accelerator", 1
@@ -249,8 +252,9 @@ def _do(run_: Run, workdir: AnyPath) -> results.Record:
     except Exception as error:  # whatever goes wrong in one run, the others are worth having
         if jax.process_count() > 1:  # other processes may wait for this one; its end is what ends them
             raise
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "error.txt").write_text(traceback.format_exc())
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "error.txt").write_text(traceback.format_exc())
         record = describe(**failed_fields(run_.config, f"{type(error).__name__}: {error}".splitlines()[0]))
         tell(f"failed: {record.error} (traceback in {directory / 'error.txt'})")
     processes.of_first(lambda: results.write(record, path))

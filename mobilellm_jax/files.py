@@ -111,7 +111,8 @@ def files_below(directory: AnyPath) -> list[AnyPath]:
 def delete(directory: AnyPath) -> None:
     """Deletes a directory with all that is in it, as far as it is there."""
     if isinstance(directory, Path):
-        shutil.rmtree(directory)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(directory)
     else:
         directory.rmtree(missing_ok=True)
 

@@ -22,6 +22,7 @@ from mobilellm_jax.sealed import parse, seal, unseal_if_sealed
 _KEYS = {
     "train": {"step", "loss", "grad_norm", "learning_rate", "train_s"},
     "eval": {"step", "loss", "bits_per_byte", "error"},
+    "save": {"step", "train_s"},
 }
 
 
@@ -70,6 +71,10 @@ class MetricsLog:
         """Adds an evaluation on the held-out split."""
         self._add("eval", {"step": step, "loss": loss, "bits_per_byte": bits_per_byte, "error": error})
 
+    def save(self, step: int, train_s: float) -> None:
+        """Adds how long the steps took that a checkpoint holds, of which the last may have no line."""
+        self._add("save", {"step": step, "train_s": round(train_s, 3)})
+
     def flush(self) -> None:
         """Hands all lines to the disk, so that a checkpoint never knows more than the log."""
         with self._explained():
@@ -110,9 +115,10 @@ class MetricsLog:
         values = {name: value for name, value in line.items() if name != "kind"}
         if line["kind"] == "eval":
             self.evaluations.append(values)
-        else:
+            return
+        self.train_s = values["train_s"]
+        if line["kind"] == "train":
             self.train_curve.append([values["step"], values["loss"]])
-            self.train_s = values["train_s"]
 
 
 def _text(line: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -137,20 +137,21 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> Programs:
         init=jax.jit(
             lambda key: init_state(key, m, o),
             out_shardings=shardings,
-            compiler_options=_optimized(0),  # what draws normal random numbers takes LLVM 6 s, and runs once
+            # What draws normal random numbers takes LLVM 6 s, and runs once.
+            compiler_options={_LEVEL: 0} if jax.default_backend() == "cpu" else None,
         ),
         step=jax.jit(
             step,
             in_shardings=(shardings, batch, scalar),
             out_shardings=(shardings, scalar),
             donate_argnums=0,
-            compiler_options=_optimized(1),
+            compiler_options=_fast_to_compile(),
         ),
         evaluate=jax.jit(
             evaluate,
             in_shardings=(shardings.params, batch),
             out_shardings=scalar,
-            compiler_options=_optimized(1),
+            compiler_options=_fast_to_compile(),
         ),
         state=jax.tree.map(with_sharding, shapes, shardings),
         rows=rows(t.batch_size),
@@ -158,14 +159,16 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> Programs:
     )
 
 
-def _optimized(level: int) -> dict[str, int] | None:
-    """Returns the compiler's options for this level of LLVM on a CPU, unless XLA_FLAGS sets one for all.
+_LEVEL = "xla_backend_optimization_level"  # of LLVM
+
+
+def _fast_to_compile() -> dict[str, int] | None:
+    """Returns the compiler's options for a step on a CPU, unless XLA_FLAGS has a level for all programs.
 
     Levels 1 to 3 give the same bits at the same speed, but 3, the default, takes a third longer to compile.
     """
-    name = "xla_backend_optimization_level"
-    asked = jax.default_backend() == "cpu" and name not in os.environ.get("XLA_FLAGS", "")
-    return {name: level} if asked else None
+    asked = jax.default_backend() == "cpu" and _LEVEL not in os.environ.get("XLA_FLAGS", "")
+    return {_LEVEL: 1} if asked else None
 
 
 @functools.lru_cache(maxsize=1)  # the runs of one point follow each other
@@ -296,41 +299,42 @@ def train(
 
     status, error, step = "finished", None, start
     pending: tuple[int, dict[str, Array]] | None = None  # metrics that the device may still be computing
-    try:
-        # In this order, so that a signal still waits for the last save.
-        with noted_signals() as signals, contextlib.closing(checkpoints):
-            for step in range(start + 1, t.steps + 1):
-                vote = stops.cast(bool(signals))  # before the step, so that it is counted when that is done
-                rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(batches))
-                state, metrics = programs.step(state, rows, learning_rates[step - 1])
-                if pending is not None:
-                    read(*pending)  # while the device works on this step
-                pending = (step, metrics)
-                stop = bool(vote) and step < t.steps
-                evaluate_now = step % t.eval_every == 0 or step == t.steps
-                save_now = step % t.checkpoint_every == 0 or step == t.steps or stop
-                if evaluate_now or save_now:
-                    read(*pending)
-                    pending = None
-                    with clock.paused():
-                        loss = evaluate(step) if evaluate_now else None
-                        if save_now:
-                            log.flush()
-                            checkpoints.save(step, state, loss)
-                if stop:
-                    cause = signals[0] if signals else "another process"
-                    stopped = Interrupted if cause == "SIGINT" else Preempted
-                    raise stopped(f"stopped by {cause} after step {step:,}; a checkpoint was saved")
-                checkpoints.poll()
-    except _Diverged as divergence:
-        # At the first one: an update with such a gradient leaves no parameter finite to go on with.
-        status, error, step = "diverged", str(divergence), divergence.step
-    except UserError:
-        with contextlib.suppress(UserError):  # the first trouble is the one to tell
+    with noted_signals() as signals:
+        try:
+            with contextlib.closing(checkpoints):
+                for step in range(start + 1, t.steps + 1):
+                    vote = stops.cast(bool(signals))  # before the step, to be counted when that is done
+                    rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(batches))
+                    state, metrics = programs.step(state, rows, learning_rates[step - 1])
+                    if pending is not None:
+                        read(*pending)  # while the device works on this step
+                    pending = (step, metrics)
+                    stop = bool(vote) and step < t.steps
+                    evaluate_now = step % t.eval_every == 0 or step == t.steps
+                    save_now = step % t.checkpoint_every == 0 or step == t.steps or stop
+                    if evaluate_now or save_now:
+                        read(*pending)
+                        pending, train_s = None, clock.total
+                        with clock.paused():
+                            loss = evaluate(step) if evaluate_now else None
+                            if save_now:
+                                log.save(step, train_s)
+                                log.flush()
+                                checkpoints.save(step, state, loss)
+                    if stop:
+                        raise _stopped(signals, f"after step {step:,}; a checkpoint was saved")
+                    checkpoints.poll()
+        except _Diverged as divergence:
+            # At the first one: an update with such a gradient leaves no parameter finite to go on with.
+            status, error, step = "diverged", str(divergence), divergence.step
+        except UserError:
+            with contextlib.suppress(UserError):  # the first trouble is the one to tell
+                log.close()
+            raise
+        finally:
             log.close()
-        raise
-    finally:
-        log.close()
+        if stops.cast(bool(signals)):  # too late for this run, but not for those that would follow
+            raise _stopped(signals, f"after step {step:,}, the last")
     return Outcome(
         status=status,
         error=error,
@@ -341,6 +345,12 @@ def train(
         compile_s=compile_s,
         wall_s=time.perf_counter() - wall_start,
     )
+
+
+def _stopped(signals: Sequence[str], when: str) -> KeyboardInterrupt:
+    """Returns what to raise where this process, or another of the run, was told to stop."""
+    cause = signals[0] if signals else "another process"
+    return (Interrupted if cause == "SIGINT" else Preempted)(f"stopped by {cause} {when}")
 
 
 @functools.lru_cache(maxsize=1)  # runs that differ in seeds share it; its program takes 0.1 s to compile

@@ -330,6 +330,22 @@ def test_a_point_that_fails_is_recorded_the_others_go_on_and_it_is_tried_again(
     assert sweep.sweep(points(study, seeds=1), workdir, jobs=1) == 0
 
 
+def test_a_run_that_fails_where_its_error_cannot_be_written_stops_no_other(study, tmp_path, monkeypatch):
+    real_run = sweep.run
+
+    def broken_run(config, directory, describe, say):
+        if config.model.sharing == "none":
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            directory.write_text("in the way")
+            raise UserError("the disk is full")
+        return real_run(config, directory, describe, say)
+
+    monkeypatch.setattr(sweep, "run", broken_run)
+    assert sweep.sweep(points(study, seeds=1), tmp_path / "w", jobs=1) == 1
+    failed, other = results.read_all(tmp_path / "w" / "results")
+    assert (failed.status, other.status) == ("failed", "finished")
+
+
 def test_a_point_that_diverges_is_recorded_and_not_repeated(study, tmp_path, capsys):
     chosen = points(study, {"optimizer.learning_rate": 1e30}, seeds=1, only=["reverse"])
     assert sweep.sweep(chosen, tmp_path / "w") == 1
@@ -378,6 +394,11 @@ def test_processes_of_points_load_no_statistics():
 def test_bad_choices(study, overrides, only, message):
     with pytest.raises(UserError, match=message):
         points(study, overrides, only=only)
+
+
+def test_labels_with_commas_are_shown_as_only_takes_them():
+    with pytest.raises(UserError, match=r'valid: untied, tied, "tied, 1 more block"$'):
+        points_of("configs/embedding_sharing.py:tiny", {}, None, ["tied", "1 more block"])
 
 
 def test_bad_data_stops_the_sweep_before_anything_is_compiled(study, tmp_path, monkeypatch):

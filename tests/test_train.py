@@ -20,6 +20,7 @@ from conftest import SHARING, assert_trees_close, tiny_config
 from experiments import cli
 from mobilellm_jax import data, partition, run, train
 from mobilellm_jax.config import REMAT_POLICIES, MeshConfig, from_config_dict
+from mobilellm_jax.errors import Preempted
 from mobilellm_jax.train import init_state, learning_rate_schedule, make_programs, train_step
 
 GOLDENS = Path(__file__).parent / "goldens" / "losses.txt"
@@ -147,12 +148,19 @@ def corpus(tmp_path):
     }
 
 
-def run_loop(config, workdir):
+def run_loop(config, workdir, signal_at=None):
+    """Trains, and returns the outcome and the lines said; gets a SIGTERM as soon as `signal_at` is said."""
     workdir.mkdir(parents=True, exist_ok=True)
     prepared = data.prepare(config.data, config.model.vocab_size)
     mesh = partition.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     lines = []
-    return train.train(config, prepared, mesh, workdir, lines.append), lines
+
+    def say(line):
+        lines.append(line)
+        if signal_at and signal_at in line:
+            signal.raise_signal(signal.SIGTERM)
+
+    return train.train(config, prepared, mesh, workdir, say), lines
 
 
 def test_the_loop_learns_evaluates_and_logs(tmp_path, corpus):
@@ -166,6 +174,48 @@ def test_the_loop_learns_evaluates_and_logs(tmp_path, corpus):
     assert len(outcome.train_curve) == 12
     assert lines[0].startswith("step 1/12")
     assert "held-out loss" in lines[-1]
+
+
+@pytest.mark.parametrize("signal_at", ["step 12/12  loss", "step 12/12  held-out loss"])
+def test_a_signal_in_the_last_step_stops_what_would_follow(tmp_path, corpus, signal_at):
+    config = tiny_config(**corpus)
+    with pytest.raises(Preempted, match=r"^stopped by SIGTERM after step 12, the last$"):
+        run_loop(config, tmp_path / "run", signal_at)
+    outcome, lines = run_loop(config, tmp_path / "run")
+    assert (outcome.status, outcome.steps, lines) == ("finished", 12, ["resuming after step 12"])
+    assert [e["step"] for e in outcome.evaluations] == [4, 8, 12]
+
+
+def test_a_resumed_run_counts_the_time_of_all_its_steps(tmp_path, corpus):
+    """Though its log has a line for the last of them only."""
+    config = tiny_config(**{**corpus, "train.log_every": 12, "train.eval_every": 6})
+    with pytest.raises(Preempted, match="after step 7; a checkpoint was saved"):
+        run_loop(config, tmp_path / "run", "step 6/12  held-out loss")
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    (saved,) = [line for line in map(json.loads, text.splitlines()) if line["step"] == 7]
+    outcome, _ = run_loop(config, tmp_path / "run")
+    assert saved["kind"] == "save"
+    assert 0 < saved["train_s"] < outcome.train_s
+
+
+def test_the_fast_compilation_gives_the_same_bits(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")
+    config = tiny_config()
+    programs = make_programs(
+        config, partition.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    )
+    rows = np.random.default_rng(0).integers(0, 64, programs.rows.shape, np.int32)
+    lowered = programs.step.lower(programs.state, programs.rows, jax.ShapeDtypeStruct((), np.float32))
+    ends = []
+    for options in ({}, {"xla_backend_optimization_level": 3}):
+        step, state = lowered.compile(compiler_options=options), programs.init(jax.random.key(0))
+        for _ in range(3):
+            state, _ = step(state, rows, np.float32(0.01))
+        ends.append(jax.device_get(state))
+    assert_trees_close(*ends, tolerance=0)
+    assert train._fast_to_compile() == {"xla_backend_optimization_level": 1}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    assert train._fast_to_compile() is None
 
 
 def test_the_loop_counts_wrong_answers(tmp_path, corpus):
@@ -236,8 +286,9 @@ def interrupted(tmp_path, workdir, corpus, number, after_step):
 
 
 def contents(workdir):
-    """Returns the parameters and optimizer state of the last checkpoint, and the log without times."""
+    """Returns parameters and optimizer state of the last checkpoint, and the log without times and saves."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] != "save"]
     for line in lines:
         line.pop("train_s", None)
         line.pop("sha256")  # of the times, too
