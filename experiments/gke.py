@@ -92,7 +92,7 @@ def hosts_of(tpu: str, topology: str, chips_per_host: int | None) -> tuple[int, 
 
 def _arguments(hosts: int, chips: int) -> list[str]:
     """Returns the arguments of the command, after checking that it can run on the slice."""
-    passed_on = ["workdir", "only", "seeds", "shard", "devices_per_run"]
+    passed_on = ["workdir", "only", "seeds", "shard", "devices_per_run", "tasks", "data_dir", "limit"]
     for name in ("jobs", "list"):
         if flags.FLAGS[name].present:
             raise UserError(f"--{name}: is not for a TPU slice")

@@ -125,7 +125,8 @@ def points_of(spec: str, overrides: dict[str, Any], seeds: int | None, only: Seq
     labels = list(dict.fromkeys(point.facts["point"] for point in points))
     for label in only:
         if label not in labels:
-            raise UserError(f"--only={label}: no such point; valid: {', '.join(labels)}")
+            valid = ", ".join(f'"{label}"' if "," in label else label for label in labels)
+            raise UserError(f"--only={label}: no such point; valid: {valid}")
     return [point for point in points if not only or point.facts["point"] in only]
 
 

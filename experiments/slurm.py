@@ -38,7 +38,7 @@ _SBATCH = flags.DEFINE_list("sbatch", [], "more options of sbatch, such as qos=l
 
 _SAVE_S = 120  # between the signal and the time limit
 _TIMEOUTS = 10_000  # a point may reach the time limit as often as it takes
-_TASK_FLAGS = ("workdir", "only", "seeds")
+_TASK_FLAGS = ("workdir", "only", "seeds", "tasks", "data_dir", "limit")
 
 
 def main() -> int:

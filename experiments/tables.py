@@ -47,12 +47,6 @@ def text(records: Sequence[Record], verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def markdown(records: Sequence[Record], verdict: Verdict) -> str:
-    """Returns the same tables as Markdown."""
-    tables = [markdown_table(columns) for columns in _tables(records, verdict)]
-    return "\n\n".join(["  \n".join(head(records, verdict)), *tables])
-
-
 def markdown_table(columns: Columns) -> str:
     """Returns one table as Markdown, its first column to the left and numbers to the right."""
 

@@ -100,6 +100,7 @@ def study(tmp_path):
 
 def test_a_slice_of_four_hosts(study):
     flags = ["--tpu=v6e", "--topology=4x4", "--spot", "--seeds=3", "--only=none,reverse", "--name=mini"]
+    flags += ["--tasks=mobilellm", "--data_dir=/mnt/eval", "--limit=3"]
     flags += ["--config.train.batch_size=32", "--config.train.eval_batch_size=16"]
     result = command("experiments.gke", f"--config={study}", *PLACE, *flags)
     assert (result.returncode, result.stderr) == (0, "")
@@ -116,7 +117,8 @@ def test_a_slice_of_four_hosts(study):
     assert container["command"] == [
         *("python", "-m", "experiments.sweep", f"--config={study}", "--config.train.batch_size=32"),
         *("--config.train.eval_batch_size=16", "--workdir=/mnt/runs/mini", "--only=none,reverse"),
-        *("--seeds=3", "--distributed", "--start_timeout=900"),
+        *("--seeds=3", "--tasks=mobilellm", "--data_dir=/mnt/eval", "--limit=3"),
+        *("--distributed", "--start_timeout=900"),
     ]
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",

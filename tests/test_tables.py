@@ -183,8 +183,7 @@ def test_csv_of_pairs():
 
 
 def test_markdown_escapes_the_column_separator():
-    record = make_record(point="a|b", pairs=[])
-    assert "\n| a\\|b | 4 | 4 | 128 |" in tables.markdown([record], verdict([record]))
+    assert tables.markdown_table({"point": ["a|b"]}).endswith("\n| a\\|b |")
 
 
 @pytest.mark.parametrize(
