@@ -5,8 +5,9 @@
   python -m experiments.bench --only=training --shapes=125m,350m
   python -m experiments.bench --show                 # what was measured before, without measuring
 
-Prints a table for each part and leaves `bench/<platform>/<part>.json` in --workdir, with the machine and the
-versions; `experiments/benchmarks/<part>.py` says what the part compares. The machine should be idle.
+Prints a table for each part and leaves `bench/<platform>/<part>.json` in --workdir (with --shapes,
+`<part>-125m-350m.json`), with the machine and the versions; `experiments/benchmarks/<part>.py` says what the
+part compares. The machine should be idle.
 """
 
 import datetime
@@ -50,6 +51,8 @@ def main() -> int:
     for part in _ONLY.value:
         if part not in PARTS:
             raise UserError(f"--only={part}: there is no such part; {did_you_mean(part, PARTS)}")
+    if _QUICK.value and not flags.FLAGS["workdir"].present:
+        raise UserError("--quick: needs a --workdir, as its numbers are not to replace measured ones")
     bench = directory("workdir", _WORKDIR.value) / "bench"
     if _SHOW.value:
         print("\n".join(show(bench, _ONLY.value)))
@@ -75,7 +78,8 @@ def main() -> int:
             "versions": results.versions(*getattr(module, "AGAINST", ())),
             "lines": [line.to_json() for line in lines],
         }
-        path = bench / device["platform"] / f"{part}.json"
+        name = "-".join([part, *(shapes.asked() if hasattr(module, "MODELS") else [])])
+        path = bench / device["platform"] / f"{name}.json"
         results.write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
         print("\n".join(table(record)), flush=True)
     return 0
@@ -87,7 +91,7 @@ def show(bench: AnyPath, parts: list[str]) -> list[str]:
     Raises:
       UserError: there is none, or one that cannot be read.
     """
-    paths = sorted(path for part in parts for path in bench.glob(f"*/{part}.json"))
+    paths = sorted(path for part in parts for path in bench.glob(f"*/{part}*.json"))
     if not paths:
         raise UserError(f"{bench}: nothing was measured yet; leave out --show")
     lines = []

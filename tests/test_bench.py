@@ -89,6 +89,12 @@ def test_flags_that_do_not_fit(tmp_path, flags, message):
     assert message in result.stderr
 
 
+def test_numbers_that_mean_nothing_do_not_replace_those_that_do():
+    result = command("experiments.bench", "--only=trials", "--quick")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "--quick: needs a --workdir" in result.stderr
+
+
 def test_numbers_in_the_readme_are_those_of_the_records():
     section = (ROOT / "README.md").read_text().partition("\n## Speed\n")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ") and not line.startswith("| what")]

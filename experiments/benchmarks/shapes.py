@@ -19,6 +19,11 @@ _SMALL = {
 _QUICK = {"model.depth": 2, "model.width": 32, "model.num_heads": 2, "model.vocab_size": 512}
 
 
+def asked() -> list[str]:
+    """Returns the models of `--shapes`, as a part of a file's name."""
+    return [shape.replace(" ", "_") for shape in _SHAPES.value]
+
+
 def chosen(names: Sequence[str]) -> list[str]:
     """Returns those of `names` that `--shapes` asks for; all where it is not given.
 

@@ -24,7 +24,16 @@ _SHAPES = {
 }
 _SHARED = " immediate x2"
 MODELS = tuple(label for name in _SHAPES for label in (name, name + _SHARED))
-_DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5": 197e12}
+# bfloat16, by a part of jax's name for the device, of which the first counts; "TPU v5" alone is v5p.
+_DATASHEET = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
 
 
 def measure(quick: bool) -> list[m.Line]:
