@@ -150,6 +150,7 @@ def run_on_records(show: Callable[[AnyPath], None], folders: str) -> None:
     of their own.
     """
     workdir = flags.DEFINE_string("workdir", "experiments", f"directory of {folders}")
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["workdir"])  # for --help
 
     def main() -> int:
         show(directory("workdir", workdir.value))

@@ -6,6 +6,7 @@ is added to or renamed there, and an object is replaced in one step: what that c
 
 import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -25,6 +26,9 @@ fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 os.environ.setdefault(
     "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
 )  # asks for the kind of bucket at every call
+
+
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # pages of tracebacks, besides the error that it raises
 
 
 def path_of(name: str | os.PathLike[str]) -> AnyPath:
