@@ -19,16 +19,17 @@ def check_fits(step: jax.stages.Compiled, config: Config) -> None:
     if analysis is None or has is None:
         return
     state = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    needs = state + analysis.temp_size_in_bytes
+    temporary = analysis.temp_size_in_bytes
+    needs, room = state + temporary, has - state
     if needs <= has:
         return
     t, length = config.train, config.data.sequence_length
     rows = t.batch_size // t.accumulation_steps
     advice = []
-    if rows > 1:
-        advice.append(
-            f"smaller micro-batches, {rows} rows now (train.accumulation_steps={2 * t.accumulation_steps})"
-        )
+    if rows > 1 and room > 0:  # as if all of it were activations, which it nearly is where it is too much
+        parts = next((n for n in range(2, rows) if rows % n == 0 and temporary / n <= room), rows)
+        steps = parts * t.accumulation_steps
+        advice.append(f"smaller micro-batches, {rows} rows now (train.accumulation_steps={steps} or more)")
     if config.model.remat != "full":
         advice.append(f"model.remat={'dots' if config.model.remat == 'none' else 'full'}")
     advice += [f"a data.sequence_length below {length}", "more devices with mesh.fsdp"]
