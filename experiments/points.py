@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.base import Study
 from experiments import cli, paper
-from mobilellm_jax import accounting, results
+from mobilellm_jax import accounting, data, results
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.run import flatten
@@ -128,6 +128,12 @@ def points_of(spec: str, overrides: dict[str, Any], seeds: int | None, only: Seq
             valid = ", ".join(f'"{label}"' if "," in label else label for label in labels)
             raise UserError(f"--only={label}: no such point; valid: {valid}")
     return [point for point in points if not only or point.facts["point"] in only]
+
+
+def prepare_data(points: Sequence[Point]) -> None:
+    """Prepares the data of the points, once where several have the same."""
+    for data_config, vocab_size in dict.fromkeys((p.config.data, p.config.model.vocab_size) for p in points):
+        data.prepare(data_config, vocab_size)
 
 
 def _study_points(

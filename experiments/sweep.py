@@ -35,9 +35,9 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, devices, launch, zero_shot
-from experiments.points import Point, Run, points_of, table
+from experiments.points import Point, Run, points_of, prepare_data, table
 from experiments.workers import Wait, in_processes, leases_of, say
-from mobilellm_jax import data, processes, results
+from mobilellm_jax import processes, results
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import AnyPath, directory, reason
 from mobilellm_jax.run import (
@@ -156,8 +156,7 @@ def sweep(
     processes.of_first(lambda: make_workdir(workdir))
     missing = processes.of_first(lambda: {point.name: missing_runs(point, workdir) for point in points})
     todo = [point for point in points if missing[point.name]]
-    for data_config, vocab_size in dict.fromkeys((p.config.data, p.config.model.vocab_size) for p in todo):
-        data.prepare(data_config, vocab_size)
+    prepare_data(todo)
     if todo:
         total, left = sum(point.runs for point in points), sum(missing.values())
         print(f"\n{total - left} of about {total} runs are done already", end="; ")

@@ -26,8 +26,6 @@ fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 os.environ.setdefault(
     "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
 )  # asks for the kind of bucket at every call
-
-
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # pages of tracebacks, besides the error that it raises
 
 

@@ -91,6 +91,8 @@ def train_step(
 
 # --- the compiled programs ------------------------------------------------------------------------------
 
+_LEVEL = "xla_backend_optimization_level"  # of LLVM
+
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
@@ -157,9 +159,6 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> Programs:
         rows=rows(t.batch_size),
         eval_rows=rows(t.eval_batch_size),
     )
-
-
-_LEVEL = "xla_backend_optimization_level"  # of LLVM
 
 
 def _fast_to_compile() -> dict[str, int] | None:
@@ -299,42 +298,43 @@ def train(
 
     status, error, step = "finished", None, start
     pending: tuple[int, dict[str, Array]] | None = None  # metrics that the device may still be computing
-    with noted_signals() as signals:
-        try:
-            with contextlib.closing(checkpoints):
-                for step in range(start + 1, t.steps + 1):
-                    vote = stops.cast(bool(signals))  # before the step, to be counted when that is done
-                    rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(batches))
-                    state, metrics = programs.step(state, rows, learning_rates[step - 1])
-                    if pending is not None:
-                        read(*pending)  # while the device works on this step
-                    pending = (step, metrics)
-                    stop = bool(vote) and step < t.steps
-                    evaluate_now = step % t.eval_every == 0 or step == t.steps
-                    save_now = step % t.checkpoint_every == 0 or step == t.steps or stop
-                    if evaluate_now or save_now:
-                        read(*pending)
-                        pending, train_s = None, clock.total
-                        with clock.paused():
-                            loss = evaluate(step) if evaluate_now else None
-                            if save_now:
-                                log.save(step, train_s)
-                                log.flush()
-                                checkpoints.save(step, state, loss)
-                    if stop:
-                        raise _stopped(signals, f"after step {step:,}; a checkpoint was saved")
-                    checkpoints.poll()
-        except _Diverged as divergence:
-            # At the first one: an update with such a gradient leaves no parameter finite to go on with.
-            status, error, step = "diverged", str(divergence), divergence.step
-        except UserError:
-            with contextlib.suppress(UserError):  # the first trouble is the one to tell
-                log.close()
-            raise
-        finally:
+    signals: Sequence[str] = ()
+    try:
+        # In this order, so that a signal still waits for the last save.
+        with noted_signals() as signals, contextlib.closing(checkpoints):
+            for step in range(start + 1, t.steps + 1):
+                vote = stops.cast(bool(signals))  # before the step, to be counted when that is done
+                rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(batches))
+                state, metrics = programs.step(state, rows, learning_rates[step - 1])
+                if pending is not None:
+                    read(*pending)  # while the device works on this step
+                pending = (step, metrics)
+                stop = bool(vote) and step < t.steps
+                evaluate_now = step % t.eval_every == 0 or step == t.steps
+                save_now = step % t.checkpoint_every == 0 or step == t.steps or stop
+                if evaluate_now or save_now:
+                    read(*pending)
+                    pending, train_s = None, clock.total
+                    with clock.paused():
+                        loss = evaluate(step) if evaluate_now else None
+                        if save_now:
+                            log.save(step, train_s)
+                            log.flush()
+                            checkpoints.save(step, state, loss)
+                if stop:
+                    raise _stopped(signals, f"after step {step:,}; a checkpoint was saved")
+                checkpoints.poll()
+    except _Diverged as divergence:
+        # At the first one: an update with such a gradient leaves no parameter finite to go on with.
+        status, error, step = "diverged", str(divergence), divergence.step
+    except UserError:
+        with contextlib.suppress(UserError):  # the first trouble is the one to tell
             log.close()
-        if stops.cast(bool(signals)):  # too late for this run, but not for those that would follow
-            raise _stopped(signals, f"after step {step:,}, the last")
+        raise
+    finally:
+        log.close()
+    if stops.cast(bool(signals)):  # too late for this run, but not for those that would follow
+        raise _stopped(signals, f"after step {step:,}, the last")
     return Outcome(
         status=status,
         error=error,

@@ -25,10 +25,11 @@ def test_a_step_that_does_not_fit_says_what_it_needs_and_what_to_lower(monkeypat
     held = of.argument_size_in_bytes + of.output_size_in_bytes - of.alias_size_in_bytes
     for parts, steps in ((1.1, 2), (3.9, 4), (1000, 8)):  # of 8 rows
         monkeypatch.setattr(memory, "device_bytes", lambda n=parts: held + int(of.temp_size_in_bytes / n))
-        with pytest.raises(UserError, match=rf"step needs .*accumulation_steps={steps} or more.*remat=dots"):
+        message = rf"a training step needs .*accumulation_steps={steps} or more.*remat=dots"
+        with pytest.raises(UserError, match=message):
             memory.check_fits(step, config)
     monkeypatch.setattr(memory, "device_bytes", lambda: state)  # without room for anything else
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"a training step needs .*remat=dots") as error:
         memory.check_fits(step, config)
     assert "micro-batches" not in str(error.value)
     full = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))

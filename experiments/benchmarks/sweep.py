@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from experiments.benchmarks import measure as m
-from experiments.points import points_of
-from mobilellm_jax import data, results
+from experiments.points import points_of, prepare_data
+from mobilellm_jax import results
 
 _STUDY = "configs/tour.py:tiny"
 
@@ -25,8 +25,7 @@ def measure(quick: bool) -> list[m.Line]:
     flags = ["--config.train.steps=8", "--config.optimizer.warmup_steps=2", "--seeds=1"] if quick else []
     with tempfile.TemporaryDirectory(prefix="bench-") as workdir:
         command = [sys.executable, "-m", "experiments.sweep", f"--config={_STUDY}", f"--workdir={workdir}"]
-        for point in points_of(_STUDY, {}, None, []):
-            data.prepare(point.config.data, point.config.model.vocab_size)
+        prepare_data(points_of(_STUDY, {}, None, []))
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(workdir) / "xla")}
         start = time.perf_counter()
         subprocess.run([*command, *flags], check=True, stdout=subprocess.DEVNULL, env=environment)
