@@ -7,11 +7,13 @@ was cut short: the manifest is written last and deleted first.
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -39,7 +41,7 @@ class Checkpoints:
     def __init__(self, directory: AnyPath):
         """Opens `directory`, which is made by the first save."""
         self._directory = _absolute(directory)
-        absl_logging.get_absl_logger().addFilter(_is_news)
+        _say_errors_once()
         # Made in the background, a directory that cannot be made costs a wait of 5 minutes at exit.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._saver = ocp.StandardCheckpointer(async_options=options)
@@ -283,6 +285,14 @@ def _reason(error: Exception) -> str:
     return os.strerror(number) if number else f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Orbax logs pages of tracebacks for every write that fails, besides raising the error."""
-    return "/orbax/" not in record.pathname
+@functools.cache
+def _say_errors_once() -> None:
+    """Keeps from stderr what is said there of a write that fails, besides the error that is raised.
+
+    Orbax logs pages of tracebacks, and ends its event loop at the first error: asyncio logs the other ones,
+    which nobody waits for, and the threads of tensorstore that write still print that there is no loop.
+    """
+    absl_logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
+    say = sys.unraisablehook
+    sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else say(args)

@@ -175,8 +175,6 @@ def test_a_failing_write_in_the_background_is_told_and_what_was_saved_stays(tmp_
     assert restore(tmp_path)[0] == 1
 
 
-# Of a write that fails, tensorstore may say so to a loop of orbax that is closed by then; seen once.
-@pytest.mark.filterwarnings("ignore:(?s).*Event loop is closed:pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_is_full_or_read_only_is_told_and_what_was_saved_stays(small_disk, capfd):
     directory, like = small_disk / "c", {"a": jax.ShapeDtypeStruct((300_000,), jnp.float32)}
     numbers = np.random.default_rng(0).random(300_000, np.float32)  # random, as orbax compresses
