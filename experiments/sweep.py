@@ -19,7 +19,6 @@ also one that was there before; what its record has is not asked again. In --wor
 record for each run, reports/ and figures/ what they show, runs/ checkpoints and logs.
 """
 
-import contextlib
 import functools
 import math
 import os
@@ -251,13 +250,21 @@ def _do(run_: Run, workdir: AnyPath) -> results.Record:
     except Exception as error:  # whatever goes wrong in one run, the others are worth having
         if jax.process_count() > 1:  # other processes may wait for this one; its end is what ends them
             raise
-        with contextlib.suppress(OSError):  # the disk may be what failed
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / "error.txt").write_text(traceback.format_exc())
         record = describe(**failed_fields(run_.config, f"{type(error).__name__}: {error}".splitlines()[0]))
-        tell(f"failed: {record.error} (traceback in {directory / 'error.txt'})")
+        tell(f"failed: {record.error} ({_keep_traceback(directory / 'error.txt')})")
     processes.of_first(lambda: results.write(record, path))
     return record
+
+
+def _keep_traceback(path: AnyPath) -> str:
+    """Writes the traceback of the error at hand, and returns where it is."""
+    text = traceback.format_exc()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError:  # the disk may be what failed
+        return f"{path} cannot be written; {text}".rstrip()
+    return f"traceback in {path}"
 
 
 def _record_path(workdir: AnyPath, run_: Run) -> AnyPath:

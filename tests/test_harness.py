@@ -231,6 +231,9 @@ def test_a_sweep_asks_every_run_and_text_and_tasks_go_in_one_command(tmp_path, d
     out = run_command("sweep", *arguments, *tasks, "--tasks=piqa,boolq")
     assert (out.count("  acc: boolq"), out.count("piqa")) == (2, 0)
     assert "acc:" not in run_command("sweep", *arguments, *tasks, "--tasks=piqa,boolq")
+    slurm = ["slurm", *arguments[:-1], "--cluster=local", "--only=reverse", *tasks, "--tasks=piqa,winogrande"]
+    assert "0 of 1 points are complete" in run_command(*slurm)
+    assert "1 of 1 points are complete" in run_command(*slurm)
     record = results.read(path)
     assert record.zero_shot is not None
     assert record.zero_shot.keys() == {"piqa", "boolq"}

@@ -1,9 +1,11 @@
 """Every config and every point of every study lowers for TPU and CUDA from a CPU, on up to 256 devices."""
 
+import dataclasses
 import importlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 from configs import base, mobilellm
 from mobilellm_jax import partition
 from mobilellm_jax.config import Config, from_config_dict
+from mobilellm_jax.run import flatten
 from mobilellm_jax.train import make_programs
 
 DEVICES = 256
@@ -23,8 +26,8 @@ MODULES = [
 STUDIES = [module for module in MODULES if hasattr(module, "sweep")]
 
 
-def programs() -> Iterator[tuple[str, Config]]:
-    """Yields every config once; points that two studies share make one program."""
+def all_configs() -> Iterator[tuple[str, Config]]:
+    """Yields every config once, with a name; points that two studies share are one."""
     seen = set()
     yield "base", from_config_dict(base.get_config())
     for study in STUDIES:
@@ -48,7 +51,22 @@ def largest_mesh(config: Config) -> AbstractMesh:
     return AbstractMesh((rows // fsdp, fsdp, tensor), partition.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-@pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in programs()])
+def kind(config: Config) -> str:
+    """Returns what makes a program another one than only a larger one."""
+    words = [value for value in flatten(dataclasses.asdict(config)).values() if isinstance(value, str | bool)]
+    axes = [size > 1 for size in largest_mesh(config).axis_sizes]
+    return f"{words} {axes} {config.model.num_kv_heads < config.model.num_heads}"
+
+
+def programs() -> Iterator[Any]:
+    """Yields a case for every config; without `-m slow`, for the first of each kind."""
+    seen = set()
+    for name, config in all_configs():
+        yield pytest.param(config, id=name, marks=[pytest.mark.slow] if kind(config) in seen else [])
+        seen.add(kind(config))
+
+
+@pytest.mark.parametrize("config", list(programs()))
 def test_the_train_step_lowers(config):
     mesh = largest_mesh(config)
     partition.check_divisible(config, mesh)

@@ -330,7 +330,9 @@ def test_a_point_that_fails_is_recorded_the_others_go_on_and_it_is_tried_again(
     assert sweep.sweep(points(study, seeds=1), workdir, jobs=1) == 0
 
 
-def test_a_run_that_fails_where_its_error_cannot_be_written_stops_no_other(study, tmp_path, monkeypatch):
+def test_a_run_that_fails_where_its_error_cannot_be_written_stops_no_other(
+    study, tmp_path, monkeypatch, capsys
+):
     real_run = sweep.run
 
     def broken_run(config, directory, describe, say):
@@ -344,6 +346,9 @@ def test_a_run_that_fails_where_its_error_cannot_be_written_stops_no_other(study
     assert sweep.sweep(points(study, seeds=1), tmp_path / "w", jobs=1) == 1
     failed, other = results.read_all(tmp_path / "w" / "results")
     assert (failed.status, other.status) == ("failed", "finished")
+    out = capsys.readouterr().out
+    assert "error.txt cannot be written; Traceback" in out
+    assert "UserError: the disk is full" in out
 
 
 def test_a_point_that_diverges_is_recorded_and_not_repeated(study, tmp_path, capsys):
