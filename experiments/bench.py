@@ -58,9 +58,11 @@ def main() -> int:
         print("\n".join(show(bench, _ONLY.value)))
         return 0
     modules = {part: importlib.import_module(f"experiments.benchmarks.{part}") for part in _ONLY.value}
-    for module in modules.values():
-        if hasattr(module, "MODELS"):  # a part that --shapes is for: refused before any is measured
+    for part, module in modules.items():  # what does not fit is refused before anything is measured
+        if hasattr(module, "MODELS"):
             shapes.chosen(module.MODELS)
+        elif shapes.asked():
+            raise UserError(f"--shapes: not for {part}, which has its own; give --only=training,pytorch too")
     for part, module in modules.items():
         missing = getattr(module, "missing", str)()  # a part that needs an extra can say so
         if missing and not flags.FLAGS["only"].present:

@@ -112,6 +112,8 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         raise UserError(str(error).splitlines()[0]) from None
+    except SystemExit:  # absl has printed what --help asks for, and would end with 1
+        sys.exit(0)
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
     return rest

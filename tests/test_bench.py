@@ -80,6 +80,7 @@ def test_the_command_leaves_a_record_that_can_be_shown(tmp_path):
         (["--only=trainings"], "--only=trainings: there is no such part; did you mean training?"),
         (["--only=pytorch", "--shapes=125"], "--shapes=125: there is no such model; did you mean 125m?"),
         (["--only=training,pytorch", "--shapes=350m"], "--shapes=350m: there is no such model"),
+        (["--only=training,decode", "--shapes=125m"], "--shapes: not for decode, which has its own"),
         (["--show"], "nothing was measured yet; leave out --show"),
     ],
 )

@@ -58,6 +58,13 @@ def test_commands_end_with_one_line_and_status_2(arguments, message):
     assert result.stdout == ""
 
 
+def test_help_is_no_error():
+    result = command("experiments.sweep", "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    for flag in ("--workdir:", "--config:"):
+        assert flag in result.stdout
+
+
 def test_sigterm_at_any_time_ends_with_the_status_that_asks_for_another_start():
     program = "import os; from experiments import cli; cli.run(lambda: os.kill(os.getpid(), 15))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
