@@ -436,7 +436,7 @@ def test_cache_dir_that_is_a_file(corpus, below):
 # Other processes.
 
 PROGRAM = """
-import dataclasses, importlib, json, resource, sys, time
+import dataclasses, importlib, json, resource, sys
 from absl import logging
 from mobilellm_jax import data
 from mobilellm_jax.config import DataConfig
@@ -446,12 +446,12 @@ logging.set_verbosity(logging.INFO)
 module = importlib.import_module("mobilellm_jax.data.prepare")
 config, action = DataConfig(**json.loads(sys.argv[1])), sys.argv[2]
 close = module._Packer.close
-def slow_close(packer):
+def close_later(packer):
     print("packed", flush=True)
-    time.sleep(60 if action == "hang" else 0.5)
+    sys.stdin.read()
     close(packer)
-if action in ("hang", "slow"):
-    module._Packer.close = slow_close
+if action == "wait":
+    module._Packer.close = close_later
 if action == "full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
@@ -475,7 +475,7 @@ def start():
                 action,
             ]
             environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[2])}
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
             process = stack.enter_context(subprocess.Popen(arguments, text=True, env=environment, **pipes))
             stack.callback(process.kill)
             return process
@@ -484,22 +484,25 @@ def start():
 
 
 def test_two_processes_at_once(corpus, start):
-    first = start(config(corpus), "slow")
+    first = start(config(corpus), "wait")
     assert first.stdout is not None
     assert first.stdout.readline() == "packed\n"
     second = start(config(corpus), "")
-    (out1, err1), (out2, err2) = first.communicate(timeout=60), second.communicate(timeout=60)
+    assert second.stdout is not None
+    assert second.stderr is not None
+    assert "Another process prepares this data; waiting for it" in second.stderr.readline()
+    out1, err1 = first.communicate(timeout=60)
+    out2, err2 = second.stdout.read(), second.stderr.read()
     assert out2 == out1.splitlines(keepends=True)[-1]
     assert "packing files:train.jsonl" in err1
     assert "packing" not in err2
-    assert "Another process prepares this data; waiting for it" in err2
     directory = Path(out2.strip())
     assert data.prepare(config(corpus), 258).directory == directory
     assert {path.name for path in directory.parent.iterdir()} == {directory.name, f"{directory.name}.lock"}
 
 
 def test_killed_while_preparing(corpus, start):
-    process = start(config(corpus), "hang")
+    process = start(config(corpus), "wait")
     assert process.stdout is not None
     assert process.stdout.readline() == "packed\n"
     process.send_signal(signal.SIGKILL)
