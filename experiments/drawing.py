@@ -51,7 +51,7 @@ SCALE = {"loss": 1, "error": 100}
 def render(figure: Figure) -> bytes:
     """Returns a PNG, the same bytes for the same figure."""
     drawn, small = BytesIO(), BytesIO()
-    figure.savefig(drawn, format="png", dpi=150, pil_kwargs={"compress_level": 0})
+    figure.savefig(drawn, format="png", dpi=150)
     # 255 colours look the same and take a third of the space; what matplotlib notes of itself is left behind.
     Image.open(drawn).convert("RGB").quantize(255).save(small, "png", optimize=True)
     return small.getvalue()
