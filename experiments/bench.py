@@ -80,7 +80,7 @@ def main() -> int:
             "versions": results.versions(*getattr(module, "AGAINST", ())),
             "lines": [line.to_json() for line in lines],
         }
-        name = "-".join([part, *(shapes.asked() if hasattr(module, "MODELS") else [])])
+        name = "-".join([part, *shapes.asked()])
         path = bench / device["platform"] / f"{name}.json"
         results.write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
         print("\n".join(table(record)), flush=True)

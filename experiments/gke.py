@@ -25,8 +25,7 @@ from absl import flags
 from jax.sharding import AbstractMesh, AxisType
 
 from experiments import cli, launch
-from experiments.points import points_of
-from experiments.sweep import shard  # with it come the flags of a sweep
+from experiments.sweep import PASSED_ON, asked_points  # with them come the flags of a sweep
 from mobilellm_jax import partition
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.errors import UserError
@@ -92,7 +91,7 @@ def hosts_of(tpu: str, topology: str, chips_per_host: int | None) -> tuple[int, 
 
 def _arguments(hosts: int, chips: int) -> list[str]:
     """Returns the arguments of the command, after checking that it can run on the slice."""
-    passed_on = ["workdir", "only", "seeds", "shard", "devices_per_run", "tasks", "data_dir", "limit"]
+    passed_on = [*PASSED_ON, "shard", "devices_per_run"]
     for name in ("jobs", "list"):
         if flags.FLAGS[name].present:
             raise UserError(f"--{name}: is not for a TPU slice")
@@ -104,9 +103,7 @@ def _arguments(hosts: int, chips: int) -> list[str]:
                 raise UserError(f"--{name}: is for --run=sweep")
         configs = [from_config_dict(flags.FLAGS.config)]
     else:
-        only, seeds = flags.FLAGS["only"].value, flags.FLAGS["seeds"].value
-        points = points_of(cli.config_spec(), cli.overrides(), seeds, only)
-        configs = [point.config for point in shard(points, flags.FLAGS["shard"].value)]
+        configs = [point.config for point in asked_points()]
     size = flags.FLAGS["devices_per_run"].value
     if size and (hosts > 1 or chips % size):
         raise UserError(f"--devices_per_run={size}: takes a slice of one host whose chips it divides")

@@ -19,8 +19,8 @@ from typing import Any
 from absl import flags
 
 from experiments import cli, launch, zero_shot
-from experiments.points import points_of, table
-from experiments.sweep import make_workdir, missing_runs
+from experiments.points import table
+from experiments.sweep import PASSED_ON, asked_points, asked_questions, make_workdir, missing_runs
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import local_directory
 
@@ -38,8 +38,6 @@ _SBATCH = flags.DEFINE_list("sbatch", [], "more options of sbatch, such as qos=l
 
 _SAVE_S = 120  # between the signal and the time limit
 _TIMEOUTS = 10_000  # a point may reach the time limit as often as it takes
-_QUESTION_FLAGS = ("tasks", "data_dir", "limit")
-_TASK_FLAGS = ("workdir", "only", "seeds", *_QUESTION_FLAGS)
 
 
 def main() -> int:
@@ -51,20 +49,19 @@ def main() -> int:
     if launch.asked():
         raise UserError("--distributed: not here; each point is a task of its own, on one node")
     extra = dict(_option(text) for text in _SBATCH.value)
-    questions = zero_shot.questions_of(*(all_flags[name].value for name in _QUESTION_FLAGS))
+    questions, points = asked_questions(), asked_points()
+    known = zero_shot.load(questions, points) if questions else {}
     workdir = local_directory("workdir", all_flags["workdir"].value)  # submitit keeps its logs there
-    points = points_of(cli.config_spec(), cli.overrides(), all_flags["seeds"].value, all_flags["only"].value)
     executor = _executor(workdir / "slurm", extra)
     make_workdir(workdir)
     print(table(points))
-    known = zero_shot.load(questions, points) if questions else {}
     todo = [
         index
         for index, point in enumerate(points)
         if missing_runs(point, workdir) or (questions and zero_shot.lacking(point, workdir, questions, known))
     ]
     print(f"\n{len(points) - len(todo)} of {len(points)} points are complete", flush=True)
-    command = [sys.executable, "-m", "experiments.sweep", *cli.given(*_TASK_FLAGS)]
+    command = [sys.executable, "-m", "experiments.sweep", *cli.given(*PASSED_ON)]
     tasks = [[*command, f"--shard={index}/{len(points)}"] for index in todo]
     names = [points[index].name for index in todo]
     return _run_here(executor, names, tasks) if _CLUSTER.value == "local" else _submit(executor, names, tasks)

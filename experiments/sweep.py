@@ -69,6 +69,8 @@ _SHARD = flags.DEFINE_string(
 _TASKS = flags.DEFINE_list("tasks", [], "ask every finished run these tasks, as experiments.evaluate does")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "folder with local files of --tasks; else the hub is asked")
 _LIMIT = flags.DEFINE_integer("limit", None, "ask only so many questions of each of --tasks", 1)
+# Flags that a launcher passes on to the sweeps it starts, besides those of the config.
+PASSED_ON = ("workdir", "only", "seeds", "tasks", "data_dir", "limit")
 
 # For the expected time only, measured on the tiny studies on 2 CPU cores: the share of the matrix rate that
 # training reaches, and the seconds that a point (process, compilation) and a run (evaluation, saving) cost.
@@ -77,8 +79,7 @@ _EFFICIENCY, _POINT_S, _RUN_S = 0.12, 10.0, 1.2
 
 def main() -> int:
     """Runs the sweep, and returns the exit status."""
-    questions = zero_shot.questions_of(_TASKS.value, _DATA_DIR.value, _LIMIT.value)
-    points = shard(points_of(cli.config_spec(), cli.overrides(), _SEEDS.value, _ONLY.value), _SHARD.value)
+    questions, points = asked_questions(), asked_points()
     groups = None
     if not _LIST.value:
         groups = _groups()
@@ -87,6 +88,16 @@ def main() -> int:
     if _LIST.value:
         return 0
     return sweep(points, directory("workdir", _WORKDIR.value), _JOBS.value, groups, questions)
+
+
+def asked_questions() -> zero_shot.Questions | None:
+    """Returns what the flags say to ask of every run; errors as in `zero_shot.questions_of`."""
+    return zero_shot.questions_of(_TASKS.value, _DATA_DIR.value, _LIMIT.value)
+
+
+def asked_points() -> list[Point]:
+    """Returns the points that the flags choose; errors as in `points_of` and `shard`."""
+    return shard(points_of(cli.config_spec(), cli.overrides(), _SEEDS.value, _ONLY.value), _SHARD.value)
 
 
 def _groups() -> list[dict[str, str]] | None:

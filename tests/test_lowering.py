@@ -1,6 +1,5 @@
 """Every config and every point of every study lowers for TPU and CUDA from a CPU, on up to 256 devices."""
 
-import dataclasses
 import importlib
 import math
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from configs import base, mobilellm
 from mobilellm_jax import partition
-from mobilellm_jax.config import Config, from_config_dict
+from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.run import flatten
 from mobilellm_jax.train import make_programs
 
@@ -53,20 +52,22 @@ def largest_mesh(config: Config) -> AbstractMesh:
 
 def kind(config: Config) -> str:
     """Returns what makes a program another one than only a larger one."""
-    words = [value for value in flatten(dataclasses.asdict(config)).values() if isinstance(value, str | bool)]
+    words = [value for value in flatten(to_dict(config)).values() if isinstance(value, str | bool)]
     axes = [size > 1 for size in largest_mesh(config).axis_sizes]
     return f"{words} {axes} {config.model.num_kv_heads < config.model.num_heads}"
 
 
-def programs() -> Iterator[Any]:
-    """Yields a case for every config; without `-m slow`, for the first of each kind."""
-    seen = set()
-    for name, config in all_configs():
-        yield pytest.param(config, id=name, marks=[pytest.mark.slow] if kind(config) in seen else [])
-        seen.add(kind(config))
+def programs() -> list[Any]:
+    """Returns a case for every config, slow but for the first of each kind."""
+    every = list(all_configs())
+    firsts = {kind(config): name for name, config in reversed(every)}.values()
+    return [
+        pytest.param(config, id=name, marks=[] if name in firsts else [pytest.mark.slow])
+        for name, config in every
+    ]
 
 
-@pytest.mark.parametrize("config", list(programs()))
+@pytest.mark.parametrize("config", programs())
 def test_the_train_step_lowers(config):
     mesh = largest_mesh(config)
     partition.check_divisible(config, mesh)
