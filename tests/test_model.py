@@ -341,6 +341,13 @@ def test_bfloat16_keeps_parameters_and_gradients_in_float32(remat):
     assert "bfloat16" in products
 
 
+def test_norm_gains_stay_in_float32():
+    config = tiny_model(compute_dtype="bfloat16")
+    block = model._cast(jax.tree.map(lambda w_U: w_U[0], random_params(config)["blocks"]), config)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(block):
+        assert leaf.dtype == ("float32" if path[-1].key == "gain" else "bfloat16"), path
+
+
 def test_bfloat16_logits_are_close():
     params, (tokens_BT, _) = random_params(tiny_model()), random_batch(tiny_model())
     logits_BTV = np.asarray(apply(params, tokens_BT, tiny_model()))

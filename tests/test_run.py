@@ -15,8 +15,9 @@ from mobilellm_jax import run
 from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import from_config_dict, to_dict
 from mobilellm_jax.data import save_tokenizer
-from mobilellm_jax.data.tokenizers import train_bpe
+from mobilellm_jax.data.tokenizers import HuggingFaceTokenizer, train_bpe
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.train import Outcome
 
 
 def test_a_config_that_never_trained_can_be_mended(tmp_path):
@@ -119,6 +120,44 @@ def test_a_run_keeps_its_tokenizer(workdir):
     (workdir / run.TOKENIZER / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         run.open_tokenizer(workdir)
+
+
+def test_bos_comes_first_as_in_training_and_for_imported_models_as_in_transformers(tmp_path):
+    tokenizer = train_bpe("bpe:260", ["ab ab"])  # has a BOS, which it adds to no text
+    assert run.begins_with_bos(tmp_path, tokenizer)
+    (tmp_path / run.IMPORTED).write_text("{}")
+    assert not run.begins_with_bos(tmp_path, tokenizer)
+    without = HuggingFaceTokenizer(tokenizer.spec, tokenizer.file_bytes, bos_id=None, eos_id=1)
+    (tmp_path / run.IMPORTED).unlink()
+    assert not run.begins_with_bos(tmp_path, without)
+
+
+def test_a_record_has_the_last_and_the_best_of_all_evaluations():
+    def evaluation(step, loss):
+        return {"step": step, "loss": loss, "bits_per_byte": None, "error": None}
+
+    evaluations = [evaluation(4, 3.0), evaluation(8, 1.0), evaluation(12, 2.0), evaluation(13, None)]
+    outcome = Outcome(
+        status="diverged",
+        error="the loss is not finite",
+        steps=13,
+        evaluations=evaluations,
+        train_curve=[[step, 1.0] for step in range(1, 251)],
+        train_s=2.0,
+        compile_s=3.0,
+        wall_s=6.0,
+    )
+    config, card = tiny_config(), {"source_sha256": "a"}
+    fields = run.measured_fields(config, card, outcome)
+    assert fields["final"] == evaluation(12, 2.0)
+    assert fields["best"] == evaluation(8, 1.0)
+    assert fields["evaluations"] == evaluations
+    tokens = 13 * config.train.batch_size * config.data.sequence_length
+    assert (fields["steps"], fields["tokens_seen"], fields["data"]) == (13, tokens, card)
+    assert (fields["status"], fields["error"]) == (outcome.status, outcome.error)
+    assert fields["train_curve"] == [[step, 1.0] for step in range(2, 251, 2)]
+    timing = {"wall_s": 6.0, "compile_s": 3.0, "train_s": 2.0, "tokens_per_second": tokens / 2}
+    assert fields["timing"] == timing
 
 
 def test_a_curve_is_thinned_to_its_last_point():

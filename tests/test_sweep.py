@@ -189,10 +189,18 @@ def test_shards_make_up_the_whole(study):
     assert sweep.shard(chosen, "0/1") == chosen
 
 
-def test_seeds_change_what_the_study_varies(study):
-    study.write_text(study.read_text().replace("seeds=2", "seeds=2, vary=['init']"))
+@pytest.mark.parametrize(
+    ("vary", "seeds"),
+    [
+        ("", [(0, 0), (1, 1)]),
+        (", vary=['init']", [(0, 0), (1, 0)]),
+        (", vary=['data']", [(0, 0), (0, 1)]),
+    ],
+)
+def test_seeds_change_what_the_study_varies(study, vary, seeds):
+    study.write_text(study.read_text().replace("seeds=2", f"seeds=2{vary}"))
     trains = [run.config.train for run in points(study)[0].comparison_runs(1e-3)]
-    assert [(t.init_seed, t.data_seed) for t in trains] == [(0, 0), (1, 0)]
+    assert [(t.init_seed, t.data_seed) for t in trains] == seeds
 
 
 @pytest.mark.parametrize(
