@@ -306,6 +306,24 @@ def test_read_all_sorts_by_study_preset_point_and_seed(tmp_path):
     assert list(results.by_study(read)) == [("a", "tiny"), ("b", "small"), ("b", "tiny")]
 
 
+def test_only_a_finished_run_has_a_score_that_of_the_metric():
+    record = make_record(metric="error", score=0.25)
+    assert (record.score, record.loss) == (0.25, record.final["loss"]) == (0.25, 0.75)
+    for gone in (make_diverged(), make_record(final=None)):
+        for name in ("score", "loss"):
+            with pytest.raises(ValueError, match="did not finish"):
+                getattr(gone, name)
+
+
+def test_the_newest_record_speaks_for_the_study():
+    times = ["2026-01-01T00:00:00+00:00", "2026-01-03T00:00:00+00:00", "2026-01-02T00:00:00+00:00"]
+    records = [make_record(created=time) for time in times]
+    assert results.newest(records) is records[1]
+    assert results.newest(reversed(records)) is records[1]
+    same = [make_record(seed=seed, point_index=index) for seed, index in ((0, 1), (1, 1), (2, 0))]
+    assert results.newest(same) is results.newest(reversed(same)) is same[1]
+
+
 def test_points_stay_in_study_order():
     records = [make_record(depth=d, seed=s) for s in (1, 0) for d in (16, 2)]
     groups = results.by_point(records)

@@ -3,15 +3,16 @@
 import json
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from conftest import assert_trees_close, random_params, tiny_config
+from conftest import BATCH, LENGTH, assert_trees_close, random_params, tiny_config
 
-from mobilellm_jax import run
+from mobilellm_jax import accounting, run
 from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import from_config_dict, to_dict
 from mobilellm_jax.data import save_tokenizer
@@ -40,6 +41,34 @@ def test_a_config_with_a_checkpoint_stands(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json: is missing"):
         run.claim_workdir(tmp_path, tiny_config())
+
+
+def test_only_what_does_not_change_the_result_may_differ_on_resume():
+    config = tiny_config()
+    there = {group: dict.fromkeys(fields, "another") for group, fields in to_dict(config).items()}
+    with pytest.raises(UserError) as error:
+        run.check_same(Path("config.json"), there, config)
+    refused = re.findall(r"(\S+) is 'another' there", str(error.value))
+    free = set(run.flatten(there)) - set(refused)
+    watched = {"train.log_every", "train.eval_every", "train.checkpoint_every", "data.cache_dir"}
+    computed = {"model.remat", "model.scan_unroll", "model.loss_chunk"}
+    assert free == watched | computed | {"mesh.data", "mesh.fsdp", "mesh.tensor"}
+
+
+def test_what_is_planned_comes_from_the_config():
+    config = tiny_config(
+        **{"model.sharing": "reverse", "model.num_repeats": 2, "train.accumulation_steps": 2}
+    )
+    fields = run.planned_fields(config)
+    counts = accounting.parameters(config.model)
+    assert fields["config"] == to_dict(config)
+    assert fields["layer_plan"] == [0, 1, 1, 0]
+    assert fields["parameters"].items() >= {"total": counts.total, "embedding": counts.embedding}.items()
+    assert fields["parameters"]["non_embedding"] == counts.non_embedding == counts.total - counts.embedding
+    assert fields["budgets"] == accounting.budgets(config.model, LENGTH, BATCH // 2)
+    assert fields["budgets"] != accounting.budgets(config.model, LENGTH, BATCH)
+    failed = run.failed_fields(config, "why")
+    assert (failed["status"], failed["error"], failed["steps"], failed["final"]) == ("failed", "why", 0, None)
 
 
 def test_a_config_whose_digits_changed_is_refused_and_one_without_a_seal_is_read(tmp_path):

@@ -75,13 +75,13 @@ def points(study: Path, overrides=None, seeds=None, only=()):
     return points_of(str(study), overrides or {}, seeds, only)
 
 
-def losses(curve):
+def losses(curve, noise=lambda octave, seed: seed % 7 / 1000):
     """Returns a stand-in for `run` whose final loss is a function of the octave of the learning rate."""
 
     def run(config, directory, describe, say):
         octave = math.log2(config.optimizer.learning_rate)
-        loss = curve(octave) + config.train.init_seed % 7 / 1000
-        final = {"step": 4, "loss": loss, "bits_per_byte": None, "error": None}
+        loss = curve(octave) + noise(octave, config.train.init_seed)
+        final = {"step": 4, "loss": loss, "bits_per_byte": None, "error": 1.0}
         outcome = Outcome(
             status="finished" if math.isfinite(loss) else "diverged",
             error=None if math.isfinite(loss) else "the loss is not finite at step 4",
@@ -115,6 +115,83 @@ def test_every_point_is_tuned_and_then_judged_on_other_seeds(tuned_study, tmp_pa
     assert {r.tuning for r in records} == {"grid"}
     assert [r.config["train"]["eval_every"] for r in tuning] == [r.config["train"]["steps"] for r in tuning]
     assert not [warning for warning in verdict(records).warnings if "eval_every" in warning]
+
+
+def test_the_mean_loss_of_several_seeds_chooses_the_rate(tuned_study, tmp_path, monkeypatch):
+    """Also where the study compares errors; seed 0 alone prefers 2^-7 to 2^-6."""
+    declared = "tuning_seeds=2, metric='error', margin="
+    tuned_study.write_text(tuned_study.read_text().replace("margin=", declared))
+    seeds = {1_000_000: {-7: 0}, 1_000_001: {-7: 3}}
+    noise = lambda octave, seed: seeds.get(seed, {}).get(octave, (octave + 6.5) ** 2)  # noqa: E731
+    monkeypatch.setattr(sweep, "run", losses(lambda _: 1.0, noise))
+    (point,) = points(tuned_study, only=["none"])
+    sweep.do_point(point, tmp_path)
+    records = results.read_all(tmp_path / "results")
+    tuning = [(math.log2(r.learning_rate), r.seed) for r in records if r.phase == "tuning"]
+    repeated = {octave for octave, seed in tuning if seed == 1_000_001}
+    assert {-8, -7, -6} <= repeated
+    assert {octave for octave, seed in tuning if seed == 1_000_000} >= repeated
+    assert all(r.config["train"]["init_seed"] == r.config["train"]["data_seed"] == r.seed for r in records)
+    assert {r.learning_rate for r in records if r.phase == "comparison"} == {2**-6}
+
+
+def test_a_point_ends_with_the_first_run_that_fails(tuned_study, tmp_path, monkeypatch):
+    def broken_run(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(sweep, "run", broken_run)
+    (point,) = points(tuned_study, only=["none"])
+    sweep.do_point(point, tmp_path)
+    (record,) = results.read_all(tmp_path / "results")
+    assert (record.phase, record.status, record.steps, record.final) == ("tuning", "failed", 0, None)
+    assert record.error == "RuntimeError: out of memory"
+
+
+def test_fewer_seeds_than_there_are_leave_nothing_to_do(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "run", losses(lambda _: 3.0))
+    monkeypatch.setattr(sweep, "expected_seconds", lambda _: 0.0)
+    monkeypatch.setattr(sweep, "_report", lambda *_: 0)  # which takes seconds
+    for seeds, said in ((2, "0 of about 2 runs"), (1, None), (3, "2 of about 3 runs")):
+        capsys.readouterr()
+        assert sweep.sweep(points(study, seeds=seeds, only=["none"]), tmp_path, jobs=1) == 0
+        output = capsys.readouterr().out
+        assert said in output if said else "are done already" not in output
+
+
+def test_records_say_what_the_study_declares(study):
+    declared = (
+        "metric='error', tuning_seeds=3, x='model.num_repeats', x_label='repeats', "
+        "series='model.sharing', series_label='sharing', margin=0.25"
+    )
+    study.write_text(study.read_text().replace("margin=0.1", declared))
+    chosen = points(study, {"train.eval_every": 2}, seeds=5)
+    facts = {
+        "study": "mini",
+        "preset": "tiny",
+        "question": "Q?",
+        "matched": "non_embedding_parameters",
+        "scientific": ["model.sharing"],
+        "nuisance": ["optimizer.learning_rate"],
+        "tuning": "none",
+        "metric": "error",
+        "pairs": [["reverse", "none"]],
+        "margin": 0.25,
+    }
+    for index, (point, label) in enumerate(zip(chosen, ("none", "reverse"), strict=True)):
+        assert point.facts.items() >= facts.items()
+        assert (point.facts["point"], point.facts["point_index"]) == (label, index)
+        x = {"label": "repeats", "value": index + 1, "log": True, "series": f"{label} sharing"}
+        assert point.facts["x"] == x
+        assert point.facts["overrides"] == {"model.sharing": label, "model.num_repeats": index + 1}
+        assert (point.seeds, point.tuning_seeds) == (5, 3)
+        runs = list(point.comparison_runs(0.01))
+        assert [run.facts for run in runs] == [
+            {**point.facts, "phase": "comparison", "seed": seed} for seed in range(5)
+        ]
+        assert {(r.config.train.eval_every, r.config.optimizer.learning_rate) for r in runs} == {(2, 0.01)}
+        last = point.tuning_run(0.01, 2)
+        assert (last.facts["phase"], last.facts["seed"]) == ("tuning", 1_000_002)
+        assert last.config.train.eval_every == last.config.train.steps
 
 
 def test_rates_that_diverge_are_recorded_and_tuned_around(tuned_study, tmp_path, monkeypatch):
@@ -234,6 +311,8 @@ def test_all_pairs_are_compared_unless_the_study_says_which(study):
     )
     pairs = [["reverse", "none"], ["immediate", "none"], ["immediate", "reverse"]]
     assert points(study)[0].facts["pairs"] == pairs
+    study.write_text(study.read_text().replace("seeds=2", "seeds=2, pairs=[('none', 'immediate')]"))
+    assert points(study)[0].facts["pairs"] == [["none", "immediate"]]
 
 
 def test_points_side_by_side_give_the_same_records_as_one_after_the_other(tuned_study, tmp_path, capfd):
