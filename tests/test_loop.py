@@ -141,7 +141,9 @@ def test_the_loop_is_a_plain_loop(tmp_path, monkeypatch, now, task):
 
     monkeypatch.setattr(train.Checkpoints, "save", save_and_look)
     mesh = partition.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    said = []
+    said, asked, polls = [], [], []
+    monkeypatch.setattr(train.memory, "check_fits", lambda _, config: asked.append(config))
+    monkeypatch.setattr(train.Checkpoints, "poll", lambda self: polls.append(self))
     outcome = train.train(config, prepared, mesh, workdir, said.append)
 
     losses, norms, params, scores = zip(*plain_loop(config, prepared), strict=True)
@@ -151,6 +153,7 @@ def test_the_loop_is_a_plain_loop(tmp_path, monkeypatch, now, task):
     logged = list(range(1, 13)) if not task else [3, 6, 7]
     evaluated = [3, 6, 9, 12] if not task else [3, 6, 7]
     assert (outcome.status, outcome.steps) == ("finished", steps)
+    assert (asked, len(polls)) == ([config], steps)  # for the memory, and for saves that failed
     assert [line["step"] for line in lines["train"]] == logged
     for name, all_steps, tolerance in (
         ("loss", losses, 1e-4),

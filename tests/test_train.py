@@ -186,16 +186,22 @@ def test_a_signal_in_the_last_step_stops_what_would_follow(tmp_path, corpus, sig
     assert [e["step"] for e in outcome.evaluations] == [4, 8, 12]
 
 
-def test_a_resumed_run_counts_the_time_of_all_its_steps(tmp_path, corpus):
-    """Though its log has a line for the last of them only."""
+def test_a_resumed_run_counts_the_time_of_all_its_steps(tmp_path, corpus, monkeypatch):
+    """Though its log has a line for the last of them only. What a killed save left is gone."""
     config = tiny_config(**{**corpus, "train.log_every": 12, "train.eval_every": 6})
     with pytest.raises(Preempted, match="after step 7; a checkpoint was saved"):
         run_loop(config, tmp_path / "run", "step 6/12  held-out loss")
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     (saved,) = [line for line in map(json.loads, text.splitlines()) if line["step"] == 7]
+    clocks, clock = [], train.Clock
+    monkeypatch.setattr(train, "Clock", lambda *start: clocks.append(start) or clock(*start))
+    for leftover in ("9", "8.orbax-checkpoint-tmp-1"):
+        (tmp_path / "run" / "checkpoints" / leftover).mkdir()
     outcome, _ = run_loop(config, tmp_path / "run")
     assert saved["kind"] == "save"
+    assert clocks == [(7, saved["train_s"])]
     assert 0 < saved["train_s"] < outcome.train_s
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"8", "12"}
 
 
 SAME_BITS = """
