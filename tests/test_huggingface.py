@@ -285,7 +285,8 @@ def test_multipliers_go_into_the_weights(tmp_path, parameterization, tied):
     tokens_BT = np.arange(18, dtype=np.int32).reshape(2, 9)
     actual = apply(read_params(tmp_path, standard, standard.plan), tokens_BT, standard)
     expected = apply(params, tokens_BT, m)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    # Rounding of the folded weights: up to 1.6e-6 of the largest logit on an AMD EPYC (AVX-512).
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=4e-6 * np.abs(expected).max())
     assert np.abs(expected - apply(params, tokens_BT, standard)).max() > 0.1
 
 
