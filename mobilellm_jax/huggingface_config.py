@@ -52,8 +52,8 @@ def model_fields(hf: Mapping[str, Any], sharing: str = "", num_repeats: int = 1)
       UserError: another architecture, a field that is missing or not supported, or a plan that does not fit.
     """
     kind, there = hf.get("model_type"), hf.get("architectures")
-    known = isinstance(kind, str) and kind in _ARCHITECTURES
-    if not known or there not in (None, [_ARCHITECTURES[kind]]):
+    known = _ARCHITECTURES.get(kind) if isinstance(kind, str) else None
+    if known is None or there not in (None, [known]):
         valid = ", ".join(f"{kind!r} with {name}" for kind, name in _ARCHITECTURES.items())
         raise UserError(
             f"config.json: model_type={kind!r} with architectures={there!r} is not supported; valid: {valid}"
