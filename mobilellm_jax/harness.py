@@ -275,9 +275,7 @@ def run_task(lm: Any, name: str, task: Any, limit: int | None) -> TaskResult:
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(seed=1234)  # as lm-eval's own command
-    results: Any = evaluate(
-        lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=1000, log_samples=True
-    )
+    results: Any = evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=1000, log_samples=True)
     samples, measured = results["samples"][name], results["results"][name]
     keys = [key.split(",") for key in measured if "," in key and "_stderr," not in key]  # metric and filter
     several = len({filter_name for _, filter_name in keys}) > 1

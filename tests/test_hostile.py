@@ -154,7 +154,10 @@ def test_a_random_config_json_is_taken_or_the_error_names_a_field():
     plain = config.to_dict(tiny_config())
     rng, counts = random.Random(0), Counter()
     for _ in range(4000):
-        hf = {**LLAMA, **{name: json_value(rng) for name in rng.sample(list(LLAMA), 1 + (rng.random() < 0.2))}}
+        hf = {
+            **LLAMA,
+            **{name: json_value(rng) for name in rng.sample(list(LLAMA), 1 + (rng.random() < 0.2))},
+        }
         try:
             values = {group: dict(fields) for group, fields in plain.items()}
             values["model"] |= model_fields(hf)

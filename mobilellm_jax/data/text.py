@@ -35,9 +35,7 @@ class Text:
         return padded_batches(self.rows_RS.__getitem__, order, batch_size, process_index, process_count)
 
 
-def read_text(
-    spec: str, text_field: str, tokenizer: Tokenizer, sequence_length: int, add_bos: bool
-) -> Text:
+def read_text(spec: str, text_field: str, tokenizer: Tokenizer, sequence_length: int, add_bos: bool) -> Text:
     """Reads the text of a source, whole, into rows that predict `sequence_length` tokens.
 
     `add_bos` begins every document with BOS, where the tokenizer has one.
