@@ -4,9 +4,10 @@
   python -m experiments.evaluate --workdir=runs/first --tasks=mobilellm --data_dir=eval
   python -m experiments.evaluate --workdir=runs/first --tasks=arc_easy,triviaqa,race,lambada_openai
 
-Perplexity and bits per byte of a text, cut into rows of data.sequence_length tokens like the held-out rows of
-training: the first tokens of a row are predicted from little. A document ends with EOS, and begins with BOS as
-in the model's training: for an imported model, if its tokenizer puts one there. Bits per byte compare models with different tokenizers, perplexities do not.
+Perplexity and bits per byte of a text, cut into rows of data.sequence_length tokens like the held-out rows
+of training: the first tokens of a row are predicted from little. A document ends with EOS, and begins with
+BOS as in the model's training: for an imported model, if its tokenizer puts one there.
+Bits per byte compare models with different tokenizers, perplexities do not.
 
 Zero-shot accuracy by EleutherAI's lm-evaluation-harness, which is an extra: pip install -e '.[eval]'.
 `mobilellm` stands for the paper's eight tasks. Without --data_dir, questions come from the hub, and every
@@ -87,9 +88,7 @@ def _on_this_machine(config: Config) -> Config:
     return dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, **sizes))
 
 
-def _score_text(
-    config: Config, params: Params, tokenizer: data.Tokenizer, spec: str, add_bos: bool
-) -> None:
+def _score_text(config: Config, params: Params, tokenizer: data.Tokenizer, spec: str, add_bos: bool) -> None:
     """Prints the loss, the perplexity and the bits per byte of a text."""
     programs = make_programs(config, check(config))
     text = read_text(spec, _TEXT_FIELD.value, tokenizer, config.data.sequence_length, add_bos)

@@ -25,7 +25,7 @@ def studies():
 
 
 def test_every_seed_is_inside_the_axes(studies):
-    """Its dot may lie outside of the interval, for which alone there was room once: 12 of 349 were cut off."""
+    """Its dot may lie outside of the interval, for which alone there was room once: 12 were cut off."""
     seeds, hidden = 0, []
     for records in studies:
         found = verdict(records)
