@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -53,6 +54,23 @@ def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:
 def config_spec() -> str:
     """Returns the value of `--config`."""
     return config_flags.get_config_filename(flags.FLAGS["config"])
+
+
+def one_config() -> ConfigDict:
+    """Returns the config of `--config` with its overrides, for a command about one model.
+
+    Raises:
+      UserError: the file names several studies, whose configs are in files of their own.
+    """
+    module, preset, _ = load_config(config_spec())
+    if hasattr(module, "studies"):
+        members = module.studies(preset)
+        raise UserError(
+            f"--config={config_spec()}: names {len(members)} studies, and this command takes one config; use "
+            f"{' or '.join(f'--config={member}' for member in members)}, or run them all with "
+            f"python -m experiments.sweep --config={config_spec()}"
+        )
+    return flags.FLAGS.config
 
 
 def overrides() -> dict[str, Any]:
@@ -138,11 +156,25 @@ def run(main: Callable[[], int], default_config: str = "") -> None:
         app.run(lambda _: main(), flags_parser=_parse)
     except UserError as error:
         sys.exit(_complain(f"error: {error}", 2))
+    except (AssertionError, RuntimeError) as error:
+        sys.exit(_complain(f"error: {_no_devices(error)}", 2))
     except KeyboardInterrupt as stop:  # of this project's own, it says what was saved
         status = RESUME_ME if isinstance(stop, Preempted) else 130
         sys.exit(_complain(f"{str(stop) or 'interrupted'}\nto go on: the same command again", status))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second error at exit
+
+
+def _no_devices(error: Exception) -> str:
+    """Says in one line that JAX finds no device of the platforms asked for; raises any other error."""
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    where = traceback.extract_tb(error.__traceback__)[-1].filename
+    if not asked or not where.endswith("xla_bridge.py"):
+        raise error
+    return (
+        f"JAX_PLATFORMS={asked}: JAX finds no such device; unset JAX_PLATFORMS, or install what drives it "
+        "(GPU: pip install -e '.[cuda]', TPU: pip install -e '.[tpu]')"
+    )
 
 
 def run_on_records(show: Callable[[AnyPath], None], folders: str) -> None:

@@ -180,8 +180,9 @@ def draw_point(
     half = None if estimate.half_width is None else estimate.half_width * SCALE[metric]
     mean, at = shown(metric, estimate.mean), {"transform": moved(axes, shift)} if shift else {}
     axes.errorbar(place, mean, half, **looks, ms=7, capsize=4, **at)
-    axes.update_datalim([(place, mean - (half or 0)), (place, mean + (half or 0))])  # moved bars don't count
     seeds = [shown(metric, run.score) for run in runs if run.status == "finished"]
+    ends = mean - (half or 0), mean + (half or 0), *seeds
+    axes.update_datalim([(place, end) for end in ends])  # what is moved doesn't count by itself
     dots = {"color": looks["color"], "ms": 5, "alpha": 0.6, "transform": moved(axes, shift + 7)}
     axes.plot([place] * len(seeds), seeds, ".", **dots)
 

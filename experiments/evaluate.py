@@ -4,9 +4,10 @@
   python -m experiments.evaluate --workdir=runs/first --tasks=mobilellm --data_dir=eval
   python -m experiments.evaluate --workdir=runs/first --tasks=arc_easy,triviaqa,race,lambada_openai
 
-Perplexity and bits per byte of a text, each document between the marks of its beginning and end, cut into
-rows of data.sequence_length tokens like the held-out rows of training: the first tokens of a row are
-predicted from little. Bits per byte compare models with different tokenizers, perplexities do not.
+Perplexity and bits per byte of a text, cut into rows of data.sequence_length tokens like the held-out rows
+of training: the first tokens of a row are predicted from little. A document ends with EOS, and begins with
+BOS as in the model's training: for an imported model, if its tokenizer puts one there.
+Bits per byte compare models with different tokenizers, perplexities do not.
 
 Zero-shot accuracy by EleutherAI's lm-evaluation-harness, which is an extra: pip install -e '.[eval]'.
 `mobilellm` stands for the paper's eight tasks. Without --data_dir, questions come from the hub, and every
@@ -29,7 +30,7 @@ from mobilellm_jax.data.text import read_text
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import directory
 from mobilellm_jax.model import Params
-from mobilellm_jax.run import check, enable_compilation_cache, open_run, open_tokenizer
+from mobilellm_jax.run import begins_with_bos, check, enable_compilation_cache, open_run, open_tokenizer
 from mobilellm_jax.train import evaluate_batches, make_programs
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
@@ -64,7 +65,7 @@ def main() -> int:
     config = _on_this_machine(config)
     enable_compilation_cache()
     if _TEXT.value:
-        _score_text(config, params, tokenizer, _TEXT.value)
+        _score_text(config, params, tokenizer, _TEXT.value, begins_with_bos(workdir, tokenizer))
     if questions:
         score_tasks(questions, workdir, config, params, tokenizer, check(config))
     return 0
@@ -87,10 +88,10 @@ def _on_this_machine(config: Config) -> Config:
     return dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, **sizes))
 
 
-def _score_text(config: Config, params: Params, tokenizer: data.Tokenizer, spec: str) -> None:
+def _score_text(config: Config, params: Params, tokenizer: data.Tokenizer, spec: str, add_bos: bool) -> None:
     """Prints the loss, the perplexity and the bits per byte of a text."""
     programs = make_programs(config, check(config))
-    text = read_text(spec, _TEXT_FIELD.value, tokenizer, config.data.sequence_length)
+    text = read_text(spec, _TEXT_FIELD.value, tokenizer, config.data.sequence_length, add_bos)
     params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, programs.state.params))
     batches = text.batches(config.train.eval_batch_size, jax.process_index(), jax.process_count())
     loss, _ = evaluate_batches(programs, params, batches)

@@ -8,8 +8,6 @@ A shared block is written out once for each time it is applied: the result is a 
 layers. `experiments.import_hf` takes it back, bit for bit in float32.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from experiments import cli
@@ -30,7 +28,7 @@ def main() -> int:
         raise UserError("--workdir: say which run to export, such as --workdir=runs/first")
     if not _TARGET.value:
         raise UserError("--target: say which folder to make, such as --target=exported")
-    workdir, target = local_directory("workdir", _WORKDIR.value), Path(_TARGET.value)
+    workdir, target = local_directory("workdir", _WORKDIR.value), local_directory("target", _TARGET.value)
     config = huggingface.export_run(workdir, target, _DTYPE.value)
     tokenizer = open_tokenizer(workdir)
     print(

@@ -5,8 +5,9 @@
   python -m experiments.generate --workdir=runs/first --prompt_ids=0,403 --max_new_tokens=20 --print_ids
   python -m experiments.generate --workdir=runs/first
 
-The last line asks for prompts until Ctrl-D; Ctrl-C ends a text. Speeds go to stderr. Reading the prompts
-and compiling is not part of the speed of decoding.
+The last line asks for prompts until Ctrl-D; Ctrl-C ends a text. Its prompts draw as those of one batch would:
+the first as a single --prompt, each one after it anew. Speeds go to stderr. Reading the prompts and compiling
+is not part of the speed of decoding.
 """
 
 import sys
@@ -20,11 +21,11 @@ from mobilellm_jax import data
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import directory
 from mobilellm_jax.generate import Generator, Sampling, TextStream
-from mobilellm_jax.run import enable_compilation_cache, open_run, open_tokenizer
+from mobilellm_jax.run import begins_with_bos, enable_compilation_cache, open_run, open_tokenizer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
 _PROMPT = flags.DEFINE_multi_string(
-    "prompt", [], "text to continue; the token that begins a document is put before it. Several make a batch"
+    "prompt", [], "text to continue, after BOS where the model's training put it. Several make a batch"
 )
 _PROMPT_IDS = flags.DEFINE_multi_string(
     "prompt_ids", [], "or token ids to continue, as they are, such as 1,403; several make a batch"
@@ -53,14 +54,15 @@ def main() -> int:
     tokenizer = open_tokenizer(workdir)
     if tokenizer is None and not (_PRINT_IDS.value and given_ids and not _PROMPT.value):
         raise UserError(f"{workdir}: this run has no tokenizer; use --prompt_ids together with --print_ids")
-    prompts = [*_encode(_PROMPT.value, tokenizer), *given_ids]
+    add_bos = tokenizer is not None and begins_with_bos(workdir, tokenizer)
+    prompts = [*_encode(_PROMPT.value, tokenizer, add_bos), *given_ids]
     enable_compilation_cache()
     context = config.data.sequence_length if _CONTEXT.value is None else _CONTEXT.value
     generator = Generator(params, config.model, sampling, context)
     if prompts:
         _answer(generator, prompts, tokenizer)
     else:
-        _converse(generator, tokenizer)
+        _converse(generator, tokenizer, add_bos)
     return 0
 
 
@@ -71,7 +73,7 @@ def _token_ids(text: str) -> list[int]:
         raise UserError(f"--prompt_ids: {text!r} is not valid; expected token ids such as 1,403") from None
 
 
-def _encode(texts: Sequence[str], tokenizer: data.Tokenizer | None) -> list[list[int]]:
+def _encode(texts: Sequence[str], tokenizer: data.Tokenizer | None, add_bos: bool) -> list[list[int]]:
     if not texts or tokenizer is None:
         return []
     if "" in texts:
@@ -83,14 +85,15 @@ def _encode(texts: Sequence[str], tokenizer: data.Tokenizer | None) -> list[list
             text.encode()
         except UnicodeEncodeError:  # bytes that the shell passed on
             raise UserError(f"--prompt: {text!r} is not UTF-8") from None
-    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    before = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
     return [before + ids for ids in tokenizer.encode_batch(list(texts))]
 
 
-def _converse(generator: Generator, tokenizer: data.Tokenizer | None) -> None:
+def _converse(generator: Generator, tokenizer: data.Tokenizer | None, add_bos: bool) -> None:
     """Continues prompts from the terminal, each by itself, until Ctrl-D."""
     import readline  # noqa: F401, line editing for `input`
 
+    place = 0
     while True:
         try:
             text = input("prompt> ")
@@ -99,17 +102,20 @@ def _converse(generator: Generator, tokenizer: data.Tokenizer | None) -> None:
             return
         if text:
             try:
-                _answer(generator, _encode([text], tokenizer), tokenizer)
+                _answer(generator, _encode([text], tokenizer, add_bos), tokenizer, place)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
             except KeyboardInterrupt:
                 print()
+            place += 1
 
 
-def _answer(generator: Generator, prompts: list[list[int]], tokenizer: data.Tokenizer | None) -> None:
+def _answer(
+    generator: Generator, prompts: list[list[int]], tokenizer: data.Tokenizer | None, place: int = 0
+) -> None:
     """Prints prompts and what comes after them: one as it is made, and the next once that has ended."""
     eos_id = tokenizer.eos_id if tokenizer else None
-    steps = generator.start(prompts, _MAX_NEW_TOKENS.value, eos_id, _SEED.value)
+    steps = generator.start(prompts, _MAX_NEW_TOKENS.value, eos_id, _SEED.value, place)
     outputs = [_Output(prompt, tokenizer) for prompt in prompts]
     turn, start, first = 0, time.perf_counter(), None
     for ids in steps:

@@ -64,7 +64,7 @@ class Plan:
 
 def main() -> int:
     """Prints the plan, and returns the exit status."""
-    config = from_config_dict(flags.FLAGS.config)
+    config = from_config_dict(cli.one_config())
     sizes = parse_mesh(_MESH.value)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", math.prod(sizes))

@@ -42,7 +42,7 @@ def main() -> int:
     budget, target = parse_budget(_BUDGET.value)
     if bool(_DEPTH.value) == bool(_WIDTH.value):
         raise UserError("--depth, --width: give one of them, such as --depth=4,8,16, and not the other")
-    config = from_config_dict(flags.FLAGS.config)
+    config = from_config_dict(cli.one_config())
     length, rows = config.data.sequence_length, config.train.batch_size // config.train.accumulation_steps
     spread = _TOLERANCE.value
     rules = Rules(

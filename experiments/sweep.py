@@ -268,13 +268,13 @@ def _do(run_: Run, workdir: AnyPath) -> results.Record:
 
 
 def _keep_traceback(path: AnyPath) -> str:
-    """Writes the traceback of the error at hand, and returns where it is."""
+    """Writes the traceback of the error at hand, and returns where it is, or in a line why it is not."""
     text = traceback.format_exc()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    except OSError:  # the disk may be what failed
-        return f"{path} cannot be written; {text}".rstrip()
+    except OSError as error:  # the disk may be what failed
+        return f"no traceback: {path} cannot be written: {reason(error)}"
     return f"traceback in {path}"
 
 

@@ -30,7 +30,7 @@ def main() -> int:
     """Trains, and returns the exit status."""
     if not _WORKDIR.value:
         raise UserError("--workdir: say where the run is to be kept, such as --workdir=runs/first")
-    config = from_config_dict(flags.FLAGS.config)
+    config = from_config_dict(cli.one_config())
     launch.start()
     workdir = directory("workdir", _WORKDIR.value)
     study, _, preset = cli.config_spec().partition(":")

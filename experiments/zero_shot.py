@@ -19,7 +19,7 @@ from mobilellm_jax import data, processes, results
 from mobilellm_jax.checkpoint import newest_intact
 from mobilellm_jax.config import Config
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import AnyPath
+from mobilellm_jax.files import AnyPath, local_directory
 from mobilellm_jax.model import Params
 from mobilellm_jax.run import begins_with_bos, check, open_run, open_tokenizer
 from mobilellm_jax.zero_shot import OTHER_COLUMNS, PAPER_COLUMNS
@@ -53,7 +53,8 @@ def questions_of(
       UserError: there are other flags of --tasks without it.
     """
     if names:
-        return Questions(tuple(names), None if data_dir is None else Path(data_dir), limit, bos)
+        folder = None if data_dir is None else local_directory("data_dir", data_dir)
+        return Questions(tuple(names), folder, limit, bos)
     for flag, value in (("data_dir", data_dir), ("limit", limit), ("bos", bos)):
         if value is not None:
             raise UserError(f"--{flag}: goes with --tasks, such as --tasks=mobilellm, which is missing")

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from etils import epath
 
 from mobilellm_jax import processes
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import AnyPath, delete, files_below, on_disk, write_atomically
+from mobilellm_jax.files import AnyPath, delete, files_below, is_bucket, on_disk, write_atomically
 from mobilellm_jax.sealed import parse, seal, unseal
 
 MANIFEST = "manifest.sha256.json"
@@ -175,7 +175,9 @@ def _absolute(directory: AnyPath) -> AnyPath:
 
 
 def _steps(directory: AnyPath) -> list[int]:
-    return [int(path.name) for path in directory.glob("*") if path.name.isdecimal()]
+    # A file that is named like a step is none of ours. In a bucket there are no directories to ask for.
+    numbered = [path for path in directory.glob("*") if path.name.isdecimal()]
+    return [int(path.name) for path in numbered if is_bucket(path) or path.is_dir()]
 
 
 def load_params(directory: AnyPath, like: Any) -> Any:
@@ -240,18 +242,21 @@ def _check_same_shapes(path: AnyPath, there: dict[str, Any], wanted: dict[str, A
 
 
 def find_damage(path: AnyPath) -> str | None:
-    """Returns what is wrong with the checkpoint at `path`, or None if every file is as it was written."""
+    """Names the first thing wrong with the checkpoint at `path`; None if every file is as it was written.
+
+    Files that the manifest does not list are no part of it: .DS_Store, .nfs..., what people put there.
+    """
     try:
         expected = _read_manifest(path)["files"]
     except FileNotFoundError:
         return f"{path.name}/{MANIFEST} is missing: the save was cut short"
     except (OSError, ValueError) as error:
         return f"{path.name}/{MANIFEST} is not readable: {error}"
-    actual = _hash_files(path)
-    for name in sorted(expected.keys() | actual.keys()):
+    actual = _hash_files(path, expected)
+    for name in sorted(expected):
         if name not in actual:
             return f"{path.name}/{name} is missing"
-        if actual[name] != expected.get(name):
+        if actual[name] != expected[name]:
             return f"{path.name}/{name} has changed"
     return None
 
@@ -265,15 +270,15 @@ def _read_manifest(path: AnyPath) -> dict[str, Any]:
     return unseal(parse((path / MANIFEST).read_text()))
 
 
-def _hash_files(path: AnyPath) -> dict[str, str]:
+def _hash_files(path: AnyPath, names: Container[str] | None = None) -> dict[str, str]:
+    """Computes the sha256 of the files below `path` by name; `names` limits it to these, if given."""
     hashes = {}
     for file in files_below(path):
-        if file.name == MANIFEST:
+        name = file.relative_to(path).as_posix()
+        if name == MANIFEST or not (names is None or name in names):
             continue
         with file.open("rb") as stream:
-            hashes[file.relative_to(path).as_posix()] = hashlib.file_digest(
-                cast(Any, stream), "sha256"
-            ).hexdigest()
+            hashes[name] = hashlib.file_digest(cast(Any, stream), "sha256").hexdigest()
     return hashes
 
 

@@ -40,13 +40,13 @@ def is_bucket(path: AnyPath) -> bool:
 
 
 def directory(flag: str, name: str) -> AnyPath:
-    """Returns the path that a flag names, once it is known that it can be read, if it is there.
+    """Returns the path that a flag names, once it is known that it can be read, if it is there; ~ is home.
 
     Raises:
       UserError: it is an address, but not gs://bucket/folder; gcsfs is not installed; or there is no such
         bucket, or no permission to read it.
     """
-    path = path_of(name)
+    path = path_of(os.path.expanduser(name))
     if not is_bucket(path):
         return path
     bucket, _, folder = name.removeprefix("gs://").partition("/")
@@ -64,10 +64,10 @@ def directory(flag: str, name: str) -> AnyPath:
 
 
 def local_directory(flag: str, name: str) -> Path:
-    """Returns the path that a flag names; UserError where it is not on this machine."""
+    """Returns the path that a flag names, ~ is home; UserError where it is not on this machine."""
     if "://" in name:
         raise UserError(f"--{flag}={name}: expected a local directory")
-    return Path(name)
+    return Path(os.path.expanduser(name))
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:

@@ -52,7 +52,10 @@ def choose(
     """Returns the next token of each row, and the keys for the one after. Ties with the last are kept."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1), keys_B
-    logits_BV = logits_BV / sampling.temperature
+    # The largest becomes 0, so that no temperature makes several infinite. Smaller ones than float32 holds
+    # would be 0; the smallest that it holds draws no other token than they would.
+    temperature = max(sampling.temperature, float(jnp.finfo(jnp.float32).tiny))
+    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature
     if sampling.top_k:
         most_BK, _ = lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[1]))
         logits_BV = jnp.where(logits_BV >= most_BK[:, -1:], logits_BV, -jnp.inf)
@@ -113,7 +116,12 @@ class Generator:
         self._programs: dict[tuple[int, int, int], tuple[Any, Any]] = {}
 
     def start(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None, eos_id: int | None, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | None,
+        eos_id: int | None,
+        seed: int,
+        place: int = 0,
     ) -> Iterator[list[int | None]]:
         """Checks, compiles, and returns an iterator over steps: the next token of each prompt.
 
@@ -125,6 +133,7 @@ class Generator:
           max_new_tokens: steps at most; None takes as many as the context has room for.
           eos_id: the token that ends a text, if any.
           seed: of the choices.
+          place: of the first prompt; a prompt at place n draws as the one at n of a batch that begins at 0.
 
         Raises:
           UserError: a prompt is empty, holds an unknown token, or is too long for the context.
@@ -135,7 +144,8 @@ class Generator:
         length = _round_up(longest)
         tokens_BT = np.array([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], np.int32)
         padding_B = np.array([length - len(prompt) for prompt in prompts], np.int32)
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(prompts)))
+        places_B = place + np.arange(len(prompts))
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), places_B)
         inputs = tokens_BT, padding_B, keys_B
         return self._steps(self._compile(inputs, _round_up(length + steps)), inputs, steps, eos_id)
 

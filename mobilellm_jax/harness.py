@@ -27,6 +27,7 @@ try:
     import datasets  # pyright: ignore[reportMissingImports]
     import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
@@ -63,8 +64,8 @@ class Adapter(TemplateLM):
         self._encode = functools.lru_cache(1024)(lambda text: tokenizer.encode_batch([text])[0])
 
     @property
-    def eot_token_id(self) -> int | None:
-        """EOS."""
+    def eot_token_id(self) -> Any:  # lm-eval wants an int, and uses it where there is no prefix_token_id
+        """EOS, or None."""
         return self._tokenizer.eos_id
 
     @property
@@ -114,8 +115,10 @@ class Adapter(TemplateLM):
         """Returns for each prompt the text up to the first of its stop strings, or to EOS."""
         groups = collections.defaultdict(list)
         for number, request in enumerate(requests):
-            context, settings = request.args
-            settings = normalize_gen_kwargs(settings, min(_NEW_TOKENS, self.max_length // 2))
+            context, asked = request.args
+            settings: dict[str, Any] = dict(
+                normalize_gen_kwargs(asked, min(_NEW_TOKENS, self.max_length // 2))
+            )
             ids = self.tok_encode(context) or [self.prefix_token_id]
             room = self.max_length - settings["max_gen_toks"]
             if room < 1:
@@ -248,8 +251,8 @@ def load_tasks(names: Sequence[str], data_dir: Path | None) -> tuple[dict[str, A
     return tasks, left_out
 
 
-def _folders() -> list[str]:
-    """Returns where lm-eval defines the tasks that local files can hold."""
+def _folders() -> list[str | Path]:
+    """Lists where lm-eval defines the tasks that local files can hold."""
     names = "arc super_glue/boolq piqa siqa hellaswag openbookqa winogrande triviaqa race"
     root = resources.files(lm_eval) / "tasks"
     return [str(root / name) for name in names.split()]
@@ -272,9 +275,7 @@ def run_task(lm: Any, name: str, task: Any, limit: int | None) -> TaskResult:
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(seed=1234)  # as lm-eval's own command
-    results = lm_eval.evaluate(
-        lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=1000, log_samples=True
-    )
+    results: Any = evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=1000, log_samples=True)
     samples, measured = results["samples"][name], results["results"][name]
     keys = [key.split(",") for key in measured if "," in key and "_stderr," not in key]  # metric and filter
     several = len({filter_name for _, filter_name in keys}) > 1

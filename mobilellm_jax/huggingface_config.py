@@ -1,13 +1,13 @@
 """config.json of Hugging Face's Llama, in and out. What our model does not compute is refused by name."""
 
-import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mobilellm_jax.config import Config, ModelConfig
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.sealed import parse
 from mobilellm_jax.sharing import STRATEGIES, layer_plan
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mobilellm": "MobileLLMForCausalLM"}  # by model_type
@@ -30,7 +30,7 @@ def read_object(path: Path) -> dict[str, Any]:
       UserError: there is no such file, or it holds something else.
     """
     try:
-        values = json.loads(path.read_bytes())
+        values = parse(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: is missing") from None
     except (OSError, ValueError) as error:
@@ -52,7 +52,8 @@ def model_fields(hf: Mapping[str, Any], sharing: str = "", num_repeats: int = 1)
       UserError: another architecture, a field that is missing or not supported, or a plan that does not fit.
     """
     kind, there = hf.get("model_type"), hf.get("architectures")
-    if kind not in _ARCHITECTURES or there not in (None, [_ARCHITECTURES[kind]]):
+    known = _ARCHITECTURES.get(kind) if isinstance(kind, str) else None
+    if known is None or there not in (None, [known]):
         valid = ", ".join(f"{kind!r} with {name}" for kind, name in _ARCHITECTURES.items())
         raise UserError(
             f"config.json: model_type={kind!r} with architectures={there!r} is not supported; valid: {valid}"
@@ -61,10 +62,9 @@ def model_fields(hf: Mapping[str, Any], sharing: str = "", num_repeats: int = 1)
         if hf.get(name) not in valid:
             only = "null" if valid == (None,) else f"{valid[0]!r}"
             raise UserError(f"config.json: {name}={hf[name]!r} is not supported; only {only} is")
-    if set(hf.get("layer_types") or ()) - {"full_attention"}:
-        raise UserError(
-            f"config.json: layer_types={hf['layer_types']!r} is not supported; only 'full_attention'"
-        )
+    types = hf.get("layer_types")
+    if types is not None and not (isinstance(types, list) and all(t == "full_attention" for t in types)):
+        raise UserError(f"config.json: layer_types={types!r} is not supported; only 'full_attention' is")
     width, heads = _integer(hf, "hidden_size"), _integer(hf, "num_attention_heads")
     kv_heads = heads if hf.get("num_key_value_heads") is None else _integer(hf, "num_key_value_heads")
     if hf.get("head_dim") is None and width % heads:
@@ -167,7 +167,7 @@ def _rope_base(hf: Mapping[str, Any]) -> float:
     for name in ("rope_scaling", "rope_parameters"):
         values = {} if hf.get(name) is None else hf[name]
         plain = isinstance(values, dict) and set(values) <= _ROPE_FIELDS
-        plain = plain and {values.get("rope_type"), values.get("type")} <= {"default", None}
+        plain = plain and all(values.get(key) in ("default", None) for key in ("rope_type", "type"))
         if not plain or values.get("partial_rotary_factor") not in (1, None):
             raise UserError(f"config.json: {name}={values!r} is not supported; only rope_type 'default' is")
         if values.get("rope_theta") is not None:
@@ -188,7 +188,7 @@ def _integer(hf: Mapping[str, Any], name: str) -> int:
 
 def _number(hf: Mapping[str, Any], name: str) -> float:
     value: Any = hf.get(name)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise UserError(f"config.json: {name}={value!r} is not valid; expected a positive number")
     return float(value)
 

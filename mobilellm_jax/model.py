@@ -10,6 +10,11 @@ Parameters, all float32; the leading axis U of `blocks` stacks the blocks:
   blocks/attention_norm/gain U D                blocks/ffn_norm/gain U D
   blocks/attention/query U D N H                blocks/attention/{key, value} U D K H
   blocks/attention/output U N H D               blocks/ffn/{gate, up} U D F       blocks/ffn/down U F D
+
+Reverse mode only: `kernels.linear`, `kernels.swiglu`, `attention.attend_causally` and `cross_entropy` have
+their gradients written out (`jax.custom_vjp`), for speed and memory. So `jax.jvp`, `jax.jacfwd` and
+`jax.hessian` of `apply`, `hidden`, `loss` and `extend` fail: "can't apply forward-mode autodiff (jvp) to a
+custom_vjp function". Reverse over reverse works, as for the product of the Hessian and a vector.
 """
 
 from collections.abc import Callable

@@ -216,7 +216,7 @@ class Outcome:
       evaluations: {"step", "loss" (nats per token), "bits_per_byte", "error" (share of rows with a wrong
         answer)} in order; the last two are None where they have no meaning.
       train_curve: [step, loss in nats per token] at every progress line.
-      train_s: seconds in training steps, over all sittings.
+      train_s: seconds in training steps, over all sittings, without evaluations and checkpoints.
       compile_s, wall_s: seconds in compilation (near 0 where an earlier run had the same shape) and in all,
         of the last sitting.
     """
@@ -272,14 +272,16 @@ def train(
     tokens_per_step = t.batch_size * config.data.sequence_length
     bytes_per_token = prepared.bytes_per_token("valid")
     clock = Clock(start, log.train_s)
+    train_s = clock.total  # up to the last step whose metrics were read
 
     def read(step: int, metrics: dict[str, Array]) -> None:
         """Waits for the metrics of a step and logs them where due."""
-        loss = float(metrics["loss"])
+        nonlocal train_s
+        loss, train_s = float(metrics["loss"]), clock.total
         diverged = not math.isfinite(loss)
         if step % t.log_every == 0 or step == t.steps or diverged:
             speed = clock.rate(step, tokens_per_step)
-            log.train(step, loss, float(metrics["grad_norm"]), float(learning_rates[step - 1]), clock.total)
+            log.train(step, loss, float(metrics["grad_norm"]), float(learning_rates[step - 1]), train_s)
             left = duration((t.steps - step) * tokens_per_step / speed)
             say(f"step {step:,}/{t.steps:,}  loss {loss:.4f}  {speed:,.0f} tokens/s  {left} left")
         if diverged:
@@ -314,7 +316,7 @@ def train(
                 save_now = step % t.checkpoint_every == 0 or step == t.steps or stop
                 if evaluate_now or save_now:
                     read(*pending)
-                    pending, train_s = None, clock.total
+                    pending = None
                     with clock.paused():
                         loss = evaluate(step) if evaluate_now else None
                         if save_now:
@@ -341,7 +343,7 @@ def train(
         steps=step,
         evaluations=log.evaluations,
         train_curve=log.train_curve,
-        train_s=clock.total,
+        train_s=train_s,
         compile_s=compile_s,
         wall_s=time.perf_counter() - wall_start,
     )

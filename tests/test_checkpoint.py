@@ -131,9 +131,23 @@ def test_a_run_killed_in_its_first_save_starts_anew(tmp_path):
 
 def test_when_all_are_damaged_the_directory_and_the_files_are_named(tmp_path):
     save(tmp_path, {1: None})
-    (tmp_path / "1" / "extra").write_text("x")
-    with pytest.raises(UserError, match=f"{tmp_path}.*1/extra has changed"):
+    flip(tmp_path / "1" / "_METADATA")
+    with pytest.raises(UserError, match=f"{tmp_path}.*1/_METADATA has changed"):
         restore(tmp_path)
+
+
+def test_files_of_others_are_no_damage_and_no_step(tmp_path):
+    save(tmp_path, {1: None, 2: None})
+    (tmp_path / "2" / ".DS_Store").write_text("x")
+    (tmp_path / "2" / "d" / ".nfs0001").write_text("x")
+    (tmp_path / "7").write_text("x")  # a plain file
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore_latest(LIKE)[0] == 2
+    checkpoints.delete_after(2)
+    checkpoints.save(3, state(3), None)
+    checkpoints.close()
+    assert restore(tmp_path)[0] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3", "7"]
 
 
 @pytest.mark.parametrize(

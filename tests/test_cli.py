@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from experiments import cli
+from mobilellm_jax import files
 from mobilellm_jax.errors import UserError
 
 
@@ -46,6 +48,11 @@ def test_the_config_goes_in_front_of_its_overrides():
         (["sweep", "--confg=x"], "Unknown command line flag 'confg'. Did you mean: config"),
         (["train", "extra", "--workdir=x"], "unexpected argument 'extra'"),
         (["train"], "--workdir: say where"),
+        (
+            ["train", "--config=configs/tour.py:tiny", "--workdir=x"],
+            "--config=configs/tour.py:tiny: names 2 studies, and this command takes one config; use "
+            "--config=configs/depth_vs_width.py:tiny or --config=configs/layer_sharing.py:tiny, or",
+        ),
     ],
     ids=str,
 )
@@ -56,6 +63,38 @@ def test_commands_end_with_one_line_and_status_2(arguments, message):
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def test_a_directory_may_begin_with_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert files.directory("workdir", "~/runs") == files.local_directory("workdir", "~/runs")
+    assert files.directory("workdir", "~/runs") == Path("/home/me/runs")
+    assert files.directory("workdir", "a/~/b") == Path("a/~/b")
+
+
+def test_a_platform_that_is_not_there_is_one_line():
+    program = "import jax; from experiments import cli; cli.run(lambda: jax.device_count())"
+    environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert result.stderr.startswith("error: JAX_PLATFORMS=nowhere: JAX finds no such device")
+
+
+@pytest.mark.parametrize("error", [AssertionError("mine"), RuntimeError("mine")])
+def test_other_errors_of_the_same_kind_keep_their_traceback(error, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli.app, "run", lambda *_, **__: fail())  # the flags of this process are pytest's
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli.logging, "set_verbosity", lambda *_: None)
+    with pytest.raises(type(error), match="mine"):
+        cli.run(lambda: 0)
 
 
 def test_help_is_no_error():

@@ -4,6 +4,7 @@ import math
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -40,11 +41,21 @@ def workdir(tmp_path_factory, params):
     return folder
 
 
-def greedy(params, texts, steps):
+@pytest.fixture(scope="module")
+def imported_without_bos(tmp_path_factory, workdir):
+    """The same weights as an imported model whose tokenizer puts no BOS before a text."""
+    folder = tmp_path_factory.mktemp("imported") / "run"
+    shutil.copytree(workdir, folder)
+    (folder / run.IMPORTED).write_text("{}")
+    (folder / run.TOKENIZER / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    return folder
+
+
+def continued(params, texts, steps, before=(256,), temperature=0.0):
     """Returns the ids of the prompts, as `generate` reads them, and of what comes after them."""
     tokenizer = BytesTokenizer()
-    prompts = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(texts)]
-    generator = Generator(params, CONFIG.model, Sampling(temperature=0.0, top_k=0, top_p=1.0), 40)
+    prompts = [[*before, *ids] for ids in tokenizer.encode_batch(texts)]
+    generator = Generator(params, CONFIG.model, Sampling(temperature=temperature, top_k=0, top_p=1.0), 40)
     columns = zip(*generator.start(prompts, steps, tokenizer.eos_id, 0), strict=True)
     return [
         prompt + [t for t in column if t is not None] for prompt, column in zip(prompts, columns, strict=True)
@@ -54,18 +65,25 @@ def greedy(params, texts, steps):
 def test_generate_prints_ids_and_speeds(workdir, params):
     arguments = ["--prompt=a", "--prompt=world", "--max_new_tokens=9", "--print_ids"]
     result = command("experiments.generate", f"--workdir={workdir}", *arguments)
-    expected = greedy(params, ["a", "world"], 9)
+    expected = continued(params, ["a", "world"], 9)
     assert result.stdout.splitlines() == [",".join(map(str, ids)) for ids in expected], result.stderr
     assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["prefill", "decode"]
     assert "prefill: 8 tokens in" in result.stderr
     assert result.stderr.count("tokens/s") == 2
 
 
+def test_generate_puts_no_bos_where_the_imported_tokenizer_does_not(imported_without_bos, params):
+    arguments = ["--prompt=world", "--max_new_tokens=9", "--print_ids"]
+    result = command("experiments.generate", f"--workdir={imported_without_bos}", *arguments)
+    (expected,) = continued(params, ["world"], 9, before=())
+    assert result.stdout == ",".join(map(str, expected)) + "\n", result.stderr
+
+
 @pytest.mark.slow
 def test_generate_prints_texts_in_order(workdir, params):
     arguments = ["--prompt=a", "--prompt=world", "--max_new_tokens=9"]
     result = command("experiments.generate", f"--workdir={workdir}", *arguments)
-    expected = [BytesTokenizer().decode(ids) for ids in greedy(params, ["a", "world"], 9)]
+    expected = [BytesTokenizer().decode(ids) for ids in continued(params, ["a", "world"], 9)]
     shown = "\n---\n".join(expected).replace("\r\n", "\n").replace("\r", "\n")  # as a pipe in text mode
     assert result.stdout == shown + "\n", result.stderr
 
@@ -93,6 +111,7 @@ def test_bad_input_is_one_line(workdir, name, arguments, message):
 def test_generate_asks_for_prompts_on_a_terminal(workdir, params):
     terminal, other = pty.openpty()
     line = [sys.executable, "-m", "experiments.generate", f"--workdir={workdir}", "--max_new_tokens=9"]
+    line.append("--temperature=1")
     environment = {**os.environ, "PYTHONPATH": ".", "TERM": "dumb"}
     process = subprocess.Popen(line, stdin=other, stdout=other, stderr=other, env=environment)
     os.close(other)
@@ -105,10 +124,12 @@ def test_generate_asks_for_prompts_on_a_terminal(workdir, params):
         return seen
 
     read_until(b"prompt> ")
-    os.write(terminal, b"world\n")
-    answer = read_until(b"prompt> ").decode(errors="replace").replace("\r\n", "\n")
-    (expected,) = greedy(params, ["world"], 9)
-    assert BytesTokenizer().decode(expected) in answer
+    expected = continued(params, ["world", "world"], 9, temperature=1.0)  # of one batch: two answers
+    assert expected[0] != expected[1]
+    for ids in expected:
+        os.write(terminal, b"world\n")
+        answer = read_until(b"prompt> ").decode(errors="replace").replace("\r\n", "\n")
+        assert BytesTokenizer().decode(ids) in answer
     os.write(terminal, b"w" * 60 + b"\n")
     assert b"do not fit in the context of 40" in read_until(b"prompt> ")
     os.write(terminal, b"\x04")
@@ -116,10 +137,16 @@ def test_generate_asks_for_prompts_on_a_terminal(workdir, params):
     os.close(terminal)
 
 
-def test_evaluate_scores_a_text(workdir, params, tmp_path):
+@pytest.mark.parametrize(
+    ("made", "before"),
+    [pytest.param("workdir", [256], marks=pytest.mark.slow), ("imported_without_bos", [])],
+    ids=["trained", "imported"],
+)
+def test_evaluate_scores_a_text(made, before, params, tmp_path, request):
     (tmp_path / "x.txt").write_text(TEXT)
+    workdir = request.getfixturevalue(made)
     result = command("experiments.evaluate", f"--workdir={workdir}", f"--text=files:{tmp_path}/*.txt")
-    stream = np.array([256, *TEXT.encode(), 257])
+    stream = np.array([*before, *TEXT.encode(), 257])
     nats, tokens, size = 0.0, len(stream) - 1, len(TEXT.encode())
     for start in range(0, tokens, 40):
         row = stream[start : start + 41]

@@ -24,11 +24,12 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     "make", [BytesTokenizer, lambda: train_bpe("bpe:260", DOCUMENTS)], ids=["bytes", "bpe"]
 )
-def test_rows_predict_every_token_once(folder, make):
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_rows_predict_every_token_once(folder, make, add_bos):
     tokenizer = make()
-    text = read_text(f"files:{folder}/*.txt", "text", tokenizer, 7)
-    ends = tokenizer.bos_id, tokenizer.eos_id
-    stream = [i for ids in tokenizer.encode_batch(DOCUMENTS) for i in (ends[0], *ids, ends[1])]
+    text = read_text(f"files:{folder}/*.txt", "text", tokenizer, 7, add_bos)
+    begin, end = [tokenizer.bos_id] * add_bos, tokenizer.eos_id
+    stream = [i for ids in tokenizer.encode_batch(DOCUMENTS) for i in (*begin, *ids, end)]
     targets = text.rows_RS[:, 1:].ravel()
     assert targets[targets >= 0].tolist() == stream[1:]
     assert text.rows_RS[0, 0] == stream[0]
@@ -46,7 +47,7 @@ def test_rows_are_those_of_the_held_out_split(folder):
     )
     prepared = data.prepare(config, 258)
     there = np.concatenate(list(data.eval_batches(prepared, batch_size=8)))
-    text = read_text(spec, "text", BytesTokenizer(), 7)
+    text = read_text(spec, "text", BytesTokenizer(), 7, add_bos=True)
     rows = prepared.num_rows("valid")
     assert len(text.rows_RS) == rows + 1  # what preparing drops
     np.testing.assert_array_equal(text.rows_RS[:rows], there[:rows])
@@ -64,10 +65,10 @@ def test_rows_are_those_of_the_held_out_split(folder):
 )
 def test_bad_texts_are_named(spec, message):
     with pytest.raises(UserError, match=message):
-        read_text(spec, "text", BytesTokenizer(), 4)
+        read_text(spec, "text", BytesTokenizer(), 4, add_bos=True)
 
 
 def test_a_text_without_a_token_to_predict_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(UserError, match=r"holds 0 token\(s\); there is none to predict"):
-        read_text(f"files:{tmp_path}/x.jsonl", "text", BytesTokenizer(), 4)
+        read_text(f"files:{tmp_path}/x.jsonl", "text", BytesTokenizer(), 4, add_bos=True)

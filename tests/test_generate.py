@@ -104,9 +104,9 @@ def without_cache(params, m, prompt, steps):
     return tokens[len(prompt) :]
 
 
-def continuations(generator, prompts, steps, eos_id=None, seed=0):
+def continuations(generator, prompts, steps, eos_id=None, seed=0, place=0):
     """Returns the new tokens of each prompt, and the number of steps."""
-    rows = list(generator.start(prompts, steps, eos_id, seed))
+    rows = list(generator.start(prompts, steps, eos_id, seed, place))
     return [[token for token in column if token is not None] for column in zip(*rows, strict=True)], len(rows)
 
 
@@ -148,6 +148,7 @@ def test_draws_follow_from_seed_and_place():
     again, _ = continuations(generator, [PROMPTS[0], PROMPTS[2]], 12, seed=3)
     assert again[0] == first  # whatever stands beside it
     assert continuations(generator, [PROMPTS[0]], 12, seed=4)[0][0] != first
+    assert continuations(generator, [PROMPTS[0]], 12, seed=3, place=2)[0][0] == last
 
 
 @pytest.mark.parametrize(
@@ -197,6 +198,15 @@ def test_draws_have_the_probabilities_they_should(settings, expected):
     p_V = np.array(expected) / np.sum(expected)
     assert np.all(found_V[p_V == 0] == 0)
     assert np.all(np.abs(found_V - p_V) <= 5 * np.sqrt(p_V * (1 - p_V) / draws))
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-38, 1.2e-38, 1e-30])
+def test_the_smallest_temperatures_take_the_most_probable(temperature):
+    sampling = Sampling(temperature=temperature, top_k=0, top_p=1.0)
+    for logits_V in ([0.0, -3.0, -1.0], [5.0, 900.0, 899.9], [-7.0, -9.0, -6.9]):
+        logits_BV = jnp.broadcast_to(jnp.float32(logits_V), (64, 3))
+        tokens_B, _ = jax.jit(generate.choose, static_argnums=2)(logits_BV, _keys(64), sampling)
+        assert set(tokens_B.tolist()) == {int(np.argmax(logits_V))}
 
 
 @pytest.mark.parametrize(

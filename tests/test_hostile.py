@@ -22,6 +22,7 @@ from mobilellm_jax import accounting, config, optimizer, partition
 from mobilellm_jax.data.sources import open_source
 from mobilellm_jax.data.tasks import open_task
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.huggingface_config import context_length, model_fields, read_object
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -107,6 +108,74 @@ def test_a_random_config_builds_or_the_error_names_a_field():
     build()
     assert counts.total() == 2000, counts
     assert min(counts["built"], counts["refused"]) >= 300, counts
+
+
+LLAMA = {  # every field of a config.json that import reads
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_theta": 1e4,
+    "rope_scaling": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "layer_types": ["full_attention", "full_attention"],
+    "share_embedding": None,
+    "layer_sharing": None,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "sliding_window": None,
+    "partial_rotary_factor": 1.0,
+}
+LEAVES = [None, True, False, 0, 1, 2, 4, -3, 16, 10**9, 10**400, 1.0, 1e-5, 1e4, float("nan"), float("inf")]
+LEAVES += ["llama", "mobilellm", "default", "full_attention", "silu", "yarn", "", "\ud800", [], {}]
+KEYS = ["rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"]
+
+
+def json_value(rng: random.Random, deep: int = 2):
+    """Returns a random JSON value, of the kind that config.json may hold somewhere."""
+    kind = rng.random()
+    if deep and kind < 0.2:
+        return [json_value(rng, deep - 1) for _ in range(rng.randrange(3))]
+    if deep and kind < 0.4:
+        return {rng.choice(KEYS): json_value(rng, deep - 1) for _ in range(rng.randrange(3))}
+    return rng.choice(LEAVES)
+
+
+def test_a_random_config_json_is_taken_or_the_error_names_a_field():
+    """4,000 of them, each with one or two fields of any JSON value, through all that import asks of it."""
+    plain = config.to_dict(tiny_config())
+    rng, counts = random.Random(0), Counter()
+    for _ in range(4000):
+        hf = {
+            **LLAMA,
+            **{name: json_value(rng) for name in rng.sample(list(LLAMA), 1 + (rng.random() < 0.2))},
+        }
+        try:
+            values = {group: dict(fields) for group, fields in plain.items()}
+            values["model"] |= model_fields(hf)
+            values["data"]["sequence_length"] = context_length(hf)
+            config.from_config_dict(values)
+        except UserError as error:
+            counts["refused"] += any(name in str(error) for name in ["config.json: ", *FIELDS])
+        else:
+            counts["taken"] += 1
+    assert counts.total() == 4000, counts
+    assert min(counts["taken"], counts["refused"]) >= 300, counts
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"9" * 5000, b"\xff", b"[]", b""])
+def test_a_config_json_that_is_no_object_is_refused_by_name(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json: not "):
+        read_object(tmp_path / "config.json")
 
 
 def jsonl(key: str, values: list) -> bytes:

@@ -434,7 +434,7 @@ def test_a_run_that_fails_where_its_error_cannot_be_written_stops_no_other(
     failed, other = results.read_all(tmp_path / "w" / "results")
     assert (failed.status, other.status) == ("failed", "finished")
     out = capsys.readouterr().out
-    assert "error.txt cannot be written; Traceback" in out
+    assert "error.txt cannot be written: File exists)" in out
     assert "UserError: the disk is full" in out
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -202,6 +203,20 @@ def test_a_resumed_run_counts_the_time_of_all_its_steps(tmp_path, corpus, monkey
     assert clocks == [(7, saved["train_s"])]
     assert 0 < saved["train_s"] < outcome.train_s
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"8", "12"}
+
+
+def test_the_time_of_the_steps_is_without_the_last_checkpoint(tmp_path, corpus, monkeypatch):
+    close = train.Checkpoints.close
+
+    def slow_close(checkpoints):
+        time.sleep(0.5)
+        close(checkpoints)
+
+    monkeypatch.setattr(train.Checkpoints, "close", slow_close)
+    outcome, _ = run_loop(tiny_config(**{**corpus, "train.steps": 4}), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert outcome.train_s == pytest.approx(lines[-1]["train_s"], abs=1e-3)
+    assert lines[-1]["kind"] == "save"
 
 
 SAME_BITS = """

@@ -21,7 +21,7 @@ class Text:
     Attributes:
       rows_RS: int32; the packing is `prepare.PACKING`, except that nothing is dropped.
       documents, text_bytes: size of the text.
-      tokens: that are predicted: all but the first, BOS and EOS of documents included.
+      tokens: that are predicted: all but the first, EOS and BOS, if any, of documents included.
     """
 
     rows_RS: np.ndarray
@@ -35,8 +35,10 @@ class Text:
         return padded_batches(self.rows_RS.__getitem__, order, batch_size, process_index, process_count)
 
 
-def read_text(spec: str, text_field: str, tokenizer: Tokenizer, sequence_length: int) -> Text:
-    """Returns the text of a source, whole, as rows that predict `sequence_length` tokens.
+def read_text(spec: str, text_field: str, tokenizer: Tokenizer, sequence_length: int, add_bos: bool) -> Text:
+    """Reads the text of a source, whole, into rows that predict `sequence_length` tokens.
+
+    `add_bos` begins every document with BOS, where the tokenizer has one.
 
     Raises:
       UserError: the source is none of text, cannot be read, or holds no text.
@@ -45,7 +47,8 @@ def read_text(spec: str, text_field: str, tokenizer: Tokenizer, sequence_length:
     if kind not in _KINDS or (kind == spec) != (kind == "bundled"):
         raise UserError(f"--text: {spec!r} is not valid; expected bundled, files:<glob> or tfds:<name>")
     drop_space = tokenizers.adds_space(tokenizer)
-    before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
+    bos_id = tokenizer.bos_id if add_bos else None
+    before, after = ([] if i is None else [i] for i in (bos_id, tokenizer.eos_id))
     parts, documents, text_bytes = [], 0, 0
     for document in open_source(spec, text_field, "--text").read(lambda count: None):
         if not isinstance(document, str) or not document:
