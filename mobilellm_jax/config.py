@@ -129,8 +129,7 @@ class DataConfig:
       text_field: field that holds the text in jsonl files and TFDS examples.
       tokenizer: "bytes", "bpe:<vocabulary size>" (trained on `source` at first use),
         "sentencepiece:<file.model>" or "huggingface:<tokenizer.json>"; ignored by "tokens:" sources.
-      sequence_length: T, tokens a row predicts. A row may hold several documents; attention crosses their
-        borders.
+      sequence_length: T, tokens a row predicts; attention crosses the borders of documents in a row.
       cache_dir: where prepared rows are kept; "~" is expanded.
     """
 
