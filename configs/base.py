@@ -94,12 +94,12 @@ def get_config(preset: str = "") -> ConfigDict:
     model.loss_chunk = 256  # positions; divides the memory of the logits by sequence_length / loss_chunk
 
     data = config.data = ConfigDict()
-    data.source = "bundled"  # real English that ships with Python: no download
-    data.valid_source = ""  # hold out documents of `source`
+    data.source = "bundled"  # real English that ships with Python, another text in every version: no download
+    data.valid_source = ""  # hold out documents of `source`, or the end of it where it is a single text file
     data.valid_fraction = 0.1
     data.text_field = "text"
     data.tokenizer = "bpe:2048"
-    data.sequence_length = 256
+    data.sequence_length = 256  # documents share a row, and attention crosses their borders: there is no mask
     data.cache_dir = "~/.cache/mobilellm_jax"
 
     optimizer = config.optimizer = ConfigDict()

@@ -16,6 +16,7 @@ from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
 from experiments import tables
+from mobilellm_jax.comparable import data_card, text_name
 from mobilellm_jax.results import Record, by_point, newest
 from mobilellm_jax.statistics import Estimate
 from mobilellm_jax.verdicts import Verdict
@@ -273,7 +274,6 @@ def caption(records: Sequence[Record], found: Verdict, first: str = "") -> str:
 
 
 def _scale(records: Sequence[Record], found: Verdict) -> str:
-    facts = newest(records)
     compared = [record for record in records if record.phase == "comparison"] or list(records)
     ended = [record for record in compared if record.status == "finished"] or compared
 
@@ -290,7 +290,8 @@ def _scale(records: Sequence[Record], found: Verdict) -> str:
         f"({span(r.parameters['non_embedding'] for r in records)} non-embedding)",
         f"vocabulary of {known('vocab_size', 9)}",
         f"{span(r.tokens_seen for r in ended)} training tokens in {span(r.steps for r in ended)} steps",
-        f"data: {facts.setting('data.source')} (sha256 {known('source_sha256', 8)})",
+        f"data: {', '.join(sorted({text_name(data_card(r)) for r in ended}))} "
+        f"(sha256 {known('source_sha256', 8)})",
         f"{seeds} seed{'' if seeds == '1' else 's'}",
         f"device: {', '.join(sorted({record.device_name for record in records}))}",
     ]

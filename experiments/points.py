@@ -9,10 +9,11 @@ from typing import Any
 
 from configs.base import Study
 from experiments import cli, paper
-from mobilellm_jax import accounting, data, results
+from mobilellm_jax import accounting, comparable, data, processes, results
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError, did_you_mean
-from mobilellm_jax.run import flatten
+from mobilellm_jax.files import AnyPath, files_below
+from mobilellm_jax.run import check_data, flatten
 
 # Added to the seeds of the runs that look for the learning rate, so that a point is not judged on the noise
 # that its learning rate was chosen by.
@@ -130,10 +131,30 @@ def points_of(spec: str, overrides: dict[str, Any], seeds: int | None, only: Seq
     return [point for point in points if not only or point.facts["point"] in only]
 
 
-def prepare_data(points: Sequence[Point]) -> None:
-    """Prepares the data of the points, once where several have the same."""
-    for data_config, vocab_size in dict.fromkeys((p.config.data, p.config.model.vocab_size) for p in points):
-        data.prepare(data_config, vocab_size)
+def prepare_data(points: Sequence[Point], workdir: AnyPath) -> None:
+    """Prepares the data of the points, once where several have the same.
+
+    Raises:
+      UserError: bad data, or not those of the records and runs that `workdir` has of the points' studies.
+    """
+    cards: dict[Any, dict[str, Any]] = {}
+    of_study: dict[Path, dict[Any, dict[str, Any]]] = {}
+    for point in points:
+        key = point.config.data, point.config.model.vocab_size
+        cards[key] = cards[key] if key in cards else data.prepare(*key).card
+        of_study.setdefault(Path(point.name).parent, {})[key] = cards[key]
+
+    def check() -> None:
+        for study, known in of_study.items():
+            paths = [p for p in files_below(workdir / "results" / study) if p.suffix == ".json"]
+            records = [(path, results.read(path)) for path in paths]
+            for card in known.values():
+                for path, record in records:
+                    comparable.check_same_data(path, record, card)
+                for path in (workdir / "runs" / study).glob("*"):
+                    check_data(path, card)
+
+    processes.of_first(check)
 
 
 def _study_points(

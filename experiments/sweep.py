@@ -150,7 +150,7 @@ def sweep(
       questions: to ask every finished run of the points.
 
     Raises:
-      UserError: bad data, or a `workdir` of another sweep; found before anything is compiled.
+      UserError: bad data, or a `workdir` of another sweep or data; found before anything is compiled.
         Or a point broke off, for example when memory ran out; the others are done and reported.
     """
     if jax.process_count() > 1:
@@ -166,7 +166,7 @@ def sweep(
     processes.of_first(lambda: make_workdir(workdir))
     missing = processes.of_first(lambda: {point.name: missing_runs(point, workdir) for point in points})
     todo = [point for point in points if missing[point.name]]
-    prepare_data(todo)
+    prepare_data(todo, workdir)
     if todo:
         total, left = sum(point.runs for point in points), sum(missing.values())
         print(f"\n{total - left} of about {total} runs are done already", end="; ")

@@ -2,9 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import AnyPath
 from mobilellm_jax.results import Record, by_study, newest
 
 _SEEDS = {"train.init_seed", "train.data_seed"}
@@ -19,6 +21,57 @@ _DECISIVE = re.compile(r"data\..*|train\.(steps|batch_size|eval_rows)")
 _OF_PHASE = re.compile(r"train\..*|steps|tokens seen")
 
 
+def data_hashes(card: Mapping[str, Any], rows: bool = False) -> dict[str, str | None]:
+    """The hashes in a data card: source, held-out source, tokenizer, and those of the rows if asked for."""
+    hashes = {name: value for name, value in card.items() if name.endswith("sha256")}
+    splits = card.get("splits", {}) if rows else {}
+    return hashes | {f"{split}_rows_sha256": entry["sha256"] for split, entry in splits.items()}
+
+
+def data_changes(there: Mapping[str, Any], here: Mapping[str, Any], rows: bool = False) -> str:
+    """Which hashes differ between two data cards, in words; "" where all agree that both have."""
+    old, new = data_hashes(there, rows), data_hashes(here, rows)
+    changes = [
+        f"{name.replace('_', ' ')} {_short(old[name])} -> {_short(new[name])}"
+        for name in old
+        if name in new and old[name] != new[name]
+    ]
+    texts = " -> ".join(dict.fromkeys([text_name(there), text_name(here)]))
+    return f"{', '.join(changes)} ({texts})" if changes else ""
+
+
+def data_card(record: Record) -> dict[str, Any]:
+    """The data card of a record, with the source and the Python of the run where the card names none."""
+    card = {"source": record.setting("data.source"), **record.data}
+    return {**card, "python_version": card.get("python_version") or record.versions.get("python")}
+
+
+def text_name(card: Mapping[str, Any]) -> str:
+    """The source that a data card names; the bundled text with the Python that it came with."""
+    source, version = card.get("source", "unknown source"), card.get("python_version")
+    return f"{source} of Python {version}" if source == "bundled" and version else source
+
+
+def leakage(card: Mapping[str, Any]) -> str | None:
+    """A sentence where held-out documents were trained on as well."""
+    count = card.get("held_out_documents_in_train", 0)
+    if not count:
+        return None
+    total = card["splits"]["valid"]["documents"]
+    return (
+        f"{count:,} of {total:,} held-out documents ({count / total:.1%}) are in the training text as well."
+    )
+
+
+def check_same_data(path: AnyPath, record: Record, card: Mapping[str, Any]) -> None:
+    """Raises UserError unless the data of `record`, read from `path`, are those of the data card."""
+    if changes := data_changes(data_card(record), card):
+        raise UserError(
+            f"{path}: made with other data: {changes}; such runs are not compared: "
+            "restore the data, or use another --workdir"
+        )
+
+
 def check_comparable(records: Iterable[Record]) -> list[str]:
     """Refuses to compare runs of one study and preset that differ in more than the study says.
 
@@ -27,8 +80,8 @@ def check_comparable(records: Iterable[Record]) -> list[str]:
     data and tokenizer may never differ.
 
     Returns:
-      Warnings: runs of different code, libraries or devices, of a study that was changed in between, or tuned
-      under other conditions than compared.
+      Warnings: runs of different code, libraries or devices, of a study that was changed in between, tuned
+      under other conditions than compared, or held-out documents that were trained on.
 
     Raises:
       UserError: different data, tokenizer, metric, sequence length, batch or steps; comparison runs of one
@@ -47,9 +100,9 @@ def check_comparable(records: Iterable[Record]) -> list[str]:
                 facts.setdefault((decisive, name), {}).setdefault(str(value), []).append(record)
         for (decisive, name), runs in facts.items():
             if decisive and len(runs) > 1:
-                a, b = list(runs)[:2]
+                a, b = (f"{value} in {_where(found[0], name)}" for value, found in list(runs.items())[:2])
                 raise UserError(
-                    f"{study}:{preset}: {name} is {a} in {runs[a][0].name}, but {b} in {runs[b][0].name}; "
+                    f"{study}:{preset}: {name} is {a}, but {b}; "
                     "such runs are not compared: make them again under equal conditions, or apart"
                 )
             if len(runs) > 1:
@@ -59,11 +112,24 @@ def check_comparable(records: Iterable[Record]) -> list[str]:
             tuned, compared = (", ".join(sorted(values.get(p, ()))) for p in ("tuning", "comparison"))
             if name.startswith("train.") and tuned and compared and tuned != compared:
                 warnings.append(f"{name} was {tuned} in tuning, but {compared} in the comparison.")
+        warnings += dict.fromkeys(filter(None, (leakage(record.data) for record in group)))
         runs = Counter(_identity(record) for record in group)
         (run, count), *_ = runs.most_common()
         if count > 1:
             raise UserError(f"{study}:{preset}: {count} records of {run}; keep one of them")
     return warnings
+
+
+def _short(sha256: str | None) -> str:
+    return str(sha256)[:12]
+
+
+def _where(record: Record, fact: str) -> str:
+    return (
+        f"{record.name} ({text_name(data_card(record))})"
+        if fact == "source_sha256 of the data"
+        else record.name
+    )
 
 
 def _identity(record: Record) -> str:
@@ -86,9 +152,7 @@ def _facts(record: Record, runs: Sequence[Record]) -> Iterator[tuple[str, object
             (f"{name} of the comparison runs of {record.point!r}", record.setting(name), True)
             for name in record.nuisance
         )
-    yield from (
-        (f"{name} of the data", v, True) for name, v in record.data.items() if name.endswith("sha256")
-    )
+    yield from ((f"{name} of the data", value, True) for name, value in data_hashes(record.data).items())
     if record.status == "finished" and not scientific & {"train.steps", "train.batch_size"}:
         yield "steps", record.steps, True
         yield "tokens seen", record.tokens_seen, True

@@ -123,13 +123,13 @@ class DataConfig:
     Attributes:
       source: "bundled", "files:<glob>", "tokens:<glob>" (jsonl of {"token_ids": [...]}), "tfds:<name>", or a
         synthetic task, "khop:...", "addition:..." or "recall:..." with its numbers (`data/tasks.py`).
-      valid_source: a source used whole as the held-out split; "" splits `source` by document; of a task, the
-        same task with other numbers; "" draws other rows.
-      valid_fraction: share of documents held out when `valid_source` is "".
+      valid_source: a source of other text, used whole as the held-out split; "" splits `source` by document,
+        or a single text file near its end; of a task, the same task with other numbers; "" draws other rows.
+      valid_fraction: share of documents, or of the single text, held out when `valid_source` is "".
       text_field: field that holds the text in jsonl files and TFDS examples.
       tokenizer: "bytes", "bpe:<vocabulary size>" (trained on `source` at first use),
         "sentencepiece:<file.model>" or "huggingface:<tokenizer.json>"; ignored by "tokens:" sources.
-      sequence_length: T, tokens a row predicts.
+      sequence_length: T, tokens a row predicts; attention crosses the borders of documents in a row.
       cache_dir: where prepared rows are kept; "~" is expanded.
     """
 

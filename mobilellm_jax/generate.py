@@ -225,9 +225,9 @@ def _in_compute_dtype(params: model.Params, config: ModelConfig) -> model.Params
 class TextStream:
     """Token ids to text, piece by piece; the pieces together are the text of all the ids.
 
-    A token may end within a character, and its text may depend on the token before it (SentencePiece leaves
-    out the space before the first word). So a piece is what the text of a few ids gains by another one, once
-    it ends with a whole character.
+    A token may end within a character, and its text may depend on the tokens before it (SentencePiece leaves
+    out the space before the first word, or all of them). A piece is what the text of a few ids, with a word
+    among them, gains by another one, once it ends with a whole character.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -241,7 +241,9 @@ class TextStream:
         piece = self._rest()
         if not piece or piece.endswith("\ufffd"):  # what half a character is decoded to
             return ""
-        self._start, self._done = self._done, len(self._ids)
+        if self._tokenizer.decode(self._ids[self._done :]).strip():
+            self._start = self._done
+        self._done = len(self._ids)
         return piece
 
     def finish(self) -> str:

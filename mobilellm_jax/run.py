@@ -14,11 +14,13 @@ from jax.sharding import Mesh
 
 from mobilellm_jax import accounting, data, model, partition, processes, results
 from mobilellm_jax.checkpoint import load_params
+from mobilellm_jax.comparable import data_changes, data_hashes, leakage
 from mobilellm_jax.config import Config, from_config_dict, to_dict
+from mobilellm_jax.data.splits import BY_PLACE
 from mobilellm_jax.data.tokenizers import adds_bos
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import AnyPath, reason, write_atomically
-from mobilellm_jax.sealed import parse, seal, unseal_if_sealed
+from mobilellm_jax.sealed import parse, seal, unseal, unseal_if_sealed
 from mobilellm_jax.train import Outcome, train
 
 # Fields that may differ when a run is resumed: they change where it is computed and watched, not what.
@@ -27,6 +29,7 @@ _MAY_CHANGE = (
     *("model.remat", "model.scan_unroll", "model.loss_chunk"),
 )
 
+DATA = "data.json"  # in a run directory: the data card of what it trains on
 IMPORTED = "imported.json"  # in a run directory whose weights were imported
 TOKENIZER = "tokenizer"  # folder of a run directory, as `data.save_tokenizer` writes it
 
@@ -48,15 +51,23 @@ def check(config: Config) -> Mesh:
     return mesh
 
 
-def check_workdir(workdir: AnyPath, config: Config) -> None:
-    """Checks that `workdir` holds no checkpoint of a run with another config, else raises UserError."""
-    if any(workdir.glob("checkpoints/*")):  # before the first, there is nothing to lose
-        path = workdir / "config.json"
-        check_same(path, read_config(path), config)
+def check_workdir(workdir: AnyPath, config: Config) -> list[str]:
+    """Checks that `workdir` holds no checkpoint of a run with another config, else raises UserError.
+
+    Returns:
+      The differences that are allowed, see `check_same`.
+    """
+    if not any(workdir.glob("checkpoints/*")):  # before the first, there is nothing to lose
+        return []
+    path = workdir / "config.json"
+    return check_same(path, read_config(path), config)
 
 
-def claim_workdir(workdir: AnyPath, config: Config) -> None:
+def claim_workdir(workdir: AnyPath, config: Config) -> list[str]:
     """Makes `workdir` and writes `config.json` into it, if it holds no checkpoint of another run.
+
+    Returns:
+      What changed since the run was last started, in words.
 
     Raises:
       UserError: the directory cannot be written, or holds imported weights or a run with another config.
@@ -68,10 +79,45 @@ def claim_workdir(workdir: AnyPath, config: Config) -> None:
         )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        check_workdir(workdir, config)
+        changes = check_workdir(workdir, config)
         write_atomically(path, (json.dumps(seal(to_dict(config)), indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there ({reason(error)})") from None
+    return changes
+
+
+def check_data(workdir: AnyPath, card: dict[str, Any], rows: bool = False) -> str | None:
+    """Checks that the checkpoints in `workdir` were trained on the data of a card, with `rows` to the row.
+
+    Returns:
+      A warning, where an earlier version kept no data card beside them.
+
+    Raises:
+      UserError: on other data, or the data card there is damaged.
+    """
+    path, names = workdir / DATA, [step.name for step in workdir.glob("checkpoints/*")]
+    step = max((int(name) for name in names if name.isdecimal()), default=None)
+    if step is None:
+        return None
+    try:
+        changes = data_changes(unseal(parse(path.read_text())), card, rows)
+    except FileNotFoundError:
+        return f"warning: no {DATA} in {workdir}: cannot check that the data are still those of step {step:,}"
+    except ValueError as error:
+        raise UserError(f"{path}: not a data card ({error}); restore or delete the file") from None
+    if changes:
+        raise UserError(
+            f"{workdir}: the data changed since step {step:,}: {changes}; "
+            "restore the files or use a new --workdir"
+        )
+    return None
+
+
+def claim_data(workdir: AnyPath, card: dict[str, Any]) -> str | None:
+    """Writes the data card of a run into `workdir`; returns and raises as `check_data` does."""
+    warning = check_data(workdir, card, rows=True)
+    write_atomically(workdir / DATA, (json.dumps(seal(card), indent=1) + "\n").encode())
+    return warning
 
 
 def open_run(workdir: AnyPath) -> tuple[Config, model.Params]:
@@ -123,23 +169,28 @@ def read_config(path: AnyPath) -> dict[str, Any]:
     return values
 
 
-def check_same(path: AnyPath, there: dict[str, Any], config: Config) -> None:
+def check_same(path: AnyPath, there: dict[str, Any], config: Config) -> list[str]:
     """Checks that `there`, a config found at `path`, computes the same as `config`.
 
+    Returns:
+      The fields that differ without an influence on that, such as "train.eval_every 100 -> 50".
+
     Raises:
-      UserError: it does not; the message names the fields that differ.
+      UserError: other fields differ; the message names them.
     """
     old, new = flatten(there), flatten(to_dict(config))
+    changed = [name for name in new if old.get(name) != new[name]]
     differences = [
         f"{name} is {old.get(name)!r} there and {new[name]!r} here"
-        for name in new
-        if old.get(name) != new[name] and not name.startswith(_MAY_CHANGE)
+        for name in changed
+        if not name.startswith(_MAY_CHANGE)
     ]
     if differences:
         raise UserError(
             f"{path}: of a run with a different config: {'; '.join(differences)}. "
             "Use another --workdir, or delete what is there"
         )
+    return [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in changed]
 
 
 def finished_record(path: AnyPath, config: Config) -> results.Record | None:
@@ -184,7 +235,8 @@ def run(
 
     Args:
       config: the run.
-      workdir: its own directory; gets config.json, metrics.jsonl, tokenizer/, tensorboard/ and checkpoints/.
+      workdir: its own directory; gets config.json, data.json, metrics.jsonl, tokenizer/, tensorboard/ and
+        checkpoints/.
       describe: `results.Record` with the fields that only the study knows already set (`functools.partial`).
       say: gets the progress lines.
 
@@ -193,14 +245,31 @@ def run(
       Interrupted, Preempted: on SIGINT, on SIGTERM.
     """
     mesh = check(config)
-    processes.of_first(lambda: claim_workdir(workdir, config))
+    changes = processes.of_first(lambda: claim_workdir(workdir, config))
+    if changes:
+        say(f"changed since this run was last started: {', '.join(changes)}")
     prepared = data.prepare(config.data, config.model.vocab_size)
-    names = ("source_sha256", "tokenizer_sha256")
-    processes.check_same("data", ", ".join(f"{name} {prepared.card[name]}" for name in names))
-    if isinstance(prepared, data.PreparedData) and prepared.card["tokenizer"] and jax.process_index() == 0:
+    card = prepared.card
+    processes.check_same("data", ", ".join(f"{k} {v}" for k, v in data_hashes(card, rows=True).items()))
+    warning = processes.of_first(lambda: claim_data(workdir, card))
+    for line in filter(None, (warning, *data_notes(card))):
+        say(line)
+    if isinstance(prepared, data.PreparedData) and card["tokenizer"] and jax.process_index() == 0:
         data.save_tokenizer(data.load_tokenizer(prepared.directory), workdir / TOKENIZER)
     outcome = train(config, prepared, mesh, workdir, say)
-    return describe(**measured_fields(config, prepared.card, outcome))
+    return describe(**measured_fields(config, card, outcome))
+
+
+def data_notes(card: dict[str, Any]) -> list[str]:
+    """What a reader of the losses should know of the held-out text, a line each."""
+    notes = [f"warning: {sentence}" for sentence in [leakage(card)] if sentence]
+    if card.get("split") == BY_PLACE:
+        train, valid = (card["splits"][split]["text_bytes"] for split in ("train", "valid"))
+        notes.append(
+            f"{card['source']} is one document: its last {valid / (train + valid):.1%} ({valid:,} bytes) "
+            "are held out"
+        )
+    return notes
 
 
 def planned_fields(config: Config) -> dict[str, Any]:

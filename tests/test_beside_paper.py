@@ -144,8 +144,8 @@ def test_caption_says_what_both_sides_are():
     assert caption.startswith(
         "The paper (table 14): average zero-shot accuracy on eight tasks after 0.25T training tokens, one "
         "run of each model at one learning rate. Ours: 1 M parameters (750 k non-embedding); vocabulary of "
-        "2048; 2.05 M training tokens in 500 steps; data: bundled (sha256 abababab); 2 seeds; "
-        "device: 1 x cpu (cpu)."
+        "2048; 2.05 M training tokens in 500 steps; data: bundled of Python 3.11.7 (sha256 abababab); "
+        "2 seeds; device: 1 x cpu (cpu)."
     )
     assert "those of the public OPT-125M" in draw(twins("roadmap")).texts[0].get_text().replace("\n", " ")
     assert "after 1T training tokens" in draw(twins("mobilellm")).texts[0].get_text()

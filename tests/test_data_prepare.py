@@ -130,9 +130,10 @@ def test_one_giant_document(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "_BATCH", 30_000)
     text = text_of(30_000)
     assert len(text) > 150_000
-    (tmp_path / "giant.txt").write_text(text)
-    source = f"files:{tmp_path}/giant.txt"
-    prepared = data.prepare(config(tmp_path, source=source, valid_source=source, tokenizer="bpe:300"), 300)
+    for name in ("giant", "copy"):
+        (tmp_path / f"{name}.txt").write_text(text)
+    sources = {"source": f"files:{tmp_path}/giant.txt", "valid_source": f"files:{tmp_path}/copy.txt"}
+    prepared = data.prepare(config(tmp_path, **sources, tokenizer="bpe:300"), 300)
     (ids,) = data.load_tokenizer(prepared.directory).encode_batch([text])
     assert rows(prepared, "train") == reference_rows([[0, *ids, 1]], 8)
 
@@ -218,10 +219,11 @@ def test_second_call_finds_the_rows(corpus, monkeypatch):
 
 
 def test_card_is_json_without_absolute_paths(corpus):
+    write_jsonl(corpus / "valid.jsonl", TEXTS)
     prepared = data.prepare(
         config(
             corpus,
-            valid_source=f"files:{corpus}/tr*.jsonl",
+            valid_source=f"files:{corpus}/va*.jsonl",
             tokenizer=f"sentencepiece:{corpus}/some.model",
         ),
         120,
@@ -230,7 +232,7 @@ def test_card_is_json_without_absolute_paths(corpus):
     assert unseal(json.loads(content)) == prepared.card
     assert str(corpus) not in content
     assert prepared.card["source"] == "files:train.jsonl"
-    assert prepared.card["valid_source"] == "files:tr*.jsonl"
+    assert prepared.card["valid_source"] == "files:va*.jsonl"
     assert prepared.card["tokenizer"] == "sentencepiece:some.model"
     model = (corpus / "some.model").read_bytes()
     assert prepared.card["tokenizer_sha256"] == hashlib.sha256(model).hexdigest()
@@ -394,7 +396,7 @@ def test_vocabulary_that_the_corpus_cannot_reach_is_recorded_as_it_is(tmp_path):
         ),
         (
             ["ab"],
-            {"valid_source": "files:{}/train.jsonl"},
+            {"valid_source": "files:{}/short.txt"},
             "the train split has 4 tokens and one row needs 9",
         ),
         (

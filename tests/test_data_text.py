@@ -41,7 +41,8 @@ def test_rows_predict_every_token_once(folder, make, add_bos):
 
 def test_rows_are_those_of_the_held_out_split(folder):
     spec = f"files:{folder}/*.txt"
-    fields = {"source": "files:" + str(folder / "2.txt"), "valid_source": spec, "tokenizer": "bytes"}
+    (folder / "train").write_text(DOCUMENTS[0])
+    fields = {"source": f"files:{folder}/train", "valid_source": spec, "tokenizer": "bytes"}
     config = dataclasses.replace(
         tiny_config().data, **fields, sequence_length=7, cache_dir=str(folder / "cache")
     )

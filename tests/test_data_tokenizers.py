@@ -164,6 +164,20 @@ def test_ids_of_pieces_are_those_of_the_whole(models, name, size):
     assert [joined] == tokenizer.encode_batch([text])
 
 
+@pytest.mark.parametrize("name", ["llama", "default", "no_prefix"])
+def test_text_without_spaces_gains_none_where_it_is_cut(models, name):
+    """One space at the start, the model's own, and one in the text."""
+    tokenizer = open_tokenizer(f"sentencepiece:{models / name}.model")
+    assert tokenizer is not None
+    text = "abcdefgh" * 60 + "\n" + "hgfedcba" * 60 + " " + "abab" * 90
+    cut = list(pieces(text, tokenizers.adds_space(tokenizer), 64))
+    joined = [i for ids in tokenizer.encode_batch(cut) for i in ids]
+    whole = tokenizer.encode_batch([text])[0]
+    assert tokenizer.decode(joined) == tokenizer.decode(whole)
+    if name != "no_prefix":  # that one is cut anywhere, so that tokens across the cut are lost
+        assert joined == whole
+
+
 @pytest.mark.parametrize(
     "text", ["", "short", "x" * 1000, "x  " * 300, "世界" * 300, " " * 500, text_of(300)]
 )

@@ -411,9 +411,9 @@ def test_caption_states_the_scale():
     caption = figures.outcome(records, verdict(records)).texts[0].get_text().replace("\n", " ")
     assert caption == (
         "1 M parameters (750 k non-embedding); vocabulary of 2048; 2.05 M training tokens in 500 steps; "
-        "data: bundled (sha256 abababab); 3 seeds; device: 1 x cpu (cpu). Held equal: non-embedding "
-        "parameters, within 0.1%. Learning rate: tuned for each point. Smallest difference that matters: "
-        "0.02 nats per token."
+        "data: bundled of Python 3.11.7 (sha256 abababab); 3 seeds; device: 1 x cpu (cpu). Held equal: "
+        "non-embedding parameters, within 0.1%. Learning rate: tuned for each point. Smallest difference "
+        "that matters: 0.02 nats per token."
     )
 
 

@@ -259,6 +259,16 @@ def test_pieces_of_text_are_whole_characters_and_add_up(make):
     assert "".join(streamed(tokenizer, ids[:cut])) == tokenizer.decode(ids[:cut])
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+def test_spaces_in_a_row_are_kept(prefix):
+    """Ids that encoding never gives, of a model that removes extra spaces, but that a model may choose."""
+    tokenizer = SentencePieceTokenizer("sentencepiece:x", sentencepiece_model(add_dummy_prefix=prefix))
+    space, (word, *_) = tokenizer._processor.piece_to_id("\u2581"), tokenizer.encode_batch(["ab"])[0][-1:]
+    for ids in ([word, space, space, word], [space, space, word, space, word], [space, word, *[space] * 5]):
+        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+    assert "  " in tokenizer.decode([word, space, space, word])
+
+
 def test_bytes_that_are_no_text_hold_nothing_up():
     ids = [*b"a\xffb\xe4\xb8", *b"c", 0xE4]
     assert streamed(BytesTokenizer(), ids) == ["a", "", "\ufffdb", "", "", "\ufffdc", "", "\ufffd"]

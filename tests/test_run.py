@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import BATCH, LENGTH, assert_trees_close, random_params, tiny_config
+from test_results import make_record
 
 from mobilellm_jax import accounting, run
 from mobilellm_jax.checkpoint import Checkpoints
@@ -32,7 +33,14 @@ def test_a_config_with_a_checkpoint_stands(tmp_path):
     run.claim_workdir(tmp_path, tiny_config())
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     free = {"mesh.fsdp": 2, "train.log_every": 3, "train.eval_every": 3, "model.remat": "full"}
-    run.claim_workdir(tmp_path, tiny_config(**free))
+    changes = [
+        "model.remat 'none' -> 'full'",
+        "train.eval_every 100 -> 3",
+        "train.log_every 20 -> 3",
+        "mesh.fsdp 1 -> 2",
+    ]
+    assert run.claim_workdir(tmp_path, tiny_config(**free)) == changes
+    assert run.claim_workdir(tmp_path, tiny_config(**free)) == []
     with pytest.raises(UserError, match=r"model\.width is 24 there and 32 here.*another --workdir"):
         run.claim_workdir(tmp_path, tiny_config(**{"model.width": 32}))
     (tmp_path / "config.json").write_text("{")
@@ -69,6 +77,80 @@ def test_what_is_planned_comes_from_the_config():
     assert fields["budgets"] != accounting.budgets(config.model, LENGTH, BATCH)
     failed = run.failed_fields(config, "why")
     assert (failed["status"], failed["error"], failed["steps"], failed["final"]) == ("failed", "why", 0, None)
+
+
+CARD = {
+    "source": "bundled",
+    "source_sha256": "a1" * 32,
+    "valid_source_sha256": None,
+    "python_version": "3.11.7",
+    "tokenizer_sha256": "cd" * 32,
+    "splits": {"train": {"sha256": "01" * 32}, "valid": {"sha256": "02" * 32, "documents": 4}},
+}
+
+
+def test_data_stand_from_the_first_checkpoint_on(tmp_path):
+    other = {**CARD, "source_sha256": "b2" * 32, "python_version": "3.13.0"}
+    assert run.claim_data(tmp_path, CARD) is None
+    assert run.claim_data(tmp_path, other) is None
+    assert run.claim_data(tmp_path, CARD) is None
+    for step in (4, 8):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    for same in (CARD, {**CARD, "python_version": "3.12.1", "split": "a new field"}):
+        assert run.claim_data(tmp_path, same) is None
+    splits, texts = CARD["splits"], "bundled of Python 3.12.1 -> bundled of Python 3.13.0"
+    for name, changed in {
+        f"source sha256 a1a1a1a1a1a1 -> b2b2b2b2b2b2 ({texts}); restore the files": other,
+        "valid source sha256 None -> eeeeeeeeeeee": {**CARD, "valid_source_sha256": "ee" * 32},
+        "tokenizer sha256 cdcdcdcdcdcd -> eeeeeeeeeeee": {**CARD, "tokenizer_sha256": "ee" * 32},
+        "valid rows sha256 020202020202 -> eeeeeeeeeeee": {
+            **CARD,
+            "splits": {**splits, "valid": {"sha256": "ee" * 32}},
+        },
+    }.items():
+        with pytest.raises(UserError, match=re.escape(f"the data changed since step 8: {name}")):
+            run.claim_data(tmp_path, changed)
+    (tmp_path / run.DATA).write_text((tmp_path / run.DATA).read_text().replace("cdcd", "cdce", 1))
+    with pytest.raises(UserError, match=r"data\.json: not a data card \(changed since it was written"):
+        run.claim_data(tmp_path, CARD)
+    (tmp_path / run.DATA).unlink()  # as earlier versions left it
+    warning = f"warning: no data.json in {tmp_path}: cannot check that the data are still those of step 8"
+    assert run.claim_data(tmp_path, other) == warning
+    with pytest.raises(UserError, match="b2b2b2b2b2b2 -> a1a1a1a1a1a1"):
+        run.claim_data(tmp_path, CARD)
+
+
+def test_a_resumed_run_says_what_changed_and_refuses_other_data(tmp_path, monkeypatch):
+    said = []
+
+    def train(config, prepared, mesh, workdir, say):
+        say("trains")
+        (workdir / "checkpoints" / "4").mkdir(parents=True, exist_ok=True)
+        return Outcome("finished", None, 4, [], [], 1.0, 1.0, 1.0)
+
+    def start(**changes):
+        said.clear()
+        fields = {
+            "model.vocab_size": 258,
+            "data.source": f"files:{tmp_path}/*.txt",
+            "data.tokenizer": "bytes",
+            "data.cache_dir": str(tmp_path / "cache"),
+        }
+        describe = lambda **measured: make_record(data=measured["data"])  # noqa: E731
+        return run.run(tiny_config(**fields, **changes), tmp_path / "run", describe, said.append).data
+
+    monkeypatch.setattr(run, "train", train)
+    (tmp_path / "a.txt").write_text("a line of text\n\n" * 20)
+    one = start()
+    assert said == ["files:*.txt is one document: its last 10.0% (32 bytes) are held out", "trains"]
+    start(**{"train.eval_every": 3})
+    assert said[0] == "changed since this run was last started: train.eval_every 100 -> 3"
+    assert said[-1] == "trains"
+    (tmp_path / "a.txt").write_text("another line of text\n\n" * 20)
+    was = one["source_sha256"][:12]
+    with pytest.raises(UserError, match=rf"run: the data changed since step 4: source sha256 {was} -> "):
+        start()
+    assert "trains" not in said
 
 
 def test_a_config_whose_digits_changed_is_refused_and_one_without_a_seal_is_read(tmp_path):

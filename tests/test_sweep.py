@@ -22,7 +22,7 @@ from mobilellm_jax import accounting, results
 from mobilellm_jax.checkpoint import find_damage
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.run import measured_fields
+from mobilellm_jax.run import claim_data, claim_workdir, measured_fields
 from mobilellm_jax.train import Outcome
 from mobilellm_jax.verdicts import verdict
 
@@ -192,6 +192,31 @@ def test_records_say_what_the_study_declares(study):
         last = point.tuning_run(0.01, 2)
         assert (last.facts["phase"], last.facts["seed"]) == ("tuning", 1_000_002)
         assert last.config.train.eval_every == last.config.train.steps
+
+
+def test_records_and_runs_of_other_data_are_found_before_anything_trains(study, tmp_path, monkeypatch):
+    stub = losses(lambda octave: 3.0)
+    monkeypatch.setattr(sweep, "run", stub)
+    workdir = tmp_path / "w"
+    assert sweep.sweep(points(study), workdir, jobs=1) == 0
+    trained = []
+    monkeypatch.setattr(sweep, "run", lambda *arguments: trained.append(stub(*arguments)) or trained[-1])
+    message = (
+        r"results/mini/tiny/none-s0\.json: made with other data: source sha256 a -> [0-9a-f]{12}, "
+        r"tokenizer sha256 b -> [0-9a-f]{12} \(files:.*\*\.txt -> files:\*\.txt\); .* use another --workdir"
+    )
+    with pytest.raises(UserError, match=message):
+        sweep.sweep(points(study, seeds=3), workdir, jobs=1)
+    assert sweep.sweep(points(study), workdir, jobs=1) == 0  # nothing to do: the report is made all the same
+    shutil.rmtree(workdir / "results")
+    run = workdir / "runs/mini/tiny/none-s0"
+    claim_data(run, {"source": "files:*.txt", "source_sha256": "a"})
+    for folder in (run, workdir / "runs/mini/tiny/reverse-s0"):  # the other is of an earlier version
+        claim_workdir(folder, points(study, only=["none"])[0].config)
+        (folder / "checkpoints/4").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"none-s0: the data changed since step 4: source sha256 a -> "):
+        sweep.sweep(points(study, only=["none"]), workdir, jobs=1)
+    assert not trained
 
 
 def test_rates_that_diverge_are_recorded_and_tuned_around(tuned_study, tmp_path, monkeypatch):

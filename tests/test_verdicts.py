@@ -393,12 +393,30 @@ def with_setting(name: str, value: object, **changes):
     return dataclasses.replace(record, config=config)
 
 
+def test_held_out_documents_that_were_trained_on_are_a_warning():
+    leaky = {"held_out_documents_in_train": 3, "splits": {"valid": {"documents": 40}}}
+    warning = "3 of 40 held-out documents (7.5%) are in the training text as well."
+    for data, expected in (({}, []), (leaky, [warning])):
+        records = [make_record(seed=seed) for seed in range(3)]
+        records = [dataclasses.replace(record, data={**record.data, **data}) for record in records]
+        assert [text for text in check_comparable(records) if "held-out" in text] == expected
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
         (
-            make_record(seed=1, data={"source_sha256": "other", "tokenizer_sha256": "cd" * 32}),
-            "source_sha256 of the data is abab.* in '4 x 128' seed 0, but other in '4 x 128' seed 1",
+            make_record(
+                seed=1,
+                data={
+                    "source": "bundled",
+                    "python_version": "3.13.0",
+                    "source_sha256": "other",
+                    "tokenizer_sha256": "cd" * 32,
+                },
+            ),
+            r"source_sha256 of the data is abab.* in '4 x 128' seed 0 \(bundled of Python 3\.11\.7\), "
+            r"but other in '4 x 128' seed 1 \(bundled of Python 3\.13\.0\)",
         ),
         (
             make_record(seed=1, data={"source_sha256": "ab" * 32, "tokenizer_sha256": None}),

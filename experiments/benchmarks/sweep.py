@@ -25,7 +25,7 @@ def measure(quick: bool) -> list[m.Line]:
     flags = ["--config.train.steps=8", "--config.optimizer.warmup_steps=2", "--seeds=1"] if quick else []
     with tempfile.TemporaryDirectory(prefix="bench-") as workdir:
         command = [sys.executable, "-m", "experiments.sweep", f"--config={_STUDY}", f"--workdir={workdir}"]
-        prepare_data(points_of(_STUDY, {}, None, []))
+        prepare_data(points_of(_STUDY, {}, None, []), Path(workdir))
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(workdir) / "xla")}
         start = time.perf_counter()
         subprocess.run([*command, *flags], check=True, stdout=subprocess.DEVNULL, env=environment)

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -22,9 +22,10 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mobilellm_jax.config import DataConfig
-from mobilellm_jax.data import tokenizers
+from mobilellm_jax.data import splits, tokenizers
 from mobilellm_jax.data.prepared import FORMAT_VERSION, SPLITS, PreparedData, open_prepared
-from mobilellm_jax.data.sources import Document, OnRead, Source, open_source
+from mobilellm_jax.data.sources import OnRead, Source, open_source
+from mobilellm_jax.data.splits import Item
 from mobilellm_jax.data.tasks import TaskData, open_task
 from mobilellm_jax.data.tokenizers import CARD_FILE, Tokenizer
 from mobilellm_jax.errors import UserError
@@ -36,12 +37,13 @@ PACKING = (
     "stream[i T : i T + T + 1], so neighbours share one token and every token but the first is predicted "
     "once; the remainder is dropped"
 )
+ATTENTION = "to all earlier tokens of the row, across the borders of documents"
 _BATCH = 2 << 20  # characters, or ids, taken at a time
 _SHARD = 1 << 30  # bytes of rows in a file
 
 
 def prepare(data: DataConfig, vocab_size: int) -> PreparedData | TaskData:
-    """Returns the rows for `data`, made at first use and found again later; tasks leave nothing on disk.
+    """Makes the rows for `data` at first use and finds them again later; tasks leave nothing on disk.
 
     Safe to interrupt and to call from several processes at once: one works, the others wait.
 
@@ -50,7 +52,8 @@ def prepare(data: DataConfig, vocab_size: int) -> PreparedData | TaskData:
       vocab_size: the model's vocabulary; must hold every token id.
 
     Raises:
-      UserError: bad input, text too short for a row, a vocabulary that does not fit, or disk trouble.
+      UserError: bad input, text too short for a row, held-out text that is trained on as well, a vocabulary
+        that does not fit, or disk trouble.
     """
     if data.is_task:
         task = open_task(data)
@@ -65,6 +68,8 @@ def prepare(data: DataConfig, vocab_size: int) -> PreparedData | TaskData:
     source = open_source(data.source, data.text_field)
     valid = data.valid_source
     held_out = open_source(valid, data.text_field, "data.valid_source") if valid else None
+    if held_out:
+        splits.check_apart(data, source.files & held_out.files)
     is_bundled = "bundled" in (data.source, valid)
     card = {
         "format": FORMAT_VERSION,
@@ -81,7 +86,13 @@ def prepare(data: DataConfig, vocab_size: int) -> PreparedData | TaskData:
         "sequence_length": data.sequence_length,
         "dtype": "<u2" if needed <= 1 << 16 else "<u4",
     }
-    identity = json.dumps({**card, "python_version": None}, sort_keys=True)
+    # Facts that name the directory only where they are not what they always were: earlier ones stay valid.
+    split = splits.BY_SOURCE if held_out else splits.BY_PLACE if source.is_one_text else splits.BY_HASH
+    unusual = {} if split == splits.BY_HASH else {"split": split}
+    if tokenizer and tokenizers.adds_space(tokenizer):
+        unusual["cuts"] = "long texts are encoded in pieces that begin at a single space"
+    identity = json.dumps({**card, **unusual, "python_version": None}, sort_keys=True)
+    card = {**card, "split": split, "attention": ATTENTION, **unusual}
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     cache_dir = local_directory("config.data.cache_dir", data.cache_dir).expanduser()
     directory = cache_dir / f"{source.name.partition(':')[0]}-{key}"
@@ -135,13 +146,16 @@ def _make(
     try:
         if tokenizer is None and card["tokenizer"]:
             with _progress(f"training {card['tokenizer']}", [source]) as on_read:
-                documents = _split_documents(source, None, card["valid_fraction"], on_read)
+                documents = splits.split_documents(source, None, card["valid_fraction"], on_read)
                 texts = (str(item.document) for item in documents if item.split == "train")
                 tokenizer = tokenizers.train_bpe(card["tokenizer"], texts)
             card = {**card, **tokenizers.tokenizer_card(tokenizer)}
+        shared = splits.Shared(held_out)
         with _progress(f"packing {card['source']}", [s for s in (source, held_out) if s]) as on_read:
-            documents = _split_documents(source, held_out, card["valid_fraction"], on_read)
-            packers = _pack(work, card, documents, tokenizer)
+            documents = splits.split_documents(source, held_out, card["valid_fraction"], on_read)
+            packers = _pack(work, card, shared.noted(documents), tokenizer)
+        if card["split"] != splits.BY_PLACE:  # its parts are no documents
+            card = {**card, "held_out_documents_in_train": shared.count}
         if tokenizer is None:
             card = {**card, "vocab_size": 1 + max(packer.max_id for packer in packers.values())}
             _check_vocab_size(vocab_size, card["vocab_size"], f"the token ids of {card['source']!r}")
@@ -181,34 +195,8 @@ def _progress(what: str, sources: list[Source]) -> Iterator[OnRead]:
         logging.info("%s: done", what)
 
 
-class _Item(NamedTuple):
-    document: Document
-    split: str
-    sha256: bytes
-    size: int  # bytes
-
-
-def _split_documents(
-    source: Source, held_out: Source | None, valid_fraction: float | None, on_read: OnRead
-) -> Iterator[_Item]:
-    """Yields every document with its split; empty documents are left out.
-
-    The split follows from the document's own hash: duplicates fall on one side, and a document keeps its
-    side when others are added.
-    """
-    for origin in (source, held_out) if held_out else (source,):
-        for document in origin.read(on_read):
-            if not document:
-                continue
-            content = document.encode() if isinstance(document, str) else np.array(document, "<u4").tobytes()
-            digest = hashlib.sha256(content).digest()
-            fraction = int.from_bytes(digest[:8]) / 2**64
-            is_valid = origin is held_out if valid_fraction is None else fraction < valid_fraction
-            yield _Item(document, "valid" if is_valid else "train", digest, len(content))
-
-
 def _pack(
-    directory: Path, card: dict[str, Any], items: Iterable[_Item], tokenizer: Tokenizer | None
+    directory: Path, card: dict[str, Any], items: Iterable[Item], tokenizer: Tokenizer | None
 ) -> dict[str, "_Packer"]:
     """Writes the rows of both splits; tokenises in batches of a bounded size, whatever the documents'."""
     packers = {split: _Packer(directory, split, card) for split in SPLITS}
@@ -246,7 +234,7 @@ def _pack(
 def _check_rows(packers: dict[str, "_Packer"], card: dict[str, Any]) -> None:
     total = sum(packer.documents for packer in packers.values())
     for split, packer in packers.items():
-        if card["valid_fraction"] is not None and packer.documents == 0:
+        if card["split"] == splits.BY_HASH and packer.documents == 0:
             raise UserError(
                 f"data.valid_fraction: {card['valid_fraction']} leaves the {split} split without a document "
                 f"({total} in all, each falls on one side by its hash); change it, or name a held-out source "
@@ -273,7 +261,7 @@ class _Packer:
         self.documents = self.text_bytes = self.tokens = self.rows = 0
         self.max_id = -1
 
-    def start_document(self, item: _Item) -> None:
+    def start_document(self, item: Item) -> None:
         self.documents += 1
         self.text_bytes += item.size
         self._documents_hash.update(item.sha256)

@@ -47,16 +47,20 @@ class Source:
       sha256: hash of the contents, names and order of its files.
       size: bytes that one reading reports to `on_read`, for a progress bar.
       read: yields the documents in a fixed order. It raises `UserError` for bad input.
+      files: real paths of the files that "files:" and "tokens:" read whole; empty for other kinds.
+      is_one_text: a single plain-text file, which is a single document.
     """
 
     name: str
     sha256: str
     size: int
     read: Callable[[OnRead], Iterator[Document]]
+    files: frozenset[str] = frozenset()
+    is_one_text: bool = False
 
 
 def open_source(spec: str, text_field: str, field: str = "data.source") -> Source:
-    """Returns the source that `spec` stands for; `field` names it in errors.
+    """Opens what `spec` stands for; `field` names it in errors.
 
     Raises:
       UserError: a file is missing, empty or not readable, or a TFDS dataset can't be had.
@@ -76,11 +80,13 @@ def open_source(spec: str, text_field: str, field: str = "data.source") -> Sourc
         sha256=_hash_files({path: os.path.basename(path) for path in paths}),
         size=sum(os.path.getsize(path) for path in paths),
         read=lambda on_read: (document for path in paths for document in read(path, on_read)),
+        files=frozenset(map(os.path.realpath, paths)),
+        is_one_text=kind == "files" and len(paths) == 1 and not _is_jsonl(paths[0]),
     )
 
 
 def _hash_files(names: dict[str, str]) -> str:
-    """Returns one hash of the files (path -> name that counts), in order."""
+    """One hash of the files (path -> name that counts), in order."""
     entries = []
     for path, name in names.items():
         with _readable(path), open(path, "rb") as file:
@@ -96,11 +102,8 @@ def _matching_files(spec: str, pattern: str, field: str) -> list[str]:
     paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     files = [path for path in paths if os.path.isfile(path)]
     if not files:
-        hint = (
-            f"; it is a directory: did you mean '{pattern.rstrip('/')}/**/*.txt'?"
-            if paths == [pattern]
-            else ""
-        )
+        below = os.path.join(pattern, "**/*.txt")
+        hint = f"; it is a directory: did you mean {below!r}?" if paths == [pattern] else ""
         raise UserError(f"{field}: {spec!r} matches no file{hint}")
     for path in files:
         if os.path.getsize(path) == 0:
@@ -122,10 +125,7 @@ class _CountedFile(io.FileIO):
 
 
 class _ZstdFile(io.RawIOBase):
-    """Decompressed bytes of one or more zstd frames.
-
-    zstandard's own stream reader returns a truncated file's beginning without an error.
-    """
+    """Decompressed bytes of zstd frames; zstandard's own reader ends a truncated file without an error."""
 
     def __init__(self, file: io.BufferedIOBase) -> None:
         self._file = file
@@ -185,7 +185,7 @@ def _open(path: str, on_read: OnRead) -> Iterator[io.BufferedIOBase]:
 
 
 def _decode(path: str, data: bytes, offset: int) -> str:
-    """Returns UTF-8 text without byte order mark; `offset` is where `data` starts in the file."""
+    """UTF-8 text without byte order mark; `offset` is where `data` starts in the file."""
     if offset == 0 and data.startswith(codecs.BOM_UTF8):
         offset, data = len(codecs.BOM_UTF8), data[len(codecs.BOM_UTF8) :]
     where = data.find(b"\0")
@@ -198,9 +198,12 @@ def _decode(path: str, data: bytes, offset: int) -> str:
         raise UserError(f"{path}: not UTF-8 at byte {at} (0x{byte:02x}); expected UTF-8 text") from None
 
 
+def _is_jsonl(path: str) -> bool:
+    return path.endswith((".jsonl", *(f".jsonl{suffix}" for suffix in _COMPRESSED)))
+
+
 def _read_text_file(path: str, on_read: OnRead, *, text_field: str) -> Iterator[Document]:
-    stem, extension = os.path.splitext(path)
-    if (os.path.splitext(stem)[1] if extension in _COMPRESSED else extension) == ".jsonl":
+    if _is_jsonl(path):
         yield from _read_jsonl(path, on_read, key=text_field, check=_text)
         return
     with _open(path, on_read) as file:
@@ -283,9 +286,7 @@ def _open_bundled(stdlib: Path) -> Source:
                 path = Path(folder, name)
                 paths[str(path)] = path.relative_to(stdlib).as_posix()
     if "pydoc_data/topics.py" not in paths.values():
-        raise UserError(
-            f"data.source: 'bundled' needs the sources of Python's standard library, not in {stdlib}"
-        )
+        raise UserError(f"data.source: 'bundled' needs the sources of Python's standard library in {stdlib}")
 
     def read(on_read: OnRead) -> Iterator[Document]:
         for path, name in paths.items():
@@ -380,8 +381,7 @@ def _tfds_name_and_split(tfds: Any, spec: str) -> tuple[str, str]:
     name, *rest = spec.split("/")
     dataset = name.partition(":")[0]
     if dataset not in _tfds_builders(tfds):
-        # Older builders register when they are imported, and TFDS stops importing them at the first that
-        # fails, as those of images and sound do without TensorFlow.
+        # TFDS stops registering builders at the first that fails, as those of images do without TensorFlow
         for group in _TFDS_TEXT:
             with contextlib.suppress(ImportError):
                 importlib.import_module(f"tensorflow_datasets.{group}")

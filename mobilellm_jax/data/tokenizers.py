@@ -231,10 +231,11 @@ _PIECE = 1 << 14  # characters
 
 
 def pieces(text: str, drop_space: bool = False, size: int = _PIECE) -> Iterator[str]:
-    """Cuts a text into pieces of `size` to 2 `size` characters, which together give the ids of the whole.
+    """Cuts a text into pieces of mostly `size` to 2 `size` characters, which give the ids of the whole.
 
     Tokenizers need a hundred times the memory of the text they are given, and SentencePiece is twice as fast
-    on pieces. A cut is made at a single space, where tokens begin too; only where there is none, anywhere.
+    on pieces. A cut is made at a single space, where tokens begin too; where there is none, anywhere. A
+    tokenizer that adds a space would add one at such a cut: its piece goes on to the next single space.
 
     Args:
       text: any text.
@@ -243,7 +244,9 @@ def pieces(text: str, drop_space: bool = False, size: int = _PIECE) -> Iterator[
     """
     start = 0
     while len(text) - start > 2 * size:
-        cut = _CUT.search(text, start + size, start + 2 * size)
+        cut = _CUT.search(text, start + size, len(text) if drop_space else start + 2 * size)
+        if cut is None and drop_space:
+            break
         end = cut.start() if cut else start + size
         yield text[start:end]
         start = end + 1 if cut and drop_space else end
