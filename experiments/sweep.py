@@ -13,10 +13,12 @@
 Every point looks for its own learning rate first, with a seed of its own, and then trains with the same seeds
 as all others. Finished runs are skipped and a half-done one is resumed, so the same command again goes on
 after an interruption; SIGTERM saves checkpoints and exits with status 75, "start me again". A run that fails
-or diverges is recorded as such, and the others go on. Sweeps that share a --workdir share the points; the
-point of one that died is taken over (`leases.py`). With --tasks, every finished run answers them at the end,
-also one that was there before; what its record has is not asked again. In --workdir: results/ has one JSON
-record for each run, reports/ and figures/ what they show, runs/ checkpoints and logs.
+or diverges is recorded as such, and the others go on; a process that a signal ended is started once more.
+Sweeps that share a --workdir share the points; the point of one that died is taken over (`leases.py`). With
+--tasks, every finished run answers them at the end, also one that was there before; what its record has is
+not asked again. Points chosen by --only are compared as the study asks, or, where it asks for no pair of
+them, all with each other. In --workdir: results/ has one JSON record for each run, reports/ and figures/ what
+they show, runs/ checkpoints and logs.
 """
 
 import functools
