@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from experiments import claims, drawing, paper, tables
-from mobilellm_jax.results import Record, by_point, newest
+from mobilellm_jax.results import Record, by_point, newest, pairs_of
 from mobilellm_jax.statistics import format_estimate
 from mobilellm_jax.verdicts import Verdict
 
@@ -44,7 +44,8 @@ def draw(records: Sequence[Record], found: Verdict) -> Figure | None:
     ours = drawing.series_of(records) or [""]
     lines = dict.fromkeys([*(row.series for rows in groups.values() for row in rows), *ours])
     looks = {line: drawing.look(index) for index, line in enumerate(lines)}
-    is_stairs = len(facts.pairs) > 1 and all(a[0] == b[1] for a, b in pairwise(facts.pairs))
+    pairs = pairs_of(records)
+    is_stairs = len(pairs) > 1 and all(a[0] == b[1] for a, b in pairwise(pairs))
     _draw_paper(left, groups, looks, facts.x["label"] if facts.x else "", is_stairs)
     axes = right.subplots()
     drawing.draw_values(axes, records, found, looks, ROOM, is_reversed=True)

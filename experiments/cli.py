@@ -111,17 +111,18 @@ def config_first(argv: Sequence[str], default_config: str) -> list[str]:
     for argument in rest:
         name = argument.lstrip("-").partition("=")[0].removeprefix("no")
         if argument.startswith("-") and name.startswith("config."):
-            _check_field(config, name.removeprefix("config."))
+            check_field(config, name.removeprefix("config."), "--config.")
     return [argv[0], f"--config={spec}", *rest]
 
 
-def _check_field(config: ConfigDict, name: str) -> None:
+def check_field(config: ConfigDict, name: str, prefix: str = "") -> None:
+    """Checks that a dotted name, shown behind `prefix`, is that of a field; UserError if it is not."""
     group: Any = config
     for part in name.split("."):
         known = list(group) if isinstance(group, ConfigDict) else []
         if part not in known:
             hint = did_you_mean(part, known) if known else "the field before it holds a value, not a group"
-            raise UserError(f"--config.{name}: there is no field {part!r}; {hint}")
+            raise UserError(f"{prefix}{name}: there is no field {part!r}; {hint}")
         group = group[part]
 
 

@@ -1,9 +1,9 @@
 """Who works on what: leases in a directory that all workers see, so that no two do the same at once.
 
-A lease is a file `<name>@<worker>` that its worker rewrites every few seconds. A worker that wants a name
-looks for files of others, writes its own, and looks again: of two that do so at once, at least one sees the
-other and gives way. No worker ever replaces a file of another, so directories without locks will do, among
-them `gs://` buckets, as long as a listing shows every file written before.
+A lease is a file `<escaped name>@<worker>` that its worker rewrites every few seconds. A worker that wants a
+name looks for files of others, writes its own, and looks again: of two that do so at once, at least one sees
+the other and gives way. No worker ever replaces a file of another, so directories without locks will do,
+among them `gs://` buckets, as long as a listing shows every file written before.
 
 A lease is over when its file is gone, when its process has died (seen on the same machine only), or when its
 file has not changed for `LIFE_S` of the observer's own clock: clocks are not compared.
@@ -20,11 +20,24 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 from absl import logging
 from etils import epath
 
+from experiments.names import escaped
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import reason
+
 BEAT_S, LIFE_S = 5.0, 60.0
+
+
+class LeaseError(UserError):
+    """The disk or network failed when the lease `name` was to be taken; nothing of it is left."""
+
+    def __init__(self, name: str, message: str):
+        super().__init__(message)
+        self.name = name
 
 
 class Leases:
@@ -39,29 +52,42 @@ class Leases:
         self._seen: dict[str, tuple[str, float]] = {}  # file name -> content, when it was first like this
 
     def take(self, names: Sequence[str]) -> str | None:
-        """Returns the first of `names` that nobody else holds, which is now ours; None if there is none."""
-        held = self.holders()
-        for name in names:
-            if name not in held:
-                path = self._path(name)
-                path.write_text(_content())
-                if name not in self.holders():
-                    self._mine[name] = over = threading.Event()
-                    threading.Thread(target=_keep_alive, args=(path, over), daemon=True).start()
-                    return name
-                path.unlink()
+        """Takes the first of `names` that nobody else holds, and returns it; None if there is none.
+
+        Raises:
+          LeaseError: the lease cannot be written, for example on a full disk.
+        """
+        for name in self.free(names):
+            if self._take(name):
+                return name
         return None
+
+    def _take(self, name: str) -> bool:
+        path = self._path(name)
+        try:
+            path.write_text(_content())
+            if self.free([name]):
+                self._mine[name] = over = threading.Event()
+                threading.Thread(target=_keep_alive, args=(path, over), daemon=True).start()
+                return True
+        except Exception as error:  # a bucket has other ones than OSError
+            with contextlib.suppress(Exception):
+                path.unlink(missing_ok=True)  # else the others would wait for it
+            why = f"{path.parent}: cannot write there ({reason(error)}); mend it, then the same command again"
+            raise LeaseError(name, why) from None
+        path.unlink()
+        return False
 
     def take_unless_alive(self, name: str) -> str | None:
         """Takes `name` as soon as those that hold it are known to be dead, for at most `LIFE_S`.
 
-        Returns None; or the worker that holds it, once it is seen to be alive.
+        Returns None; or the worker that holds it, once it is seen to be alive. Errors as in `take`.
         """
         first: dict[str, str] = {}
         while not self.take([name]):
-            for path in self._directory.glob(f"{name.replace('/', '~')}@*"):
+            for path in self._directory.glob(f"{escaped(name)}@*"):
                 with contextlib.suppress(OSError):  # released since
-                    content = path.read_text()
+                    content = _read(path)
                     if content and content != first.setdefault(path.name, content):
                         return path.name.rpartition("@")[2]
             time.sleep(random.uniform(0.1, 0.5))  # of two that start at once, one comes first
@@ -72,8 +98,16 @@ class Leases:
         self._mine.pop(name).set()
         self._path(name).unlink(missing_ok=True)
 
+    def free(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that no other worker holds; deletes leases that are over."""
+        held = self._held()
+        return [name for name in names if escaped(name) not in held]
+
     def holders(self) -> dict[str, str]:
-        """Returns which names other workers hold: {name: worker}; deletes leases that are over."""
+        """What other workers hold, to be shown: {name: worker}; a very long name is cut."""
+        return {unquote(name): worker for name, worker in self._held().items()}
+
+    def _held(self) -> dict[str, str]:
         found = {}
         for path in self._listing():
             name, _, worker = path.name.rpartition("@")
@@ -82,7 +116,7 @@ class Leases:
                     if self._is_over(path):
                         path.unlink()
                     else:
-                        found[name.replace("~", "/")] = worker
+                        found[name] = worker
         return found
 
     def _listing(self) -> list[epath.Path]:
@@ -90,13 +124,15 @@ class Leases:
             return list(self._directory.iterdir())
         except FileNotFoundError:  # a folder of a bucket is there for as long as there are files in it
             return []
+        except OSError as error:
+            raise UserError(f"{self._directory}: cannot be read ({reason(error)})") from None
 
     def _path(self, name: str) -> epath.Path:
-        return self._directory / f"{name.replace('/', '~')}@{self._worker}"
+        return self._directory / f"{escaped(name)}@{self._worker}"
 
     def _is_over(self, path: epath.Path) -> bool:
         try:
-            content = path.read_text()
+            content = _read(path)
         except FileNotFoundError:
             raise
         except OSError:  # a disk or network that fails: not known to be over
@@ -139,14 +175,21 @@ def _rewrite(path: epath.Path, content: str) -> None:
         raise FileNotFoundError(path)
 
 
+def _read(path: epath.Path) -> str:
+    """Text of a lease; what is no UTF-8 was written by something else, and only has to stay the same."""
+    return path.read_bytes().decode(errors="replace")
+
+
 def _has_died(content: str) -> bool:
-    """Returns whether a lease is of a process of this machine that is no more; False where unknown."""
+    """Whether a lease is of a process of this machine that is no more; False where unknown."""
+    machine = _machine()
     try:
         lease = json.loads(content)
-    except ValueError:  # read while it was written
+        return (
+            machine is not None and machine == lease["machine"] and lease["started"] != _started(lease["pid"])
+        )
+    except (ValueError, TypeError, KeyError):  # read while it was written, or not of this program
         return False
-    machine = _machine()
-    return machine is not None and lease["machine"] == machine and lease["started"] != _started(lease["pid"])
 
 
 def _machine() -> str | None:

@@ -1,14 +1,15 @@
 """From a study to its points: validated configs, and the facts that their records share."""
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from configs.base import Study
-from experiments import cli, paper
+from experiments import cli, names, paper
 from mobilellm_jax import accounting, comparable, data, processes, results
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.errors import UserError, did_you_mean
@@ -43,6 +44,7 @@ class Point:
     """A design of a study.
 
     Attributes:
+      name: study, preset and what `names.of_labels` makes of the label, as a relative path.
       config: the validated config, at the study's learning rate and first seeds.
       facts: what all its records have in common.
       learning_rates: the grid that tuning starts from; empty where nothing is tuned.
@@ -51,6 +53,7 @@ class Point:
       vary: the seeds that change from run to run: "init", "data".
     """
 
+    name: str
     config: Config
     facts: dict[str, Any]
     learning_rates: tuple[float, ...]
@@ -58,30 +61,28 @@ class Point:
     seeds: int
     vary: tuple[str, ...]
 
-    @property
-    def name(self) -> str:
-        """Study, preset and label as a relative path."""
-        label = re.sub(r"[^A-Za-z0-9_.]+", "-", self.facts["point"])
-        return f"{self.facts['study']}/{self.facts['preset']}/{label}"
+    def run_names(self) -> list[str]:
+        """Names of the comparison runs, by seed; they do not tell the learning rate."""
+        return [f"{self.name}-s{seed}" for seed in range(self.seeds)]
 
     def tuning_run(self, learning_rate: float, index: int) -> Run:
-        """Returns a run of which only the end is of interest, and evaluated."""
-        suffix, seed = f"lr{learning_rate:.3g}-s{index}", TUNING_SEED + index
-        return self._run("tuning", suffix, learning_rate, seed, eval_every=self.config.train.steps)
+        """A run of which only the end is of interest, and evaluated."""
+        name, seed = f"{self.name}-lr{learning_rate:.3g}-s{index}", TUNING_SEED + index
+        return self._run("tuning", name, learning_rate, seed, eval_every=self.config.train.steps)
 
     def comparison_runs(self, learning_rate: float) -> Iterator[Run]:
         every = self.config.train.eval_every
-        for seed in range(self.seeds):
-            yield self._run("comparison", f"s{seed}", learning_rate, seed, eval_every=every)
+        for seed, name in enumerate(self.run_names()):
+            yield self._run("comparison", name, learning_rate, seed, eval_every=every)
 
-    def _run(self, phase: str, suffix: str, learning_rate: float, seed: int, eval_every: int) -> Run:
+    def _run(self, phase: str, name: str, learning_rate: float, seed: int, eval_every: int) -> Run:
         seeds = {f"{kind}_seed": getattr(self.config.train, f"{kind}_seed") + seed for kind in self.vary}
         config = dataclasses.replace(
             self.config,
             optimizer=dataclasses.replace(self.config.optimizer, learning_rate=learning_rate),
             train=dataclasses.replace(self.config.train, eval_every=eval_every, **seeds),
         )
-        return Run(config, {**self.facts, "phase": phase, "seed": seed}, f"{self.name}-{suffix}")
+        return Run(config, {**self.facts, "phase": phase, "seed": seed}, name)
 
     @property
     def runs(self) -> int:
@@ -107,28 +108,66 @@ class Point:
 
 
 def points_of(spec: str, overrides: dict[str, Any], seeds: int | None, only: Sequence[str]) -> list[Point]:
-    """Returns all points of a study or of a collection of studies, validated; nothing is compiled.
+    """The points of a study or of a collection of studies, validated: all, or those in `only`.
 
     Raises:
       UserError: a config is not valid, a budget is not matched, or `only` names a point that is not there.
     """
-    module, preset, _ = cli.load_config(spec)
-    if hasattr(module, "studies"):
-        points = [
-            point for member in module.studies(preset) for point in points_of(member, overrides, seeds, ())
-        ]
-    elif hasattr(module, "sweep"):
-        points = _study_points(module, spec, preset, overrides, seeds)
-    else:
-        raise UserError(
-            f"--config={spec}: not a study, it has no sweep(preset); use experiments.train for it"
-        )
+    points = _all_points(spec, overrides, seeds)
     labels = list(dict.fromkeys(point.facts["point"] for point in points))
     for label in only:
         if label not in labels:
             valid = ", ".join(f'"{label}"' if "," in label else label for label in labels)
             raise UserError(f"--only={label}: no such point; valid: {valid}")
-    return [point for point in points if not only or point.facts["point"] in only]
+    if not only:
+        return points
+    chosen = [point for point in points if point.facts["point"] in only]
+    return [point for study in _by_study(chosen).values() for point in _compared(study)]
+
+
+def _all_points(spec: str, overrides: dict[str, Any], seeds: int | None) -> list[Point]:
+    module, preset, _ = cli.load_config(spec)
+    if hasattr(module, "studies"):
+        return [point for member in module.studies(preset) for point in _all_points(member, overrides, seeds)]
+    if hasattr(module, "sweep"):
+        return _study_points(module, spec, preset, overrides, seeds)
+    raise UserError(f"--config={spec}: not a study, it has no sweep(preset); use experiments.train for it")
+
+
+def _by_study(points: Sequence[Point]) -> dict[tuple[str, str], list[Point]]:
+    studies: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        studies.setdefault((point.facts["study"], point.facts["preset"]), []).append(point)
+    return studies
+
+
+def _pairs_among(points: Sequence[Point]) -> list[list[str]]:
+    """The pairs that the records of these points of one study ask for, and that have both ends among them."""
+    labels = {point.facts["point"] for point in points}
+    pairs = [pair for point in points for pair in point.facts["pairs"] if labels.issuperset(pair)]
+    return [list(pair) for pair in dict.fromkeys(map(tuple, pairs))]
+
+
+def _compared(points: list[Point]) -> list[Point]:
+    """Points chosen of a study, all compared with each other where it asks for no pair of them."""
+    if _pairs_among(points) or len(points) < 2:  # of one, the records are to fit those of the others
+        return points
+    own = _own_pairs(_later_first([point.facts["point"] for point in points]))
+    return [
+        dataclasses.replace(point, facts={**point.facts, "pairs": own[point.facts["point"]]})
+        for point in points
+    ]
+
+
+def said_to_compare(points: Sequence[Point]) -> str:
+    """What a sweep of these points compares, one line for each study."""
+    lines = []
+    for (study, _), chosen in _by_study(points).items():
+        said = ", ".join(f"{a!r} with {b!r}" for a, b in _pairs_among(chosen))
+        lines.append(
+            f"{study}: {f'compares {said}' if said else 'one point, so there is nothing to compare'}"
+        )
+    return "\n".join(lines)
 
 
 def prepare_data(points: Sequence[Point], workdir: AnyPath) -> None:
@@ -160,24 +199,31 @@ def prepare_data(points: Sequence[Point], workdir: AnyPath) -> None:
 def _study_points(
     module: Any, spec: str, preset: str, overrides: dict[str, Any], seeds: int | None
 ) -> list[Point]:
-    study: Study = module.study(preset)
+    study, overridden = module.study(preset), list(module.sweep(preset))
     for name in overrides:
         if name in ("train.init_seed", "train.data_seed"):
             raise UserError(f"--config.{name}: a sweep sets the seeds itself; use --seeds for how many")
-        if any(name in row for row in module.sweep(preset)):
+        if any(name in row for row in overridden):
             raise UserError(f"--config.{name}: {spec} varies this field; use --only to choose points")
     rows: list[tuple[dict[str, Any], Config]] = []
-    for row in module.sweep(preset):
+    for row in overridden:
         config_dict = module.get_config(preset)
-        config_dict.update_from_flattened_dict({**row, **overrides})
         try:
+            for name, value in {**row, **overrides}.items():
+                cli.check_field(config_dict, name)
+                _set(config_dict, name, value)
             rows.append((row, from_config_dict(config_dict)))
         except UserError as error:
             raise UserError(f"--config={spec}, point {row}: {error}") from None
+    if not rows:
+        raise UserError(f"--config={spec}: sweep({preset!r}) yields no point")
     configs = [config for _, config in rows]
     given = "optimizer.learning_rate" in overrides  # one rate for all points
     learning_rates = () if given else tuple(study.learning_rates)
     settings = [flatten(to_dict(config)) for config in configs]
+    for name in filter(None, [*study.scientific, study.x, study.series]):
+        if name not in settings[0]:
+            raise UserError(f"--config={spec}: no field {name!r}; {did_you_mean(name, settings[0])}")
     labels = list(study.labels) or [" x ".join(str(s[name]) for name in study.scientific) for s in settings]
     _check_study(spec, study, labels, configs)
     shared = {
@@ -189,19 +235,21 @@ def _study_points(
         "nuisance": list(study.nuisance),
         "tuning": "grid" if learning_rates else "transferred" if study.transferred and not given else "none",
         "metric": study.metric,
-        "pairs": _pairs(study, labels),
         "margin": study.margin,
         "command": cli.command(),
         "git_commit": results.git_commit(),  # once: files may be edited while the sweep runs
     }
-    points = []
+    file_names, folder = names.of_labels(labels), f"{Path(spec.partition(':')[0]).stem}/{preset}"
+    own, points = _own_pairs(_pairs(study, labels)), []
     for index, (label, (row, config)) in enumerate(zip(labels, rows, strict=True)):
         x = study.x and {"label": study.x_label, "value": settings[index][study.x], "log": True}
         if x and study.series:
             x["series"] = f"{settings[index][study.series]} {study.series_label}"
-        facts = {"point": label, "point_index": index, "x": x, "overrides": row}
+        pairs = own.get(label, [])
+        facts = {"point": label, "point_index": index, "pairs": pairs, "x": x, "overrides": row}
         points.append(
             Point(
+                name=f"{folder}/{file_names[index]}",
                 config=config,
                 facts={**shared, **facts},
                 learning_rates=learning_rates,
@@ -218,8 +266,28 @@ def _pairs(study: Study, labels: Sequence[str]) -> list[list[str]]:
         return [list(pair) for pair in study.pairs]
     if study.baseline is not None:
         return [[label, study.baseline] for label in labels if label != study.baseline]
-    # The later point first: its difference from the earlier one says what more depth, say, does.
+    return _later_first(labels)
+
+
+def _later_first(labels: Sequence[str]) -> list[list[str]]:
+    """All pairs. The difference of a later point from an earlier one says what more depth, say, does."""
     return [[b, a] for a, b in combinations(labels, 2)]
+
+
+def _own_pairs(pairs: Sequence[list[str]]) -> dict[str, list[list[str]]]:
+    """By label the pairs that name it: what its records hold, and `results.pairs_of` joins."""
+    own: dict[str, list[list[str]]] = {}
+    for pair in pairs:
+        for label in dict.fromkeys(pair):
+            own.setdefault(label, []).append(pair)
+    return own
+
+
+def _set(config: ConfigDict, name: str, value: Any) -> None:
+    try:
+        config.update_from_flattened_dict({name: value})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: {value!r} does not fit: {error}") from None
 
 
 def _check_study(spec: str, study: Study, labels: Sequence[str], configs: Sequence[Config]) -> None:

@@ -19,7 +19,7 @@ from experiments import cli, drawing, tables
 from mobilellm_jax import scaling
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import directory
-from mobilellm_jax.results import Record, by_point, by_study, read_all, write_atomically
+from mobilellm_jax.results import Record, by_point, by_study, pairs_of, read_all, write_atomically
 from mobilellm_jax.statistics import format_difference, format_p
 from mobilellm_jax.verdicts import Comparison, Verdict, verdict
 
@@ -80,7 +80,7 @@ def size(preset: str, records: Sequence[Record]) -> Size:
         point: [run for run in of_point if run.phase == "comparison" and run.status == "finished"]
         for point, of_point in by_point(records).items()
     }
-    asked = {point for pair in records[0].pairs for point in pair}
+    asked = {point for pair in pairs_of(records) for point in pair}
     if absent := sorted(point for point in asked if not runs.get(point)):
         raise UserError(
             f"{preset}: no finished run of {', '.join(map(repr, absent))}; leave it out of --presets"

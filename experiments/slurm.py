@@ -20,7 +20,8 @@ from absl import flags
 
 from experiments import cli, launch, zero_shot
 from experiments.points import table
-from experiments.sweep import PASSED_ON, asked_points, asked_questions, make_workdir, missing_runs
+from experiments.progress import missing_runs
+from experiments.sweep import PASSED_ON, asked_points, asked_questions, make_workdir
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import local_directory
 
@@ -55,10 +56,11 @@ def main() -> int:
     executor = _executor(workdir / "slurm", extra)
     make_workdir(workdir)
     print(table(points))
+    missing = missing_runs(points, workdir)
     todo = [
         index
         for index, point in enumerate(points)
-        if missing_runs(point, workdir) or (questions and zero_shot.lacking(point, workdir, questions, known))
+        if missing[point.name] or (questions and zero_shot.lacking(point, workdir, questions, known))
     ]
     print(f"\n{len(points) - len(todo)} of {len(points)} points are complete", flush=True)
     command = [sys.executable, "-m", "experiments.sweep", *cli.given(*PASSED_ON)]

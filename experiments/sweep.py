@@ -13,10 +13,12 @@
 Every point looks for its own learning rate first, with a seed of its own, and then trains with the same seeds
 as all others. Finished runs are skipped and a half-done one is resumed, so the same command again goes on
 after an interruption; SIGTERM saves checkpoints and exits with status 75, "start me again". A run that fails
-or diverges is recorded as such, and the others go on. Sweeps that share a --workdir share the points; the
-point of one that died is taken over (`leases.py`). With --tasks, every finished run answers them at the end,
-also one that was there before; what its record has is not asked again. In --workdir: results/ has one JSON
-record for each run, reports/ and figures/ what they show, runs/ checkpoints and logs.
+or diverges is recorded as such, and the others go on; a process that a signal ended is started once more.
+Sweeps that share a --workdir share the points; the point of one that died is taken over (`leases.py`). With
+--tasks, every finished run answers them at the end, also one that was there before; what its record has is
+not asked again. Points chosen by --only are compared as the study asks, or, where it asks for no pair of
+them, all with each other. In --workdir: results/ has one JSON record for each run, reports/ and figures/ what
+they show, runs/ checkpoints and logs.
 """
 
 import functools
@@ -34,18 +36,17 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, devices, launch, zero_shot
-from experiments.points import Point, Run, points_of, prepare_data, table
-from experiments.workers import Wait, in_processes, leases_of, say
+from experiments.points import Point, Run, points_of, prepare_data, said_to_compare, table
+from experiments.progress import missing_of, missing_runs, record_path
+from experiments.workers import Wait, in_processes, leases_of, say, take
 from mobilellm_jax import processes, results
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import AnyPath, directory, reason
 from mobilellm_jax.run import (
     agreed_record,
     check,
-    check_workdir,
     enable_compilation_cache,
     failed_fields,
-    finished_record,
     run,
 )
 from mobilellm_jax.train import duration
@@ -96,8 +97,11 @@ def asked_questions() -> zero_shot.Questions | None:
 
 
 def asked_points() -> list[Point]:
-    """Returns the points that the flags choose; errors as in `points_of` and `shard`."""
-    return shard(points_of(cli.config_spec(), cli.overrides(), _SEEDS.value, _ONLY.value), _SHARD.value)
+    """The points that the flags choose; errors as in `points_of` and `shard`."""
+    points = points_of(cli.config_spec(), cli.overrides(), _SEEDS.value, _ONLY.value)
+    if _ONLY.value:
+        print(said_to_compare(points))
+    return shard(points, _SHARD.value)
 
 
 def _groups() -> list[dict[str, str]] | None:
@@ -164,7 +168,7 @@ def sweep(
         check(point.config)
     known = zero_shot.load(questions, points) if questions else {}
     processes.of_first(lambda: make_workdir(workdir))
-    missing = processes.of_first(lambda: {point.name: missing_runs(point, workdir) for point in points})
+    missing = processes.of_first(lambda: missing_runs(points, workdir))
     todo = [point for point in points if missing[point.name]]
     prepare_data(todo, workdir)
     if todo:
@@ -178,7 +182,7 @@ def sweep(
             print(f"the rest will take about {duration(seconds / min(jobs, len(todo)))} (m:ss)", flush=True)
     environments = groups or [{}] * jobs
     size = jax.device_count() if groups else None
-    broken = _all(todo, workdir, environments, do_point, missing_runs, size)
+    broken = _all(todo, workdir, environments, do_point, missing_of, size)
     if questions:
         asked = {"questions": questions, "known": known}
         lacking = functools.partial(zero_shot.lacking, **asked)
@@ -186,7 +190,12 @@ def sweep(
         todo = [point for point in points if left[point.name]]
         score = functools.partial(zero_shot.score_point, **asked)
         broken += _all(todo, workdir, environments, score, lacking, size)
-    status = processes.of_first(lambda: _finish(points, workdir))
+    status = 0
+    try:
+        status = processes.of_first(lambda: _finish(points, workdir))
+    except UserError as error:
+        if not any(line.endswith(str(error)) for line in broken):  # a full disk, once
+            broken.append(str(error))
     if broken:
         raise UserError("\n".join(broken))
     return status
@@ -213,20 +222,25 @@ def _all(
 def _one_by_one(points: Sequence[Point], workdir: AnyPath, do: Do) -> list[str]:
     """Does the points, those of other sweeps last, and returns what went wrong with any."""
     leases, waiting, broken = leases_of(workdir), {point.name: point for point in points}, []
+    untaken: dict[str, list[str]] = {}  # by what the disk said; one line for all of them
     wait = Wait()
     while waiting:
-        name = processes.of_first(lambda: leases.take(list(waiting)))
+        name, error = processes.of_first(lambda: take(leases, list(waiting)))
         if name is None:
             wait(leases)
             continue
+        point = waiting.pop(name)
+        if error:
+            untaken.setdefault(error, []).append(name)
+            continue
         try:
-            do(waiting.pop(name), workdir)
+            do(point, workdir)
         except UserError as error:
             broken.append(f"{name}: {error}")
         finally:
             if jax.process_index() == 0:
                 leases.release(name)
-    return broken
+    return broken + [f"{', '.join(names)}: {error}" for error, names in untaken.items()]
 
 
 def do_point(point: Point, workdir: AnyPath) -> None:
@@ -251,7 +265,7 @@ def do_point(point: Point, workdir: AnyPath) -> None:
 
 def _do(run_: Run, workdir: AnyPath) -> results.Record:
     """Returns the record of a run, making it if it is not there; an error in it goes no further."""
-    path, directory = _record_path(workdir, run_), workdir / "runs" / run_.name
+    path, directory = record_path(workdir, run_), workdir / "runs" / run_.name
     if (record := agreed_record(path, run_.config)) is not None:
         return record
     describe = functools.partial(results.Record, **run_.facts)
@@ -276,41 +290,6 @@ def _keep_traceback(path: AnyPath) -> str:
     except OSError as error:  # the disk may be what failed
         return f"no traceback: {path} cannot be written: {reason(error)}"
     return f"traceback in {path}"
-
-
-def _record_path(workdir: AnyPath, run_: Run) -> AnyPath:
-    return workdir / "results" / f"{run_.name}.json"
-
-
-def missing_runs(point: Point, workdir: AnyPath) -> int:
-    """Returns how many runs are missing of a point.
-
-    Raises:
-      UserError: `workdir` holds runs of another sweep.
-    """
-    if not point.learning_rates:
-        known = list(point.comparison_runs(point.config.optimizer.learning_rate))
-    else:
-        known = [point.tuning_run(rate, 0) for rate in point.learning_rates]
-    for run_ in known:
-        if finished_record(_record_path(workdir, run_), run_.config) is None:
-            check_workdir(workdir / "runs" / run_.name, run_.config)
-    done = results.read_all(workdir / "results" / Path(point.name).parent)
-    mine = [record for record in done if record.point == point.facts["point"] and record.status != "failed"]
-    compared = [record for record in mine if record.phase == "comparison"]
-    for record in compared:
-        if record.tuning != point.facts["tuning"]:
-            raise UserError(
-                f"{workdir}: the learning rate of {record.name} is of another kind, {record.tuning!r} "
-                f"and not {point.facts['tuning']!r}. Use another --workdir, or delete what is there"
-            )
-    for rate in {record.learning_rate for record in compared}:
-        for run_ in point.comparison_runs(rate):
-            finished_record(_record_path(workdir, run_), run_.config)  # raises if made with other settings
-    there = sum(record.seed < point.seeds for record in compared)
-    if there == point.seeds:
-        return 0
-    return max(point.runs - there - len(mine) + len(compared), point.seeds - there)
 
 
 def make_workdir(workdir: AnyPath) -> None:

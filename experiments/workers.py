@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 
 from experiments import devices
-from experiments.leases import Leases
+from experiments.leases import LeaseError, Leases
 from experiments.points import Point
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import AnyPath
@@ -54,6 +54,7 @@ def in_processes(
     cores, jobs = sorted(os.sched_getaffinity(0)), len(environments)
     free = [(cores[i::jobs] or cores, environments[i]) for i in range(jobs)]
     leases, waiting, running, broken, wait = leases_of(workdir), list(points), {}, [], Wait()
+    died: set[str] = set()  # points whose process a signal ended once, as where others took the memory
     try:
         while waiting or running:
             while free and (point := _first_free(waiting, leases)):
@@ -75,6 +76,11 @@ def in_processes(
                 free.append(mine)
                 if process.exitcode == _TAKEN:
                     waiting.append(point)
+                    continue
+                if process.exitcode < 0 and point.name not in died:
+                    died.add(point.name)
+                    waiting.append(point)
+                    say(point.name, f"its process was ended by signal {-process.exitcode}; one more try")
                     continue
                 if process.exitcode:
                     broken.append(f"{point.name} (status {process.exitcode})")
@@ -106,7 +112,10 @@ def _child(
     keep_freed_memory()
     enable_compilation_cache()
     leases = leases_of(workdir)
-    if not leases.take([point.name]):
+    name, error = take(leases, [point.name])
+    if error:
+        sys.exit(f"{name}  error: {error}")
+    if name is None:
         sys.exit(_TAKEN)
     try:
         if devices_per_run:
@@ -135,8 +144,16 @@ class Wait:
 
 
 def _first_free(points: Sequence[Point], leases: Leases) -> Point | None:
-    held = leases.holders()
-    return next((point for point in points if point.name not in held), None)
+    free = set(leases.free([point.name for point in points]))
+    return next((point for point in points if point.name in free), None)
+
+
+def take(leases: Leases, names: Sequence[str]) -> tuple[str | None, str]:
+    """`Leases.take`, and "" or the error that kept the name from being taken."""
+    try:
+        return leases.take(names), ""
+    except LeaseError as error:
+        return error.name, str(error)
 
 
 def leases_of(workdir: AnyPath) -> Leases:

@@ -172,12 +172,12 @@ def _lacking(
     point: Point, workdir: AnyPath, questions: Questions, known: Mapping[str, str]
 ) -> dict[str, list[str]]:
     found = {}
-    for run in point.comparison_runs(point.config.optimizer.learning_rate):  # names do not tell the rate
-        path = workdir / "results" / f"{run.name}.json"
+    for name in point.run_names:
+        path = workdir / "results" / f"{name}.json"
         record = results.read(path) if path.exists() else None
         if record is not None and record.status == "finished":
             entries = record.zero_shot or {}
-            found[run.name] = [
+            found[name] = [
                 task
                 for task, where in known.items()
                 if task not in entries

@@ -20,7 +20,6 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 from absl import logging as absl_logging
@@ -40,6 +39,8 @@ class Checkpoints:
 
     def __init__(self, directory: AnyPath):
         """Opens `directory`, which is made by the first save."""
+        import orbax.checkpoint as ocp  # here: half a second, for what saves and restores alone
+
         self._directory = _absolute(directory)
         _say_errors_once()
         # Made in the background, a directory that cannot be made costs a wait of 5 minutes at exit.
@@ -197,6 +198,8 @@ def load_params(directory: AnyPath, like: Any) -> Any:
     path = _absolute(directory) / str(step)
     if (path / PARAMS).exists():
         return _read_params(path, like)
+    import orbax.checkpoint as ocp
+
     handler = ocp.PyTreeCheckpointHandler()
     there = handler.metadata(epath.Path(path)).tree["params"]
     _check_same_shapes(path, _shapes(there), _shapes(like))

@@ -7,7 +7,7 @@ from typing import Any
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import AnyPath
-from mobilellm_jax.results import Record, by_study, newest
+from mobilellm_jax.results import Record, by_study, newest, pairs_of
 
 _SEEDS = {"train.init_seed", "train.data_seed"}
 # Settings without influence on the loss, or that follow from others.
@@ -92,8 +92,10 @@ def check_comparable(records: Iterable[Record]) -> list[str]:
     for (study, preset), group in by_study(records).items():
         facts: dict[tuple[bool, str], dict[str, list[Record]]] = {}
         phases: dict[str, dict[str, set[str]]] = {}
+        speaker = newest(group)
+        varied = set(speaker.scientific).union(*(record.overrides for record in group))
         for record in group:
-            for name, value, decisive in _facts(record, group):
+            for name, value, decisive in _facts(record, speaker, varied):
                 if _OF_PHASE.fullmatch(name):
                     phases.setdefault(name, {}).setdefault(record.phase, set()).add(str(value))
                     name = name if record.phase == "comparison" else f"{name} of the tuning runs"
@@ -113,6 +115,7 @@ def check_comparable(records: Iterable[Record]) -> list[str]:
             if name.startswith("train.") and tuned and compared and tuned != compared:
                 warnings.append(f"{name} was {tuned} in tuning, but {compared} in the comparison.")
         warnings += dict.fromkeys(filter(None, (leakage(record.data) for record in group)))
+        warnings += _other_pairs(group)
         runs = Counter(_identity(record) for record in group)
         (run, count), *_ = runs.most_common()
         if count > 1:
@@ -137,13 +140,31 @@ def _identity(record: Record) -> str:
     return " ".join([record.name, *(["in tuning at", ", ".join(trial)] if trial else [])])
 
 
-def _facts(record: Record, runs: Sequence[Record]) -> Iterator[tuple[str, object, bool]]:
-    """Yields (name, value, whether a difference is decisive) of what should be equal over a study's runs."""
-    facts = newest(runs)
+def _other_pairs(records: Sequence[Record]) -> Iterator[str]:
+    """Warns of runs that do not ask for every pair of their point that some run asks for."""
+    asked: dict[str, set[tuple[str, str]]] = {}
+    for pair in pairs_of(records):
+        for point in pair:
+            asked.setdefault(point, set()).add(pair)
+    other = [r for r in records if not asked.get(r.point, set()) <= {(a, b) for a, b in r.pairs}]
+    if other:
+        yield (
+            f"The runs differ in pairs: {len(other)} of {len(records)} runs, such as {other[0].name}, do not "
+            "ask for every comparison of their point that others ask for. All are made, and corrected for."
+        )
+
+
+def _facts(record: Record, facts: Record, varied: set[str]) -> Iterator[tuple[str, object, bool]]:
+    """Yields (name, value, whether a difference is decisive) of what should be equal over a study's runs.
+
+    Args:
+      record: one of the runs.
+      facts: the run that speaks for the study, see `newest`.
+      varied: settings that may differ by design.
+    """
     scientific, nuisance = set(facts.scientific), set(facts.nuisance)
-    varied = scientific.union(*(run.overrides for run in runs))
     if facts.tuning != "none":
-        varied |= nuisance
+        varied = varied | nuisance
     design = {k: v for k, v in sorted(record.overrides.items()) if k not in _SEEDS | nuisance}
     yield f"the design of {record.point!r}", design, True
     yield "metric", record.metric, True
@@ -165,5 +186,5 @@ def _facts(record: Record, runs: Sequence[Record]) -> Iterator[tuple[str, object
     yield "git commit", record.git_commit, False
     yield "device", record.device_name, False
     yield from ((f"{library} version", version, False) for library, version in record.versions.items())
-    for name in ("question", "matched", "scientific", "nuisance", "tuning", "pairs", "margin"):
+    for name in ("question", "matched", "scientific", "nuisance", "tuning", "margin"):
         yield name, getattr(record, name), False

@@ -11,10 +11,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore  (made when it is imported)
-from tensorboardX.summary import scalar
-
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import AnyPath, Appender, is_bucket, reason
 from mobilellm_jax.sealed import parse, seal, unseal_if_sealed
@@ -55,6 +51,10 @@ class MetricsLog:
             with self._explained():
                 self._file = Appender(path, "".join(map(_text, kept)))
         if write and not is_bucket(workdir):
+            # Here and not above: half a second, for runs alone.
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore  (made by the import)
+
             with self._explained():
                 (workdir / "tensorboard").mkdir(exist_ok=True)
                 # Not SummaryWriter: once its thread meets a full disk, everything waits for it for ever.
@@ -98,6 +98,9 @@ class MetricsLog:
             if self._file:
                 self._file.write(_text(line))
             if self._events:
+                from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
+                from tensorboardX.summary import scalar
+
                 for name, value in values.items():
                     if name not in ("step", "train_s") and value is not None:
                         summary = scalar(f"{kind}/{name}", value)

@@ -1,7 +1,11 @@
 """One run = one JSON record. Tables, figures and verdicts are made from records alone, without jax."""
 
 import dataclasses
+import functools
+import graphlib
+import heapq
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -58,7 +62,8 @@ class Record:
       tuning: where the learning rate comes from: a "grid" for each point, "transferred" from another shape by
         the parameterization, or "none": one for all points, as given.
       metric: what is compared, lower is better: a key of the evaluations, "loss" or "error".
-      pairs: [point, other] for every comparison asked for; the family that Holm's method corrects.
+      pairs: [point, other] for every comparison asked for that names this point; in older records for all
+        points. `pairs_of` joins those of a study: the family that Holm's method corrects.
       margin: the smallest difference in `metric` that matters.
       x: {"label", "value", "log"}, the place on the figure's x axis, and "series" where there are several
         lines; None draws the points as categories.
@@ -220,8 +225,39 @@ def by_point(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def newest(records: Iterable[Record]) -> Record:
-    """Returns the record whose question, pairs, margin and other facts of the study speak for it."""
+    """Returns the record whose question, margin and other facts of the study speak for it."""
     return max(records, key=lambda r: (r.created, r.point_index, r.seed))
+
+
+def pairs_of(records: Iterable[Record]) -> list[tuple[str, str]]:
+    """All (point, other) that the records of one study ask to compare, in the study's order.
+
+    Each record has its part in that order; where this leaves it open, the places of other and point decide.
+    """
+    places: dict[str, int] = {}
+    lists: set[tuple[tuple[str, str], ...]] = set()
+    for record in records:
+        places[record.point] = record.point_index
+        lists.add(tuple(dict.fromkeys((a, b) for a, b in record.pairs)))
+
+    def place(pair: tuple[str, str]) -> list[tuple[int | float, str]]:
+        return [(places.get(point, math.inf), point) for point in reversed(pair)]
+
+    sorter = graphlib.TopologicalSorter({pair: () for part in lists for pair in part})
+    for part in lists:
+        for before, after in itertools.pairwise(part):
+            sorter.add(after, before)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError:  # the study's order was changed between the runs
+        return sorted({pair for part in lists for pair in part}, key=place)
+    order, ready = [], []
+    while sorter.is_active():
+        for pair in sorter.get_ready():
+            heapq.heappush(ready, (place(pair), pair))
+        order.append(heapq.heappop(ready)[1])
+        sorter.done(order[-1])
+    return order
 
 
 def git_commit() -> str | None:
@@ -273,7 +309,7 @@ def _validate(fields: Any, where: str) -> None:
     known = isinstance(fields, dict) and "schema" in fields
     require(known, "schema", "the field is missing; this is not a record of a run")
     require(fields["schema"] == SCHEMA, "schema", f"version {fields['schema']!r} is unknown; known: {SCHEMA}")
-    types_of = typing.get_type_hints(Record)
+    types_of = _types()
     for name in fields.keys() - types_of.keys():
         require(False, name, f"no such field; {did_you_mean(name, types_of)}")
     for name, wanted in types_of.items():
@@ -300,17 +336,29 @@ def _validate(fields: Any, where: str) -> None:
     require(fields["status"] != "failed" or bool(fields["error"]), "error", "a failed run says why")
 
 
+@functools.cache
+def _types() -> dict[str, Any]:
+    return typing.get_type_hints(Record)
+
+
+@functools.cache
+def _parts(wanted: Any) -> tuple[Any, tuple[Any, ...]]:
+    return typing.get_origin(wanted), typing.get_args(wanted)
+
+
 def _check(value: Any, wanted: Any, field: str) -> None:
     """Raises UserError unless `value`, made of JSON types, is of type `wanted` and finite throughout."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{field}: {value} is not a finite number; write null")
-    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+    origin, args = _parts(wanted)
     if wanted is Any and type(value) in (list, dict):  # only to find numbers that are not finite
         origin, args = type(value), (Any, Any)
     if origin is types.UnionType and value is not None and type(args[0]) is types.GenericAlias:
         return _check(value, args[0], field)  # X | None
     if origin in (list, dict) and type(value) is origin:
         is_list = isinstance(value, list)
+        if args[-1] is str and set(map(type, value if is_list else value.values())) <= {str}:
+            return  # as the pairs of labels, in their thousands
         for key, item in enumerate(value) if is_list else value.items():
             _check(item, args[-1], f"{field}[{key}]" if is_list else f"{field}.{key}")
         return

@@ -11,7 +11,7 @@ import numpy as np
 from mobilellm_jax import rates, statistics
 from mobilellm_jax.comparable import check_comparable
 from mobilellm_jax.rates import Tuning
-from mobilellm_jax.results import Record, budget_name, by_point, by_study, newest
+from mobilellm_jax.results import Record, budget_name, by_point, by_study, newest, pairs_of
 from mobilellm_jax.statistics import (
     Decision,
     Estimate,
@@ -54,7 +54,7 @@ class Verdict:
     Attributes:
       sentence: the finding in plain words.
       estimates: final metric by point, in study order, of the points with a finished comparison run.
-      comparisons: in the order of the study's `pairs`.
+      comparisons: in the order of `results.pairs_of`.
       tuning: learning-rate search by point; {} where nothing was tuned.
       noise: standard deviation of the metric over seeds by point; None with one seed.
       mismatch: by budget: max / min - 1 over the points; infinite where min is 0.
@@ -96,10 +96,11 @@ def verdict(records: Sequence[Record]) -> Verdict:
         if finished := {run.seed: run.score for run in of_point if run.status == "finished"}:
             scores[point] = finished
     diverged = Counter(run.point for run in compared if run.status == "diverged")
-    pairs = [(a, b) for a, b in facts.pairs]
+    pairs = pairs_of(records)
     decisions = statistics.decide(scores, pairs, facts.margin)
     comparisons = [
-        _compare(pair, decision, diverged, facts) for pair, decision in zip(pairs, decisions, strict=True)
+        _compare(pair, decision, diverged, facts, len(pairs))
+        for pair, decision in zip(pairs, decisions, strict=True)
     ]
     tuning = rates.searches(records)
     mismatch = {name: _mismatch([run.budgets[name] for run in records]) for name in facts.budgets}
@@ -125,7 +126,7 @@ def verdict(records: Sequence[Record]) -> Verdict:
 
 
 def _compare(
-    pair: tuple[str, str], decision: Decision, diverged: Mapping[str, int], facts: Record
+    pair: tuple[str, str], decision: Decision, diverged: Mapping[str, int], facts: Record, tests: int
 ) -> Comparison:
     (point, other), difference, word = pair, decision.difference, decision.word
     # What the surviving seeds say for a point is not said: its bad seeds are not among them.
@@ -138,7 +139,7 @@ def _compare(
         word = "cannot tell"
         phrase = f"cannot tell with {_seeds(difference.n)} ({' and '.join(map(repr, survivors))} diverged)"
     elif word == "cannot tell":
-        needed = statistics.seeds_needed(difference, len(facts.pairs), facts.margin)
+        needed = statistics.seeds_needed(difference, tests, facts.margin)
         enough = "at least 2" if difference.n == 1 else f"about {_two_digits(needed)}" if needed else ""
         phrase = f"cannot tell with {_seeds(difference.n)}" + (f" (needs {enough})" if enough else "")
     elif word == "no difference" and decision.bound is None:

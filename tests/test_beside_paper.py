@@ -121,7 +121,7 @@ def test_staircase_leaves_out_steps_of_which_a_point_is_missing():
     steps = [line for line in ours.lines if line.get_drawstyle() == "steps-mid"]
     assert [list(line.get_xdata()) for line in steps] == [[0, 1], [2, 3], [3, 4]]
     assert [text.get_position()[0] for text in ours.texts] == [1, 3, 4]
-    theirs, ours = panels([r for r in twins("roadmap") if r.point == "+ layer sharing"])
+    theirs, ours = panels([r for r in twins("roadmap") if r.point == "+ SwiGLU"])
     assert (len(theirs["350M"].texts), len(ours.texts)) == (5, 0)
 
 

@@ -32,7 +32,7 @@ def test_judgement(words, expected, judged):
 def test_the_study_of_a_claim_asks_about_its_pairs(claim, preset):
     points = points_of(f"configs/{claim.study}.py:{preset}", {}, None, ())
     labels = [point.facts["point"] for point in points]
-    asked = points[0].facts["pairs"]
+    asked = [pair for point in points for pair in point.facts["pairs"]]
     for point, other in claim.pairs:
         assert [labels[point], labels[other]] in asked
 

@@ -1,5 +1,7 @@
 """Leases: held by one worker at a time, taken over from those that died or stand still, and from no other."""
 
+import errno
+import os
 import signal
 import socket
 import subprocess
@@ -63,6 +65,49 @@ def test_one_worker_holds_a_name_until_it_releases_it(tmp_path):
     for name in ("a/b", "c"):
         two.release(name)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["my~study/tiny/p", "a%2Fb", "a@b", "x/" + "0 " * 200 + "1"])
+def test_a_name_of_any_characters_and_length_is_held_by_one(tmp_path, name):
+    one, two = Leases(tmp_path), Leases(tmp_path)
+    assert one.take([name]) == name
+    assert two.take([name]) is None
+    assert two.take([f"{name[:-1]}2"])
+    one.release(name)
+    assert two.take([name]) == name
+
+
+def test_a_lease_beats_more_than_twice_in_its_life():
+    """So that one late beat is not taken for the end of its worker."""
+    assert 2 * leases.BEAT_S < leases.LIFE_S
+
+
+def test_a_lease_that_cannot_be_written_is_an_error_for_people_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(path, _):
+        os.close(os.open(path, os.O_CREAT))  # the file is made, and then there is no room for what is in it
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    mine = Leases(tmp_path)
+    monkeypatch.setattr(type(mine._directory), "write_text", full)
+    with pytest.raises(leases.LeaseError, match=r"cannot write there \(No space left on device\)") as caught:
+        mine.take(["a/b"])
+    assert caught.value.name == "a/b"
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert mine.take(["a/b"]) == "a/b"
+    mine.release("a/b")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[1]", b"7", b"null", b'{"pid": 1}', b'"machine"', b""])
+def test_a_file_that_is_no_lease_holds_its_name_until_its_time_is_over(tmp_path, monkeypatch, content):
+    (tmp_path / "a@somebody").write_bytes(content)
+    mine = Leases(tmp_path)
+    assert mine.holders() == {"a": "somebody"}
+    assert mine.take(["a", "b"]) == "b"
+    monkeypatch.setattr(leases, "LIFE_S", -1.0)
+    assert mine.take(["a"]) == "a"
+    for name in ("a", "b"):
+        mine.release(name)
 
 
 def test_of_two_that_write_at_once_not_both_hold(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from conftest import flipped
 
 from mobilellm_jax import results, sealed
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.results import Record
+from mobilellm_jax.results import Record, pairs_of
 
 SETTINGS = {
     "data": {"source": "bundled", "sequence_length": 256, "cache_dir": "~/.cache"},
@@ -380,3 +380,25 @@ def test_a_record_from_before_the_seal_is_read(tmp_path):
     results.write(make_record(), path)
     path.write_text(json.dumps(sealed.unseal(json.loads(path.read_text()))))
     assert results.read(path) == make_record()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [("b", "a"), ("c", "a"), ("d", "a")],  # with a baseline
+        [("b", "a"), ("c", "a"), ("d", "a"), ("c", "b"), ("d", "b"), ("d", "c")],  # all
+        [("b", "a"), ("c", "b"), ("d", "c")],  # steps
+        [("d", "a"), ("b", "a"), ("c", "b")],  # in an order of its own
+    ],
+)
+def test_pairs_of_a_study_come_together_in_its_order(asked):
+    def of(label):
+        return [list(pair) for pair in asked if label in pair]
+
+    runs = [make_record(point=p, point_index=i, pairs=of(p)) for i, p in enumerate("abcd")]
+    assert pairs_of(runs) == pairs_of(runs[::-1]) == asked
+    assert pairs_of(runs[:2] + runs[3:]) == asked  # those of "c" are known from the others
+    older = [dataclasses.replace(run, pairs=[list(pair) for pair in asked]) for run in runs]
+    assert pairs_of(older) == pairs_of([*runs[:2], *older[2:]]) == asked
+    odd = dataclasses.replace(runs[0], seed=1, pairs=[list(pair) for pair in asked[::-1]])
+    assert sorted(pairs_of([*runs, odd])) == sorted(asked)

@@ -1,6 +1,7 @@
 """The sweep: what runs, what is skipped, and what a failure leaves behind."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -11,14 +12,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from configs import base, depth_vs_width, khop, layer_sharing, lr_transfer, noise
-from experiments import cli, sweep
+from experiments import cli, progress, sweep, workers
 from experiments.leases import Leases
-from experiments.points import points_of
-from mobilellm_jax import accounting, results
+from experiments.points import points_of, said_to_compare
+from mobilellm_jax import accounting, data, results
 from mobilellm_jax.checkpoint import find_damage
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
@@ -92,7 +94,7 @@ def losses(curve, noise=lambda octave, seed: seed % 7 / 1000):
             compile_s=1.0,
             wall_s=2.0,
         )
-        card = {"source_sha256": "a", "tokenizer_sha256": "b"}
+        card = data.prepare(config.data, config.model.vocab_size).card
         return describe(**measured_fields(config, card, outcome))
 
     return run
@@ -335,9 +337,191 @@ def test_all_pairs_are_compared_unless_the_study_says_which(study):
         .replace("(1, 2)", "(1, 2, 2)")
     )
     pairs = [["reverse", "none"], ["immediate", "none"], ["immediate", "reverse"]]
-    assert points(study)[0].facts["pairs"] == pairs
+    asked = [pair for point in points(study) for pair in point.facts["pairs"]]
+    assert sorted(asked) == sorted(2 * pairs)  # each with both of its points
     study.write_text(study.read_text().replace("seeds=2", "seeds=2, pairs=[('none', 'immediate')]"))
     assert points(study)[0].facts["pairs"] == [["none", "immediate"]]
+
+
+def test_records_hold_the_pairs_of_their_point_and_together_all(study, tmp_path, monkeypatch):
+    study.write_text(
+        study.read_text()
+        .replace('baseline="none", ', "")
+        .replace('"none", "reverse"', "'none', 'reverse', 'immediate'")
+        .replace("(1, 2)", "(1, 2, 2)")
+    )
+    monkeypatch.setattr(sweep, "run", losses(lambda _: 3.0))
+    assert sweep.sweep(points(study), tmp_path / "w", jobs=1) == 0
+    records = results.read_all(tmp_path / "w" / "results")
+    assert {r.point: r.pairs for r in records} == {
+        "none": [["reverse", "none"], ["immediate", "none"]],
+        "reverse": [["reverse", "none"], ["immediate", "reverse"]],
+        "immediate": [["immediate", "none"], ["immediate", "reverse"]],
+    }
+    found = verdict(records)
+    asked = [("reverse", "none"), ("immediate", "none"), ("immediate", "reverse")]
+    assert [(c.point, c.other) for c in found.comparisons] == asked
+    assert not [warning for warning in found.warnings if "pairs" in warning]
+
+
+ODD = ("A+", "A*")  # one name, were signs all that is left out
+
+
+def test_points_of_equal_config_whose_labels_differ_in_signs_are_two(study, tmp_path, monkeypatch):
+    text = study.read_text().replace("reverse", "none").replace("(1, 2)", "(1, 1)")
+    study.write_text(text.replace('baseline="none"', f"labels={ODD}"))
+    monkeypatch.setattr(sweep, "run", losses(lambda _: 3.0))
+    for _ in range(2):
+        assert sweep.sweep(points(study), tmp_path / "w", jobs=1) == 0
+    records = results.read_all(tmp_path / "w" / "results")
+    assert [(r.point, r.seed) for r in records] == [(label, seed) for label in ODD for seed in range(2)]
+
+
+def test_an_explicit_plan_of_a_hundred_layers_has_names_that_fit(study, tmp_path, monkeypatch):
+    plan = " ".join(map(str, range(100)))
+    text = study.read_text().replace('"none", "reverse"', f'"none", "{plan}"').replace("(1, 2)", "(1, 1)")
+    study.write_text(text.replace('matched="non_embedding_parameters"', 'matched="tokens"'))
+    study.write_text(study.read_text().replace('"model.depth": 2', '"model.depth": 100'))
+    monkeypatch.setattr(sweep, "run", losses(lambda _: 3.0))
+    assert sweep.sweep(points(study), tmp_path / "w", jobs=1) == 0
+    assert {r.point for r in results.read_all(tmp_path / "w" / "results")} == {"none", plan}
+
+
+def test_every_record_is_read_once_before_a_sweep_starts(study, tmp_path, monkeypatch):
+    """And of one point, before its process starts, its own alone: 1,000 points take seconds, not hours."""
+    monkeypatch.setattr(sweep, "run", losses(lambda _: 3.0))
+    chosen = points(study, seeds=3)
+    assert sweep.sweep(chosen, tmp_path / "w", jobs=1) == 0
+    read, seen = results.read, []
+    monkeypatch.setattr(results, "read", lambda path: seen.append(path.name) or read(path))
+    assert progress.missing_runs(chosen, tmp_path / "w") == {point.name: 0 for point in chosen}
+    assert sorted(seen) == [f"{name}-s{seed}.json" for name in ("none", "reverse") for seed in range(3)]
+    seen.clear()
+    assert progress.missing_of(chosen[1], tmp_path / "w") == 0
+    assert sorted(seen) == [f"reverse-s{seed}.json" for seed in range(3)]
+
+
+def test_progress_counts_what_is_done_and_left(tuned_study, tmp_path, monkeypatch):
+    """Failed runs count as left; of a complete point nothing is left, whatever its tuning took."""
+    point = points(tuned_study, only=["none"])[0]
+    assert progress.progress(point, {}) == (0, point.runs)
+    monkeypatch.setattr(sweep, "run", losses(lambda octave: 3 + (octave + 8) ** 2))
+    sweep.sweep([point], tmp_path / "w", jobs=1)
+    there = {f"{i}": r for i, r in enumerate(results.read_all(tmp_path / "w" / "results"))}
+    assert progress.progress(point, there) == (len(there), 0)
+    more = dataclasses.replace(point, seeds=point.seeds + 2)
+    assert progress.progress(more, there) == (len(there), 2)
+    failed = {name: dataclasses.replace(r, status="failed") for name, r in there.items()}
+    assert progress.progress(point, failed) == (0, point.runs)
+
+
+def test_a_disk_that_is_full_when_a_lease_is_taken_costs_that_point_alone(study, tmp_path, monkeypatch):
+    chosen = points(study, seeds=1)
+    folder = workers.leases_of(tmp_path / "w")._directory
+    real = type(folder).write_text
+
+    def full(path, text):
+        if "none" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, text)
+
+    monkeypatch.setattr(type(folder), "write_text", full)
+    monkeypatch.setattr(sweep, "run", losses(lambda _: 3.0))
+    message = r"^mini/tiny/none: .*cannot write there \(No space left on device\)[^\n]*$"
+    with pytest.raises(UserError, match=message):
+        sweep.sweep(chosen, tmp_path / "w", jobs=1)
+    assert {r.point for r in results.read_all(tmp_path / "w" / "results")} == {"reverse"}
+    assert not list(folder.iterdir())
+
+
+def test_a_process_that_a_signal_ended_has_a_second_try_and_no_third(study, tmp_path, monkeypatch, capsys):
+    statuses = {"mini/tiny/none": [-9, 0], "mini/tiny/reverse": [-9, -11]}
+
+    class Process:
+        def __init__(self, args, **_):
+            self.name = args[1].name
+
+        def start(self):
+            self.sentinel, end = os.pipe()
+            os.close(end)  # over at once
+
+        def join(self):
+            os.close(self.sentinel)
+            self.exitcode = statuses[self.name].pop(0)
+
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Process))
+    broken = workers.in_processes(points(study), tmp_path / "w", [{}, {}], sweep.do_point, lambda *_: 1)
+    assert [said.partition(" ended")[0] for said in broken] == [
+        "the process of mini/tiny/reverse (status -11)"
+    ]
+    assert statuses == {"mini/tiny/none": [], "mini/tiny/reverse": []}
+    out = capsys.readouterr().out
+    assert out.count("ended by signal 9; one more try") == 2
+    assert "2 of 2 points done" in out
+
+
+def test_a_process_that_fails_by_itself_has_no_second_try(study, tmp_path, monkeypatch):
+    class Process:
+        exitcode = 1
+
+        def __init__(self, **_):
+            self.sentinel, end = os.pipe()
+            os.close(end)
+
+        def start(self):
+            pass
+
+        def join(self):
+            os.close(self.sentinel)
+
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Process))
+    broken = workers.in_processes(points(study), tmp_path / "w", [{}], sweep.do_point, lambda *_: 1)
+    assert [said.count("(status 1)") for said in broken] == [2]
+
+
+ONLY_TOO = (
+    ("4 x 48,8 x 32", [["8 x 32", "4 x 48"]], "compares '8 x 32' with '4 x 48'"),
+    ("1 x 96,8 x 32", [["8 x 32", "1 x 96"]], "compares '8 x 32' with '1 x 96'"),
+    ("8 x 32", [["8 x 32", "1 x 96"]], "one point, so there is nothing to compare"),
+)
+
+
+@pytest.mark.parametrize(("only", "pairs", "said"), ONLY_TOO)
+def test_points_chosen_are_compared_with_each_other(only, pairs, said):
+    """As the study asks, or, without its baseline, all of them."""
+    chosen = points_of("configs/depth_vs_width.py:tiny", {}, None, only.split(","))
+    assert said_to_compare(chosen) == f"depth_vs_width: {said}"
+    assert chosen[-1].facts["pairs"] == pairs
+
+
+def test_a_chosen_point_of_each_study_has_a_line_each():
+    chosen = points_of("configs/tour.py:tiny", {}, None, ["4 x 48", "8 x 32", "reverse"])
+    assert said_to_compare(chosen).splitlines() == [
+        "depth_vs_width: compares '8 x 32' with '4 x 48'",
+        "layer_sharing: one point, so there is nothing to compare",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            "model__num_repeats",
+            "model__num_repaets",
+            r"point \{.*num_repaets': 1\}: model\.num_repaets: .*mean num",
+        ),
+        ("model__num_repeats", "modle__num_repeats", "no field 'modle'; did you mean model"),
+        ("(1, 2)", "(1, 'two')", "model.num_repeats: 'two' does not fit"),
+        ('["model.sharing"]', '["model.sharnig"]', "no field 'model.sharnig'; did you mean model.sharing"),
+        ("seeds=2", "seeds=2, x='model.widht'", "no field 'model.widht'; did you mean model.width"),
+        ("from base.zipped(", "from [] or (lambda **_: [])(", "yields no point"),
+    ],
+)
+def test_a_typo_in_a_study_is_named(study, before, after, message):
+    assert before in study.read_text()
+    study.write_text(study.read_text().replace(before, after))
+    with pytest.raises(UserError, match=rf"^--config={study}.*{message}[^\n]*$"):
+        points(study)
 
 
 def test_points_side_by_side_give_the_same_records_as_one_after_the_other(tuned_study, tmp_path, capfd):
@@ -493,9 +677,10 @@ def test_other_logging_and_evaluations_are_the_same_sweep(study, tmp_path, capsy
     assert "tokens/s" not in capsys.readouterr().out
 
 
-def test_processes_of_points_load_no_statistics():
-    """Which take longer to load than jax."""
-    code = "import sys, experiments.sweep as _; print({'scipy.stats', 'pandas'} & set(sys.modules))"
+def test_a_sweep_starts_without_what_reports_and_checkpoints_need():
+    """Statistics take longer to load than jax; checkpoints and logs half a second each."""
+    late = {"scipy.stats", "pandas", "orbax.checkpoint", "tensorboardX"}
+    code = f"import sys, experiments.sweep as _; print({late} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
 
 
