@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
-from mobilellm_jax import data
+from mobilellm_jax import data, signals
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import directory
 from mobilellm_jax.generate import Generator, Sampling, TextStream
@@ -90,7 +90,10 @@ def _encode(texts: Sequence[str], tokenizer: data.Tokenizer | None) -> list[list
 def _converse(generator: Generator, tokenizer: data.Tokenizer | None) -> None:
     """Continues prompts from the terminal, each by itself, until Ctrl-D."""
     import readline  # noqa: F401, line editing for `input`
+    import termios
 
+    settings = termios.tcgetattr(sys.stdin)  # `input` changes them while it waits
+    signals.before_end["terminal"] = lambda: termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
     while True:
         try:
             text = input("prompt> ")
@@ -99,15 +102,25 @@ def _converse(generator: Generator, tokenizer: data.Tokenizer | None) -> None:
             return
         if text:
             try:
-                _answer(generator, _encode([text], tokenizer), tokenizer)
+                with signals.noted_signals() as received:
+                    _answer(generator, _encode([text], tokenizer), tokenizer, received)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
-            except KeyboardInterrupt:
-                print()
+            if received and set(received) != {"SIGINT"}:
+                raise signals.stopped(received, "in an answer")
+            received.clear()  # Ctrl-C ends the answer, not the conversation
 
 
-def _answer(generator: Generator, prompts: list[list[int]], tokenizer: data.Tokenizer | None) -> None:
-    """Prints prompts and what comes after them: one as it is made, and the next once that has ended."""
+def _answer(
+    generator: Generator,
+    prompts: list[list[int]],
+    tokenizer: data.Tokenizer | None,
+    received: Sequence[str] = (),
+) -> None:
+    """Prints prompts and what comes after them: one as it is made, and the next once that has ended.
+
+    Stops early where a signal was `received`.
+    """
     eos_id = tokenizer.eos_id if tokenizer else None
     steps = generator.start(prompts, _MAX_NEW_TOKENS.value, eos_id, _SEED.value)
     outputs = [_Output(prompt, tokenizer) for prompt in prompts]
@@ -121,6 +134,8 @@ def _answer(generator: Generator, prompts: list[list[int]], tokenizer: data.Toke
             turn += 1
             print("" if _PRINT_IDS.value else "\n---")
             outputs[turn].print()
+        if received:
+            break
     end = time.perf_counter()
     for number, output in enumerate(outputs[turn:]):
         if number > 0:

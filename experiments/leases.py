@@ -10,6 +10,7 @@ file has not changed for `LIFE_S` of the observer's own clock: clocks are not co
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -23,6 +24,8 @@ from pathlib import Path
 
 from absl import logging
 from etils import epath
+
+from mobilellm_jax import signals
 
 BEAT_S, LIFE_S = 5.0, 60.0
 
@@ -44,12 +47,13 @@ class Leases:
         for name in names:
             if name not in held:
                 path = self._path(name)
+                signals.before_end[path] = functools.partial(self.release, name)
                 path.write_text(_content())
                 if name not in self.holders():
                     self._mine[name] = over = threading.Event()
                     threading.Thread(target=_keep_alive, args=(path, over), daemon=True).start()
                     return name
-                path.unlink()
+                self._delete(path)
         return None
 
     def take_unless_alive(self, name: str) -> str | None:
@@ -69,8 +73,9 @@ class Leases:
 
     def release(self, name: str) -> None:
         """Lets others have `name`."""
-        self._mine.pop(name).set()
-        self._path(name).unlink(missing_ok=True)
+        if over := self._mine.pop(name, None):  # none where a signal came while it was taken
+            over.set()
+        self._delete(self._path(name))
 
     def holders(self) -> dict[str, str]:
         """Returns which names other workers hold: {name: worker}; deletes leases that are over."""
@@ -84,6 +89,10 @@ class Leases:
                     else:
                         found[name.replace("~", "/")] = worker
         return found
+
+    def _delete(self, path: epath.Path) -> None:
+        path.unlink(missing_ok=True)
+        signals.before_end.pop(path, None)
 
     def _listing(self) -> list[epath.Path]:
         try:

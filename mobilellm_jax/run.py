@@ -190,7 +190,7 @@ def run(
 
     Raises:
       UserError: bad input, found before anything is compiled.
-      Interrupted, Preempted: on SIGINT, on SIGTERM.
+      Interrupted, Preempted: on SIGINT, on SIGTERM or SIGHUP.
     """
     mesh = check(config)
     processes.of_first(lambda: claim_workdir(workdir, config))
