@@ -45,9 +45,7 @@ def watch(tell: bool = True) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in _ASKED:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda *_: None)  # the byte in the pipe is what counts
+    _catch()
     threading.Thread(target=_read, args=(reader, tell), name="signals", daemon=True).start()
 
 
@@ -63,6 +61,7 @@ def noted_signals() -> Iterator[list[str]]:
         with _noted_by_handlers() as received:
             yield received
         return
+    _catch()  # again: the runtime of a device may have taken SIGTERM for itself
     with _lock:
         before, _noting = _noting, True
     try:
@@ -112,6 +111,12 @@ def _noted_by_handlers() -> Iterator[list[str]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _catch() -> None:
+    for number in _ASKED:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)  # the byte that Python writes into the pipe is what counts
 
 
 def _read(reader: int, tell: bool) -> None:
