@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
@@ -71,7 +70,7 @@ def in_processes(
                 mine = free.pop(0)
                 arguments = do_point, point, workdir, mine[0], devices_per_run
                 process = context.Process(target=_child, args=arguments, daemon=True)
-                with _without_sigint(), _variables(mine[1]):
+                with _without_sigint(), _variables({**mine[1], signals.PARENT: str(os.getpid())}):
                     process.start()
                 running[process.sentinel] = process, point, mine
             if waiting and not running:
@@ -109,7 +108,6 @@ def _child(
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signals.watch(tell=False)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     enable_compilation_cache()
     leases = leases_of(workdir)
     if not leases.take([point.name]):
@@ -124,14 +122,6 @@ def _child(
         sys.exit(f"{point.name}  {stop}")
     finally:
         leases.release(point.name)
-
-
-def _end_with_parent() -> None:
-    """Has the run in this process save and stop, as on SIGTERM, where the sweep was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Wait:

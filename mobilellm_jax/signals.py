@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ RESUME_ME = os.EX_TEMPFAIL  # exit status 75: a scheduler should start the comma
 AGAIN = "Run the same command again to resume"
 # What `watch` calls where a signal ends the process, the newest first: release a lease, stop a child.
 before_end: dict[Any, Callable[[], object]] = {}
+
+PARENT = "MOBILELLM_JAX_PARENT"  # environment variable for `end_with_parent`
 
 _ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CLEANUP_S = 5.0  # a disk or network that hangs must not keep the process
@@ -47,6 +50,18 @@ def watch(tell: bool = True) -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     _catch()
     threading.Thread(target=_read, args=(reader, tell), name="signals", daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Has this process get SIGTERM once its parent is not, or no longer, the one that `PARENT` names."""
+    parent = int(os.environ.pop(PARENT))
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -169,3 +169,10 @@ def main():
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=20)[1] == f"stopped by SIGTERM with nothing to save. {AGAIN}"
     assert process.returncode == os.EX_TEMPFAIL
+
+
+def test_a_process_of_a_sweep_that_is_killed_ends_while_it_imports():
+    """Its parent, which is no more, is not the one that it was started by."""
+    program = "import os; os.environ['MOBILELLM_JAX_PARENT'] = '1'; import experiments, time; time.sleep(60)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=20)
+    assert (result.returncode, result.stderr) == (-signal.SIGTERM, b"")

@@ -76,7 +76,7 @@ def commands(straight: Run, number: int, start_s: float, rng: random.Random) -> 
     }
     study = {name: value for name, value in tiny.items() if not name.startswith("model.")}
     study |= {"model.vocab_size": 264, "train.steps": 5000}
-    kinds = [("plan", {}, (), SIGNALS), ("sweep", study, ("--jobs=1",), SIGNALS)]
+    kinds = [("plan", {}, ("--mesh=data:8",), SIGNALS), ("sweep", study, ("--jobs=1",), SIGNALS)]
     kinds += [("sweep", study, ("--jobs=2",), (*SIGNALS, signal.SIGKILL))]
     workdir = straight.workdir.with_name("sweep")
     for trial in range(number):
