@@ -65,6 +65,7 @@ def running(
         def kill() -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()  # it writes into a directory that is deleted next
 
         signals.before_end[process] = kill
         try:
