@@ -1,13 +1,12 @@
 """What all commands share: config files and their overrides, one-line errors, exit statuses.
 
-Exit statuses: 0 done; 1 some run failed or diverged; 2 bad input; 75 stopped by SIGTERM and 130 by Ctrl-C,
-where the same command goes on: after 75 (`RESUME_ME`) a scheduler should start it again.
+Exit statuses: 0 done; 1 some run failed or diverged; 2 bad input; 75 stopped by SIGTERM or SIGHUP, and 130 by
+Ctrl-C, where the same command goes on: after 75 (`signals.RESUME_ME`) a scheduler should start it again.
 """
 
 import importlib.util
 import os
 import shlex
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,11 +18,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mobilellm_jax import signals
-from mobilellm_jax.errors import Preempted, UserError, did_you_mean
+from mobilellm_jax.errors import Interrupted, UserError, did_you_mean
 from mobilellm_jax.files import AnyPath, directory
 from mobilellm_jax.malloc import keep_freed_memory
-
-RESUME_ME = os.EX_TEMPFAIL
 
 
 def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:
@@ -146,7 +143,7 @@ def run(main: Callable[[], int], default_config: str = "") -> None:
     """
     keep_freed_memory()
     logging.set_verbosity(logging.WARNING)  # orbax tells of every save at INFO
-    signal.signal(signal.SIGTERM, signals.preempt)  # the training loop has one that saves first
+    signals.watch()
     try:
         if default_config:
             # The flag below reads sys.argv by itself, and fails with a traceback where this does not.
@@ -159,9 +156,8 @@ def run(main: Callable[[], int], default_config: str = "") -> None:
         sys.exit(_complain(f"error: {error}", 2))
     except (AssertionError, RuntimeError) as error:
         sys.exit(_complain(f"error: {_no_devices(error)}", 2))
-    except KeyboardInterrupt as stop:  # of this project's own, it says what was saved
-        status = RESUME_ME if isinstance(stop, Preempted) else 130
-        sys.exit(_complain(f"{str(stop) or 'interrupted'}\nto go on: the same command again", status))
+    except Interrupted as stop:  # by what noted the signal
+        sys.exit(_complain(f"{stop}. {signals.AGAIN}", signals.exit_status(stop)))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second error at exit
 

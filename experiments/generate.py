@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
-from mobilellm_jax import data
+from mobilellm_jax import data, signals
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import directory
 from mobilellm_jax.generate import Generator, Sampling, TextStream
@@ -92,8 +92,11 @@ def _encode(texts: Sequence[str], tokenizer: data.Tokenizer | None, add_bos: boo
 def _converse(generator: Generator, tokenizer: data.Tokenizer | None, add_bos: bool) -> None:
     """Continues prompts from the terminal, each by itself, until Ctrl-D."""
     import readline  # noqa: F401, line editing for `input`
+    import termios
 
     place = 0
+    settings = termios.tcgetattr(sys.stdin)  # `input` changes them while it waits
+    signals.before_end["terminal"] = lambda: termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
     while True:
         try:
             text = input("prompt> ")
@@ -102,18 +105,27 @@ def _converse(generator: Generator, tokenizer: data.Tokenizer | None, add_bos: b
             return
         if text:
             try:
-                _answer(generator, _encode([text], tokenizer, add_bos), tokenizer, place)
+                with signals.noted_signals() as received:
+                    _answer(generator, _encode([text], tokenizer, add_bos), tokenizer, place, received)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
-            except KeyboardInterrupt:
-                print()
+            if received and set(received) != {"SIGINT"}:
+                raise signals.stopped(received, "in an answer")
             place += 1
+            received.clear()  # Ctrl-C ends the answer, not the conversation
 
 
 def _answer(
-    generator: Generator, prompts: list[list[int]], tokenizer: data.Tokenizer | None, place: int = 0
+    generator: Generator,
+    prompts: list[list[int]],
+    tokenizer: data.Tokenizer | None,
+    place: int = 0,
+    received: Sequence[str] = (),
 ) -> None:
-    """Prints prompts and what comes after them: one as it is made, and the next once that has ended."""
+    """Prints prompts and what comes after them: one as it is made, and the next once that has ended.
+
+    Stops early where a signal was `received`.
+    """
     eos_id = tokenizer.eos_id if tokenizer else None
     steps = generator.start(prompts, _MAX_NEW_TOKENS.value, eos_id, _SEED.value, place)
     outputs = [_Output(prompt, tokenizer) for prompt in prompts]
@@ -127,6 +139,8 @@ def _answer(
             turn += 1
             print("" if _PRINT_IDS.value else "\n---")
             outputs[turn].print()
+        if received:
+            break
     end = time.perf_counter()
     for number, output in enumerate(outputs[turn:]):
         if number > 0:

@@ -29,6 +29,7 @@ from experiments.sweep import PASSED_ON, asked_points  # with them come the flag
 from mobilellm_jax import partition
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.signals import RESUME_ME
 
 # What GKE calls the accelerator, and the dimensions of a topology.
 _TPUS = {
@@ -155,7 +156,7 @@ def manifest(name: str, command: list[str], hosts: int, chips: int) -> dict[str,
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         {
             "action": "FailJob",
-            "onExitCodes": {"containerName": "run", "operator": "In", "values": [cli.RESUME_ME]},
+            "onExitCodes": {"containerName": "run", "operator": "In", "values": [RESUME_ME]},
         },
     ]
     job = {

@@ -10,6 +10,7 @@ file has not changed for `LIFE_S` of the observer's own clock: clocks are not co
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from absl import logging
 from etils import epath
 
 from experiments.names import escaped
+from mobilellm_jax import signals
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import reason
 
@@ -64,6 +66,7 @@ class Leases:
 
     def _take(self, name: str) -> bool:
         path = self._path(name)
+        signals.before_end[path] = functools.partial(self.release, name)
         try:
             path.write_text(_content())
             if self.free([name]):
@@ -72,10 +75,10 @@ class Leases:
                 return True
         except Exception as error:  # a bucket has other ones than OSError
             with contextlib.suppress(Exception):
-                path.unlink(missing_ok=True)  # else the others would wait for it
+                self._delete(path)  # else the others would wait for it
             why = f"{path.parent}: cannot write there ({reason(error)}); mend it, then the same command again"
             raise LeaseError(name, why) from None
-        path.unlink()
+        self._delete(path)
         return False
 
     def take_unless_alive(self, name: str) -> str | None:
@@ -95,8 +98,9 @@ class Leases:
 
     def release(self, name: str) -> None:
         """Lets others have `name`."""
-        self._mine.pop(name).set()
-        self._path(name).unlink(missing_ok=True)
+        if over := self._mine.pop(name, None):  # none where a signal came while it was taken
+            over.set()
+        self._delete(self._path(name))
 
     def free(self, names: Sequence[str]) -> list[str]:
         """Those of `names` that no other worker holds; deletes leases that are over."""
@@ -118,6 +122,10 @@ class Leases:
                     else:
                         found[name] = worker
         return found
+
+    def _delete(self, path: epath.Path) -> None:
+        path.unlink(missing_ok=True)
+        signals.before_end.pop(path, None)
 
     def _listing(self) -> list[epath.Path]:
         try:

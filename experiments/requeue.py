@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from submitit.core.job_environment import JobEnvironment
 from submitit.helpers import DelayedSubmission
 
-from experiments.cli import RESUME_ME
+from mobilellm_jax.signals import RESUME_ME
 
 
 class Command:

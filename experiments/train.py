@@ -5,7 +5,7 @@
   python -m experiments.train --distributed --workdir=/shared/runs/first     # on every host, see launch.py
 
 The same command again resumes from the newest intact checkpoint; once finished, it prints the result. SIGTERM
-saves a checkpoint and exits with status 75, which asks a scheduler to start the command again.
+and SIGHUP save a checkpoint and exit with status 75, which asks a scheduler to start the command again.
 """
 
 import contextlib

@@ -3,19 +3,23 @@
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import random
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import jax
 
 from experiments import devices
 from experiments.leases import LeaseError, Leases
 from experiments.points import Point
-from mobilellm_jax.errors import UserError
+from mobilellm_jax import signals
+from mobilellm_jax.errors import Interrupted, UserError
 from mobilellm_jax.files import AnyPath
 from mobilellm_jax.malloc import keep_freed_memory
 from mobilellm_jax.run import enable_compilation_cache
@@ -49,14 +53,17 @@ def in_processes(
       devices_per_run: how many devices a process is to see; checked in it before it starts.
 
     Returns what to say of points whose process ended early.
+
+    Raises:
+      Interrupted, Preempted: on SIGINT, on SIGTERM or SIGHUP; the runs at work have saved.
     """
     context = multiprocessing.get_context("spawn")
     cores, jobs = sorted(os.sched_getaffinity(0)), len(environments)
     free = [(cores[i::jobs] or cores, environments[i]) for i in range(jobs)]
     leases, waiting, running, broken, wait = leases_of(workdir), list(points), {}, [], Wait()
     died: set[str] = set()  # points whose process a signal ended once, as where others took the memory
-    try:
-        while waiting or running:
+    with signals.noted_signals() as received, _ended(running):
+        while (waiting or running) and not received:
             while free and (point := _first_free(waiting, leases)):
                 waiting.remove(point)
                 if not missing(point, workdir):  # another sweep has done it
@@ -64,13 +71,12 @@ def in_processes(
                 mine = free.pop(0)
                 arguments = do_point, point, workdir, mine[0], devices_per_run
                 process = context.Process(target=_child, args=arguments, daemon=True)
-                with _without_sigint(), _variables(mine[1]):
+                with _without_sigint(), _variables({**mine[1], signals.PARENT: str(os.getpid())}):
                     process.start()
                 running[process.sentinel] = process, point, mine
             if waiting and not running:
                 wait(leases)
-            poll_s = _POLL_S if waiting and free else None
-            for sentinel in multiprocessing.connection.wait(list(running), poll_s) if running else ():
+            for sentinel in multiprocessing.connection.wait(list(running), _POLL_S) if running else ():
                 process, point, mine = running.pop(sentinel)
                 process.join()
                 free.append(mine)
@@ -86,12 +92,8 @@ def in_processes(
                     broken.append(f"{point.name} (status {process.exitcode})")
                 left = f"{len(points) - len(waiting) - len(running)} of {len(points)} points done"
                 say(point.name, left)
-    except BaseException:
-        for process, _, _ in running.values():
-            process.terminate()  # the run in it saves a checkpoint
-        for process, _, _ in running.values():
-            process.join()
-        raise
+    if received:
+        raise signals.stopped(received, "with the runs at work, which saved what there was")
     if not broken:
         return []
     return [
@@ -110,6 +112,8 @@ def _child(
     """What the process of a point does."""
     os.sched_setaffinity(0, cores)  # before jax starts its threads
     keep_freed_memory()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals.watch(tell=False)
     enable_compilation_cache()
     leases = leases_of(workdir)
     name, error = take(leases, [point.name])
@@ -123,7 +127,7 @@ def _child(
         do_point(point, workdir)
     except UserError as error:
         sys.exit(f"{point.name}  error: {error}")
-    except KeyboardInterrupt as stop:
+    except Interrupted as stop:
         sys.exit(f"{point.name}  {stop}")
     finally:
         leases.release(point.name)
@@ -162,13 +166,29 @@ def leases_of(workdir: AnyPath) -> Leases:
 
 
 @contextlib.contextmanager
-def _without_sigint() -> Iterator[None]:
-    """Processes started in here ignore Ctrl-C, which a terminal sends to all: the sweep stops them itself."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ended(running: Mapping[int, tuple[BaseProcess, Point, Any]]) -> Iterator[None]:
+    """Ends the processes in `running` when it is left; the runs in them save a checkpoint."""
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for process, _, _ in running.values():
+            process.terminate()
+        for process, _, _ in running.values():
+            process.join()
+
+
+@contextlib.contextmanager
+def _without_sigint() -> Iterator[None]:
+    """Processes started in here get no Ctrl-C, which a terminal sends to all: the sweep stops them itself.
+
+    Blocked here and not ignored, a SIGINT to the sweep itself still reaches the thread that watches for it.
+    """
+    multiprocessing.resource_tracker.ensure_running()  # its first start would lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -12,11 +12,11 @@ class UserError(ValueError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Stopped on SIGINT, after saving what there was to save."""
+    """Stopped by SIGINT, after saving what there was to save."""
 
 
 class Preempted(Interrupted):
-    """The same on SIGTERM, which schedulers send before they take a machine away."""
+    """The same by SIGTERM, which schedulers send before they take a machine away, or SIGHUP."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

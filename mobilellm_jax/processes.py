@@ -56,6 +56,7 @@ def start(
     if jax.__version_info__[:2] == (0, 10):  # an XLA that does not know the flag would not start
         one_by_one = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {one_by_one}"
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself
     timer = threading.Timer(patience_s, give_up)
     timer.daemon = True
     timer.start()

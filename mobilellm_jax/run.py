@@ -242,7 +242,7 @@ def run(
 
     Raises:
       UserError: bad input, found before anything is compiled.
-      Interrupted, Preempted: on SIGINT, on SIGTERM.
+      Interrupted, Preempted: on SIGINT, on SIGTERM or SIGHUP.
     """
     mesh = check(config)
     changes = processes.of_first(lambda: claim_workdir(workdir, config))

@@ -1,19 +1,115 @@
-"""Signals that ask a run to stop: SIGINT from a person, SIGTERM from a scheduler that wants the machine."""
+"""Signals that ask a process to stop: SIGINT from a person, SIGTERM from a scheduler, SIGHUP from a terminal.
+
+No handler of a command raises an exception. One raised in a callback of the garbage collector is ignored, and
+one raised while XLA compiles or an extension is imported ends in a segmentation fault (jax 0.10). Instead a
+thread reads the signals from a pipe, also while the main thread is in C++. Inside `noted_signals` it notes
+them; elsewhere nothing is half done, as files are renamed into place, and it ends the process at once.
+
+Imports nothing but the standard library: commands call `watch` before they import jax.
+"""
 
 import contextlib
+import os
+import shutil
 import signal
-from collections.abc import Iterator
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from mobilellm_jax.errors import Preempted
+from mobilellm_jax.errors import Interrupted, Preempted
+
+RESUME_ME = os.EX_TEMPFAIL  # exit status 75: a scheduler should start the command again
+AGAIN = "Run the same command again to resume"
+# What `watch` calls where a signal ends the process, the newest first: release a lease, stop a child.
+before_end: dict[Any, Callable[[], object]] = {}
+
+PARENT = "MOBILELLM_JAX_PARENT"  # environment variable for `end_with_parent`
+
+_ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_CLEANUP_S = 5.0  # a disk or network that hangs must not keep the process
+_lock = threading.Lock()
+_received: list[str] = []
+_watching = _noting = False
+
+
+def watch(tell: bool = True) -> None:
+    """Acts on signals until the process ends, for a command; called in its main thread. `tell`: with a line.
+
+    Signals that are ignored stay so: SIGHUP under nohup, SIGINT in a background job.
+    """
+    global _watching
+    if _watching:
+        return
+    _watching = True
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    _catch()
+    threading.Thread(target=_read, args=(reader, tell), name="signals", daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Has this process get SIGTERM once its parent is not, or no longer, the one that `PARENT` names."""
+    parent = int(os.environ.pop(PARENT))
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[str]]:
-    """Yields a list that SIGINT and SIGTERM are added to; a second SIGINT acts as it would without this.
+    """Yields a list that the names of signals are added to; the caller looks at it, and stops or clears it.
 
-    A second SIGTERM does not: scheduler and sweep may send one each, and neither wants the save cut short.
+    A second SIGINT acts as it would without this. A second SIGTERM does not: scheduler and sweep may send one
+    each, and neither wants the save cut short.
     """
+    global _noting
+    if not _watching:
+        with _noted_by_handlers() as received:
+            yield received
+        return
+    _catch()  # again: the runtime of a device may have taken SIGTERM for itself
+    with _lock:
+        before, _noting = _noting, True
+    try:
+        yield _received
+    finally:
+        with _lock:
+            _noting = before
+
+
+def stopped(received: Sequence[str], when: str) -> Interrupted:
+    """Makes the exception to raise after the signals in `received`; none, where another process had one."""
+    cause = received[0] if received else "another process"
+    return (Interrupted if cause == "SIGINT" else Preempted)(f"stopped by {cause} {when}")
+
+
+def exit_status(stop: Interrupted) -> int:
+    return RESUME_ME if isinstance(stop, Preempted) else 130
+
+
+@contextlib.contextmanager
+def scratch_directory(prefix: str) -> Iterator[Path]:
+    """A temporary directory that is deleted also where a signal ends the process."""
+    with tempfile.TemporaryDirectory(prefix=prefix) as name:
+        before_end[name] = lambda: shutil.rmtree(name, ignore_errors=True)
+        try:
+            yield Path(name)
+        finally:
+            del before_end[name]
+
+
+@contextlib.contextmanager
+def _noted_by_handlers() -> Iterator[list[str]]:
+    """`noted_signals` where nothing watches: in a notebook, or another program that calls the library."""
     received: list[str] = []
     previous: dict[int, Any] = {}
 
@@ -22,8 +118,8 @@ def noted_signals() -> Iterator[list[str]]:
         if number == signal.SIGINT:
             signal.signal(number, previous[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # a sweep's process, which the sweep itself stops
+    for number in _ASKED:
+        if signal.getsignal(number) != signal.SIG_IGN:
             previous[number] = signal.signal(number, receive)
     try:
         yield received
@@ -32,10 +128,51 @@ def noted_signals() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
-def preempt(*_: Any) -> None:
-    """Is a handler of SIGTERM, for where nothing has to be saved.
+def _catch() -> None:
+    for number in _ASKED:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)  # the byte that Python writes into the pipe is what counts
 
-    Raises:
-      Preempted: always.
-    """
-    raise Preempted("stopped by SIGTERM")
+
+def _read(reader: int, tell: bool) -> None:
+    while True:
+        for number in os.read(reader, 64):
+            if number in _ASKED:
+                _receive(signal.Signals(number).name, tell)
+
+
+def _receive(name: str, tell: bool) -> None:
+    with _lock:  # kept to the end: no loop starts meanwhile
+        _received.append(name)
+        is_being_stopped = _noting or len(_received) > 1
+        if not is_being_stopped or _received.count("SIGINT") > 1:
+            stop = stopped([name], f"{_doing()}nothing to save" if len(_received) == 1 else "at once")
+            _end(f"{stop}. {AGAIN}\n" if tell else "", exit_status(stop))
+
+
+def _end(line: str, status: int) -> None:
+    def clean_up() -> None:
+        os.write(2, line.encode())
+        for act in [*reversed(before_end.values()), sys.stdout.flush]:
+            with contextlib.suppress(Exception):  # the others still count
+                act()
+
+    try:
+        thread = threading.Thread(target=clean_up, daemon=True)
+        thread.start()
+        thread.join(_CLEANUP_S)
+    finally:
+        os._exit(status)  # no destructors: they would meet a main thread that is in the middle of something
+
+
+def _doing() -> str:
+    """What the main thread is at, as far as its stack tells."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame:
+        file = frame.f_code.co_filename
+        if file.endswith("jax/_src/compiler.py"):
+            return "while compiling; "
+        if file.startswith("<frozen importlib"):
+            return "while importing; "
+        frame = frame.f_back
+    return "with "

@@ -23,12 +23,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mobilellm_jax import data, memory, model, partition, processes
 from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import Config, ModelConfig, OptimizerConfig
-from mobilellm_jax.errors import Interrupted, Preempted, UserError
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate import eval_step, inputs_and_targets, scores
 from mobilellm_jax.files import AnyPath, is_bucket
 from mobilellm_jax.metrics import Clock, MetricsLog
 from mobilellm_jax.optimizer import learning_rate_schedule, make_optimizer
-from mobilellm_jax.signals import noted_signals
+from mobilellm_jax.signals import noted_signals, stopped
 
 
 class TrainState(NamedTuple):
@@ -243,7 +243,7 @@ def train(
     Leaves `metrics.jsonl`, TensorBoard events and checkpoints in `workdir`. `say` gets the progress lines.
 
     Raises:
-      Interrupted, Preempted: on SIGINT, on SIGTERM; a second call goes on where this one stopped.
+      Interrupted, Preempted: on SIGINT, on SIGTERM or SIGHUP; a second call goes on where this one stopped.
       UserError: a step does not fit into memory, every checkpoint in `workdir` is damaged, or `workdir`
         cannot be written any more.
     """
@@ -324,7 +324,7 @@ def train(
                             log.flush()
                             checkpoints.save(step, state, loss)
                 if stop:
-                    raise _stopped(signals, f"after step {step:,}; a checkpoint was saved")
+                    raise stopped(signals, f"after step {step:,}; a checkpoint was saved")
                 checkpoints.poll()
     except _Diverged as divergence:
         # At the first one: an update with such a gradient leaves no parameter finite to go on with.
@@ -336,7 +336,7 @@ def train(
     finally:
         log.close()
     if stops.cast(bool(signals)):  # too late for this run, but not for those that would follow
-        raise _stopped(signals, f"after step {step:,}, the last")
+        raise stopped(signals, f"after step {step:,}, the last")
     return Outcome(
         status=status,
         error=error,
@@ -347,12 +347,6 @@ def train(
         compile_s=compile_s,
         wall_s=time.perf_counter() - wall_start,
     )
-
-
-def _stopped(signals: Sequence[str], when: str) -> KeyboardInterrupt:
-    """Returns what to raise where this process, or another of the run, was told to stop."""
-    cause = signals[0] if signals else "another process"
-    return (Interrupted if cause == "SIGINT" else Preempted)(f"stopped by {cause} {when}")
 
 
 @functools.lru_cache(maxsize=1)  # runs that differ in seeds share it; its program takes 0.1 s to compile

@@ -104,13 +104,6 @@ def test_help_is_no_error():
         assert flag in result.stdout
 
 
-def test_sigterm_at_any_time_ends_with_the_status_that_asks_for_another_start():
-    program = "import os; from experiments import cli; cli.run(lambda: os.kill(os.getpid(), 15))"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == cli.RESUME_ME == os.EX_TEMPFAIL
-    assert result.stderr == "stopped by SIGTERM\nto go on: the same command again\n"
-
-
 def test_list_and_a_closed_pipe():
     listing = f"{sys.executable} -m experiments.sweep --config=configs/depth_vs_width.py:paper_125m --list"
     result = subprocess.run(["bash", "-c", f"{listing} | head -2"], capture_output=True, text=True)

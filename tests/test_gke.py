@@ -5,8 +5,9 @@ import yaml
 from test_cli import command
 from test_sweep import write_study
 
-from experiments import cli, gke
+from experiments import gke
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.signals import RESUME_ME
 
 # Of the API jobset.x-k8s.io/v1alpha2, what the manifest uses, without the template of the job.
 TEXT = {"type": "string"}
@@ -134,7 +135,7 @@ def test_a_slice_of_four_hosts(study):
     assert (pod["restartPolicy"], job["backoffLimit"]) == ("Never", 0)
     fails_job = job["podFailurePolicy"]["rules"]
     assert {rule["action"] for rule in fails_job} == {"FailJob"}
-    assert [rule["onExitCodes"]["values"] for rule in fails_job if "onExitCodes" in rule] == [[cli.RESUME_ME]]
+    assert [rule["onExitCodes"]["values"] for rule in fails_job if "onExitCodes" in rule] == [[RESUME_ME]]
     assert fails_job[1]["onExitCodes"]["containerName"] == container["name"]
     assert fails_job[0]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     (rule,) = policy["rules"]

@@ -6,15 +6,17 @@ import sys
 
 import pytest
 
+from experiments.soaks import ends
+
 
 @pytest.mark.slow
 def test_nothing_is_lost_and_nothing_goes_unseen():
-    """Eight kills, which meet all four moments, and six bits in each kind of file."""
-    command = [sys.executable, "-m", "experiments.soak", "--kills=8", "--flips=6"]
+    """Eight kills and eight signals, which meet all their moments, and six bits in each kind of file."""
+    command = [sys.executable, "-m", "experiments.soak", "--kills=8", "--signals=8", "--flips=6"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    kills = re.search(r"kills, then the same as without: (\d+) of \1 \((.*)\)", result.stdout)
-    assert kills, result.stdout
-    moments = {text.partition(" ")[2] for text in kills[2].split(", ")}
-    assert moments == {"in the start", "in a step", "in a save", "in an evaluation"}
+    for what, moments in (("kills", ends.KILLED), ("signals", ends.SIGNALLED)):
+        counted = re.search(rf"{what}.*, then the same as without: (\d+) of \1 \((.*)\)", result.stdout)
+        assert counted, result.stdout
+        assert {text.partition(" ")[2] for text in counted[2].split(", ")} >= set(moments)
     assert result.stdout.count("noticed") == result.stdout.count(": 6 of 6") == 6

@@ -552,11 +552,15 @@ def test_a_process_that_dies_is_named_and_the_others_finish(study, tmp_path):
         (signal.SIGINT, 130, "--jobs=2"),
         pytest.param(signal.SIGTERM, 75, "--jobs=2", marks=pytest.mark.slow),
         (signal.SIGTERM, 75, "--devices_per_run=1"),
+        pytest.param(signal.SIGKILL, -9, "--jobs=2", marks=pytest.mark.slow),
     ],
-    ids=["ctrl-c", "preemption", "preemption of a run on each device"],
+    ids=["ctrl-c", "preemption", "preemption of a run on each device", "the sweep alone is killed"],
 )
 def test_a_signal_stops_all_processes_after_a_checkpoint(study, tmp_path, number, status, flag):
-    """It goes to all of them at once, as from a terminal or a scheduler, while both are in a run."""
+    """It goes to all of them at once, as from a terminal or a scheduler, while both are in a run.
+
+    SIGKILL goes to the sweep alone. Its processes share the pipes, which are closed when they have ended.
+    """
     command = [sys.executable, "-m", "experiments.sweep", f"--config={study}", f"--workdir={tmp_path}/w"]
     command += [flag, "--config.train.steps=100000", "--config.train.log_every=10", "--seeds=1"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -567,11 +571,13 @@ def test_a_signal_stops_all_processes_after_a_checkpoint(study, tmp_path, number
         line = process.stdout.readline()
         assert line, process.communicate()
         seen += line
-    os.killpg(process.pid, number)
+    (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status
     assert "Traceback" not in errors
-    assert "the same command again" in errors
+    if number != signal.SIGKILL:
+        assert errors.count("Run the same command again to resume") == 1
+    assert not list((tmp_path / "w/runs/.leases").iterdir())
     for point in ("none", "reverse"):
         saved = list((tmp_path / f"w/runs/mini/tiny/{point}-s0/checkpoints").iterdir())
         assert saved

@@ -7,10 +7,8 @@ of all files first; it reads what was just written, which the operating system s
 """
 
 import math
-import tempfile
 import time
 from itertools import count
-from pathlib import Path
 
 import jax
 
@@ -18,6 +16,7 @@ from experiments.benchmarks import measure as m
 from experiments.benchmarks.shapes import config_of
 from experiments.benchmarks.trainer import Trainer
 from mobilellm_jax.checkpoint import Checkpoints, newest_intact
+from mobilellm_jax.signals import scratch_directory
 
 _EVERY = 100  # steps between two saves
 _MOST_STEPS = 50  # in one turn
@@ -29,8 +28,8 @@ def measure(quick: bool) -> list[m.Line]:
     shape = (1, 512) if on_cpu else (32, 2048)
     trainer = Trainer(config_of("125m", *((1, 32) if quick else shape), quick))
     batches, numbers, blocked = trainer.random_batches(), count(1), list[float]()
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        directory = Path(name) / "checkpoints"
+    with scratch_directory("bench-") as folder:
+        directory = folder / "checkpoints"
         checkpoints = Checkpoints(directory)
 
         def save(steps: int) -> None:

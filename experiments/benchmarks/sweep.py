@@ -8,13 +8,11 @@ over the processes and compared with wall time times processes.
 import os
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 from experiments.benchmarks import measure as m
 from experiments.points import points_of, prepare_data
-from mobilellm_jax import results
+from mobilellm_jax import results, signals
 
 _STUDY = "configs/tour.py:tiny"
 
@@ -23,14 +21,19 @@ def measure(quick: bool) -> list[m.Line]:
     """Returns the minutes of the sweep and the share that is not training; a single turn."""
     cores = len(os.sched_getaffinity(0))
     flags = ["--config.train.steps=8", "--config.optimizer.warmup_steps=2", "--seeds=1"] if quick else []
-    with tempfile.TemporaryDirectory(prefix="bench-") as workdir:
+    with signals.scratch_directory("bench-") as workdir:
         command = [sys.executable, "-m", "experiments.sweep", f"--config={_STUDY}", f"--workdir={workdir}"]
-        prepare_data(points_of(_STUDY, {}, None, []), Path(workdir))
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(workdir) / "xla")}
+        prepare_data(points_of(_STUDY, {}, None, []), workdir)
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(workdir / "xla")}
         start = time.perf_counter()
-        subprocess.run([*command, *flags], check=True, stdout=subprocess.DEVNULL, env=environment)
+        with subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, env=environment) as process:
+            signals.before_end[process] = process.terminate
+            status = process.wait()
+            del signals.before_end[process]
+        if status:
+            raise subprocess.CalledProcessError(status, process.args)
         wall_s = time.perf_counter() - start
-        records = results.read_all(Path(workdir) / "results")
+        records = results.read_all(workdir / "results")
     points = len({record.point for record in records})
     side_by_side = min(cores, points)
     train_s = sum(record.timing["train_s"] for record in records)

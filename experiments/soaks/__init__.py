@@ -1,0 +1,1 @@
+"""The parts of `experiments.soak`: kills and signals of real runs, and damage to real files."""

@@ -1,0 +1,98 @@
+"""Runs that are killed or told to stop at random moments, and then go on to the same end."""
+
+import collections
+import contextlib
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+
+from experiments.soaks.runs import TINY, Run, running, same, send, wait_until_watched
+
+# What a signal may meet, and its share.
+KILLED = {"in the start": 0.15, "in a step": 0.35, "in a save": 0.25, "in an evaluation": 0.25}
+SIGNALLED = {
+    "while importing": 0.25,
+    "while compiling": 0.3,
+    "in a step": 0.15,
+    "in a save": 0.2,
+    "in an evaluation": 0.1,
+}
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_ALL_MOMENTS = 8  # so many meet all of them
+_IN_A_ROW = 4
+
+
+def runs(
+    straight: Run,
+    number: int,
+    start_s: float,
+    step_s: float,
+    rng: random.Random,
+    sent: Sequence[signal.Signals],
+    moments: Mapping[str, float],
+) -> Iterator[tuple[bool, str]]:
+    """Yields for every signal whether the run ended as it should, and in the end as the one left alone.
+
+    With it comes what the signal met. A run gets up to `_IN_A_ROW`, one of `sent` each, and is then left to
+    finish. Aims at what was met least by its share.
+    """
+    expected, met = straight.contents(), collections.Counter[str]()
+    wanted = moments if number >= _ALL_MOMENTS else {}
+
+    def left() -> int:
+        """Returns how many are still to come; some more than asked for where a moment was not met."""
+        unmet = sum(not met[moment] for moment in wanted)
+        return max(number - met.total(), unmet if met.total() < 2 * number else 0)
+
+    while left():
+        run = Run(straight.corpus, straight.workdir.with_name("ended"), signal.SIGKILL not in sent)
+        found = list[tuple[bool, str]]()
+        while len(found) < min(_IN_A_ROW, left()):
+            so_far = met + collections.Counter(doing for _, doing in found)
+            aim = min(moments, key=lambda moment: (so_far[moment] + rng.random()) / moments[moment])
+            long = {"in the start": start_s, "while importing": start_s / 2, "while compiling": start_s / 20}
+            wait_s, what = rng.random() * long.get(aim, step_s), rng.choice(sent)
+            ended = run.end(aim, rng.randint(1, 12 if aim == "in a step" else 3), wait_s, what)
+            if ended is None:
+                break
+            print(f"  {what.name} {ended[1]}", flush=True)
+            found.append(ended)
+        run.finish()
+        equal = same(run.contents(), expected)
+        yield from ((ok and equal, doing) for ok, doing in found)
+        met.update(doing for _, doing in found)
+        shutil.rmtree(run.workdir)
+    yield from ((False, f"none was {moment}") for moment in wanted if not met[moment])
+
+
+def commands(straight: Run, number: int, start_s: float, rng: random.Random) -> Iterator[tuple[bool, str]]:
+    """Yields for signals to sweeps and `plan` whether all their processes ended, and left no lease."""
+    tiny = {
+        **TINY,
+        "data.source": f"files:{straight.corpus}/*.txt",
+        "data.cache_dir": straight.corpus / "cache",
+    }
+    study = {name: value for name, value in tiny.items() if not name.startswith("model.")}
+    study |= {"model.vocab_size": 264, "train.steps": 5000}
+    kinds = [("plan", {}, ("--mesh=data:8",), SIGNALS), ("sweep", study, ("--jobs=1",), SIGNALS)]
+    kinds += [("sweep", study, ("--jobs=2",), (*SIGNALS, signal.SIGKILL))]
+    workdir = straight.workdir.with_name("sweep")
+    for trial in range(number):
+        name, fields, flags, sent = kinds[trial % len(kinds)]
+        what = rng.choice(sent)
+        with running(
+            name, workdir, fields, *flags, environment={"JAX_ENABLE_COMPILATION_CACHE": "0"}
+        ) as process:
+            wait_until_watched(process)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.random() * 3 * start_s)
+            if process.poll() is not None:
+                continue
+            ok, output = send(process, what)
+        held = list(workdir.glob("runs/.leases/*"))
+        if not ok or held:
+            print(f"{process.returncode}: {held} {output}", flush=True)
+        yield ok and not held, " ".join((what.name, name, *flags))
+        shutil.rmtree(workdir, ignore_errors=True)
