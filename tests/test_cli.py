@@ -91,7 +91,7 @@ def test_other_errors_of_the_same_kind_keep_their_traceback(error, monkeypatch):
 
     monkeypatch.setattr(cli.app, "run", lambda *_, **__: fail())  # the flags of this process are pytest's
     monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli.signals, "watch", lambda: None)
     monkeypatch.setattr(cli.logging, "set_verbosity", lambda *_: None)
     with pytest.raises(type(error), match="mine"):
         cli.run(lambda: 0)
