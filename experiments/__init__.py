@@ -3,7 +3,7 @@
 import os
 import sys
 
-from mobilellm_jax import malloc, signals
+from mobilellm_jax.training import malloc, signals
 
 if sys.argv[:1] == ["-m"]:  # Python is about to run a command, which imports jax for seconds before it begins
     malloc.keep_freed_memory()  # before there is a second thread

@@ -17,15 +17,16 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, tables
+from experiments import cli
 from experiments.benchmarks import (
     measure,
     shapes,
     zero_shot,  # noqa: F401, it defines a flag
 )
-from mobilellm_jax import results, run
+from experiments.reporting import tables
 from mobilellm_jax.errors import UserError, did_you_mean
-from mobilellm_jax.files import AnyPath, directory
+from mobilellm_jax.runs import provenance
+from mobilellm_jax.storage.files import AnyPath, directory, write_atomically
 
 PARTS: tuple[str, ...] = (
     "training",
@@ -69,20 +70,20 @@ def main() -> int:
             print(f"\n{part}: left out: {missing}", flush=True)
             continue
         lines = module.measure(_QUICK.value)
-        device = run.device()
+        device = provenance.device()
         record = {
             "part": part,
             "quick": _QUICK.value,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": cli.command(),
-            "git_commit": results.git_commit(),
+            "git_commit": provenance.git_commit(),
             "device": device,
-            "versions": results.versions(*getattr(module, "AGAINST", ())),
+            "versions": provenance.versions(*getattr(module, "AGAINST", ())),
             "lines": [line.to_json() for line in lines],
         }
         name = "-".join([part, *shapes.asked()])
         path = bench / device["platform"] / f"{name}.json"
-        results.write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
         print("\n".join(table(record)), flush=True)
     return 0
 

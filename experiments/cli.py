@@ -17,10 +17,10 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mobilellm_jax import signals
 from mobilellm_jax.errors import Interrupted, UserError, did_you_mean
-from mobilellm_jax.files import AnyPath, directory
-from mobilellm_jax.malloc import keep_freed_memory
+from mobilellm_jax.storage.files import AnyPath, directory
+from mobilellm_jax.training import signals
+from mobilellm_jax.training.malloc import keep_freed_memory
 
 
 def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:

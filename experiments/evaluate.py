@@ -12,8 +12,8 @@ Bits per byte compare models with different tokenizers, perplexities do not.
 Zero-shot accuracy by EleutherAI's lm-evaluation-harness, which is an extra: pip install -e '.[eval]'.
 `mobilellm` stands for the paper's eight tasks. Without --data_dir, questions come from the hub, and every
 task of lm-eval can be asked. A local file is <task>*.jsonl, such as arc_easy_test.jsonl (also .gz, .xz, .zst;
-the formats are in mobilellm_jax/zero_shot.py). Results are added to the run's record; where there is none, as
-of an imported run, to zero_shot.json in its directory.
+the formats are in mobilellm_jax/inference/local_tasks.py). Results are added to the run's record; where there
+is none, as of an imported run, to zero_shot.json in its directory.
 """
 
 import dataclasses
@@ -23,15 +23,18 @@ import jax
 from absl import flags
 
 from experiments import cli
-from experiments.zero_shot import questions_of, score_tasks
-from mobilellm_jax import data, partition
+from experiments.runner.scoring import questions_of, score_tasks
+from mobilellm_jax import data
 from mobilellm_jax.config import Config, MeshConfig
 from mobilellm_jax.data.text import read_text
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import directory
-from mobilellm_jax.model import Params
-from mobilellm_jax.run import begins_with_bos, check, enable_compilation_cache, open_run, open_tokenizer
-from mobilellm_jax.train import evaluate_batches, make_programs
+from mobilellm_jax.model.stack import Params
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
+from mobilellm_jax.runs.run import check, enable_compilation_cache
+from mobilellm_jax.storage.files import directory
+from mobilellm_jax.training.held_out import evaluate_batches
+from mobilellm_jax.training.programs import make_programs
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
 _TEXT = flags.DEFINE_string("text", None, "text to score: bundled, files:<glob> or tfds:<name>")

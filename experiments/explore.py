@@ -63,14 +63,16 @@ from IPython.display import Image, display
 from ipywidgets import interact
 
 from configs import base, layer_sharing
-from experiments import beside_paper, drawing, tables
-from mobilellm_jax import accounting, data, results
+from experiments.reporting import beside_paper, drawing, tables
+from mobilellm_jax import data
+from mobilellm_jax.analysis.records import budget_name, read_records
+from mobilellm_jax.analysis.verdicts import verdict
 from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.run import check
+from mobilellm_jax.runs.run import check
 from mobilellm_jax.sharing import STRATEGIES, layer_plan
-from mobilellm_jax.train import train
-from mobilellm_jax.verdicts import verdict
+from mobilellm_jax.training.loop import train
 
 plt.style.use(drawing.STYLE)
 
@@ -121,7 +123,7 @@ def budgets(fields):
     """Returns what a shape costs, by name, for rows of 2,048 tokens."""
     config = base.update(base.get_config(), {f"model.{name}": value for name, value in fields.items()})
     costs = accounting.budgets(from_config_dict(config).model, length=2048, rows=1)
-    return {results.budget_name(name): tables.quantity(value) for name, value in costs.items()}
+    return {budget_name(name): tables.quantity(value) for name, value in costs.items()}
 
 
 @interact(
@@ -221,7 +223,7 @@ plt.show()
 # and scales differ: compare the *order*, not the numbers.
 
 # %%
-records = results.read_all("experiments/results/layer_sharing/tiny")
+records = read_records("experiments/results/layer_sharing/tiny")
 found = verdict(records)
 display(Image(drawing.render(beside_paper.draw(records, found))))
 
@@ -249,7 +251,7 @@ runs = pd.DataFrame(
         "parameters": record.parameters["non_embedding"],
         "FLOPs per token": record.budgets["train_flops_per_token"],
     }
-    for record in results.read_all("experiments/results/depth_vs_width/tiny")
+    for record in read_records("experiments/results/depth_vs_width/tiny")
 )
 display(runs.sample(5, random_state=0))
 

@@ -11,11 +11,11 @@ layers. `experiments.import_hf` takes it back, bit for bit in float32.
 from absl import flags
 
 from experiments import cli
-from mobilellm_jax import huggingface
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import local_directory
-from mobilellm_jax.huggingface_weights import DTYPES, WEIGHTS
-from mobilellm_jax.run import open_tokenizer
+from mobilellm_jax.formats import huggingface
+from mobilellm_jax.formats.huggingface_weights import DTYPES, WEIGHTS
+from mobilellm_jax.runs.directory import open_tokenizer
+from mobilellm_jax.storage.files import local_directory
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
 _TARGET = flags.DEFINE_string("target", None, "folder to make")

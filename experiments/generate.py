@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
-from mobilellm_jax import data, signals
+from mobilellm_jax import data
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import directory
-from mobilellm_jax.generate import Generator, Sampling, TextStream
-from mobilellm_jax.run import begins_with_bos, enable_compilation_cache, open_run, open_tokenizer
+from mobilellm_jax.inference.generate import Generator, Sampling, TextStream
+from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
+from mobilellm_jax.runs.run import enable_compilation_cache
+from mobilellm_jax.storage.files import directory
+from mobilellm_jax.training import signals
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
 _PROMPT = flags.DEFINE_multi_string(

@@ -24,12 +24,16 @@ import yaml
 from absl import flags
 from jax.sharding import AbstractMesh, AxisType
 
-from experiments import cli, launch
-from experiments.sweep import PASSED_ON, asked_points  # with them come the flags of a sweep
-from mobilellm_jax import partition
+from experiments import cli
+from experiments.runner import hosts
+from experiments.sweep import (
+    PASSED_ON,  # with them come the flags of a sweep
+    asked_points,  # with them come the flags of a sweep
+)
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.signals import RESUME_ME
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.training.signals import RESUME_ME
 
 # What GKE calls the accelerator, and the dimensions of a topology.
 _TPUS = {
@@ -55,7 +59,7 @@ _RUN = flags.DEFINE_enum("run", "sweep", ["sweep", "train"], "which command")
 
 def main() -> int:
     """Prints the manifest, and returns the exit status."""
-    hosts, chips = hosts_of(_TPU.value, _TOPOLOGY.value or "", _CHIPS.value)
+    num_hosts, chips = hosts_of(_TPU.value, _TOPOLOGY.value or "", _CHIPS.value)
     workdir = flags.FLAGS["workdir"].value if flags.FLAGS["workdir"].present else ""
     in_bucket = workdir.startswith("gs://")
     for name, flag in (("image", _IMAGE), ("claim", _CLAIM)):
@@ -67,9 +71,9 @@ def main() -> int:
         raise UserError(
             f"--workdir={workdir}: lies outside of the volume of --claim; expected {_MOUNT.value}/... or gs://..."
         )
-    command = ["python", "-m", f"experiments.{_RUN.value}", *_arguments(hosts, chips)]
+    command = ["python", "-m", f"experiments.{_RUN.value}", *_arguments(num_hosts, chips)]
     name = _NAME.value or re.sub(r"[^a-z0-9]+", "-", PurePosixPath(cli.config_spec()).name.lower())
-    print(yaml.safe_dump(manifest(name, command, hosts, chips), sort_keys=False, width=1000), end="")
+    print(yaml.safe_dump(manifest(name, command, num_hosts, chips), sort_keys=False, width=1000), end="")
     return 0
 
 
@@ -90,13 +94,13 @@ def hosts_of(tpu: str, topology: str, chips_per_host: int | None) -> tuple[int, 
     return total // chips, chips
 
 
-def _arguments(hosts: int, chips: int) -> list[str]:
+def _arguments(num_hosts: int, chips: int) -> list[str]:
     """Returns the arguments of the command, after checking that it can run on the slice."""
     passed_on = [*PASSED_ON, "shard", "devices_per_run"]
     for name in ("jobs", "list"):
         if flags.FLAGS[name].present:
             raise UserError(f"--{name}: is not for a TPU slice")
-    if launch.asked():
+    if hosts.asked():
         raise UserError("--distributed: is set here as the slice needs it")
     if _RUN.value == "train":
         for name in passed_on[1:]:
@@ -106,12 +110,12 @@ def _arguments(hosts: int, chips: int) -> list[str]:
     else:
         configs = [point.config for point in asked_points()]
     size = flags.FLAGS["devices_per_run"].value
-    if size and (hosts > 1 or chips % size):
+    if size and (num_hosts > 1 or chips % size):
         raise UserError(f"--devices_per_run={size}: takes a slice of one host whose chips it divides")
     for config in configs:
-        _check_mesh(config, size or hosts * chips)
+        _check_mesh(config, size or num_hosts * chips)
     arguments = cli.given(*passed_on)
-    return [*arguments, "--distributed", f"--start_timeout={_START_S}"] if hosts > 1 else arguments
+    return [*arguments, "--distributed", f"--start_timeout={_START_S}"] if num_hosts > 1 else arguments
 
 
 def _check_mesh(config: Config, devices: int) -> None:
@@ -119,7 +123,7 @@ def _check_mesh(config: Config, devices: int) -> None:
     partition.check_divisible(config, AbstractMesh(sizes, partition.AXES, axis_types=(AxisType.Auto,) * 3))
 
 
-def manifest(name: str, command: list[str], hosts: int, chips: int) -> dict[str, Any]:
+def manifest(name: str, command: list[str], num_hosts: int, chips: int) -> dict[str, Any]:
     """Returns the JobSet.
 
     Raises:
@@ -160,8 +164,8 @@ def manifest(name: str, command: list[str], hosts: int, chips: int) -> dict[str,
         },
     ]
     job = {
-        "parallelism": hosts,
-        "completions": hosts,
+        "parallelism": num_hosts,
+        "completions": num_hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
         "podFailurePolicy": {"rules": ask_for_restart},

@@ -15,10 +15,11 @@ from huggingface_hub import snapshot_download
 
 from configs import base
 from experiments import cli
-from mobilellm_jax import accounting, huggingface
+from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import local_directory
-from mobilellm_jax.huggingface_config import model_fields, read_object
+from mobilellm_jax.formats import huggingface
+from mobilellm_jax.formats.huggingface_config import model_fields, read_object
+from mobilellm_jax.storage.files import local_directory
 
 _SOURCE = flags.DEFINE_string("source", None, "folder with config.json and safetensors, or <owner>/<name>")
 _WORKDIR = flags.DEFINE_string("workdir", None, "run directory to make")

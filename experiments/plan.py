@@ -20,11 +20,12 @@ from absl import flags
 from jax.sharding import AbstractMesh, AxisType
 
 from experiments import cli
-from mobilellm_jax import accounting, partition
-from mobilellm_jax.collectives import Collective, count_collectives, partitioned_text
 from mobilellm_jax.config import Config, MeshConfig, from_config_dict
+from mobilellm_jax.costs import accounting
+from mobilellm_jax.costs.collectives import Collective, count_collectives, partitioned_text
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.train import make_programs
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.training.programs import make_programs
 
 _MESH = flags.DEFINE_string(
     "mesh", "", "sizes of the mesh axes, such as data:64,fsdp:4,tensor:1; those left out are 1"

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
-from mobilellm_jax import accounting
 from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.costs import accounting
+from mobilellm_jax.costs.shapes import BUDGETS, Rules, Shape, solve
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.shapes import BUDGETS, Rules, Shape, solve
 
 _BUDGET = flags.DEFINE_string("budget", None, f"<name>:<value>, such as 110_000, 110k or 125M; {BUDGETS}")
 _DEPTH = flags.DEFINE_list("depth", [], "depths to find widths for, separated by commas")

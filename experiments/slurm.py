@@ -18,12 +18,14 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, launch, zero_shot
-from experiments.points import table
-from experiments.progress import missing_runs
-from experiments.sweep import PASSED_ON, asked_points, asked_questions, make_workdir
+from experiments import cli
+from experiments.runner import hosts, scoring
+from experiments.runner.points import table
+from experiments.runner.progress import missing_runs
+from experiments.runner.sweeping import make_workdir
+from experiments.sweep import PASSED_ON, asked_points, asked_questions
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import local_directory
+from mobilellm_jax.storage.files import local_directory
 
 _CLUSTER = flags.DEFINE_enum(
     "cluster", "slurm", ["slurm", "local"], "local: as processes on this machine, one task after the other"
@@ -47,11 +49,11 @@ def main() -> int:
     for name in ("jobs", "shard", "devices_per_run", "list"):
         if all_flags[name].present:
             raise UserError(f"--{name}: not here; each point is a task of its own")
-    if launch.asked():
+    if hosts.asked():
         raise UserError("--distributed: not here; each point is a task of its own, on one node")
     extra = dict(_option(text) for text in _SBATCH.value)
     questions, points = asked_questions(), asked_points()
-    known = zero_shot.load(questions, points) if questions else {}
+    known = scoring.load(questions, points) if questions else {}
     workdir = local_directory("workdir", all_flags["workdir"].value)  # submitit keeps its logs there
     executor = _executor(workdir / "slurm", extra)
     make_workdir(workdir)
@@ -60,7 +62,7 @@ def main() -> int:
     todo = [
         index
         for index, point in enumerate(points)
-        if missing[point.name] or (questions and zero_shot.lacking(point, workdir, questions, known))
+        if missing[point.name] or (questions and scoring.lacking(point, workdir, questions, known))
     ]
     print(f"\n{len(points) - len(todo)} of {len(points)} points are complete", flush=True)
     command = [sys.executable, "-m", "experiments.sweep", *cli.given(*PASSED_ON)]
@@ -111,7 +113,7 @@ def _executor(folder: Path, extra: dict[str, Any]) -> Any:
 
 
 def _submit(executor: Any, names: list[str], tasks: list[list[str]]) -> int:
-    from experiments.requeue import Command
+    from experiments.runner.requeue import Command
 
     with executor.batch():
         jobs = [executor.submit(Command(task)) for task in tasks]
@@ -121,7 +123,7 @@ def _submit(executor: Any, names: list[str], tasks: list[list[str]]) -> int:
 
 
 def _run_here(executor: Any, names: list[str], tasks: list[list[str]]) -> int:
-    from experiments.requeue import Command
+    from experiments.runner.requeue import Command
 
     failed = []
     for name, task in zip(names, tasks, strict=True):

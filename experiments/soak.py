@@ -30,7 +30,7 @@ from experiments.soaks import ends
 from experiments.soaks.damage import damaged_checkpoints, damaged_data, damaged_words
 from experiments.soaks.runs import TINY, Run
 from experiments.soaks.trials import count
-from mobilellm_jax.signals import scratch_directory
+from mobilellm_jax.training.signals import scratch_directory
 
 _KILLS = flags.DEFINE_integer("kills", 20, "how many runs to kill", 0)
 _SIGNALS = flags.DEFINE_integer("signals", 40, "how many runs to stop by a signal", 0)

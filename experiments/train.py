@@ -2,7 +2,7 @@
 
   python -m experiments.train --config=configs/base.py --workdir=runs/first
   python -m experiments.train --config=configs/mobilellm.py:125m --config.train.steps=1000 --workdir=runs/125m
-  python -m experiments.train --distributed --workdir=/shared/runs/first     # on every host, see launch.py
+  python -m experiments.train --distributed --workdir=/shared/runs/first     # on every host
 
 The same command again resumes from the newest intact checkpoint; once finished, it prints the result. SIGTERM
 and SIGHUP save a checkpoint and exit with status 75, which asks a scheduler to start the command again.
@@ -15,13 +15,16 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli, launch
-from experiments.leases import Leases
-from mobilellm_jax import processes, results
+from experiments import cli
+from experiments.runner import hosts
+from experiments.runner.leases import Leases
+from mobilellm_jax.analysis.records import Record, write_record
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import AnyPath, directory, reason
-from mobilellm_jax.run import agreed_record, enable_compilation_cache, run
+from mobilellm_jax.parallel import processes
+from mobilellm_jax.runs import provenance
+from mobilellm_jax.runs.run import agreed_record, enable_compilation_cache, run
+from mobilellm_jax.storage.files import AnyPath, directory, reason
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if it is not there")
 
@@ -31,11 +34,11 @@ def main() -> int:
     if not _WORKDIR.value:
         raise UserError("--workdir: say where the run is to be kept, such as --workdir=runs/first")
     config = from_config_dict(cli.one_config())
-    launch.start()
+    hosts.start()
     workdir = directory("workdir", _WORKDIR.value)
     study, _, preset = cli.config_spec().partition(":")
     describe = functools.partial(
-        results.Record,
+        Record,
         study=Path(study).stem,
         preset=preset,
         point=workdir.name,
@@ -53,7 +56,7 @@ def main() -> int:
         x=None,
         overrides=cli.overrides(),
         command=cli.command(),
-        git_commit=results.git_commit(),
+        git_commit=provenance.git_commit(),
     )
     path = workdir / "record.json"
     record = agreed_record(path, config)
@@ -63,7 +66,7 @@ def main() -> int:
             record = agreed_record(path, config)  # another may have finished it just now
             if record is None:
                 record = run(config, workdir, describe)
-                processes.of_first(lambda: results.write(record, path))
+                processes.of_first(lambda: write_record(record, path))
     if record.status != "finished":
         print(f"{record.status}: {record.error}; see {path}")
         return 1

@@ -179,7 +179,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Optimizer and learning-rate schedule. See `optimizer.py`.
+    """Optimizer and learning-rate schedule. See `training/optimizer.py`.
 
     Attributes:
       name: "adamw", or "muon" for the matrices of the blocks (and Adam for the rest).
@@ -225,7 +225,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length, batch, seeds and cadence of a run. See `train.py`.
+    """Length, batch, seeds and cadence of a run. See `training/loop.py`.
 
     Attributes:
       steps: optimizer steps.
@@ -273,7 +273,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the device mesh axes; one of them may be -1, "all remaining devices". See `partition.py`.
+    """Sizes of the device mesh axes; one may be -1, "all remaining devices". See `parallel/partition.py`.
 
     Attributes:
       data: copies of the model, each with its part of the batch.

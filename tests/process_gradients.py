@@ -12,8 +12,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mobilellm_jax import model, partition, processes
+from mobilellm_jax import model
 from mobilellm_jax.config import MeshConfig
+from mobilellm_jax.parallel import partition, processes
 
 port, count, index, out, meshes, strategies = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 1)

@@ -20,9 +20,11 @@ from conftest import (
 )
 
 from configs import mobilellm
-from mobilellm_jax import accounting, model, train
+from mobilellm_jax import model
 from mobilellm_jax.config import from_config_dict
-from mobilellm_jax.run import planned_fields
+from mobilellm_jax.costs import accounting
+from mobilellm_jax.runs.run import planned_fields
+from mobilellm_jax.training.step import gradients, init_state
 
 # Total, and without norm gains as the paper counts.
 PUBLISHED = {
@@ -236,7 +238,7 @@ def test_the_cache_holds_the_keys_and_values_of_every_layer_applied(overrides):
 @pytest.mark.parametrize("share_embedding", [True, False])
 def test_optimizer_bytes_are_those_of_the_training_state_and_a_gradient(share_embedding):
     config = tiny_config(**{"model.share_embedding": share_embedding})
-    state = jax.eval_shape(lambda: train.init_state(jax.random.key(0), config.model, config.optimizer))
+    state = jax.eval_shape(lambda: init_state(jax.random.key(0), config.model, config.optimizer))
     trees = [state.params, state.opt_state, state.params]  # a gradient is shaped like the parameters
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trees) if x.ndim)  # no step counters
     assert accounting.optimizer_bytes(config.model) == size
@@ -289,7 +291,7 @@ def test_activation_bytes_are_about_the_memory_that_xla_sets_aside(remat, overri
     size = {"depth": 4, "width": 64, "head_dim": 16, "ffn_width": 256, "loss_chunk": length}
     m = tiny_model(**{"vocab_size": 512, **size, **overrides}, remat=remat)
     rows_AMS = jax.ShapeDtypeStruct((1, rows, length + 1), np.int32)
-    program = jax.jit(train.gradients, static_argnums=2).lower(shapes(m), rows_AMS, m).compile()
+    program = jax.jit(gradients, static_argnums=2).lower(shapes(m), rows_AMS, m).compile()
     aside = program.memory_analysis().temp_size_in_bytes
     assert low < accounting.activation_bytes(m, length, rows) / aside < high
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobilellm_jax import attention, kernels
-from mobilellm_jax.attention import attend_causally, attend_padded
+from mobilellm_jax.model.ops import attention, linear
+from mobilellm_jax.model.ops.attention import attend_causally, attend_padded
 
 # One chunk, one and a bit, several with a short last one, and more than 8 chunks' worth of positions.
 LENGTHS = (7, 65, 150, 600)
@@ -121,7 +121,7 @@ def test_gradients_are_those_of_the_plain_attention_of_jax(dtype, tolerance, kv_
 def test_gradients_of_linear_are_those_that_jax_derives(product, x, w, dtype):
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (x, w))
-    y, pullback = jax.vjp(lambda x, w: kernels.linear(product, x, w), x, w)
+    y, pullback = jax.vjp(lambda x, w: linear.linear(product, x, w), x, w)
     expected_y, expected = jax.vjp(lambda x, w: jnp.einsum(product, x, w), x, w)
     dy = jnp.asarray(rng.normal(size=y.shape), dtype)
     np.testing.assert_array_equal(y, expected_y)
@@ -134,7 +134,7 @@ def test_gradients_of_linear_are_those_that_jax_derives(product, x, w, dtype):
 def test_swiglu_and_its_gradient_are_those_of_silu_in_float64():
     rng = np.random.default_rng(0)
     gate, up, dy = (3 * rng.normal(size=(2, 5, 7)) for _ in range(3))
-    y, pullback = jax.vjp(jax.jit(kernels.swiglu), jnp.float32(gate), jnp.float32(up))
+    y, pullback = jax.vjp(jax.jit(linear.swiglu), jnp.float32(gate), jnp.float32(up))
 
     def expected(gate, up):
         return gate / (1 + np.exp(-gate)) * up

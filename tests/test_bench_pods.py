@@ -10,7 +10,7 @@ import pytest
 
 from experiments.benchmarks.shapes import config_of
 from experiments.benchmarks.trainer import Trainer, tiny_config
-from mobilellm_jax import accounting
+from mobilellm_jax.costs import accounting
 
 
 def test_the_model_is_that_of_the_paper():

@@ -6,11 +6,11 @@ import dataclasses
 import pytest
 from test_results import make_diverged, make_record
 
-from experiments import beside_paper, paper
-from experiments.points import points_of
+from experiments.reporting import beside_paper, paper_tables
+from experiments.runner.points import points_of
+from mobilellm_jax.analysis.verdicts import verdict
 from mobilellm_jax.config import to_dict
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.verdicts import verdict
 
 # Average accuracies as the paper prints them: figure 4, figure 3, table 2, figure 5 (heads: accuracies).
 DEPTHS = {
@@ -224,5 +224,5 @@ def test_table_has_the_paper_s_rows_and_our_points_below():
 
 
 def test_every_study_of_the_paper_has_accuracies():
-    there = {study for study in paper.SOURCES if beside_paper.accuracies(study)}
-    assert there == set(paper.SOURCES) - {"followups"}
+    there = {study for study in paper_tables.SOURCES if beside_paper.accuracies(study)}
+    assert there == set(paper_tables.SOURCES) - {"followups"}

@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 from test_sweep import write_study
 
-from experiments import leases
-from experiments.leases import Leases
-from mobilellm_jax import files, results
-from mobilellm_jax.checkpoint import Checkpoints, find_damage
+from experiments.runner import leases
+from experiments.runner.leases import Leases
+from mobilellm_jax.analysis.records import read_records
 from mobilellm_jax.data import load_tokenizer, save_tokenizer
 from mobilellm_jax.data.tokenizers import train_bpe
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.metrics import MetricsLog
-from mobilellm_jax.run import read_config
+from mobilellm_jax.runs.directory import read_config
+from mobilellm_jax.storage import files
+from mobilellm_jax.storage.checkpoint import Checkpoints, find_damage
+from mobilellm_jax.storage.metrics import MetricsLog
 
 HOLD = """
 import sys, time
@@ -208,7 +209,7 @@ def test_of_two_sweeps_one_is_killed_and_every_run_is_done_once(where, tmp_path,
             time.sleep(0.01)
         workers[0].send_signal(signal.SIGKILL)
         assert workers[1].wait() == 0, text(1)
-    records = results.read_all(files.path_of(workdir) / "results")
+    records = read_records(files.path_of(workdir) / "results")
     assert [(r.point, r.seed, r.status) for r in records] == [
         (point, seed, "finished") for point in ("none", "reverse") for seed in (0, 1)
     ]

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from mobilellm_jax.statistics import PairedDifference, decide, seeds_needed
+from mobilellm_jax.analysis.statistics import PairedDifference, decide, seeds_needed
 
 SPREAD = 0.02  # of one run; of a paired difference, times the square root of 2
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import assert_trees_close
 
-from mobilellm_jax import checkpoint
-from mobilellm_jax.checkpoint import MANIFEST, Checkpoints, find_damage
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage import checkpoint
+from mobilellm_jax.storage.checkpoint import MANIFEST, Checkpoints, find_damage
 
 LIKE = {
     "a": jax.ShapeDtypeStruct(

@@ -3,9 +3,9 @@
 import pytest
 from test_results import make_record
 
-from experiments import claims
-from experiments.points import points_of
-from mobilellm_jax.verdicts import verdict
+from experiments.reporting import claims
+from experiments.runner.points import points_of
+from mobilellm_jax.analysis.verdicts import verdict
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from experiments import cli
-from mobilellm_jax import files
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage import files
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

@@ -15,11 +15,11 @@ import pytest
 from conftest import apply, random_params, tiny_config
 from test_cli import command
 
-from mobilellm_jax import run
-from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.data import save_tokenizer
 from mobilellm_jax.data.tokenizers import BytesTokenizer
-from mobilellm_jax.generate import Generator, Sampling
+from mobilellm_jax.inference.generate import Generator, Sampling
+from mobilellm_jax.runs.directory import IMPORTED, TOKENIZER, claim_workdir
+from mobilellm_jax.storage.checkpoint import Checkpoints
 
 CONFIG = tiny_config(**{"model.vocab_size": 258, "model.sharing": "0 1 0", "data.sequence_length": 40})
 TEXT = "Grüße, 世界! " * 9
@@ -33,11 +33,11 @@ def params():
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, params):
     folder = tmp_path_factory.mktemp("run")
-    run.claim_workdir(folder, CONFIG)
+    claim_workdir(folder, CONFIG)
     checkpoints = Checkpoints(folder / "checkpoints")
     checkpoints.save(4, {"params": params}, None)
     checkpoints.close()
-    save_tokenizer(BytesTokenizer(), folder / run.TOKENIZER)
+    save_tokenizer(BytesTokenizer(), folder / TOKENIZER)
     return folder
 
 
@@ -46,8 +46,8 @@ def imported_without_bos(tmp_path_factory, workdir):
     """The same weights as an imported model whose tokenizer puts no BOS before a text."""
     folder = tmp_path_factory.mktemp("imported") / "run"
     shutil.copytree(workdir, folder)
-    (folder / run.IMPORTED).write_text("{}")
-    (folder / run.TOKENIZER / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    (folder / IMPORTED).write_text("{}")
+    (folder / TOKENIZER / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     return folder
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import beside_paper, figures
-from mobilellm_jax import results, sealed
-from mobilellm_jax.verdicts import verdict
+from experiments.reporting import beside_paper, figures
+from mobilellm_jax.analysis.records import by_study, read_records
+from mobilellm_jax.analysis.verdicts import verdict
+from mobilellm_jax.storage import sealed
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 
@@ -21,7 +22,7 @@ def test_every_record_has_a_seal():
 
 @pytest.fixture(scope="module")
 def studies():
-    return [figures.in_order(records) for records in results.by_study(results.read_all(RESULTS)).values()]
+    return [figures.in_order(records) for records in by_study(read_records(RESULTS)).values()]
 
 
 def test_every_seed_is_inside_the_axes(studies):

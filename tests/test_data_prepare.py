@@ -26,7 +26,7 @@ from mobilellm_jax import data
 from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data import pipeline, tokenizers
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.sealed import seal, unseal
+from mobilellm_jax.storage.sealed import seal, unseal
 
 prepare_module = importlib.import_module("mobilellm_jax.data.prepare")  # `data.prepare` is the function
 

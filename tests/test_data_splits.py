@@ -8,9 +8,11 @@ import pytest
 from test_data_prepare import TEXTS, config, rows, write_jsonl
 from test_data_tokenizers import text_of
 
-from mobilellm_jax import comparable, data, run
+from mobilellm_jax import data
+from mobilellm_jax.analysis import comparable
 from mobilellm_jax.data import splits, tokenizers
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.runs.directory import data_notes
 
 PARAGRAPHS = [f"{i}: {text_of(20, seed=i)}" for i in range(40)]
 
@@ -37,7 +39,7 @@ def test_the_end_of_a_single_text_is_held_out(tmp_path, name):
     assert abs(len(valid) / len(text) - 0.2) < 0.02
     assert "end of the one text" in prepared.card["split"]
     assert "held_out_documents_in_train" not in prepared.card
-    (note,) = run.data_notes(prepared.card)
+    (note,) = data_notes(prepared.card)
     size = len(valid.encode())
     share = f"{size / len(text.encode()):.1%}"
     assert note == f"files:{name} is one document: its last {share} ({size:,} bytes) are held out"
@@ -116,10 +118,10 @@ def test_held_out_documents_that_are_trained_on_are_counted(tmp_path):
     assert card["held_out_documents_in_train"] == 3
     sentence = "3 of 4 held-out documents (75.0%) are in the training text as well."
     assert comparable.leakage(card) == sentence
-    assert run.data_notes(card) == [f"warning: {sentence}"]
+    assert data_notes(card) == [f"warning: {sentence}"]
     card = data.prepare(config(tmp_path, valid_source=f"files:{apart}"), 258).card
     assert card["held_out_documents_in_train"] == 0
-    assert run.data_notes(card) == []
+    assert data_notes(card) == []
 
 
 def test_a_home_directory_is_found(tmp_path, monkeypatch):

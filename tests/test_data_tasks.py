@@ -12,8 +12,9 @@ import scipy.stats
 from conftest import tiny_config
 
 from configs import base, khop
-from mobilellm_jax import accounting, data
+from mobilellm_jax import data
 from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
 
 KHOP = "khop:hops=3,min_hops=2,symbols=7,queries=2"

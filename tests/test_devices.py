@@ -7,8 +7,8 @@ import sys
 import pytest
 from test_sweep import points, write_study
 
-from experiments import devices, sweep
-from mobilellm_jax import results
+from experiments.runner import devices, sweeping
+from mobilellm_jax.analysis.records import read_records
 from mobilellm_jax.errors import UserError
 
 
@@ -28,15 +28,15 @@ def test_each_run_has_its_part_of_the_devices(study, tmp_path):
     result = start(study, tmp_path / "w", "--seeds=1", "--devices_per_run=2")
     assert result.returncode == 0, result.stderr
     assert "2 points at a time, each on 2 of the devices of this host" in result.stdout
-    records = results.read_all(tmp_path / "w/results")
+    records = read_records(tmp_path / "w/results")
     assert [(record.status, record.device["count"]) for record in records] == [("finished", 2)] * 2
 
 
 def test_a_process_that_sees_other_devices_than_its_own_does_not_start(study, tmp_path):
     environments = [{"JAX_NUM_CPU_DEVICES": "8"}, {"JAX_NUM_CPU_DEVICES": "3"}]  # 8 as here: right
     with pytest.raises(UserError, match=r"the process of mini/tiny/none \(status 1\) ended early"):
-        sweep.sweep(points(study, seeds=1), tmp_path / "w", groups=environments)
-    assert [record.point for record in results.read_all(tmp_path / "w/results")] == ["reverse"]
+        sweeping.sweep(points(study, seeds=1), tmp_path / "w", groups=environments)
+    assert [record.point for record in read_records(tmp_path / "w/results")] == ["reverse"]
 
 
 def test_groups_of_gpus_are_parts_of_those_that_are_visible():

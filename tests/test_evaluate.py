@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from conftest import apply, random_params, tiny_model
 
-from mobilellm_jax import evaluate
+from mobilellm_jax.data.rows import inputs_and_targets
+from mobilellm_jax.training.held_out import scores
+from mobilellm_jax.training.step import eval_step
 
 ROWS = 6
-eval_step = jax.jit(evaluate.eval_step, static_argnums=(2, 3))
+eval_step = jax.jit(eval_step, static_argnums=(2, 3))
 
 
 def make_rows(config):
@@ -23,14 +25,14 @@ def make_rows(config):
 
 def test_inputs_and_targets_of_text_are_the_tokens():
     rows = np.array([[3, 0, 7, 5]], np.int32)
-    tokens, targets = evaluate.inputs_and_targets(jax.numpy.array(rows))
+    tokens, targets = inputs_and_targets(jax.numpy.array(rows))
     np.testing.assert_array_equal(tokens, [[3, 0, 7]])
     np.testing.assert_array_equal(targets, [[0, 7, 5]])
 
 
 def test_a_complement_is_an_input_and_no_target():
     rows = np.array([[~3, 0, ~7, 5, -1, -1]], np.int32)
-    tokens, targets = evaluate.inputs_and_targets(jax.numpy.array(rows))
+    tokens, targets = inputs_and_targets(jax.numpy.array(rows))
     np.testing.assert_array_equal(tokens, [[3, 0, 7, 5, 0]])
     np.testing.assert_array_equal(targets >= 0, [[True, False, True, False, False]])
 
@@ -64,7 +66,7 @@ def test_sums_equal_a_loop(case):
     sums = eval_step(params, rows, config, True)
     assert (int(sums["targets"]), int(sums["wrong"]), int(sums["rows"])) == (targets, wrong, count)
     assert float(sums["nats"]) == pytest.approx(nats, rel=1e-5)
-    loss, error = evaluate.scores([sums, sums])
+    loss, error = scores([sums, sums])
     assert loss == pytest.approx(nats / targets, rel=1e-5)
     assert error == 0.8
 
@@ -73,4 +75,4 @@ def test_text_has_no_error(case):
     config, params, rows = case
     sums = eval_step(params, rows, config, False)
     assert sums.keys() == {"nats", "targets"}
-    assert evaluate.scores([sums])[1] is None
+    assert scores([sums])[1] is None

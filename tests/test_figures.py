@@ -10,8 +10,8 @@ from PIL import Image
 from scipy import stats
 from test_results import make_diverged, make_record, make_tuning
 
-from experiments import drawing, figures
-from mobilellm_jax.verdicts import verdict
+from experiments.reporting import drawing, figures
+from mobilellm_jax.analysis.verdicts import verdict
 
 LOSSES = {2: 3.62, 4: 3.55, 8: 3.53, 16: 3.54}
 PAIRS = [["4 x 128", "2 x 128"], ["8 x 128", "4 x 128"], ["16 x 128", "8 x 128"]]

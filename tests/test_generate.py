@@ -9,10 +9,11 @@ import pytest
 from conftest import SHARING, apply, random_batch, random_params, tiny_model
 from test_data_tokenizers import sentencepiece_model
 
-from mobilellm_jax import generate, model
+from mobilellm_jax import model
 from mobilellm_jax.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, train_bpe
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.generate import Generator, Sampling, TextStream
+from mobilellm_jax.inference import generate
+from mobilellm_jax.inference.generate import Generator, Sampling, TextStream
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3]]

@@ -7,7 +7,7 @@ from test_sweep import write_study
 
 from experiments import gke
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.signals import RESUME_ME
+from mobilellm_jax.training.signals import RESUME_ME
 
 # Of the API jobset.x-k8s.io/v1alpha2, what the manifest uses, without the template of the job.
 TEXT = {"type": "string"}

@@ -15,19 +15,21 @@ import pytest
 from conftest import random_params, tiny_config
 from test_sweep import write_study
 
-from mobilellm_jax import huggingface, partition, results
-from mobilellm_jax.checkpoint import Checkpoints
+from mobilellm_jax.analysis.records import read_record
 from mobilellm_jax.config import to_dict
 from mobilellm_jax.data import save_tokenizer
 from mobilellm_jax.data.tokenizers import train_bpe
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.run import TOKENIZER
-from mobilellm_jax.zero_shot import LOCAL_TASKS
+from mobilellm_jax.formats import huggingface
+from mobilellm_jax.inference.local_tasks import LOCAL_TASKS
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.runs.directory import TOKENIZER
+from mobilellm_jax.storage.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries of others
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: python -m pip install -e '.[eval]'")
 
-from mobilellm_jax import harness  # noqa: E402, after the check
+from mobilellm_jax.inference import harness  # noqa: E402, after the check
 
 TEXT = "the a red blue cat dog sun moon runs sleeps on under near house tree . then she they it"
 WORDS = TEXT.split()
@@ -90,7 +92,7 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(workdir):
     """Returns a function from whether texts begin with BOS to the model of the run."""
-    from mobilellm_jax.run import open_run, open_tokenizer
+    from mobilellm_jax.runs.directory import open_run, open_tokenizer
 
     config, params = open_run(workdir)
     mesh = partition.make_mesh(config.mesh)  # eight devices
@@ -224,7 +226,7 @@ def test_a_sweep_asks_every_run_and_text_and_tasks_go_in_one_command(tmp_path, d
     tasks = [f"--data_dir={data_dir}", "--limit=5"]
     run_command("sweep", *arguments)
     path = workdir / "results" / "mini" / "tiny" / "none-s0.json"
-    trained = results.read(path)
+    trained = read_record(path)
     assert trained.zero_shot is None
     # two finished runs, asked afterwards; then only what is new; then nothing
     assert run_command("sweep", *arguments, *tasks, "--tasks=piqa").count("  acc: piqa") == 2
@@ -234,7 +236,7 @@ def test_a_sweep_asks_every_run_and_text_and_tasks_go_in_one_command(tmp_path, d
     slurm = ["slurm", *arguments[:-1], "--cluster=local", "--only=reverse", *tasks, "--tasks=piqa,winogrande"]
     assert "0 of 1 points are complete" in run_command(*slurm)
     assert "1 of 1 points are complete" in run_command(*slurm)
-    record = results.read(path)
+    record = read_record(path)
     assert record.zero_shot is not None
     assert record.zero_shot.keys() == {"piqa", "boolq"}
     assert dataclasses.replace(record, zero_shot=None) == trained
@@ -246,7 +248,7 @@ def test_a_sweep_asks_every_run_and_text_and_tasks_go_in_one_command(tmp_path, d
     first, *rest = out.splitlines()
     assert "bits per byte" in first
     assert rest[-1] == f"see {path}"
-    after = results.read(path).zero_shot
+    after = read_record(path).zero_shot
     assert after is not None
     assert after["piqa"]["metrics"] == record.zero_shot["piqa"]["metrics"]
     assert (after["winogrande"]["items"], after["winogrande"]["step"]) == (5, 4)

@@ -18,11 +18,14 @@ from conftest import tiny_config
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from mobilellm_jax import accounting, config, optimizer, partition
+from mobilellm_jax import config
+from mobilellm_jax.costs import accounting
 from mobilellm_jax.data.sources import open_source
 from mobilellm_jax.data.tasks import open_task
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.huggingface_config import context_length, model_fields, read_object
+from mobilellm_jax.formats.huggingface_config import context_length, model_fields, read_object
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.training import optimizer
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [

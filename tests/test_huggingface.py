@@ -19,14 +19,15 @@ import tokenizers
 from conftest import SHARING, apply, assert_trees_close, random_params, tiny_config, tiny_model
 
 from configs import base
-from mobilellm_jax import huggingface, run
-from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import to_dict
 from mobilellm_jax.data import save_tokenizer
 from mobilellm_jax.data.tokenizers import BytesTokenizer, train_bpe
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.huggingface_config import check_exportable, model_fields, read_object
-from mobilellm_jax.huggingface_weights import INDEX, WEIGHTS, read_params, write_params
+from mobilellm_jax.formats import huggingface
+from mobilellm_jax.formats.huggingface_config import check_exportable, model_fields, read_object
+from mobilellm_jax.formats.huggingface_weights import INDEX, WEIGHTS, read_params, write_params
+from mobilellm_jax.runs.directory import IMPORTED, TOKENIZER, claim_workdir, open_run, open_tokenizer
+from mobilellm_jax.storage.checkpoint import Checkpoints
 
 STORIES = Path(__file__).parents[2] / "shared/data/weights/stories260K"
 HF = {
@@ -145,7 +146,7 @@ def test_logits_of_an_imported_checkpoint_equal_numpy(tmp_path, overrides, dtype
     tensors = random_tensors(hf, dtype)
     folder = write_folder(tmp_path / "hf", hf, tensors, shards)
     import_(folder, tmp_path / "run")
-    config, params = run.open_run(tmp_path / "run")
+    config, params = open_run(tmp_path / "run")
     assert ("head" in params) is not hf["tie_word_embeddings"]
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
     tokens = np.random.default_rng(3).integers(0, 48, 9)
@@ -157,7 +158,7 @@ def test_logits_of_an_imported_checkpoint_equal_numpy(tmp_path, overrides, dtype
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES} is not there")
 def test_stories260k_says_what_it_said_elsewhere(tmp_path):
     import_(STORIES, tmp_path / "run")
-    config, params = run.open_run(tmp_path / "run")
+    config, params = open_run(tmp_path / "run")
     reference = json.loads((STORIES / "reference.json").read_text())
     with np.load(STORIES / "reference_logits.npz") as file:
         ids, logits_TV = file["ids"], file["logits"]
@@ -168,7 +169,7 @@ def test_stories260k_says_what_it_said_elsewhere(tmp_path):
     assert greedy.shape == (256,)
     best = np.argmax(apply(params, greedy[None], config.model)[0], axis=-1)
     assert best[:-1].tolist() == greedy[1:].tolist()
-    assert greedy[0] == read_object(tmp_path / "run" / run.IMPORTED)["config"]["bos_token_id"]
+    assert greedy[0] == read_object(tmp_path / "run" / IMPORTED)["config"]["bos_token_id"]
 
 
 # --- round trips ----------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def make_run(workdir, config, params, tokenizer=None):
     checkpoints.save(3, {"params": params}, None)
     checkpoints.close()
     if tokenizer is not None:
-        save_tokenizer(tokenizer, workdir / run.TOKENIZER)
+        save_tokenizer(tokenizer, workdir / TOKENIZER)
 
 
 @pytest.mark.parametrize("sharing", SHARING, ids=str)
@@ -251,7 +252,7 @@ def test_the_official_options_share_embedding_and_layers(tmp_path):
     tensors = random_tensors({**hf, "tie_word_embeddings": True})
     write_folder(tmp_path / "hf", hf, tensors)
     import_(tmp_path / "hf", tmp_path / "run")
-    config, params = run.open_run(tmp_path / "run")
+    config, params = open_run(tmp_path / "run")
     assert "head" not in params
     assert config.model.plan == (0, 0, 1, 1)
     tokens = np.arange(9)
@@ -318,10 +319,10 @@ def test_a_tokenizer_comes_along(tmp_path):
     )
     workdir = tmp_path / "run"
     import_(folder, workdir)
-    there = run.open_tokenizer(workdir)
+    there = open_tokenizer(workdir)
     assert (there.bos_id, there.eos_id) == (None, 1)
     assert there.encode_batch([TEXT]) == tokenizer.encode_batch([TEXT])
-    spec = run.open_run(workdir)[0].data.tokenizer
+    spec = open_run(workdir)[0].data.tokenizer
     assert spec == f"huggingface:{workdir}/tokenizer/tokenizer.json"
     assert Path(spec.partition(":")[2]).is_file()
     huggingface.export_run(workdir, tmp_path / "out", "float32")
@@ -336,7 +337,7 @@ def test_a_sentencepiece_tokenizer_comes_along(tmp_path):
     folder = write_folder(tmp_path / "hf", hf, random_tensors(hf))
     (folder / "tokenizer.model").write_bytes(content)
     import_(folder, tmp_path / "run")
-    assert run.open_tokenizer(tmp_path / "run").file_bytes == content
+    assert open_tokenizer(tmp_path / "run").file_bytes == content
     huggingface.export_run(tmp_path / "run", tmp_path / "out", "float32")
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == content
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
@@ -561,9 +562,9 @@ def test_directories_are_made_whole_and_never_written_over(folder, tmp_path):
 
 def test_imported_weights_are_not_trained_on(folder, tmp_path):
     import_(folder, tmp_path / "run")
-    config, _ = run.open_run(tmp_path / "run")
+    config, _ = open_run(tmp_path / "run")
     with pytest.raises(UserError, match="holds imported weights, without an optimizer state"):
-        run.claim_workdir(tmp_path / "run", config)
+        claim_workdir(tmp_path / "run", config)
 
 
 # --- the hub --------------------------------------------------------------------------------------------
@@ -638,7 +639,7 @@ def test_an_id_on_the_hub_is_downloaded(folder, tmp_path, import_from_hub):
     result = call("org/name")
     assert result.returncode == 0, result.stderr
     assert "imported" in result.stdout
-    config, params = run.open_run(tmp_path / "run")
+    config, params = open_run(tmp_path / "run")
     expected = read_params(folder, config.model, config.model.plan)
     assert_trees_close(params, expected, tolerance=0)
     assert not [path for path in asked if path.endswith(".bin")]

@@ -11,8 +11,8 @@ import time
 import pytest
 from test_sweep import write_study
 
-from experiments import leases
-from experiments.leases import Leases
+from experiments.runner import leases
+from experiments.runner.leases import Leases
 
 HOLD = """
 import sys, time

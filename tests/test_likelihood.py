@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from conftest import apply, random_params, tiny_config, tiny_model
 
-from mobilellm_jax import likelihood, partition
 from mobilellm_jax.config import MeshConfig
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.likelihood import Request, log_likelihoods
+from mobilellm_jax.inference import likelihood
+from mobilellm_jax.inference.likelihood import Request, log_likelihoods
+from mobilellm_jax.parallel import partition
 
 MAX_LENGTH = 40
 

@@ -18,9 +18,15 @@ import optax
 import pytest
 from conftest import BATCH, assert_trees_close, init, tiny_config
 
-from mobilellm_jax import checkpoint, data, metrics, model, partition, train
+from mobilellm_jax import data, model
 from mobilellm_jax.config import MeshConfig
-from mobilellm_jax.optimizer import learning_rate_schedule
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.storage import checkpoint, metrics
+from mobilellm_jax.storage.checkpoint import Checkpoints
+from mobilellm_jax.training import loop, memory
+from mobilellm_jax.training.held_out import evaluate_held_out
+from mobilellm_jax.training.loop import train
+from mobilellm_jax.training.optimizer import learning_rate_schedule
 
 INIT_SEED, DATA_SEED = 3, 5
 WORDS = [f"word{i}" for i in range(17)]
@@ -109,9 +115,9 @@ def now(monkeypatch):
         return now[0]
 
     place = taking(1.0, jax.make_array_from_process_local_data)
-    monkeypatch.setattr(train.jax, "make_array_from_process_local_data", place)
-    monkeypatch.setattr(train, "_evaluate", taking(100.0, train._evaluate))
-    monkeypatch.setattr(train.Checkpoints, "save", taking(1000.0, train.Checkpoints.save))
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", place)
+    monkeypatch.setattr(loop, "evaluate_held_out", taking(100.0, evaluate_held_out))
+    monkeypatch.setattr(Checkpoints, "save", taking(1000.0, Checkpoints.save))
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(perf_counter=read, time=time.time))
     return now
 
@@ -133,18 +139,18 @@ def test_the_loop_is_a_plain_loop(tmp_path, monkeypatch, now, task):
     workdir, steps = tmp_path / "run", config.train.steps
     workdir.mkdir()
     at_save = {}  # lines of the log that are on disk when a checkpoint is saved
-    save = train.Checkpoints.save
+    save = Checkpoints.save
 
     def save_and_look(self, step, state, loss):
         at_save[step] = (workdir / "metrics.jsonl").read_text()
         save(self, step, state, loss)
 
-    monkeypatch.setattr(train.Checkpoints, "save", save_and_look)
+    monkeypatch.setattr(Checkpoints, "save", save_and_look)
     mesh = partition.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     said, asked, polls = [], [], []
-    monkeypatch.setattr(train.memory, "check_fits", lambda _, config: asked.append(config))
-    monkeypatch.setattr(train.Checkpoints, "poll", lambda self: polls.append(self))
-    outcome = train.train(config, prepared, mesh, workdir, said.append)
+    monkeypatch.setattr(memory, "check_fits", lambda _, config: asked.append(config))
+    monkeypatch.setattr(Checkpoints, "poll", lambda self: polls.append(self))
+    outcome = train(config, prepared, mesh, workdir, said.append)
 
     losses, norms, params, scores = zip(*plain_loop(config, prepared), strict=True)
     rates = [learning_rate_schedule(config.optimizer, steps)(i) for i in range(steps)]

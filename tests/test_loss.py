@@ -17,7 +17,7 @@ from conftest import (
 )
 
 from mobilellm_jax import model
-from mobilellm_jax.cross_entropy import cross_entropy, plain_cross_entropy
+from mobilellm_jax.model.ops.cross_entropy import cross_entropy, plain_cross_entropy
 
 
 def numpy_cross_entropy(x_BTD, head_VD, targets_BT):

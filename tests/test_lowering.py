@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import base, mobilellm
-from mobilellm_jax import partition
 from mobilellm_jax.config import Config, from_config_dict, to_dict
-from mobilellm_jax.run import flatten
-from mobilellm_jax.train import make_programs
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.runs.directory import flatten
+from mobilellm_jax.training.programs import make_programs
 
 DEVICES = 256
 # Collections of studies have no points of their own.

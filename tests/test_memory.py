@@ -6,9 +6,10 @@ import jax
 import pytest
 from conftest import tiny_config
 
-from mobilellm_jax import memory, partition
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.train import make_programs
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.training import memory
+from mobilellm_jax.training.programs import make_programs
 
 
 def compiled(config):

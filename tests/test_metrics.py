@@ -7,9 +7,9 @@ import types
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from mobilellm_jax import metrics
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.metrics import Clock, MetricsLog
+from mobilellm_jax.storage import metrics
+from mobilellm_jax.storage.metrics import Clock, MetricsLog
 
 
 def write_steps(log: MetricsLog, steps: range) -> None:

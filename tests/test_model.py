@@ -26,6 +26,8 @@ from goldens import make_llama_logits
 
 from mobilellm_jax import model
 from mobilellm_jax.config import REMAT_POLICIES
+from mobilellm_jax.model.block import Block, rms_norm, rope_table, rotate
+from mobilellm_jax.model.stack import cast
 
 SHARED = SHARING[1:]
 
@@ -166,8 +168,8 @@ def test_scan_equals_python_loop(unroll):
         for u in (0, 1, 1, 0):
             block = {"params": jax.tree.map(lambda w_U, u=u: w_U[u], params["blocks"])}
             position_BT = jnp.arange(tokens_BT.shape[1])[None, :]
-            x_BTD, _ = model.Block(m).apply(block, x_BTD, model.rope_table(position_BT, m))
-        x_BTD = model.rms_norm(x_BTD, params["final_norm"]["gain"], m.norm_epsilon)
+            x_BTD, _ = Block(m).apply(block, x_BTD, rope_table(position_BT, m))
+        x_BTD = rms_norm(x_BTD, params["final_norm"]["gain"], m.norm_epsilon)
         return jnp.einsum("BTD,VD->BTV", x_BTD, params["embedding"])
 
     expected = loop(jax.tree.map(jnp.asarray, params))
@@ -231,7 +233,7 @@ def test_rotary_scores_depend_on_distance_only():
 
     def everywhere(x_H):
         x_BTNH = jnp.broadcast_to(x_H, (1, length, 1, m.head_dim))
-        return model.rotate(x_BTNH, model.rope_table(jnp.arange(length)[None, :], m))[0, :, 0]
+        return rotate(x_BTNH, rope_table(jnp.arange(length)[None, :], m))[0, :, 0]
 
     score_TS = np.asarray(everywhere(q_H) @ everywhere(k_H).T)
     np.testing.assert_allclose(score_TS[0, 0], q_H @ k_H, rtol=1e-5)
@@ -343,7 +345,7 @@ def test_bfloat16_keeps_parameters_and_gradients_in_float32(remat):
 
 def test_norm_gains_stay_in_float32():
     config = tiny_model(compute_dtype="bfloat16")
-    block = model._cast(jax.tree.map(lambda w_U: w_U[0], random_params(config)["blocks"]), config)
+    block = cast(jax.tree.map(lambda w_U: w_U[0], random_params(config)["blocks"]), config)
     for path, leaf in jax.tree_util.tree_leaves_with_path(block):
         assert leaf.dtype == ("float32" if path[-1].key == "gain" else "bfloat16"), path
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from urllib.parse import unquote
 
-from experiments import names
+from experiments.runner import names
 
 ROOT = Path(__file__).parents[1]
 PLANS = [" ".join(map(str, (*range(99), last))) for last in (98, 99)]  # 290 bytes, equal but for the last

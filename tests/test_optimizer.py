@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import random_params, shapes, tiny_config, tiny_model
 
-from mobilellm_jax.optimizer import is_matrix, learning_rate_schedule, make_optimizer, muon_axes
+from mobilellm_jax.training.optimizer import is_matrix, learning_rate_schedule, make_optimizer, muon_axes
 
 # 110 steps, 10 of warm-up, peak 2, final 10 %; "wsd" decays over the last 20 % = 22 steps.
 SCHEDULE = {"learning_rate": 2.0, "warmup_steps": 10, "final_fraction": 0.1, "decay_fraction": 0.2}

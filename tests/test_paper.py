@@ -7,10 +7,10 @@ import pytest
 
 from configs import base
 from configs import paper as all_studies
-from experiments import paper
-from experiments.points import points_of, table
-from mobilellm_jax import accounting
+from experiments.reporting import paper_tables
+from experiments.runner.points import points_of, table
 from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.costs import accounting
 
 # Rows of the tables at each preset, as the issue of the paper's tables counts them.
 ROWS = {
@@ -36,10 +36,10 @@ _COLUMNS = {  # of the tables, by what they hold
 
 def with_csv_rows(study, preset):
     """Yields (model config, row of the CSV) in order."""
-    source = paper.SOURCES[study]
+    source = paper_tables.SOURCES[study]
     rows = [
         row
-        for row in paper.table(source.table)
+        for row in paper_tables.table(source.table)
         if source.only(row) and f"paper_{source.group(row).lower()}".strip("_") == preset
     ]
     points = points_of(f"configs/{study}.py:{preset}", {}, None, ())
@@ -49,8 +49,8 @@ def with_csv_rows(study, preset):
 @pytest.mark.parametrize(("study", "preset", "count"), STUDIES)
 def test_every_row_is_a_point_with_the_printed_shape_and_size(study, preset, count):
     pairs = with_csv_rows(study, preset)
-    assert len(pairs) == len(paper.of_preset(study, preset)) == count
-    for (model, row), printed in zip(pairs, paper.of_preset(study, preset), strict=True):
+    assert len(pairs) == len(paper_tables.of_preset(study, preset)) == count
+    for (model, row), printed in zip(pairs, paper_tables.of_preset(study, preset), strict=True):
         for field, columns in _COLUMNS.items():
             given = [row[column] for column in columns if row.get(column)]
             assert given in ([], [str(getattr(model, field))]), (row, field)
@@ -59,11 +59,11 @@ def test_every_row_is_a_point_with_the_printed_shape_and_size(study, preset, cou
         assert model.ffn_kind == ("relu" if "ReLU" in row.get("ffn", "") else "swiglu"), row
         counts = accounting.parameters(model)
         count = counts.total if study == "followups" else counts.as_printed  # model cards count the gains
-        assert not printed.printed or paper.agrees(printed.printed, count), (row, count)
+        assert not printed.printed or paper_tables.agrees(printed.printed, count), (row, count)
 
 
 def test_all_81_rows_of_the_recomputed_counts():
-    rows = paper.table("param_check")
+    rows = paper_tables.table("param_check")
     assert len(rows) == 81
     for row in rows:
         fields = {
@@ -86,13 +86,13 @@ def test_all_81_rows_of_the_recomputed_counts():
         assert model.ffn_width == int(row["ffn_hidden"])
         assert model.head_dim == int(row["head_dim"])
         if row["table"] == "follow-up":
-            assert paper.agrees(row["printed_M"].removesuffix(".0"), counts.total), row
+            assert paper_tables.agrees(row["printed_M"].removesuffix(".0"), counts.total), row
         elif row["table"] == "T1":  # printed without decimals
-            assert paper.agrees(row["printed_M"].removesuffix(".0"), counts.as_printed), row
+            assert paper_tables.agrees(row["printed_M"].removesuffix(".0"), counts.as_printed), row
         elif Decimal(row["printed_M"]) > 1000:  # 1.01B, 1.51B
-            assert paper.agrees(f"{Decimal(row['printed_M']) / 1000}B", counts.as_printed), row
+            assert paper_tables.agrees(f"{Decimal(row['printed_M']) / 1000}B", counts.as_printed), row
         else:
-            assert paper.agrees(row["printed_M"], counts.as_printed), row
+            assert paper_tables.agrees(row["printed_M"], counts.as_printed), row
 
 
 def _vocabulary(model):
@@ -121,7 +121,7 @@ def test_the_list_prints_both_counts_and_the_paper_s():
     ],
 )
 def test_agrees_to_every_digit_shown(printed, count, agree):
-    assert paper.agrees(printed, count) is agree
+    assert paper_tables.agrees(printed, count) is agree
 
 
 @pytest.mark.parametrize("study", ROWS)
@@ -168,14 +168,14 @@ def test_all_studies_are_in_the_collection():
 
 def test_published_accuracies_are_found_by_shape():
     models = [model for model, _ in with_csv_rows("mobilellm", "paper")]
-    found = [paper.published(model) for model in models]
-    names = [row["model"] for row in paper.table("table09_model_zoo")]
+    found = [paper_tables.published(model) for model in models]
+    names = [row["model"] for row in paper_tables.table("table09_model_zoo")]
     assert [row and row[0] for row in found] == names
     assert found[0] is not None
     assert (found[0][1]["ARC-e"], found[0][1]["BoolQ"], found[0][1]["Avg"]) == ("43.9", "60.2", "46.3")
     assert (found[0][1]["RACE_high"], found[0][1]["TQA_F1_1shot"]) == ("28.9", "13.9")
     assert found[1] is not None
     assert (found[1][1]["RACE_high"], found[1][1].get("TQA_F1_5shot")) == ("29.6", None)  # it was not found
-    assert paper.published(dataclasses.replace(models[0], num_kv_heads=9)) is None
+    assert paper_tables.published(dataclasses.replace(models[0], num_kv_heads=9)) is None
     reverse = dataclasses.replace(models[1], sharing="reverse")  # as large as what was published, but another
-    assert paper.published(reverse) is None
+    assert paper_tables.published(reverse) is None

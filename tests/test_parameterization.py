@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from mobilellm_jax import model, train
-from mobilellm_jax.parameterization import Multipliers, multipliers
+from mobilellm_jax import model
+from mobilellm_jax.model.block import Block, rope_table
+from mobilellm_jax.model.parameterization import Multipliers, multipliers
+from mobilellm_jax.training.step import init_state, train_step
 
 LENGTH, ROWS, VOCAB, STEPS, RATE = 16, 8, 64, 5, 2**-7
-step = jax.jit(train.train_step, static_argnums=(3, 4, 5))
+step = jax.jit(train_step, static_argnums=(3, 4, 5))
 
 
 def config(parameterization, width=32, depth=2, sharing="none", num_repeats=1):
@@ -41,9 +43,9 @@ def config(parameterization, width=32, depth=2, sharing="none", num_repeats=1):
 
 @functools.partial(jax.jit, static_argnums=2)
 def stream_and_logits(params, tokens, c):
-    x, rope = params["embedding"][tokens], model.rope_table(jnp.arange(LENGTH)[None, :], c)
+    x, rope = params["embedding"][tokens], rope_table(jnp.arange(LENGTH)[None, :], c)
     for u in c.plan:
-        x, _ = model.Block(c).apply({"params": jax.tree.map(lambda w, u=u: w[u], params["blocks"])}, x, rope)
+        x, _ = Block(c).apply({"params": jax.tree.map(lambda w, u=u: w[u], params["blocks"])}, x, rope)
     return x, model.apply(params, tokens, c)
 
 
@@ -51,7 +53,7 @@ def stream_and_logits(params, tokens, c):
 def changes(c):
     """Returns the root mean square change of the residual stream and of the logits after a few steps."""
     rows = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH + 1)).astype(np.int32)
-    state = train.init_state(jax.random.key(0), c.model, c.optimizer)
+    state = init_state(jax.random.key(0), c.model, c.optimizer)
     before = stream_and_logits(state.params, rows[:, :-1], c.model)
     for _ in range(STEPS):
         state, _ = step(state, rows, jnp.float32(RATE), c.model, c.optimizer, 1)

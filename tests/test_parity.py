@@ -21,13 +21,13 @@ from conftest import (
 )
 
 from configs import base
-from mobilellm_jax import huggingface, run
-from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import to_dict
 from mobilellm_jax.data import save_tokenizer
 from mobilellm_jax.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, train_bpe
-from mobilellm_jax.huggingface_weights import places
-from mobilellm_jax.run import TOKENIZER
+from mobilellm_jax.formats import huggingface
+from mobilellm_jax.formats.huggingface_weights import places
+from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_tokenizer
+from mobilellm_jax.storage.checkpoint import Checkpoints
 
 WITHOUT = "not installed: python -m pip install -e '.[hf]'"
 torch = pytest.importorskip("torch", reason=f"PyTorch is {WITHOUT}")
@@ -172,9 +172,9 @@ def test_the_tokenizer_makes_the_same_ids(tmp_path, make):
         assert theirs(text)["input_ids"] == [tokenizer.bos_id, *ids]  # as in training and evaluation
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     huggingface.import_run(folder, tmp_path / "back", base.get_config())
-    back = run.open_tokenizer(tmp_path / "back")
+    back = open_tokenizer(tmp_path / "back")
     assert back.encode_batch([TEXT]) == tokenizer.encode_batch([TEXT])
-    assert run.begins_with_bos(tmp_path / "back", back)
+    assert begins_with_bos(tmp_path / "back", back)
     huggingface.export_run(tmp_path / "back", tmp_path / "again", "float32")
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
     assert again(TEXT)["input_ids"] == theirs(TEXT)["input_ids"]

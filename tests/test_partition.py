@@ -23,9 +23,11 @@ from conftest import (
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from configs import mobilellm
-from mobilellm_jax import model, partition, train
+from mobilellm_jax import model
 from mobilellm_jax.config import MeshConfig, from_config_dict
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.training.programs import make_programs
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)]
 
@@ -223,7 +225,7 @@ def test_train_step_lowers_for_tpu_and_cuda():
     config = from_config_dict(mobilellm.get_config("ls_125m"))
     mesh = AbstractMesh((4, 2, 1), partition.AXES, axis_types=(AxisType.Auto,) * 3)
     partition.check_divisible(config, mesh)
-    programs = train.make_programs(config, mesh)
+    programs = make_programs(config, mesh)
     traced = programs.step.trace(programs.state, programs.rows, jax.ShapeDtypeStruct((), jnp.float32))
     text = traced.lower(lowering_platforms=("tpu", "cuda")).as_text()
     assert '"data"=4, "fsdp"=2, "tensor"=1' in text

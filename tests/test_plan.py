@@ -9,10 +9,11 @@ from test_cli import command
 
 from configs import mobilellm
 from experiments import plan
-from mobilellm_jax import accounting, partition
-from mobilellm_jax.collectives import Collective, count_collectives, partitioned_text
 from mobilellm_jax.config import MeshConfig, from_config_dict
+from mobilellm_jax.costs import accounting
+from mobilellm_jax.costs.collectives import Collective, count_collectives, partitioned_text
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.parallel import partition
 
 MESHES = {
     "125m": (256, 1, 1),

@@ -17,10 +17,11 @@ import pytest
 from conftest import SHARING, init, loss_and_gradients, random_batch, random_params, tiny_model
 from test_sweep import write_study
 
-from experiments import launch, sweep
-from experiments.points import points_of
-from mobilellm_jax import partition, processes, results
+from experiments.runner import hosts, sweeping
+from experiments.runner.points import points_of
+from mobilellm_jax.analysis.records import read_record, read_records
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.parallel import partition, processes
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": ".", "JAX_NUM_CPU_DEVICES": "1"}
 
@@ -74,7 +75,7 @@ def assert_same_records(actual: Path, expected: Path, pattern: str = "*.json") -
     paths = sorted(expected.rglob(pattern))
     assert paths
     for path in paths:
-        one, two = results.read(path), results.read(actual / path.relative_to(expected))
+        one, two = read_record(path), read_record(actual / path.relative_to(expected))
         for name in ("point", "seed", "status", "steps", "tokens_seen", "layer_plan", "parameters", "data"):
             assert getattr(one, name) == getattr(two, name), name
         assert [e["step"] for e in one.evaluations] == [e["step"] for e in two.evaluations]
@@ -89,9 +90,9 @@ def test_a_sweep_of_two_processes_leaves_the_records_of_one(study, tmp_path, cap
     assert first[0] == second[0] == 0, first[2] + second[2]
     assert "mini/tiny/reverse-s0  step 4/4  held-out loss" in first[1]
     assert second[1] == ""  # one speaks for all
-    assert sweep.sweep(points_of(str(study), {}, 1, ["reverse"]), tmp_path / "one", jobs=1) == 0
+    assert sweeping.sweep(points_of(str(study), {}, 1, ["reverse"]), tmp_path / "one", jobs=1) == 0
     assert_same_records(tmp_path / "two/results", tmp_path / "one/results")
-    record = results.read(tmp_path / "two/results/mini/tiny/reverse-s0.json")
+    record = read_record(tmp_path / "two/results/mini/tiny/reverse-s0.json")
     assert (record.device["count"], len(list((tmp_path / "two/results").rglob("*.json")))) == (2, 1)
     log = (tmp_path / "two/runs/mini/tiny/reverse-s0/metrics.jsonl").read_text()
     lines = [json.loads(line) for line in log.splitlines()]  # of the first process alone
@@ -180,7 +181,7 @@ def test_four_sweeps_share_the_points_and_take_over_from_one_that_is_killed(stud
         name = f"mini/tiny/{plan.replace(' ', '-')}-s0"
         assert output.count(f"{name}  step 60/60  held-out loss") == 1, name
     assert f"{victim}  resuming after step " in output
-    records = results.read_all(tmp_path / "w/results")
+    records = read_records(tmp_path / "w/results")
     assert [record.status for record in records] == ["finished"] * len(plans)
     assert not list((tmp_path / "w/runs/.leases").iterdir())
 
@@ -217,9 +218,9 @@ def test_no_cluster_to_join():
 )
 def test_flags_that_do_not_fit(values, message, monkeypatch):
     for name, value in zip(("_ADDRESS", "_COUNT", "_INDEX", "_DISTRIBUTED"), (*values, True), strict=True):
-        monkeypatch.setattr(launch, name, SimpleNamespace(value=value))
+        monkeypatch.setattr(hosts, name, SimpleNamespace(value=value))
     with pytest.raises(UserError, match=message):
-        launch.start()
+        hosts.start()
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from test_results import make_diverged, make_record, make_tuning
 
-from experiments import claims, figures, report, tables
-from mobilellm_jax import results
+from experiments import report
+from experiments.reporting import claims, figures, pages, tables
+from mobilellm_jax.analysis.records import by_study, read_records, write_record
+from mobilellm_jax.analysis.verdicts import verdict
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.verdicts import verdict
 
 ROOT = Path(__file__).parents[1]
 PAIRS = [["4 x 128", "2 x 128"], ["8 x 128", "2 x 128"]]
@@ -81,10 +82,10 @@ def make(records):
     """Returns the report as an HTML page and as Markdown, with empty images: to draw them takes time."""
     found = verdict(records)
     suffixes = ["", "-costs", "-curves", *(["-learning_rates"] if found.tuning else [])]
-    images = {suffix: report.Image(f"shape{suffix}.png", "what it shows", b"") for suffix in suffixes}
-    sections = report.contents(records, found, images)
+    images = {suffix: figures.Image(f"shape{suffix}.png", "what it shows", b"") for suffix in suffixes}
+    sections = pages.contents(records, found, images)
     title = records[0].question
-    return Page(report.to_html(title, sections)), report.to_markdown(title, sections)
+    return Page(pages.to_html(title, sections)), pages.to_markdown(title, sections)
 
 
 def table(text, heading, number=0):
@@ -102,7 +103,7 @@ def files(folder):
 
 
 def test_files_and_the_text_to_print(tmp_path):
-    text = report.report(study(), tmp_path)
+    text = pages.report(study(), tmp_path)
     names = "shape-tiny.png shape-tiny-costs.png shape-tiny-curves.png shape-tiny-learning_rates.png"
     names += " shape-tiny.csv shape-tiny-comparisons.csv"
     expected = {f"figures/{name}" for name in names.split()}
@@ -113,7 +114,7 @@ def test_files_and_the_text_to_print(tmp_path):
 
 
 def test_page_is_whole_in_one_file(tmp_path):
-    report.report(study(), tmp_path)
+    pages.report(study(), tmp_path)
     page = Page((tmp_path / "reports" / "shape-tiny.html").read_text())
     assert "script" not in page.tags
     assert "link" not in page.tags
@@ -144,7 +145,7 @@ def test_warnings_come_before_the_verdict():
     records = study()
     records[0] = dataclasses.replace(records[0], git_commit="fedcba9")
     page, text = make(records)
-    assert text.index(f"## {report.WARNINGS}") < text.index("git commit: fedcba9") < text.index("## Verdict")
+    assert text.index(f"## {pages.WARNINGS}") < text.index("git commit: fedcba9") < text.index("## Verdict")
     assert page.text.index("fedcba9") < page.text.index("Verdict")
     assert "warnings" in page.values("class")
 
@@ -234,7 +235,7 @@ def test_what_records_say_cannot_become_markup():
     records = [make_record(versions={EVIL: EVIL}, **changes), make_diverged(seed=1, error=EVIL, **changes)]
     records += make_tuning(**changes)
     page, text = make([dataclasses.replace(r, versions={EVIL: EVIL}) for r in records])
-    evil_header = Page(report.to_html("", [("", [{EVIL: [EVIL]}])]))
+    evil_header = Page(pages.to_html("", [("", [{EVIL: [EVIL]}])]))
     assert "script" not in page.tags + evil_header.tags
     assert page.tags.count("img") == 4
     assert not page.values("onerror")
@@ -247,7 +248,7 @@ def test_what_records_say_cannot_become_markup():
 
 
 def test_names_of_files_stay_in_the_folder(tmp_path):
-    report.report([make_record(study="../../a b", preset="c/d", pairs=[])], tmp_path)
+    pages.report([make_record(study="../../a b", preset="c/d", pairs=[])], tmp_path)
     assert (tmp_path / "reports" / "..-..-a-b-c-d.html").is_file()
     assert {path.parent for path in tmp_path.rglob("*.*")} == {tmp_path / "reports", tmp_path / "figures"}
 
@@ -266,7 +267,7 @@ def test_names_of_files_stay_in_the_folder(tmp_path):
     ids=["one run", "all diverged", "only tuned", "all failed"],
 )
 def test_study_with_next_to_nothing_is_reported(tmp_path, records):
-    report.report(records, tmp_path)
+    pages.report(records, tmp_path)
     page = Page((tmp_path / "reports" / "shape-tiny.html").read_text())
     assert verdict(records).sentence in page.text
     assert page.tags.count("img") == (3 if records[0].phase == "tuning" else 2)
@@ -275,7 +276,7 @@ def test_study_with_next_to_nothing_is_reported(tmp_path, records):
 def test_command_gives_the_same_bytes_elsewhere(tmp_path):
     records = [*study(), make_diverged(depth=2, phase="tuning", learning_rate=16e-3, pairs=PAIRS)]
     for i, record in enumerate(reversed(records)):
-        results.write(record, tmp_path / "a" / "results" / record.study / f"{i}.json")
+        write_record(record, tmp_path / "a" / "results" / record.study / f"{i}.json")
     done = subprocess.run(
         [sys.executable, "-m", "experiments.report", f"--workdir={tmp_path / 'a'}"],
         cwd=ROOT,
@@ -285,7 +286,7 @@ def test_command_gives_the_same_bytes_elsewhere(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    text = report.report(records, tmp_path / "b")
+    text = pages.report(records, tmp_path / "b")
     assert text.replace(str(tmp_path / "b"), str(tmp_path / "a")) in done.stdout
     for folder in ("figures", "reports"):
         assert files(tmp_path / "a" / folder) == files(tmp_path / "b" / folder)
@@ -306,7 +307,7 @@ def test_folder_without_records_says_how_to_make_them(tmp_path):
 
 
 def test_damaged_record_is_refused(tmp_path):
-    results.write(make_record(), tmp_path / "results" / "good.json")
+    write_record(make_record(), tmp_path / "results" / "good.json")
     (tmp_path / "results" / "bad.json").write_text("{")
     with pytest.raises(UserError, match=r"results/bad\.json: not a readable JSON record"):
         report.redraw(tmp_path)
@@ -319,7 +320,7 @@ def test_study_that_cannot_be_compared_does_not_stop_the_others(tmp_path):
         "b": make_record(study="a", seed=1, steps=3, pairs=[]),
         "c": make_record(study="b", pairs=[]),
     }.items():
-        results.write(record, tmp_path / "results" / f"{name}.json")
+        write_record(record, tmp_path / "results" / f"{name}.json")
     with pytest.raises(UserError, match="a:tiny: steps is 500"):
         report.redraw(tmp_path)
     assert [path.name for path in (tmp_path / "reports").glob("*.html")] == ["b-tiny.html"]
@@ -328,13 +329,13 @@ def test_study_that_cannot_be_compared_does_not_stop_the_others(tmp_path):
 
 def write_all(records, workdir):
     for i, record in enumerate(records):
-        results.write(record, workdir / "results" / record.study / record.preset / f"{i}.json")
+        write_record(record, workdir / "results" / record.study / record.preset / f"{i}.json")
 
 
 def test_figures_alone_are_the_same_files(tmp_path, capsys):
     write_all(study(), tmp_path / "a")
     figures.redraw(tmp_path / "a")
-    report.report(study(), tmp_path / "b")
+    pages.report(study(), tmp_path / "b")
     assert files(tmp_path / "a" / "figures") == files(tmp_path / "b" / "figures")
     assert not (tmp_path / "a" / "reports").exists()
     there = {str(path) for path in (tmp_path / "a" / "figures").glob("*.png")}
@@ -378,7 +379,7 @@ def test_a_readme_of_someone_else_is_not_replaced(tmp_path):
 
 
 def test_committed_reports_say_what_the_committed_records_show():
-    studies = results.by_study(results.read_all(ROOT / "experiments" / "results"))
+    studies = by_study(read_records(ROOT / "experiments" / "results"))
     assert {("depth_vs_width", "tiny"), ("layer_sharing", "tiny"), ("khop", "tiny")} <= studies.keys()
     judged = []
     for (study, preset), records in studies.items():
@@ -399,6 +400,6 @@ def test_committed_reports_say_what_the_committed_records_show():
 
 
 def test_a_record_names_no_file_outside_the_workdir(tmp_path):
-    report.report(study(study="../../x", preset="/y"), tmp_path / "a" / "b")
+    pages.report(study(study="../../x", preset="/y"), tmp_path / "a" / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]

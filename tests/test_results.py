@@ -11,9 +11,20 @@ import subprocess
 import pytest
 from conftest import flipped
 
-from mobilellm_jax import results, sealed
+from mobilellm_jax.analysis.records import (
+    Record,
+    add_zero_shot,
+    by_point,
+    by_study,
+    newest,
+    pairs_of,
+    read_record,
+    read_records,
+    write_record,
+)
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.results import Record, pairs_of
+from mobilellm_jax.runs import provenance
+from mobilellm_jax.storage import sealed
 
 SETTINGS = {
     "data": {"source": "bundled", "sequence_length": 256, "cache_dir": "~/.cache"},
@@ -133,35 +144,35 @@ def make_diverged(**changes) -> Record:
 
 def test_what_is_written_is_read(tmp_path):
     record = make_record()
-    results.write(record, tmp_path / "new" / "directory" / "a.json")
-    assert results.read(tmp_path / "new" / "directory" / "a.json") == record
+    write_record(record, tmp_path / "new" / "directory" / "a.json")
+    assert read_record(tmp_path / "new" / "directory" / "a.json") == record
 
 
 def test_accuracies_are_added_to_a_record(tmp_path):
     path, record = tmp_path / "a.json", make_record()
-    results.write(record, path)
+    write_record(record, path)
     assert "zero_shot" not in json.loads(path.read_text())  # older code can read it
     entries = {
         task: {"items": 5, "metrics": {"acc": {"value": 0.4, "standard_error": 0.1}}}
         for task in ("piqa", "boolq")
     }
     for task, entry in entries.items():
-        results.add_zero_shot(path, task, entry)
-    assert results.read(path) == dataclasses.replace(record, zero_shot=entries)
+        add_zero_shot(path, task, entry)
+    assert read_record(path) == dataclasses.replace(record, zero_shot=entries)
     path.write_text(path.read_text().replace("0.4", "0.5", 1))
     with pytest.raises(UserError, match="changed since it was written"):
-        results.add_zero_shot(path, "piqa", entries["piqa"])
+        add_zero_shot(path, "piqa", entries["piqa"])
     fields = json.loads(path.read_text())
     del fields[sealed.SEAL]
     path.write_text(json.dumps({**fields, "zero_shot": {"piqa": 0.4}}))
     with pytest.raises(UserError, match=r"zero_shot\.piqa: 0\.4 is of type float"):
-        results.read(path)
+        read_record(path)
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
-    results.write(make_diverged(train_curve=[[1, 7.6], [300, math.inf]]), tmp_path / "a.json")
+    write_record(make_diverged(train_curve=[[1, 7.6], [300, math.inf]]), tmp_path / "a.json")
     json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
-    record = results.read(tmp_path / "a.json")
+    record = read_record(tmp_path / "a.json")
     assert record.evaluations[-1] == {"step": 300, "loss": None, "bits_per_byte": None, "error": None}
     assert record.train_curve[-1] == [300, None]
     with pytest.raises(ValueError, match="did not finish"):
@@ -169,12 +180,12 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
 
 
 def test_file_is_sorted_and_holds_one_pair_per_line(tmp_path):
-    results.write(make_record(point="[1,   2]"), tmp_path / "a.json")
+    write_record(make_record(point="[1,   2]"), tmp_path / "a.json")
     lines = (tmp_path / "a.json").read_text().splitlines()
     names = [line.split('"')[1] for line in lines if line.startswith('  "')]
     assert names == sorted(names)
     assert "    [ 1, 7.6 ]," in lines
-    assert results.read(tmp_path / "a.json").point == "[1,   2]"
+    assert read_record(tmp_path / "a.json").point == "[1,   2]"
 
 
 def change(**fields):
@@ -244,48 +255,48 @@ def test_damaged_field_is_named(tmp_path, damage, message):
     damage(fields)
     (tmp_path / "a.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match=rf"a\.json: {message}"):
-        results.read(tmp_path / "a.json")
+        read_record(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"schema": 1', b"\xff\xfe"])
 def test_file_that_holds_no_record_is_named(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.json: "):
-        results.read_all(tmp_path)
+        read_records(tmp_path)
 
 
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"a\.json: not a readable JSON record"):
-        results.read(tmp_path / "a.json")
+        read_record(tmp_path / "a.json")
 
 
 def test_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    results.write(make_record(seed=1), path)
+    write_record(make_record(seed=1), path)
     with pytest.raises(UserError, match=r"x\.value"):
-        results.write(make_record(x={"label": "depth", "value": -1, "log": True}), path)
+        write_record(make_record(x={"label": "depth", "value": -1, "log": True}), path)
 
     def disk_full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(UserError, match=r"a\.json: cannot be written: .*No space left"):
-        results.write(make_record(seed=2), path)
-    assert results.read(path).seed == 1
+        write_record(make_record(seed=2), path)
+    assert read_record(path).seed == 1
     assert os.listdir(tmp_path) == ["a.json"]
 
 
 def test_file_is_replaced_and_never_overwritten(tmp_path):
-    results.write(make_record(seed=1), tmp_path / "a.json")
+    write_record(make_record(seed=1), tmp_path / "a.json")
     os.link(tmp_path / "a.json", tmp_path / "old.json")  # what a reader who opened it before goes on reading
-    results.write(make_record(seed=2), tmp_path / "a.json")
-    assert [results.read(tmp_path / name).seed for name in ("a.json", "old.json")] == [2, 1]
+    write_record(make_record(seed=2), tmp_path / "a.json")
+    assert [read_record(tmp_path / name).seed for name in ("a.json", "old.json")] == [2, 1]
 
 
 def test_unwritable_place_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        results.write(make_record(), tmp_path / "file" / "a.json")
+        write_record(make_record(), tmp_path / "file" / "a.json")
 
 
 def test_read_all_sorts_by_study_preset_point_and_seed(tmp_path):
@@ -298,12 +309,12 @@ def test_read_all_sorts_by_study_preset_point_and_seed(tmp_path):
     ]
     for name, (study, preset, index, seed) in zip("zyxwv", order, strict=True):
         record = make_record(study=study, preset=preset, point_index=index, seed=seed)
-        results.write(record, tmp_path / study / f"{name}.json")
+        write_record(record, tmp_path / study / f"{name}.json")
     (tmp_path / "notes.txt").write_text("not a record")
-    read = results.read_all(tmp_path)
+    read = read_records(tmp_path)
     assert [(r.study, r.preset, r.point_index, r.seed) for r in read] == order
-    assert results.read_all(tmp_path / "nothing") == []
-    assert list(results.by_study(read)) == [("a", "tiny"), ("b", "small"), ("b", "tiny")]
+    assert read_records(tmp_path / "nothing") == []
+    assert list(by_study(read)) == [("a", "tiny"), ("b", "small"), ("b", "tiny")]
 
 
 def test_only_a_finished_run_has_a_score_that_of_the_metric():
@@ -318,15 +329,15 @@ def test_only_a_finished_run_has_a_score_that_of_the_metric():
 def test_the_newest_record_speaks_for_the_study():
     times = ["2026-01-01T00:00:00+00:00", "2026-01-03T00:00:00+00:00", "2026-01-02T00:00:00+00:00"]
     records = [make_record(created=time) for time in times]
-    assert results.newest(records) is records[1]
-    assert results.newest(reversed(records)) is records[1]
+    assert newest(records) is records[1]
+    assert newest(reversed(records)) is records[1]
     same = [make_record(seed=seed, point_index=index) for seed, index in ((0, 1), (1, 1), (2, 0))]
-    assert results.newest(same) is results.newest(reversed(same)) is same[1]
+    assert newest(same) is newest(reversed(same)) is same[1]
 
 
 def test_points_stay_in_study_order():
     records = [make_record(depth=d, seed=s) for s in (1, 0) for d in (16, 2)]
-    groups = results.by_point(records)
+    groups = by_point(records)
     assert [(point, [run.seed for run in runs]) for point, runs in groups.items()] == [
         ("2 x 128", [0, 1]),
         ("16 x 128", [0, 1]),
@@ -340,46 +351,46 @@ def test_git_commit_knows_changed_code_from_new_results(tmp_path, monkeypatch):
 
     package = tmp_path / "package"
     package.mkdir()
-    monkeypatch.setattr(results, "__file__", str(package / "results.py"))
-    assert results.git_commit() is None  # no repository
+    monkeypatch.setattr(provenance, "__file__", str(package / "results.py"))
+    assert provenance.git_commit() is None  # no repository
     git("init")
     (package / "results.py").write_text("a = 1\n")
     (tmp_path / "other.txt").write_text("other")
     git("add", "other.txt")
     git("commit", "-m", "first")
-    assert results.git_commit() is None  # a repository that does not track the package
+    assert provenance.git_commit() is None  # a repository that does not track the package
     git("add", ".")
     git("commit", "-m", "second")
-    clean = results.git_commit()
+    clean = provenance.git_commit()
     assert clean is not None
     assert len(clean) == 40
     (tmp_path / "result.json").write_text("{}")
-    assert results.git_commit() == clean
+    assert provenance.git_commit() == clean
     (tmp_path / "new.py").touch()
-    assert results.git_commit() == clean + "-dirty"
+    assert provenance.git_commit() == clean + "-dirty"
 
 
 def test_versions_name_the_libraries():
-    versions = results.versions()
+    versions = provenance.versions()
     assert set(versions) == {"python", "jax", "jaxlib", "flax", "optax", "numpy"}
     assert versions["numpy"][0].isdigit()
 
 
 def test_a_bit_flipped_in_a_record_is_noticed(tmp_path):
     path = tmp_path / "a.json"
-    results.write(make_record(), path)
+    write_record(make_record(), path)
     content, rng = path.read_bytes(), random.Random(0)
     for bit in rng.sample(range(8 * len(content)), 300):
         path.write_bytes(flipped(content, bit))
         with pytest.raises(UserError, match=rf"^{path}: "):
-            results.read(path)
+            read_record(path)
 
 
 def test_a_record_from_before_the_seal_is_read(tmp_path):
     path = tmp_path / "a.json"
-    results.write(make_record(), path)
+    write_record(make_record(), path)
     path.write_text(json.dumps(sealed.unseal(json.loads(path.read_text()))))
-    assert results.read(path) == make_record()
+    assert read_record(path) == make_record()
 
 
 @pytest.mark.parametrize(

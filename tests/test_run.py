@@ -13,24 +13,46 @@ import pytest
 from conftest import BATCH, LENGTH, assert_trees_close, random_params, tiny_config
 from test_results import make_record
 
-from mobilellm_jax import accounting, run
-from mobilellm_jax.checkpoint import Checkpoints
 from mobilellm_jax.config import from_config_dict, to_dict
+from mobilellm_jax.costs import accounting
 from mobilellm_jax.data import save_tokenizer
 from mobilellm_jax.data.tokenizers import HuggingFaceTokenizer, train_bpe
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.train import Outcome
+from mobilellm_jax.runs import provenance
+from mobilellm_jax.runs.directory import (
+    DATA,
+    IMPORTED,
+    TOKENIZER,
+    begins_with_bos,
+    check_same,
+    claim_data,
+    claim_workdir,
+    flatten,
+    open_run,
+    open_tokenizer,
+    read_config,
+)
+from mobilellm_jax.runs.run import (
+    enable_compilation_cache,
+    failed_fields,
+    measured_fields,
+    planned_fields,
+    run,
+    thin,
+)
+from mobilellm_jax.storage.checkpoint import Checkpoints
+from mobilellm_jax.training.loop import Outcome
 
 
 def test_a_config_that_never_trained_can_be_mended(tmp_path):
-    run.claim_workdir(tmp_path, tiny_config(**{"data.source": "files:typo.txt"}))
+    claim_workdir(tmp_path, tiny_config(**{"data.source": "files:typo.txt"}))
     config = tiny_config(**{"data.source": "files:text.txt"})
-    run.claim_workdir(tmp_path, config)
-    assert from_config_dict(run.read_config(tmp_path / "config.json")) == config
+    claim_workdir(tmp_path, config)
+    assert from_config_dict(read_config(tmp_path / "config.json")) == config
 
 
 def test_a_config_with_a_checkpoint_stands(tmp_path):
-    run.claim_workdir(tmp_path, tiny_config())
+    claim_workdir(tmp_path, tiny_config())
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     free = {"mesh.fsdp": 2, "train.log_every": 3, "train.eval_every": 3, "model.remat": "full"}
     changes = [
@@ -39,25 +61,25 @@ def test_a_config_with_a_checkpoint_stands(tmp_path):
         "train.log_every 20 -> 3",
         "mesh.fsdp 1 -> 2",
     ]
-    assert run.claim_workdir(tmp_path, tiny_config(**free)) == changes
-    assert run.claim_workdir(tmp_path, tiny_config(**free)) == []
+    assert claim_workdir(tmp_path, tiny_config(**free)) == changes
+    assert claim_workdir(tmp_path, tiny_config(**free)) == []
     with pytest.raises(UserError, match=r"model\.width is 24 there and 32 here.*another --workdir"):
-        run.claim_workdir(tmp_path, tiny_config(**{"model.width": 32}))
+        claim_workdir(tmp_path, tiny_config(**{"model.width": 32}))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not the config of a run"):
-        run.claim_workdir(tmp_path, tiny_config())
+        claim_workdir(tmp_path, tiny_config())
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json: is missing"):
-        run.claim_workdir(tmp_path, tiny_config())
+        claim_workdir(tmp_path, tiny_config())
 
 
 def test_only_what_does_not_change_the_result_may_differ_on_resume():
     config = tiny_config()
     there = {group: dict.fromkeys(fields, "another") for group, fields in to_dict(config).items()}
     with pytest.raises(UserError) as error:
-        run.check_same(Path("config.json"), there, config)
+        check_same(Path("config.json"), there, config)
     refused = re.findall(r"(\S+) is 'another' there", str(error.value))
-    free = set(run.flatten(there)) - set(refused)
+    free = set(flatten(there)) - set(refused)
     watched = {"train.log_every", "train.eval_every", "train.checkpoint_every", "data.cache_dir"}
     computed = {"model.remat", "model.scan_unroll", "model.loss_chunk"}
     assert free == watched | computed | {"mesh.data", "mesh.fsdp", "mesh.tensor"}
@@ -67,7 +89,7 @@ def test_what_is_planned_comes_from_the_config():
     config = tiny_config(
         **{"model.sharing": "reverse", "model.num_repeats": 2, "train.accumulation_steps": 2}
     )
-    fields = run.planned_fields(config)
+    fields = planned_fields(config)
     counts = accounting.parameters(config.model)
     assert fields["config"] == to_dict(config)
     assert fields["layer_plan"] == [0, 1, 1, 0]
@@ -75,7 +97,7 @@ def test_what_is_planned_comes_from_the_config():
     assert fields["parameters"]["non_embedding"] == counts.non_embedding == counts.total - counts.embedding
     assert fields["budgets"] == accounting.budgets(config.model, LENGTH, BATCH // 2)
     assert fields["budgets"] != accounting.budgets(config.model, LENGTH, BATCH)
-    failed = run.failed_fields(config, "why")
+    failed = failed_fields(config, "why")
     assert (failed["status"], failed["error"], failed["steps"], failed["final"]) == ("failed", "why", 0, None)
 
 
@@ -91,13 +113,13 @@ CARD = {
 
 def test_data_stand_from_the_first_checkpoint_on(tmp_path):
     other = {**CARD, "source_sha256": "b2" * 32, "python_version": "3.13.0"}
-    assert run.claim_data(tmp_path, CARD) is None
-    assert run.claim_data(tmp_path, other) is None
-    assert run.claim_data(tmp_path, CARD) is None
+    assert claim_data(tmp_path, CARD) is None
+    assert claim_data(tmp_path, other) is None
+    assert claim_data(tmp_path, CARD) is None
     for step in (4, 8):
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
     for same in (CARD, {**CARD, "python_version": "3.12.1", "split": "a new field"}):
-        assert run.claim_data(tmp_path, same) is None
+        assert claim_data(tmp_path, same) is None
     splits, texts = CARD["splits"], "bundled of Python 3.12.1 -> bundled of Python 3.13.0"
     for name, changed in {
         f"source sha256 a1a1a1a1a1a1 -> b2b2b2b2b2b2 ({texts}); restore the files": other,
@@ -109,15 +131,15 @@ def test_data_stand_from_the_first_checkpoint_on(tmp_path):
         },
     }.items():
         with pytest.raises(UserError, match=re.escape(f"the data changed since step 8: {name}")):
-            run.claim_data(tmp_path, changed)
-    (tmp_path / run.DATA).write_text((tmp_path / run.DATA).read_text().replace("cdcd", "cdce", 1))
+            claim_data(tmp_path, changed)
+    (tmp_path / DATA).write_text((tmp_path / DATA).read_text().replace("cdcd", "cdce", 1))
     with pytest.raises(UserError, match=r"data\.json: not a data card \(changed since it was written"):
-        run.claim_data(tmp_path, CARD)
-    (tmp_path / run.DATA).unlink()  # as earlier versions left it
+        claim_data(tmp_path, CARD)
+    (tmp_path / DATA).unlink()  # as earlier versions left it
     warning = f"warning: no data.json in {tmp_path}: cannot check that the data are still those of step 8"
-    assert run.claim_data(tmp_path, other) == warning
+    assert claim_data(tmp_path, other) == warning
     with pytest.raises(UserError, match="b2b2b2b2b2b2 -> a1a1a1a1a1a1"):
-        run.claim_data(tmp_path, CARD)
+        claim_data(tmp_path, CARD)
 
 
 def test_a_resumed_run_says_what_changed_and_refuses_other_data(tmp_path, monkeypatch):
@@ -137,9 +159,9 @@ def test_a_resumed_run_says_what_changed_and_refuses_other_data(tmp_path, monkey
             "data.cache_dir": str(tmp_path / "cache"),
         }
         describe = lambda **measured: make_record(data=measured["data"])  # noqa: E731
-        return run.run(tiny_config(**fields, **changes), tmp_path / "run", describe, said.append).data
+        return run(tiny_config(**fields, **changes), tmp_path / "run", describe, said.append).data
 
-    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr("mobilellm_jax.runs.run.train", train)
     (tmp_path / "a.txt").write_text("a line of text\n\n" * 20)
     one = start()
     assert said == ["files:*.txt is one document: its last 10.0% (32 bytes) are held out", "trains"]
@@ -155,30 +177,30 @@ def test_a_resumed_run_says_what_changed_and_refuses_other_data(tmp_path, monkey
 
 def test_a_config_whose_digits_changed_is_refused_and_one_without_a_seal_is_read(tmp_path):
     config, path = tiny_config(), tmp_path / "config.json"
-    run.claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, config)
     text = path.read_text()
     assert '"width": 24' in text
     path.write_text(text.replace('"width": 24', '"width": 28'))
     with pytest.raises(UserError, match=r"config\.json: not the config of a run \(changed since"):
-        run.read_config(path)
+        read_config(path)
     path.write_text(text.replace('"sha256"', '"sha257"'))
     with pytest.raises(UserError, match=r"config\.json: not the config of a run"):
-        run.read_config(path)
+        read_config(path)
     path.write_text(json.dumps(to_dict(config)))
-    assert run.read_config(path) == to_dict(config)
+    assert read_config(path) == to_dict(config)
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--workdir=.*file/w: cannot write there \(Not a directory\)"):
-        run.claim_workdir(tmp_path / "file" / "w", tiny_config())
+        claim_workdir(tmp_path / "file" / "w", tiny_config())
 
 
 @pytest.fixture
 def workdir(tmp_path):
     """A run with one checkpoint, that of `random_params`."""
     config = tiny_config()
-    run.claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, config)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(4, {"params": random_params(config.model), "opt_state": {"count": np.zeros(())}}, None)
     checkpoints.close()
@@ -188,7 +210,7 @@ def workdir(tmp_path):
 def test_a_run_is_opened_without_a_change_to_it(workdir):
     (workdir / "checkpoints" / "5").mkdir()  # as while a save is in progress
     before = sorted(workdir.rglob("*"))
-    config, params = run.open_run(workdir)
+    config, params = open_run(workdir)
     assert config == tiny_config()
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
     assert_trees_close(params, random_params(config.model), tolerance=0)
@@ -206,41 +228,41 @@ def test_a_run_is_opened_without_a_change_to_it(workdir):
 def test_parameters_of_another_config_are_refused(workdir, field, value, message):
     (workdir / "config.json").write_text(json.dumps(to_dict(tiny_config(**{field: value}))))
     with pytest.raises(UserError, match=message):
-        run.open_run(workdir)
+        open_run(workdir)
 
 
 def test_what_is_no_run_is_not_opened(workdir):
     with pytest.raises(UserError, match=r"--workdir=.*/x: there is no run here: config\.json is missing"):
-        run.open_run(workdir / "x")
+        open_run(workdir / "x")
     assert not (workdir / "x").exists()
     (workdir / "checkpoints" / "4" / "extra").write_text("")
     with pytest.raises(UserError, match=r"no checkpoint is intact.*4/extra has changed"):
-        run.open_run(workdir)
+        open_run(workdir)
     shutil.rmtree(workdir / "checkpoints")
     with pytest.raises(UserError, match="checkpoints: there is no checkpoint"):
-        run.open_run(workdir)
+        open_run(workdir)
 
 
 def test_a_run_keeps_its_tokenizer(workdir):
-    assert run.open_tokenizer(workdir) is None
+    assert open_tokenizer(workdir) is None
     tokenizer = train_bpe("bpe:300", ["some words and some more words"])
-    save_tokenizer(tokenizer, workdir / run.TOKENIZER)
-    restored = run.open_tokenizer(workdir)
+    save_tokenizer(tokenizer, workdir / TOKENIZER)
+    restored = open_tokenizer(workdir)
     assert (restored.sha256, restored.bos_id, restored.eos_id) == (tokenizer.sha256, 0, 1)
     assert restored.encode_batch(["some words"]) == tokenizer.encode_batch(["some words"])
-    (workdir / run.TOKENIZER / "tokenizer.json").write_text("{}")
+    (workdir / TOKENIZER / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
-        run.open_tokenizer(workdir)
+        open_tokenizer(workdir)
 
 
 def test_bos_comes_first_as_in_training_and_for_imported_models_as_in_transformers(tmp_path):
     tokenizer = train_bpe("bpe:260", ["ab ab"])  # has a BOS, which it adds to no text
-    assert run.begins_with_bos(tmp_path, tokenizer)
-    (tmp_path / run.IMPORTED).write_text("{}")
-    assert not run.begins_with_bos(tmp_path, tokenizer)
+    assert begins_with_bos(tmp_path, tokenizer)
+    (tmp_path / IMPORTED).write_text("{}")
+    assert not begins_with_bos(tmp_path, tokenizer)
     without = HuggingFaceTokenizer(tokenizer.spec, tokenizer.file_bytes, bos_id=None, eos_id=1)
-    (tmp_path / run.IMPORTED).unlink()
-    assert not run.begins_with_bos(tmp_path, without)
+    (tmp_path / IMPORTED).unlink()
+    assert not begins_with_bos(tmp_path, without)
 
 
 def test_a_record_has_the_last_and_the_best_of_all_evaluations():
@@ -259,7 +281,7 @@ def test_a_record_has_the_last_and_the_best_of_all_evaluations():
         wall_s=6.0,
     )
     config, card = tiny_config(), {"source_sha256": "a"}
-    fields = run.measured_fields(config, card, outcome)
+    fields = measured_fields(config, card, outcome)
     assert fields["final"] == evaluation(12, 2.0)
     assert fields["best"] == evaluation(8, 1.0)
     assert fields["evaluations"] == evaluations
@@ -272,12 +294,12 @@ def test_a_record_has_the_last_and_the_best_of_all_evaluations():
 
 
 def test_a_curve_is_thinned_to_its_last_point():
-    assert run.thin(list(range(10)), 4) == [0, 3, 6, 9]
-    assert run.thin([1, 2], 4) == [1, 2]
+    assert thin(list(range(10)), 4) == [0, 3, 6, 9]
+    assert thin([1, 2], 4) == [1, 2]
 
 
 def test_the_record_names_the_processor():
-    device = run.device()
+    device = provenance.device()
     assert device["platform"] == "cpu"
     assert device["kind"] in Path("/proc/cpuinfo").read_text() + platform.machine()
     assert (device["count"], device["cores"]) == (8, len(os.sched_getaffinity(0)))
@@ -287,8 +309,8 @@ def test_compiled_programs_are_kept_where_jax_is_told_to(monkeypatch):
     kept = {}
     monkeypatch.setattr(jax.config, "update", kept.__setitem__)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    run.enable_compilation_cache()
+    enable_compilation_cache()
     assert kept.pop("jax_compilation_cache_dir") == str(Path.home() / ".cache/mobilellm_jax/xla")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-    run.enable_compilation_cache()
+    enable_compilation_cache()
     assert "jax_compilation_cache_dir" not in kept

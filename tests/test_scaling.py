@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from test_results import make_record
 
-from mobilellm_jax import scaling
+from mobilellm_jax.analysis import power_laws
+from mobilellm_jax.analysis.records import read_record, write_record
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.results import read, write
 
 SIZES = (1e4, 1e5, 1e6)
 
@@ -23,7 +23,7 @@ def family(scale, exponent, spread, seeds=6, seed=0):
 
 
 def test_exact_power_law_is_found():
-    found = scaling.fit(family(12.0, 0.11, 0.0))
+    found = power_laws.fit(family(12.0, 0.11, 0.0))
     assert (found.scale, found.exponent) == pytest.approx((12.0, 0.11))
     assert (found.low, found.high) == pytest.approx((0.11, 0.11))
     assert found(1e5) == pytest.approx(12.0 * 1e5**-0.11)
@@ -31,14 +31,14 @@ def test_exact_power_law_is_found():
 
 def test_interval_of_the_exponent_covers_the_truth():
     """A percentile bootstrap of 6 seeds covers somewhat less than 95 %."""
-    laws = [scaling.fit(family(12.0, 0.11, 0.02, seed=seed)) for seed in range(40)]
+    laws = [power_laws.fit(family(12.0, 0.11, 0.02, seed=seed)) for seed in range(40)]
     covered = np.mean([law.low <= 0.11 <= law.high for law in laws])
     assert 0.75 <= covered < 1
 
 
 def test_crossing_of_known_laws():
     """10 n^-0.1 and 20 n^-0.16 are equal at n = 2^(1 / 0.06)."""
-    found = scaling.crossing(family(10, 0.1, 0.003), family(20, 0.16, 0.003, seed=1))
+    found = power_laws.crossing(family(10, 0.1, 0.003), family(20, 0.16, 0.003, seed=1))
     assert found.size == pytest.approx(2 ** (1 / 0.06), rel=0.3)
     assert found.low < 2 ** (1 / 0.06) < found.high
     assert found.share > 0.99
@@ -50,7 +50,7 @@ def test_crossing_of_known_laws():
     ids=["the same law", "too noisy", "the other way round", "below from the start"],
 )
 def test_no_statement_where_the_data_allow_none(second, spread):
-    found = scaling.crossing(family(10, 0.1, spread), family(*second, spread, seed=1))
+    found = power_laws.crossing(family(10, 0.1, spread), family(*second, spread, seed=1))
     assert found.low is None
     assert found.share < 0.95
 
@@ -58,7 +58,7 @@ def test_no_statement_where_the_data_allow_none(second, spread):
 @pytest.mark.parametrize("losses", [{1e4: [1.0, 2.0]}, {1e4: [1.0, 2.0], 1e5: [1.0]}, {}])
 def test_too_few_sizes_or_seeds(losses):
     with pytest.raises(UserError, match="two sizes or more, with two seeds or more"):
-        scaling.fit(losses)
+        power_laws.fit(losses)
 
 
 # The command.
@@ -86,7 +86,7 @@ def workdir(tmp_path):
                     pairs=[["8 x 128", "1 x 128"]],
                 )
                 budgets = {**record.budgets, "non_embedding_parameters": parameters + depth}
-                write(
+                write_record(
                     dataclasses.replace(record, budgets=budgets),
                     tmp_path / "results" / "shape" / preset / f"{depth}-s{seed}.json",
                 )
@@ -136,9 +136,9 @@ def test_a_preset_without_its_deepest_point_is_refused(workdir):
 
 def test_presets_on_other_data_are_refused(workdir):
     for path in (workdir / "results" / "shape" / "large").iterdir():
-        record = read(path)
+        record = read_record(path)
         other = {**record.data, "source_sha256": "other"}
-        write(dataclasses.replace(record, data=other), path)
+        write_record(dataclasses.replace(record, data=other), path)
     done = run_command(workdir)
     assert done.returncode == 2
     assert "differ in source_sha256" in done.stderr

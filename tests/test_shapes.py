@@ -11,10 +11,10 @@ from conftest import tiny_model
 
 from configs import base, depth_vs_width, mobilellm
 from experiments import shapes as command
-from mobilellm_jax import accounting
 from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.costs import accounting
+from mobilellm_jax.costs.shapes import BUDGETS, Rules, Shape, solve
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.shapes import BUDGETS, Rules, Shape, solve
 
 LENGTH = 16
 GROUPED = tiny_model(num_heads=4, num_kv_heads=2, head_dim=6, width=24, ffn_width=64)

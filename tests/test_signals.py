@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mobilellm_jax.signals import RESUME_ME
+from mobilellm_jax.training.signals import RESUME_ME
 
 AGAIN = "Run the same command again to resume\n"
 # Each says that it is ready, and holds a lease and a line that is not flushed where it has one.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_sweep import write_study
 
-from mobilellm_jax import results
+from mobilellm_jax.analysis.records import read_records
 
 pytest.importorskip("submitit", reason="needs pip install -e '.[slurm]'")
 
@@ -132,7 +132,7 @@ def test_a_task_here_that_is_preempted_resumes_and_what_is_complete_is_not_submi
     step = int(re.search(f"{name}-s0  resuming after step (\\d+)", text)[1])
     assert 10 <= step < 1000
     assert text.count("held-out loss") == 1
-    (record,) = results.read_all(workdir / "results")
+    (record,) = read_records(workdir / "results")
     assert (record.point, record.status, record.steps) == ("reverse", "finished", 1000)
     status, output, errors = end(launch(study, workdir, "--cluster=local", "--only=reverse", *LONG))
     assert (status, errors) == (0, "")
@@ -154,7 +154,7 @@ def test_an_array_in_slurm_is_put_into_the_queue_again_after_a_signal(study, tmp
     texts = [log.read_text() for log in logs]
     assert "mini/tiny/none-s0  resuming after step" in texts[0], (slurm / "slurm.log").read_text()
     assert "resuming" not in texts[1]
-    assert {r.point: r.status for r in results.read_all(tmp_path / "w/results")} == {
+    assert {r.point: r.status for r in read_records(tmp_path / "w/results")} == {
         "none": "finished",
         "reverse": "finished",
     }

@@ -6,20 +6,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mobilellm_jax.statistics import (
+from mobilellm_jax.analysis.statistics import (
     Estimate,
     PairedDifference,
     decide,
-    format_bound,
-    format_difference,
-    format_estimate,
-    format_p,
     holm,
     mean_and_interval,
     paired_difference,
     seeds_needed,
     standard_deviation,
 )
+from mobilellm_jax.analysis.wording import format_bound, format_difference, format_estimate, format_p
 
 
 def test_interval_of_published_data():

@@ -17,16 +17,21 @@ from types import SimpleNamespace
 import pytest
 
 from configs import base, depth_vs_width, khop, layer_sharing, lr_transfer, noise
-from experiments import cli, progress, sweep, workers
-from experiments.leases import Leases
-from experiments.points import points_of, said_to_compare
-from mobilellm_jax import accounting, data, results
-from mobilellm_jax.checkpoint import find_damage
+from experiments import cli
+from experiments.runner import progress, sweeping, workers
+from experiments.runner.leases import Leases
+from experiments.runner.points import points_of, said_to_compare
+from mobilellm_jax import data
+from mobilellm_jax.analysis.records import read_records
+from mobilellm_jax.analysis.verdicts import verdict
 from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.run import claim_data, claim_workdir, measured_fields
-from mobilellm_jax.train import Outcome
-from mobilellm_jax.verdicts import verdict
+from mobilellm_jax.runs import run
+from mobilellm_jax.runs.directory import claim_data, claim_workdir
+from mobilellm_jax.runs.run import measured_fields
+from mobilellm_jax.storage.checkpoint import find_damage
+from mobilellm_jax.training.loop import Outcome
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,10 +107,10 @@ def losses(curve, noise=lambda octave, seed: seed % 7 / 1000):
 
 def test_every_point_is_tuned_and_then_judged_on_other_seeds(tuned_study, tmp_path, monkeypatch):
     """The grid 2^-9, 2^-7 has its best at the upper edge; the search goes on to 2^-4 and refines."""
-    monkeypatch.setattr(sweep, "run", losses(lambda octave: 3 + (octave + 4) ** 2))
+    monkeypatch.setattr(sweeping, "run", losses(lambda octave: 3 + (octave + 4) ** 2))
     workdir = tmp_path / "w"
-    assert sweep.sweep(points(tuned_study, only=["none"]), workdir, jobs=1) == 0
-    records = results.read_all(workdir / "results")
+    assert sweeping.sweep(points(tuned_study, only=["none"]), workdir, jobs=1) == 0
+    records = read_records(workdir / "results")
     tuning = [r for r in records if r.phase == "tuning"]
     comparison = [r for r in records if r.phase == "comparison"]
     assert sorted(math.log2(r.learning_rate) for r in tuning) == [-9, -7, -5, -4, -3]
@@ -125,10 +130,10 @@ def test_the_mean_loss_of_several_seeds_chooses_the_rate(tuned_study, tmp_path, 
     tuned_study.write_text(tuned_study.read_text().replace("margin=", declared))
     seeds = {1_000_000: {-7: 0}, 1_000_001: {-7: 3}}
     noise = lambda octave, seed: seeds.get(seed, {}).get(octave, (octave + 6.5) ** 2)  # noqa: E731
-    monkeypatch.setattr(sweep, "run", losses(lambda _: 1.0, noise))
+    monkeypatch.setattr(sweeping, "run", losses(lambda _: 1.0, noise))
     (point,) = points(tuned_study, only=["none"])
-    sweep.do_point(point, tmp_path)
-    records = results.read_all(tmp_path / "results")
+    sweeping.do_point(point, tmp_path)
+    records = read_records(tmp_path / "results")
     tuning = [(math.log2(r.learning_rate), r.seed) for r in records if r.phase == "tuning"]
     repeated = {octave for octave, seed in tuning if seed == 1_000_001}
     assert {-8, -7, -6} <= repeated
@@ -141,21 +146,21 @@ def test_a_point_ends_with_the_first_run_that_fails(tuned_study, tmp_path, monke
     def broken_run(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(sweep, "run", broken_run)
+    monkeypatch.setattr(sweeping, "run", broken_run)
     (point,) = points(tuned_study, only=["none"])
-    sweep.do_point(point, tmp_path)
-    (record,) = results.read_all(tmp_path / "results")
+    sweeping.do_point(point, tmp_path)
+    (record,) = read_records(tmp_path / "results")
     assert (record.phase, record.status, record.steps, record.final) == ("tuning", "failed", 0, None)
     assert record.error == "RuntimeError: out of memory"
 
 
 def test_fewer_seeds_than_there_are_leave_nothing_to_do(study, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "run", losses(lambda _: 3.0))
-    monkeypatch.setattr(sweep, "expected_seconds", lambda _: 0.0)
-    monkeypatch.setattr(sweep, "_report", lambda *_: 0)  # which takes seconds
+    monkeypatch.setattr(sweeping, "run", losses(lambda _: 3.0))
+    monkeypatch.setattr(sweeping, "expected_seconds", lambda _: 0.0)
+    monkeypatch.setattr(sweeping, "_report", lambda *_: 0)  # which takes seconds
     for seeds, said in ((2, "0 of about 2 runs"), (1, None), (3, "2 of about 3 runs")):
         capsys.readouterr()
-        assert sweep.sweep(points(study, seeds=seeds, only=["none"]), tmp_path, jobs=1) == 0
+        assert sweeping.sweep(points(study, seeds=seeds, only=["none"]), tmp_path, jobs=1) == 0
         output = capsys.readouterr().out
         assert said in output if said else "are done already" not in output
 
@@ -198,18 +203,20 @@ def test_records_say_what_the_study_declares(study):
 
 def test_records_and_runs_of_other_data_are_found_before_anything_trains(study, tmp_path, monkeypatch):
     stub = losses(lambda octave: 3.0)
-    monkeypatch.setattr(sweep, "run", stub)
+    monkeypatch.setattr(sweeping, "run", stub)
     workdir = tmp_path / "w"
-    assert sweep.sweep(points(study), workdir, jobs=1) == 0
+    assert sweeping.sweep(points(study), workdir, jobs=1) == 0
     trained = []
-    monkeypatch.setattr(sweep, "run", lambda *arguments: trained.append(stub(*arguments)) or trained[-1])
+    monkeypatch.setattr(sweeping, "run", lambda *arguments: trained.append(stub(*arguments)) or trained[-1])
     message = (
         r"results/mini/tiny/none-s0\.json: made with other data: source sha256 a -> [0-9a-f]{12}, "
         r"tokenizer sha256 b -> [0-9a-f]{12} \(files:.*\*\.txt -> files:\*\.txt\); .* use another --workdir"
     )
     with pytest.raises(UserError, match=message):
-        sweep.sweep(points(study, seeds=3), workdir, jobs=1)
-    assert sweep.sweep(points(study), workdir, jobs=1) == 0  # nothing to do: the report is made all the same
+        sweeping.sweep(points(study, seeds=3), workdir, jobs=1)
+    assert (
+        sweeping.sweep(points(study), workdir, jobs=1) == 0
+    )  # nothing to do: the report is made all the same
     shutil.rmtree(workdir / "results")
     run = workdir / "runs/mini/tiny/none-s0"
     claim_data(run, {"source": "files:*.txt", "source_sha256": "a"})
@@ -217,15 +224,15 @@ def test_records_and_runs_of_other_data_are_found_before_anything_trains(study, 
         claim_workdir(folder, points(study, only=["none"])[0].config)
         (folder / "checkpoints/4").mkdir(parents=True)
     with pytest.raises(UserError, match=r"none-s0: the data changed since step 4: source sha256 a -> "):
-        sweep.sweep(points(study, only=["none"]), workdir, jobs=1)
+        sweeping.sweep(points(study, only=["none"]), workdir, jobs=1)
     assert not trained
 
 
 def test_rates_that_diverge_are_recorded_and_tuned_around(tuned_study, tmp_path, monkeypatch):
     curve = lambda octave: math.inf if octave > -8 else 3 + (octave + 11) ** 2  # noqa: E731
-    monkeypatch.setattr(sweep, "run", losses(curve))
-    assert sweep.sweep(points(tuned_study, only=["none"]), tmp_path / "w", jobs=1) == 0
-    records = results.read_all(tmp_path / "w" / "results")
+    monkeypatch.setattr(sweeping, "run", losses(curve))
+    assert sweeping.sweep(points(tuned_study, only=["none"]), tmp_path / "w", jobs=1) == 0
+    records = read_records(tmp_path / "w" / "results")
     assert {r.learning_rate for r in records if r.phase == "comparison"} == {2**-11}
     assert [r.learning_rate for r in records if r.status == "diverged"] == [2**-7]
 
@@ -247,29 +254,31 @@ def test_a_transferred_rate_takes_a_parameterization_that_transfers(study):
 
 def test_records_of_another_sweep_are_not_counted_as_done(tuned_study, tmp_path, monkeypatch):
     """Made with one rate for all, or with other steps: refused, and not reported as tuned."""
-    monkeypatch.setattr(sweep, "run", losses(lambda octave: 3 + (octave + 8) ** 2))
-    sweep.sweep(points(tuned_study, {"optimizer.learning_rate": 0.01}, only=["none"]), tmp_path / "w", jobs=1)
+    monkeypatch.setattr(sweeping, "run", losses(lambda octave: 3 + (octave + 8) ** 2))
+    sweeping.sweep(
+        points(tuned_study, {"optimizer.learning_rate": 0.01}, only=["none"]), tmp_path / "w", jobs=1
+    )
     with pytest.raises(UserError, match="is of another kind, 'none' and not 'grid'"):
-        sweep.sweep(points(tuned_study, only=["none"]), tmp_path / "w", jobs=1)
-    sweep.sweep(points(tuned_study, only=["none"]), tmp_path / "x", jobs=1)
+        sweeping.sweep(points(tuned_study, only=["none"]), tmp_path / "w", jobs=1)
+    sweeping.sweep(points(tuned_study, only=["none"]), tmp_path / "x", jobs=1)
     for path in (tmp_path / "x" / "results").rglob("*lr*.json"):
         path.unlink()
     with pytest.raises(UserError, match=r"train\.steps is 4 there and 5 here"):
-        sweep.sweep(points(tuned_study, {"train.steps": 5}, only=["none"]), tmp_path / "x", jobs=1)
+        sweeping.sweep(points(tuned_study, {"train.steps": 5}, only=["none"]), tmp_path / "x", jobs=1)
 
 
 def test_points_of_another_sweep_come_last_and_are_taken_over(tuned_study, tmp_path, monkeypatch, capsys):
     """Another sweep holds the first point when this one starts, and gives it back half done."""
-    monkeypatch.setattr(sweep, "run", losses(lambda octave: 3 + (octave + 8) ** 2))
+    monkeypatch.setattr(sweeping, "run", losses(lambda octave: 3 + (octave + 8) ** 2))
     other = Leases(tmp_path / "w" / "runs" / ".leases")
     chosen = points(tuned_study)
     assert other.take([chosen[0].name])
     monkeypatch.setattr(time, "sleep", lambda _: other.release(chosen[0].name))
-    assert sweep.sweep(chosen, tmp_path / "w", jobs=1) == 0
+    assert sweeping.sweep(chosen, tmp_path / "w", jobs=1) == 0
     output = capsys.readouterr().out
     assert output.index("reverse  learning rate") < output.index("none  waiting for the sweep that is at")
     assert output.index("none  waiting for") < output.index("none  learning rate")
-    assert len({r.point for r in results.read_all(tmp_path / "w" / "results")}) == 2
+    assert len({r.point for r in read_records(tmp_path / "w" / "results")}) == 2
     assert not list((tmp_path / "w" / "runs" / ".leases").iterdir())
 
 
@@ -284,13 +293,16 @@ def test_points_of_another_sweep_come_last_and_are_taken_over(tuned_study, tmp_p
 )
 def test_bad_shards(study, text, message):
     with pytest.raises(UserError, match=f"--shard={text}: .*{message}"):
-        sweep.shard(points(study), text)
+        sweeping.shard(points(study), text)
 
 
 def test_shards_make_up_the_whole(study):
     chosen = points(study)
-    assert [p.facts["point"] for i in range(2) for p in sweep.shard(chosen, f"{i}/2")] == ["none", "reverse"]
-    assert sweep.shard(chosen, "0/1") == chosen
+    assert [p.facts["point"] for i in range(2) for p in sweeping.shard(chosen, f"{i}/2")] == [
+        "none",
+        "reverse",
+    ]
+    assert sweeping.shard(chosen, "0/1") == chosen
 
 
 @pytest.mark.parametrize(
@@ -350,9 +362,9 @@ def test_records_hold_the_pairs_of_their_point_and_together_all(study, tmp_path,
         .replace('"none", "reverse"', "'none', 'reverse', 'immediate'")
         .replace("(1, 2)", "(1, 2, 2)")
     )
-    monkeypatch.setattr(sweep, "run", losses(lambda _: 3.0))
-    assert sweep.sweep(points(study), tmp_path / "w", jobs=1) == 0
-    records = results.read_all(tmp_path / "w" / "results")
+    monkeypatch.setattr(sweeping, "run", losses(lambda _: 3.0))
+    assert sweeping.sweep(points(study), tmp_path / "w", jobs=1) == 0
+    records = read_records(tmp_path / "w" / "results")
     assert {r.point: r.pairs for r in records} == {
         "none": [["reverse", "none"], ["immediate", "none"]],
         "reverse": [["reverse", "none"], ["immediate", "reverse"]],
@@ -370,10 +382,10 @@ ODD = ("A+", "A*")  # one name, were signs all that is left out
 def test_points_of_equal_config_whose_labels_differ_in_signs_are_two(study, tmp_path, monkeypatch):
     text = study.read_text().replace("reverse", "none").replace("(1, 2)", "(1, 1)")
     study.write_text(text.replace('baseline="none"', f"labels={ODD}"))
-    monkeypatch.setattr(sweep, "run", losses(lambda _: 3.0))
+    monkeypatch.setattr(sweeping, "run", losses(lambda _: 3.0))
     for _ in range(2):
-        assert sweep.sweep(points(study), tmp_path / "w", jobs=1) == 0
-    records = results.read_all(tmp_path / "w" / "results")
+        assert sweeping.sweep(points(study), tmp_path / "w", jobs=1) == 0
+    records = read_records(tmp_path / "w" / "results")
     assert [(r.point, r.seed) for r in records] == [(label, seed) for label in ODD for seed in range(2)]
 
 
@@ -382,18 +394,18 @@ def test_an_explicit_plan_of_a_hundred_layers_has_names_that_fit(study, tmp_path
     text = study.read_text().replace('"none", "reverse"', f'"none", "{plan}"').replace("(1, 2)", "(1, 1)")
     study.write_text(text.replace('matched="non_embedding_parameters"', 'matched="tokens"'))
     study.write_text(study.read_text().replace('"model.depth": 2', '"model.depth": 100'))
-    monkeypatch.setattr(sweep, "run", losses(lambda _: 3.0))
-    assert sweep.sweep(points(study), tmp_path / "w", jobs=1) == 0
-    assert {r.point for r in results.read_all(tmp_path / "w" / "results")} == {"none", plan}
+    monkeypatch.setattr(sweeping, "run", losses(lambda _: 3.0))
+    assert sweeping.sweep(points(study), tmp_path / "w", jobs=1) == 0
+    assert {r.point for r in read_records(tmp_path / "w" / "results")} == {"none", plan}
 
 
 def test_every_record_is_read_once_before_a_sweep_starts(study, tmp_path, monkeypatch):
     """And of one point, before its process starts, its own alone: 1,000 points take seconds, not hours."""
-    monkeypatch.setattr(sweep, "run", losses(lambda _: 3.0))
+    monkeypatch.setattr(sweeping, "run", losses(lambda _: 3.0))
     chosen = points(study, seeds=3)
-    assert sweep.sweep(chosen, tmp_path / "w", jobs=1) == 0
-    read, seen = results.read, []
-    monkeypatch.setattr(results, "read", lambda path: seen.append(path.name) or read(path))
+    assert sweeping.sweep(chosen, tmp_path / "w", jobs=1) == 0
+    read, seen = progress.read_record, []
+    monkeypatch.setattr(progress, "read_record", lambda path: seen.append(path.name) or read(path))
     assert progress.missing_runs(chosen, tmp_path / "w") == {point.name: 0 for point in chosen}
     assert sorted(seen) == [f"{name}-s{seed}.json" for name in ("none", "reverse") for seed in range(3)]
     seen.clear()
@@ -405,9 +417,9 @@ def test_progress_counts_what_is_done_and_left(tuned_study, tmp_path, monkeypatc
     """Failed runs count as left; of a complete point nothing is left, whatever its tuning took."""
     point = points(tuned_study, only=["none"])[0]
     assert progress.progress(point, {}) == (0, point.runs)
-    monkeypatch.setattr(sweep, "run", losses(lambda octave: 3 + (octave + 8) ** 2))
-    sweep.sweep([point], tmp_path / "w", jobs=1)
-    there = {f"{i}": r for i, r in enumerate(results.read_all(tmp_path / "w" / "results"))}
+    monkeypatch.setattr(sweeping, "run", losses(lambda octave: 3 + (octave + 8) ** 2))
+    sweeping.sweep([point], tmp_path / "w", jobs=1)
+    there = {f"{i}": r for i, r in enumerate(read_records(tmp_path / "w" / "results"))}
     assert progress.progress(point, there) == (len(there), 0)
     more = dataclasses.replace(point, seeds=point.seeds + 2)
     assert progress.progress(more, there) == (len(there), 2)
@@ -426,11 +438,11 @@ def test_a_disk_that_is_full_when_a_lease_is_taken_costs_that_point_alone(study,
         return real(path, text)
 
     monkeypatch.setattr(type(folder), "write_text", full)
-    monkeypatch.setattr(sweep, "run", losses(lambda _: 3.0))
+    monkeypatch.setattr(sweeping, "run", losses(lambda _: 3.0))
     message = r"^mini/tiny/none: .*cannot write there \(No space left on device\)[^\n]*$"
     with pytest.raises(UserError, match=message):
-        sweep.sweep(chosen, tmp_path / "w", jobs=1)
-    assert {r.point for r in results.read_all(tmp_path / "w" / "results")} == {"reverse"}
+        sweeping.sweep(chosen, tmp_path / "w", jobs=1)
+    assert {r.point for r in read_records(tmp_path / "w" / "results")} == {"reverse"}
     assert not list(folder.iterdir())
 
 
@@ -450,7 +462,7 @@ def test_a_process_that_a_signal_ended_has_a_second_try_and_no_third(study, tmp_
             self.exitcode = statuses[self.name].pop(0)
 
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Process))
-    broken = workers.in_processes(points(study), tmp_path / "w", [{}, {}], sweep.do_point, lambda *_: 1)
+    broken = workers.in_processes(points(study), tmp_path / "w", [{}, {}], sweeping.do_point, lambda *_: 1)
     assert [said.partition(" ended")[0] for said in broken] == [
         "the process of mini/tiny/reverse (status -11)"
     ]
@@ -475,7 +487,7 @@ def test_a_process_that_fails_by_itself_has_no_second_try(study, tmp_path, monke
             os.close(self.sentinel)
 
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Process))
-    broken = workers.in_processes(points(study), tmp_path / "w", [{}], sweep.do_point, lambda *_: 1)
+    broken = workers.in_processes(points(study), tmp_path / "w", [{}], sweeping.do_point, lambda *_: 1)
     assert [said.count("(status 1)") for said in broken] == [2]
 
 
@@ -527,8 +539,8 @@ def test_a_typo_in_a_study_is_named(study, before, after, message):
 def test_points_side_by_side_give_the_same_records_as_one_after_the_other(tuned_study, tmp_path, capfd):
     """Real processes with one core each; the command of the record is the sweep's."""
     for workdir, jobs in (("one", 1), ("two", 2)):
-        assert sweep.sweep(points(tuned_study), tmp_path / workdir, jobs) == 0
-    one, two = (results.read_all(tmp_path / workdir / "results") for workdir in ("one", "two"))
+        assert sweeping.sweep(points(tuned_study), tmp_path / workdir, jobs) == 0
+    one, two = (read_records(tmp_path / workdir / "results") for workdir in ("one", "two"))
     key = lambda r: (r.point, r.phase, r.seed, r.learning_rate, r.command)  # noqa: E731
     assert list(map(key, one)) == list(map(key, two))
     assert [r.score for r in one] == pytest.approx([r.score for r in two], abs=1e-2)  # 8 devices, and 1
@@ -542,8 +554,8 @@ def test_a_process_that_dies_is_named_and_the_others_finish(study, tmp_path):
     chosen = points(study)
     broken = dataclasses.replace(chosen[0], facts={**chosen[0].facts, "margin": "not a number"})
     with pytest.raises(UserError, match=r"the process of mini/tiny/none \(status 1\) ended early"):
-        sweep.sweep([broken, chosen[1]], tmp_path / "w", jobs=2)
-    assert {r.point for r in results.read_all(tmp_path / "w" / "results")} == {"reverse"}
+        sweeping.sweep([broken, chosen[1]], tmp_path / "w", jobs=2)
+    assert {r.point for r in read_records(tmp_path / "w" / "results")} == {"reverse"}
 
 
 @pytest.mark.parametrize(
@@ -586,12 +598,12 @@ def test_a_signal_stops_all_processes_after_a_checkpoint(study, tmp_path, number
 
 def test_a_sweep_leaves_records_figures_and_a_verdict_and_repeats_nothing(study, tmp_path, capsys):
     workdir = tmp_path / "w"
-    assert sweep.sweep(points(study), workdir, jobs=1) == 0
+    assert sweeping.sweep(points(study), workdir, jobs=1) == 0
     output = capsys.readouterr().out
     assert "0 of about 4 runs are done already; the rest will take about 0:" in output
     assert "Q?" in output
     assert "'reverse' and 'none'" in output or "'none' is better than 'reverse'" in output
-    records = results.read_all(workdir / "results")
+    records = read_records(workdir / "results")
     assert [(r.point, r.seed, r.status) for r in records] == [
         ("none", 0, "finished"),
         ("none", 1, "finished"),
@@ -606,7 +618,7 @@ def test_a_sweep_leaves_records_figures_and_a_verdict_and_repeats_nothing(study,
     assert {p.suffix for p in (workdir / "reports").iterdir()} == {".html", ".md"}
     log = workdir / "runs" / "mini" / "tiny" / "none-s0" / "metrics.jsonl"
     before = log.stat().st_mtime_ns
-    assert sweep.sweep(points(study), workdir, jobs=1) == 0
+    assert sweeping.sweep(points(study), workdir, jobs=1) == 0
     assert "Q?" in capsys.readouterr().out
     assert log.stat().st_mtime_ns == before
 
@@ -614,28 +626,28 @@ def test_a_sweep_leaves_records_figures_and_a_verdict_and_repeats_nothing(study,
 def test_a_point_that_fails_is_recorded_the_others_go_on_and_it_is_tried_again(
     study, tmp_path, monkeypatch, capsys
 ):
-    workdir, real_run = tmp_path / "w", sweep.run
+    workdir, real_run = tmp_path / "w", run.run
 
     def broken_run(config, directory, describe, say):
         if config.model.sharing == "none":
             raise RuntimeError("out of\nmemory")
         return real_run(config, directory, describe, say)
 
-    monkeypatch.setattr(sweep, "run", broken_run)
-    assert sweep.sweep(points(study, seeds=1), workdir, jobs=1) == 1
-    failed, other = results.read_all(workdir / "results")
+    monkeypatch.setattr(sweeping, "run", broken_run)
+    assert sweeping.sweep(points(study, seeds=1), workdir, jobs=1) == 1
+    failed, other = read_records(workdir / "results")
     assert (failed.status, failed.error) == ("failed", "RuntimeError: out of")
     assert other.status == "finished"
     assert "RuntimeError: out of" in capsys.readouterr().out
     assert "memory" in (workdir / "runs/mini/tiny/none-s0/error.txt").read_text()
-    monkeypatch.setattr(sweep, "run", real_run)
-    assert sweep.sweep(points(study, seeds=1), workdir, jobs=1) == 0
+    monkeypatch.setattr(sweeping, "run", real_run)
+    assert sweeping.sweep(points(study, seeds=1), workdir, jobs=1) == 0
 
 
 def test_a_run_that_fails_where_its_error_cannot_be_written_stops_no_other(
     study, tmp_path, monkeypatch, capsys
 ):
-    real_run = sweep.run
+    real_run = run.run
 
     def broken_run(config, directory, describe, say):
         if config.model.sharing == "none":
@@ -644,9 +656,9 @@ def test_a_run_that_fails_where_its_error_cannot_be_written_stops_no_other(
             raise UserError("the disk is full")
         return real_run(config, directory, describe, say)
 
-    monkeypatch.setattr(sweep, "run", broken_run)
-    assert sweep.sweep(points(study, seeds=1), tmp_path / "w", jobs=1) == 1
-    failed, other = results.read_all(tmp_path / "w" / "results")
+    monkeypatch.setattr(sweeping, "run", broken_run)
+    assert sweeping.sweep(points(study, seeds=1), tmp_path / "w", jobs=1) == 1
+    failed, other = read_records(tmp_path / "w" / "results")
     assert (failed.status, other.status) == ("failed", "finished")
     out = capsys.readouterr().out
     assert "error.txt cannot be written: File exists)" in out
@@ -655,31 +667,31 @@ def test_a_run_that_fails_where_its_error_cannot_be_written_stops_no_other(
 
 def test_a_point_that_diverges_is_recorded_and_not_repeated(study, tmp_path, capsys):
     chosen = points(study, {"optimizer.learning_rate": 1e30}, seeds=1, only=["reverse"])
-    assert sweep.sweep(chosen, tmp_path / "w") == 1
-    (record,) = results.read_all(tmp_path / "w" / "results")
+    assert sweeping.sweep(chosen, tmp_path / "w") == 1
+    (record,) = read_records(tmp_path / "w" / "results")
     assert record.status == "diverged"
     capsys.readouterr()
-    assert sweep.sweep(chosen, tmp_path / "w") == 1
+    assert sweeping.sweep(chosen, tmp_path / "w") == 1
     assert "tokens/s" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("record", [True, False], ids=["finished", "half-done"])
 def test_a_workdir_of_another_sweep_is_refused_and_left_as_it_is(study, tmp_path, record):
     workdir = tmp_path / "w"
-    sweep.sweep(points(study, seeds=1, only=["none"]), workdir)
+    sweeping.sweep(points(study, seeds=1, only=["none"]), workdir)
     if not record:
         shutil.rmtree(workdir / "results")
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"optimizer\.warmup_steps"):
-        sweep.sweep(points(study, {"optimizer.warmup_steps": 2}, seeds=1), workdir)
+        sweeping.sweep(points(study, {"optimizer.warmup_steps": 2}, seeds=1), workdir)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_other_logging_and_evaluations_are_the_same_sweep(study, tmp_path, capsys):
-    sweep.sweep(points(study, seeds=1, only=["none"]), tmp_path / "w")
+    sweeping.sweep(points(study, seeds=1, only=["none"]), tmp_path / "w")
     capsys.readouterr()
     often = {"train.log_every": 1, "train.eval_every": 1}
-    assert sweep.sweep(points(study, often, seeds=1, only=["none"]), tmp_path / "w") == 0
+    assert sweeping.sweep(points(study, often, seeds=1, only=["none"]), tmp_path / "w") == 0
     assert "tokens/s" not in capsys.readouterr().out
 
 
@@ -713,10 +725,10 @@ def test_bad_data_stops_the_sweep_before_anything_is_compiled(study, tmp_path, m
     def no_compilation(*_):
         raise AssertionError("compiled")
 
-    monkeypatch.setattr(sweep, "expected_seconds", no_compilation)
+    monkeypatch.setattr(sweeping, "expected_seconds", no_compilation)
     (tmp_path / "7.txt").write_bytes(b"a\0b")
     with pytest.raises(UserError, match=r"7\.txt"):
-        sweep.sweep(points(study), tmp_path / "w")
+        sweeping.sweep(points(study), tmp_path / "w")
 
 
 def test_points_that_do_not_match_are_refused(study):

@@ -8,8 +8,8 @@ import json
 import pytest
 from test_results import make_diverged, make_record, make_tuning
 
-from experiments import tables
-from mobilellm_jax.verdicts import verdict
+from experiments.reporting import tables
+from mobilellm_jax.analysis.verdicts import verdict
 
 JITTER = {0: 0.0, 1: 0.013, 2: -0.008}
 PAIRS = [["4 x 128", "2 x 128"], ["8 x 128", "4 x 128"]]

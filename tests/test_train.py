@@ -18,10 +18,19 @@ import optax
 import pytest
 from conftest import SHARING, assert_trees_close, tiny_config
 
-from mobilellm_jax import data, partition, run, train
+from mobilellm_jax import data, model
 from mobilellm_jax.config import REMAT_POLICIES, MeshConfig, from_config_dict
 from mobilellm_jax.errors import Preempted
-from mobilellm_jax.train import init_state, learning_rate_schedule, make_programs, train_step
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.runs.directory import open_tokenizer, read_config
+from mobilellm_jax.runs.run import measured_fields
+from mobilellm_jax.storage.checkpoint import Checkpoints
+from mobilellm_jax.storage.metrics import Clock
+from mobilellm_jax.training import loop
+from mobilellm_jax.training.loop import train
+from mobilellm_jax.training.optimizer import learning_rate_schedule
+from mobilellm_jax.training.programs import make_programs
+from mobilellm_jax.training.step import init_state, train_step
 
 GOLDENS = Path(__file__).parent / "goldens" / "losses.txt"
 
@@ -60,9 +69,7 @@ def test_a_step_is_optax_adamw():
     state, _ = one_step(config, learning_rate=0.1)
     params = init(jax.random.key(0), config.model, o).params
     rows = jnp.asarray(rows_of(config))
-    grads = jax.grad(lambda p: jnp.divide(*train.model.loss(p, rows[:, :-1], rows[:, 1:], config.model)))(
-        params
-    )
+    grads = jax.grad(lambda p: jnp.divide(*model.loss(p, rows[:, :-1], rows[:, 1:], config.model)))(params)
     mask = jax.tree_util.tree_map_with_path(lambda path, _: "gain" not in str(path), params)
     reference = optax.chain(
         optax.clip_by_global_norm(o.clip_norm),
@@ -160,7 +167,7 @@ def run_loop(config, workdir, signal_at=None):
         if signal_at and signal_at in line:
             signal.raise_signal(signal.SIGTERM)
 
-    return train.train(config, prepared, mesh, workdir, say), lines
+    return train(config, prepared, mesh, workdir, say), lines
 
 
 def test_the_loop_learns_evaluates_and_logs(tmp_path, corpus):
@@ -193,8 +200,8 @@ def test_a_resumed_run_counts_the_time_of_all_its_steps(tmp_path, corpus, monkey
         run_loop(config, tmp_path / "run", "step 6/12  held-out loss")
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     (saved,) = [line for line in map(json.loads, text.splitlines()) if line["step"] == 7]
-    clocks, clock = [], train.Clock
-    monkeypatch.setattr(train, "Clock", lambda *start: clocks.append(start) or clock(*start))
+    clocks, clock = [], Clock
+    monkeypatch.setattr(loop, "Clock", lambda *start: clocks.append(start) or clock(*start))
     for leftover in ("9", "8.orbax-checkpoint-tmp-1"):
         (tmp_path / "run" / "checkpoints" / leftover).mkdir()
     outcome, _ = run_loop(config, tmp_path / "run")
@@ -205,13 +212,13 @@ def test_a_resumed_run_counts_the_time_of_all_its_steps(tmp_path, corpus, monkey
 
 
 def test_the_time_of_the_steps_is_without_the_last_checkpoint(tmp_path, corpus, monkeypatch):
-    close = train.Checkpoints.close
+    close = Checkpoints.close
 
     def slow_close(checkpoints):
         time.sleep(0.5)
         close(checkpoints)
 
-    monkeypatch.setattr(train.Checkpoints, "close", slow_close)
+    monkeypatch.setattr(Checkpoints, "close", slow_close)
     outcome, _ = run_loop(tiny_config(**{**corpus, "train.steps": 4}), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert outcome.train_s == pytest.approx(lines[-1]["train_s"], abs=1e-3)
@@ -271,11 +278,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path, corpus):
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(train, "_evaluate", lambda *_: (float("inf"), None))
+    monkeypatch.setattr(loop, "evaluate_held_out", lambda *_: (float("inf"), None))
     outcome, _ = run_loop(tiny_config(**corpus), tmp_path / "run")
     assert (outcome.status, outcome.steps) == ("diverged", 4)
     assert outcome.evaluations[-1]["loss"] is None
-    fields = run.measured_fields(tiny_config(**corpus), {}, outcome)
+    fields = measured_fields(tiny_config(**corpus), {}, outcome)
     assert fields["final"] is fields["best"] is None
     assert not list((tmp_path / "run" / "checkpoints").glob("4"))
 
@@ -322,9 +329,9 @@ def contents(workdir):
     for line in lines:
         line.pop("train_s", None)
         line.pop("sha256")  # of the times, too
-    config = from_config_dict(run.read_config(workdir / "config.json"))
+    config = from_config_dict(read_config(workdir / "config.json"))
     mesh = partition.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    checkpoints = train.Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir / "checkpoints")
     step, state = checkpoints.restore_latest(make_programs(config, mesh).state)
     checkpoints.close()
     return step, jax.device_get(state), lines
@@ -347,7 +354,7 @@ def test_killed_or_interrupted_and_resumed_is_bit_for_bit_the_same(tmp_path, cor
     assert "Traceback" not in stderr
     assert "resuming after step" in resume(killed).stdout
     assert "resuming after step" in resume(stopped).stdout
-    assert run.open_tokenizer(straight).spec == corpus["data.tokenizer"]
+    assert open_tokenizer(straight).spec == corpus["data.tokenizer"]
     step, state, lines = contents(straight)
     assert step == 40
     for other in (killed, stopped):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mobilellm_jax.tuning import FURTHEST, best_learning_rate, next_learning_rate, next_trial
+from mobilellm_jax.analysis.tuning import FURTHEST, best_learning_rate, next_learning_rate, next_trial
 
 GRID = (2**-9, 2**-7, 2**-5)
 

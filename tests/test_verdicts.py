@@ -8,9 +8,10 @@ import pytest
 from scipy import stats
 from test_results import SETTINGS, make_diverged, make_record, make_tuning
 
-from mobilellm_jax.comparable import check_comparable
+from mobilellm_jax.analysis.comparable import check_comparable
+from mobilellm_jax.analysis.tuning import Tuning
+from mobilellm_jax.analysis.verdicts import verdict
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.verdicts import Tuning, verdict
 
 NOISE = np.random.default_rng(3).normal(0, 0.01, (8, 8))  # [point, seed]
 LOSSES = {2: 3.6, 4: 3.5, 8: 3.501}

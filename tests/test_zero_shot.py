@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from mobilellm_jax import zero_shot
 from mobilellm_jax.data.tokenizers import BytesTokenizer, HuggingFaceTokenizer, adds_bos, train_bpe
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.inference import local_tasks
 
 # A row of each task, and fields that the data set on the hub has instead of it.
 ROWS = {
@@ -70,11 +70,11 @@ def write(path, *rows):
 @pytest.mark.parametrize("task", ROWS)
 def test_rows_become_those_of_the_data_set(task, tmp_path):
     row, expected = ROWS[task]
-    stem = zero_shot.LOCAL_TASKS[task].stem
+    stem = local_tasks.LOCAL_TASKS[task].stem
     write(tmp_path / f"{stem}_test.jsonl", {"id": "x/0", **row})
-    path = zero_shot.find_file(task, tmp_path)
+    path = local_tasks.find_file(task, tmp_path)
     assert path is not None
-    (found,) = zero_shot.read_local(task, path)
+    (found,) = local_tasks.read_local(task, path)
     assert expected.items() <= found.items()
 
 
@@ -87,7 +87,7 @@ def test_rows_become_those_of_the_data_set(task, tmp_path):
     ],
 )
 def test_the_sentence_to_complete_stands_alone(context, last):
-    found = zero_shot.LOCAL_TASKS["hellaswag"].as_on_hub({"context": context, "choices": ["x"], "gold": 0})
+    found = local_tasks.LOCAL_TASKS["hellaswag"].as_on_hub({"context": context, "choices": ["x"], "gold": 0})
     assert found["ctx_b"] == last
     assert " ".join([found["ctx_a"], last]).strip() == context.removeprefix("A: ")
 
@@ -121,42 +121,42 @@ def test_a_row_that_does_not_fit_is_named(task, change, message, tmp_path):
     row = ROWS[task][0]
     path = write(tmp_path / "file.jsonl", row, {**row, **change})
     with pytest.raises(UserError, match=f"file.jsonl, line 2: .*{re.escape(message)}"):
-        zero_shot.read_local(task, path)
+        local_tasks.read_local(task, path)
 
 
 @pytest.mark.parametrize("task", ROWS)
 def test_every_field_is_needed(task, tmp_path):
     row = ROWS[task][0]
-    for name in zero_shot.LOCAL_TASKS[task].fields:
+    for name in local_tasks.LOCAL_TASKS[task].fields:
         path = write(tmp_path / "file.jsonl", {key: value for key, value in row.items() if key != name})
         with pytest.raises(UserError, match=f"file.jsonl, line 1: no field '{name}'; the row has the fields"):
-            zero_shot.read_local(task, path)
+            local_tasks.read_local(task, path)
 
 
 def test_files_are_found_compressed_and_only_if_there_is_one(tmp_path):
-    assert zero_shot.find_file("openbookqa", tmp_path) is None
+    assert local_tasks.find_file("openbookqa", tmp_path) is None
     with lzma.open(tmp_path / "obqa_test.jsonl.xz", "wt") as file:
         file.write(json.dumps(ROWS["openbookqa"][0]))
-    path = zero_shot.find_file("openbookqa", tmp_path)
+    path = local_tasks.find_file("openbookqa", tmp_path)
     assert path is not None
-    assert len(zero_shot.read_local("openbookqa", path)) == 1
+    assert len(local_tasks.read_local("openbookqa", path)) == 1
     (tmp_path / "obqa.md").write_text("not data")
-    assert zero_shot.find_file("openbookqa", tmp_path) == path
+    assert local_tasks.find_file("openbookqa", tmp_path) == path
     (tmp_path / "obqa_valid.jsonl").write_text("")
     with pytest.raises(
         UserError, match=r"more than one file for the task openbookqa: obqa_test\.jsonl\.xz, obqa_"
     ):
-        zero_shot.find_file("openbookqa", tmp_path)
+        local_tasks.find_file("openbookqa", tmp_path)
     with pytest.raises(UserError, match="nowhere: there is no such folder"):
-        zero_shot.find_file("openbookqa", tmp_path / "nowhere")
+        local_tasks.find_file("openbookqa", tmp_path / "nowhere")
     with pytest.raises(
         UserError, match="no format of local files is known for the task 'mmlu', only for arc_easy, "
     ):
-        zero_shot.find_file("mmlu", tmp_path)
+        local_tasks.find_file("mmlu", tmp_path)
 
 
 def test_the_group_is_the_papers_eight_tasks():
-    names = zero_shot.expand(["piqa", "mobilellm", "race"])
+    names = local_tasks.expand(["piqa", "mobilellm", "race"])
     assert names[0] == "piqa"
     assert names[-1] == "race"
     assert len(names) == 9
@@ -164,7 +164,7 @@ def test_the_group_is_the_papers_eight_tasks():
 
 def test_without_the_extra_its_name_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "mobilellm_jax.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "mobilellm_jax.inference.harness", raising=False)
     with pytest.raises(UserError, match=r"pip install -e '\.\[eval\]'"):
         import mobilellm_jax.harness  # noqa: F401
 

@@ -15,8 +15,8 @@ import jax
 from experiments.benchmarks import measure as m
 from experiments.benchmarks.shapes import config_of
 from experiments.benchmarks.trainer import Trainer
-from mobilellm_jax.checkpoint import Checkpoints, newest_intact
-from mobilellm_jax.signals import scratch_directory
+from mobilellm_jax.storage.checkpoint import Checkpoints, newest_intact
+from mobilellm_jax.training.signals import scratch_directory
 
 _EVERY = 100  # steps between two saves
 _MOST_STEPS = 50  # in one turn

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from experiments.benchmarks import measure as m
 from experiments.benchmarks.shapes import config_of
-from mobilellm_jax import run
-from mobilellm_jax.train import make_programs
+from mobilellm_jax.runs.run import check
+from mobilellm_jax.training.programs import make_programs
 
 _DEPTHS = (4, 12, 30, 62)
 _REPEATS = (1, 2, 4)
@@ -35,7 +35,7 @@ def measure(quick: bool) -> list[m.Line]:
 
         def call() -> None:
             jax.clear_caches()
-            programs = make_programs(config, run.check(config))
+            programs = make_programs(config, check(config))
             compiled = programs.step.lower(programs.state, programs.rows, rate).compile()
             analysis = compiled.memory_analysis()
             memory[name] = analysis.temp_size_in_bytes / 1e6 if analysis else float("nan")

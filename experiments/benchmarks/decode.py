@@ -14,7 +14,7 @@ import jax
 from experiments.benchmarks import measure as m
 from experiments.benchmarks.shapes import config_of
 from mobilellm_jax import model
-from mobilellm_jax.generate import Generator, Sampling
+from mobilellm_jax.inference.generate import Generator, Sampling
 
 
 def measure(quick: bool) -> list[m.Line]:

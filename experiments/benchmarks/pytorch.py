@@ -22,7 +22,7 @@ import jax
 
 from experiments.benchmarks import measure as m
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.malloc import keep_freed_memory
+from mobilellm_jax.training.malloc import keep_freed_memory
 
 AGAINST = ("torch", "transformers")
 

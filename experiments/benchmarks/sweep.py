@@ -11,8 +11,9 @@ import sys
 import time
 
 from experiments.benchmarks import measure as m
-from experiments.points import points_of, prepare_data
-from mobilellm_jax import results, signals
+from experiments.runner.points import points_of, prepare_data
+from mobilellm_jax.analysis.records import read_records
+from mobilellm_jax.training import signals
 
 _STUDY = "configs/tour.py:tiny"
 
@@ -33,7 +34,7 @@ def measure(quick: bool) -> list[m.Line]:
         if status:
             raise subprocess.CalledProcessError(status, process.args)
         wall_s = time.perf_counter() - start
-        records = results.read_all(workdir / "results")
+        records = read_records(workdir / "results")
     points = len({record.point for record in records})
     side_by_side = min(cores, points)
     train_s = sum(record.timing["train_s"] for record in records)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import base, depth_vs_width
-from mobilellm_jax import partition, run
 from mobilellm_jax.config import Config, from_config_dict
-from mobilellm_jax.train import make_programs
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.runs.run import check
+from mobilellm_jax.training.programs import make_programs
 
 
 def tiny_config() -> Config:
@@ -24,7 +25,7 @@ class Trainer:
 
     def __init__(self, config: Config):
         """Initialises it, and compiles its step, on the mesh that the config asks for."""
-        mesh = run.check(config)
+        mesh = check(config)
         self.config, self.programs = config, make_programs(config, mesh)
         self.share = partition.process_share(mesh)
         self.state = self.programs.init(jax.random.key(0))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from experiments.benchmarks import measure as m
 from experiments.benchmarks.shapes import chosen, config_of
 from experiments.benchmarks.trainer import Trainer
-from mobilellm_jax import accounting
+from mobilellm_jax.costs import accounting
 
 # name: rows and tokens of a row on a CPU, and on an accelerator
 _SHAPES = {

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.benchmarks import measure as m
 from experiments.benchmarks.shapes import config_of
-from mobilellm_jax.train import init_state, train_step
+from mobilellm_jax.training.step import init_state, train_step
 
 _TRIALS = (1, 4, 16)
 

@@ -20,12 +20,17 @@ from absl import flags
 
 from configs import base
 from experiments.benchmarks import measure as m
-from mobilellm_jax import data, huggingface, model, run, zero_shot
-from mobilellm_jax.checkpoint import save_params
+from mobilellm_jax import data, model
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.data.sources import open_source
 from mobilellm_jax.data.tokenizers import train_bpe
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.formats import huggingface
+from mobilellm_jax.inference import local_tasks
+from mobilellm_jax.runs import provenance
+from mobilellm_jax.runs.directory import TOKENIZER, open_run
+from mobilellm_jax.runs.run import check
+from mobilellm_jax.storage.checkpoint import save_params
 
 AGAINST = ("torch", "transformers", "lm_eval")
 
@@ -64,7 +69,7 @@ def measure(quick: bool) -> list[m.Line]:
     """
     if reason := missing():
         raise UserError(reason)
-    from mobilellm_jax import harness
+    from mobilellm_jax.inference import harness
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -85,15 +90,15 @@ def _compare(size: str, requests: list[Any], folder: Path, quick: bool) -> Itera
     import torch  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
-    from mobilellm_jax import harness
+    from mobilellm_jax.inference import harness
 
     workdir, exported = folder / f"{size} run", folder / size
     config = _make_run(workdir, _SIZES[size])
     huggingface.export_run(workdir, exported, "float32")
-    _, params = run.open_run(workdir)
-    tokenizer = data.load_tokenizer(workdir / run.TOKENIZER)
-    mesh = run.check(config)
-    torch.set_num_threads(run.device()["cores"])
+    _, params = open_run(workdir)
+    tokenizer = data.load_tokenizer(workdir / TOKENIZER)
+    mesh = check(config)
+    torch.set_num_threads(provenance.device()["cores"])
     theirs = HFLM(pretrained=str(exported), device="cpu", dtype="float32", batch_size=1)
 
     def of_ours() -> None:
@@ -139,7 +144,7 @@ def _make_run(workdir: Path, fields: dict[str, Any]) -> Config:
     (workdir / "config.json").write_text(json.dumps(to_dict(config)))
     params = model.init(jax.random.key(0), config.model)
     save_params(workdir / "checkpoints" / "0", jax.device_get(params))
-    data.save_tokenizer(train_bpe(f"bpe:{config.model.vocab_size}", _documents()), workdir / run.TOKENIZER)
+    data.save_tokenizer(train_bpe(f"bpe:{config.model.vocab_size}", _documents()), workdir / TOKENIZER)
     return config
 
 
@@ -180,4 +185,4 @@ def _write_questions(folder: Path) -> None:
     }
     for task, row in rows.items():
         lines = [json.dumps({**row(), "gold": 0}) + "\n" for _ in range(count)]
-        (folder / f"{zero_shot.LOCAL_TASKS[task].stem}.jsonl").write_text("".join(lines))
+        (folder / f"{local_tasks.LOCAL_TASKS[task].stem}.jsonl").write_text("".join(lines))

@@ -9,11 +9,12 @@ from absl import logging
 
 from experiments.soaks.runs import TINY, Run, restore, same
 from experiments.soaks.trials import count
-from mobilellm_jax import data, results
-from mobilellm_jax.checkpoint import find_damage
+from mobilellm_jax import data
+from mobilellm_jax.analysis.records import read_record
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.metrics import MetricsLog
-from mobilellm_jax.run import read_config
+from mobilellm_jax.runs.directory import read_config
+from mobilellm_jax.storage.checkpoint import find_damage
+from mobilellm_jax.storage.metrics import MetricsLog
 
 
 def files_in(directory: Path) -> list[Path]:
@@ -117,7 +118,7 @@ def damaged_words(straight: Run, number: int, rng: random.Random) -> Iterator[bo
         return there.evaluations, there.train_curve, there.train_s
 
     readers: dict[str, Callable[[Path], Any]] = {
-        "record.json": results.read,
+        "record.json": read_record,
         "metrics.jsonl": log,
         "config.json": read_config,
     }

@@ -15,12 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from mobilellm_jax import partition, results, signals
-from mobilellm_jax.checkpoint import MANIFEST, Checkpoints, find_damage
+from mobilellm_jax.analysis.records import read_record
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.run import read_config
-from mobilellm_jax.train import TrainState, make_programs
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.runs.directory import read_config
+from mobilellm_jax.storage.checkpoint import MANIFEST, Checkpoints, find_damage
+from mobilellm_jax.training import signals
+from mobilellm_jax.training.programs import make_programs
+from mobilellm_jax.training.step import TrainState
 
 # Of steps, saves and evaluations that take about as long as a look at them.
 TINY = {
@@ -210,7 +213,7 @@ class Run:
         for line in lines:
             line.pop("train_s", None)
             line.pop("sha256")  # of the times, too
-        record = results.read(self.workdir / "record.json")
+        record = read_record(self.workdir / "record.json")
         return *restored, lines, record.evaluations, record.train_curve, record.data, record.steps
 
 

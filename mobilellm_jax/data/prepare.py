@@ -29,8 +29,8 @@ from mobilellm_jax.data.splits import Item
 from mobilellm_jax.data.tasks import TaskData, open_task
 from mobilellm_jax.data.tokenizers import CARD_FILE, Tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import local_directory
-from mobilellm_jax.sealed import seal
+from mobilellm_jax.storage.files import local_directory
+from mobilellm_jax.storage.sealed import seal
 
 PACKING = (
     "documents, each BOS + ids + EOS where the tokenizer has them, joined into one stream; row i holds "

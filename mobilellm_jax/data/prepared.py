@@ -7,7 +7,7 @@ from typing import Any
 
 from mobilellm_jax.data.tokenizers import CARD_FILE
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.sealed import parse, unseal
+from mobilellm_jax.storage.sealed import parse, unseal
 
 FORMAT_VERSION = 2  # raise it when the same input would give other rows, or another card
 SPLITS = ("train", "valid")

@@ -28,7 +28,7 @@ from typing import Any, cast
 import zstandard
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.sealed import parse
+from mobilellm_jax.storage.sealed import parse
 
 Document = str | list[int]
 OnRead = Callable[[int], object]

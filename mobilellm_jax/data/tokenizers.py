@@ -16,8 +16,8 @@ import sentencepiece
 import tokenizers
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import AnyPath, path_of, reason
-from mobilellm_jax.sealed import parse
+from mobilellm_jax.storage.files import AnyPath, path_of, reason
+from mobilellm_jax.storage.sealed import parse
 
 CARD_FILE = "card.json"
 _FILES = {"bpe": "tokenizer.json", "huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}

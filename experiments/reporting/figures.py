@@ -1,0 +1,351 @@
+"""Draws the figures of every study from its records alone: no training, no jax.
+
+    python -m experiments.figures [--workdir=experiments]
+
+reads <workdir>/results/**.json and writes, for each study and preset, to <workdir>/figures/
+
+    <study>-<preset>.png                 what came out, and every difference asked about
+    <study>-<preset>-paper.png           the paper's points beside ours, where the study is in the paper
+    <study>-<preset>-costs.png           final values against parameters and training FLOPs
+    <study>-<preset>-curves.png          held-out evaluations during training
+    <study>-<preset>-learning_rates.png  the search for the learning rates
+
+and the numbers behind them as .csv, -paper.csv and -comparisons.csv. The same records give the same bytes.
+`experiments.report` does the same, and writes the reports that show them.
+"""
+
+import dataclasses
+import math
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from experiments import cli
+from experiments.reporting import beside_paper, drawing, tables
+from experiments.reporting.drawing import SCALE, VALUES, WORDS, comparison_runs, styled
+from mobilellm_jax.analysis.records import Record, by_point, by_study, newest, read_records
+from mobilellm_jax.analysis.verdicts import Comparison, Verdict, verdict
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
+
+DIFFERENCES = {"loss": "loss (nats per token)", "error": "error (percentage points)"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """A PNG in figures/ and what it shows."""
+
+    name: str
+    alt: str
+    png: bytes
+
+
+def read_studies(workdir: str | AnyPath) -> tuple[list[tuple[list[Record], Verdict]], list[str]]:
+    """Returns the records of every study in `workdir` with what they show, and why others are refused.
+
+    Raises:
+      UserError: there are no records, or one is damaged.
+    """
+    results = path_of(workdir) / "results"
+    found, refused = [], []
+    for records in map(in_order, by_study(read_records(results)).values()):
+        try:
+            found.append((records, verdict(records)))
+        except UserError as error:  # the other studies are shown all the same
+            refused.append(str(error))
+    if not found and not refused:
+        raise UserError(
+            f"{results}: no records of runs (*.json); "
+            f"make some with: python -m experiments.sweep --workdir={workdir}"
+        )
+    return found, refused
+
+
+def write(records: Sequence[Record], found: Verdict, workdir: str | AnyPath) -> dict[str, Image]:
+    """Writes figures and tables (CSV) of one study at one preset, and returns the figures by suffix.
+
+    `records` are as `in_order` returns them.
+
+    Raises:
+      UserError: a file cannot be written.
+    """
+    drawn = {
+        "": ("Final values and differences", outcome(records, found)),
+        "-paper": ("The paper's points beside ours", beside_paper.draw(records, found)),
+        "-costs": ("Final values against parameters and FLOPs", costs(records, found)),
+        "-curves": ("Held-out values during training", curves(records)),
+        "-learning_rates": ("Final loss against learning rate", learning_rates(records, found)),
+    }
+    folder, name = path_of(workdir) / "figures", stem(records)
+    images = {
+        suffix: Image(f"{name}{suffix}.png", alt, drawing.render(figure))
+        for suffix, (alt, figure) in drawn.items()
+        if figure is not None
+    }
+    for image in images.values():
+        write_atomically(folder / image.name, image.png)
+    texts = {
+        "": tables.csv_text(records, found),
+        "-comparisons": tables.comparisons_csv(records, found),
+        "-paper": beside_paper.csv_text(records, found),
+    }
+    for suffix, text in texts.items():
+        if text:
+            write_atomically(folder / f"{name}{suffix}.csv", text.encode())
+    return images
+
+
+def in_order(records: Sequence[Record]) -> list[Record]:
+    """Returns the records in an order that does not depend on the names of their files."""
+    return sorted(records, key=lambda r: (r.point_index, r.point, r.phase, r.learning_rate, r.seed))
+
+
+def stem(records: Sequence[Record]) -> str:
+    """Returns the name of a study's files without suffix: "<study>-<preset>"."""
+    facts = newest(records)
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(filter(None, [facts.study, facts.preset])))
+
+
+@styled
+def outcome(records: Sequence[Record], found: Verdict) -> Figure:
+    """Returns the figure of one study: final values of every point above, differences of pairs below."""
+    facts = newest(records)
+    rows = [_pair(comparison) for comparison in found.comparisons]
+    said = [textwrap.fill(comparison.phrase, 30) for comparison in found.comparisons]
+    labels, is_slanted = drawing.categories(list(by_point(records)), 90)
+    is_slanted = is_slanted and drawing.places_of(records) is None
+    heights = [3.5 + (0.035 * max(map(len, labels)) if is_slanted else 0)]  # inches
+    if rows:
+        lines = [max(text.count("\n") for text in texts) + 1 for texts in zip(rows, said, strict=True)]
+        heights.append(1.15 + sum(0.14 + 0.17 * n for n in lines))
+    figure = drawing.framed(facts.question, drawing.caption(records, found), sum(heights))
+    # Each panel in a figure of its own: the long labels of the lower one would narrow the upper one.
+    parts = np.ravel(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False))
+    drawing.draw_values(parts[0].subplots(), records, found)
+    if rows:
+        _draw_effects(parts[1].subplots(), rows, said, found.comparisons, facts)
+    return figure
+
+
+@styled
+def costs(records: Sequence[Record], found: Verdict) -> Figure | None:
+    """Returns final values against parameters and against training FLOPs; None if neither differs."""
+    runs = {point: runs for point, runs in comparison_runs(records).items() if point in found.estimates}
+    places = {
+        "non-embedding parameters": {p: of[0].parameters["non_embedding"] for p, of in runs.items()},
+        "training FLOPs of a run": {
+            p: max(r.tokens_seen for r in of) * of[0].budgets["train_flops_per_token"]
+            for p, of in runs.items()
+        },
+    }
+    if all(len(set(of_points.values())) < 2 for of_points in places.values()):
+        return None
+    order, metric = list(by_point(records)), newest(records).metric
+    labels = [drawing.legend(point) for point in runs]
+    text, height = drawing.caption(records, found), max(3.8, 0.3 + drawing.legend_height(labels))
+    panels = drawing.framed(newest(records).question, text, height).subfigures()
+    for axes, (label, of_points) in zip(panels.subplots(1, 2, sharey=True), places.items(), strict=True):
+        shifts = _side_by_side(of_points)
+        for point, place in of_points.items():
+            look = drawing.look(order.index(point))
+            drawing.draw_point(axes, place, runs[point], found.estimates[point], look, shifts[point])
+        low, high = min(of_points.values()), max(of_points.values())
+        ratio = max(high / low, 1.1)  # so that what is held equal is seen to be
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(low / ratio**0.25, high * ratio**0.25)
+        ticks = drawing.apart(of_points.values(), ratio**0.3)
+        axes.set_xticks(ticks, [tables.quantity(tick) for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(y=0.08)
+        axes.set_xlabel(label)
+        axes.label_outer()
+        title = "nearly equal x: side by side" if any(shifts.values()) else ""
+        axes.set_title(title, fontsize=10, color="0.25")
+    panels.suptitle("mean, 95 % t interval; dots are seeds", fontsize=10, color="0.25")
+    panels.axes[0].set_ylabel(VALUES[metric])
+    marks = [Line2D([], [], **drawing.look(order.index(point))) for point in runs]
+    panels.legend(marks, labels, loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
+    return panels.figure
+
+
+@styled
+def curves(records: Sequence[Record]) -> Figure:
+    """Returns the held-out evaluations during training: each seed and the mean of every point."""
+    runs, metric = comparison_runs(records), newest(records).metric
+    labels = {point: drawing.legend(point, drawing.absent(of_point)) for point, of_point in runs.items()}
+    figure, axes = drawing.beside_legend(labels.values())
+    late = []  # what finished runs reached after the first quarter
+    for index, (point, of_point) in enumerate(runs.items()):
+        look = drawing.look(index)
+        seeds = [_curve(run) for run in of_point]
+        finished = [curve for curve, run in zip(seeds, of_point, strict=True) if run.status == "finished"]
+        late += [value for curve in finished for at, value in curve.items() if at >= max(curve) / 4]
+        for curve in seeds:
+            axes.plot(list(curve), list(curve.values()), color=look["color"], lw=0.7, alpha=0.5)
+        common = sorted(set.intersection(*(set(curve) for curve in finished))) if finished else []
+        means = [float(np.mean([curve[tokens] for curve in finished])) for tokens in common]
+        axes.plot(common, means, **look, ms=5, lw=1.8, label=labels[point])
+    if late and metric == "loss":  # the steep start, and a run that diverges, would squeeze the rest
+        low, high = min(late), max(late)
+        axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    axes.set_xlabel("training tokens seen")
+    axes.set_ylabel(VALUES[metric])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tables.quantity(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    start = "; steep start cut off" if metric == "loss" else ""
+    axes.set_title(f"mean; thin lines are seeds{start}", fontsize=10, color="0.25")
+    if runs:
+        axes.figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
+    return figure
+
+
+@styled
+def learning_rates(records: Sequence[Record], found: Verdict) -> Figure | None:
+    """Returns the loss against learning rate of every tuned point; None if no point was tuned."""
+    if not found.tuning:
+        return None
+    order = list(by_point(records))
+    best: list[float] = []
+    figure, axes = drawing.beside_legend([drawing.legend(point) for point in found.tuning])
+    gone: dict[float, list[str]] = {}  # by rate, the colours of the points that diverged or failed
+    rates = sorted({rate for tuning in found.tuning.values() for rate, _ in tuning.curve})
+    for point, tuning in found.tuning.items():
+        look = drawing.look(order.index(point))
+        tried = {rate: value for rate, value in tuning.curve if value is not None}
+        axes.plot(list(tried), list(tried.values()), **look, ms=5, lw=1.5, label=drawing.legend(point))
+        best += [min(tried.values())] if tried else []
+        if tuning.chosen in tried:
+            ring = {"marker": "o", "ms": 14, "mfc": "none", "mew": 2, "color": look["color"]}
+            axes.plot(tuning.chosen, tried[tuning.chosen], **ring)
+        for rate in (rate for rate, value in tuning.curve if value is None):
+            gone.setdefault(rate, []).append(look["color"])
+    low, high = axes.get_ylim()
+    if best:  # a run that learned nothing would squeeze the optima to one line
+        high = min(high, max(best) + 1)
+        axes.set_ylim(low, high)
+    if gone:  # crosses at the top, one below the other so that they don't hide each other
+        most = max(map(len, gone.values()))
+        room = (high - low) * min(1, 0.06 + 0.06 * most)
+        axes.set_ylim(low, high + room)
+        step = room / (high - low + room) / (most + 1)
+        for rate, of_points in gone.items():
+            for place, color in enumerate(of_points, start=1):
+                at = axes.get_xaxis_transform()
+                axes.plot(rate, 1 - step * place, "x", color=color, ms=8, mew=2, transform=at)
+    axes.set_xscale("log", base=2)
+    marked = drawing.apart(rates, 1.6)  # refined rates lie too close together for a label each
+    axes.set_xticks(marked, [f"{rate:.2g}" for rate in marked], rotation=30 if len(marked) > 8 else 0)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel(VALUES["loss"])
+    crosses = "; cross: diverged or failed" if gone else ""
+    axes.set_title(f"ring: the rate of the comparison{crosses}", fontsize=10, color="0.25")
+    axes.figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
+    return figure
+
+
+def _side_by_side(places: Mapping[str, float]) -> dict[str, float]:
+    """Returns how far to shift each point: those less than 0.5 % apart would hide each other."""
+    groups: list[list[str]] = []
+    for point in sorted(places, key=lambda point: places[point]):
+        if groups and places[point] < 1.005 * places[groups[-1][0]]:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return {
+        point: (index - (len(group) - 1) / 2) * min(12, 130 / len(group))
+        for group in groups
+        for index, point in enumerate(group)
+    }
+
+
+def _draw_effects(
+    axes: Axes, rows: list[str], said: list[str], comparisons: list[Comparison], facts: Record
+) -> None:
+    """One row for each pair. An interval far wider than all differences is cut off, with an arrow there."""
+    scale, margin = SCALE[facts.metric], SCALE[facts.metric] * facts.margin
+    known = [c.difference for c in comparisons if c.difference]
+    means = [scale * difference.mean for difference in known]
+    ends = [
+        scale * end for difference in known for end in (difference.low, difference.high) if end is not None
+    ]
+    reach = 4 * max([margin, *map(abs, means)]) or math.inf
+    shown = [0, -margin, margin, *means, *(min(max(end, -reach), reach) for end in ends)]
+    low, high = min(shown), max(shown)
+    pad = 0.04 * (high - low) or 1e-3
+    axes.axvspan(-margin, margin, color="0.92", lw=0)
+    axes.axvline(0, color="0.3", lw=1)
+    for place, comparison in enumerate(comparisons):
+        color, text_color, marker, fill = WORDS[comparison.word]
+        difference = comparison.difference
+        if difference and difference.low is not None and difference.high is not None:
+            start, stop = max(scale * difference.low, low), min(scale * difference.high, high)
+            axes.plot([start, stop], [place] * 2, color=color, lw=2)
+            is_cut = start > scale * difference.low, stop < scale * difference.high
+            axes.plot(start, place, "<" if is_cut[0] else "|", color=color, ms=8, mew=2)
+            axes.plot(stop, place, ">" if is_cut[1] else "|", color=color, ms=8, mew=2)
+        if difference:
+            axes.plot(scale * difference.mean, place, marker, color=color, ms=8, mfc=fill, mew=1.8)
+        beside = {"va": "center", "fontsize": 10, "transform": axes.get_yaxis_transform()}
+        axes.text(1.02, place, said[place], color=text_color, **beside)
+    axes.set_xlim(low - pad, high + pad)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.set_ylim(len(rows) - 0.4, -0.6)  # the first pair at the top
+    axes.set_yticks(range(len(rows)), rows, fontsize=10)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="y", visible=False)
+    left, right = "\N{LEFTWARDS ARROW} first is better", "first is worse \N{RIGHTWARDS ARROW}"
+    axes.set_xlabel(f"{left}      difference in {DIFFERENCES[facts.metric]}      {right}")
+    notes = ["mean difference over paired seeds, 95 % interval"]
+    unit = " points" if facts.metric == "error" else ""
+    notes += [f"grey: within {margin:g}{unit}, too small to matter"] if margin else []
+    family = (
+        f"\nthe verdicts allow for {len(rows)} comparisons, the intervals do not" if len(rows) > 1 else ""
+    )
+    axes.set_title("; ".join(notes) + family, fontsize=10, color="0.25")
+
+
+def _pair(comparison: Comparison) -> str:
+    """Returns "a - b", on several lines where it is long."""
+    label = f"{comparison.point} \N{MINUS SIGN} {comparison.other}"
+    if len(label) <= 32:
+        return label
+    return "\n".join(
+        textwrap.wrap(comparison.point, 32) + textwrap.wrap(f"\N{MINUS SIGN} {comparison.other}", 32)
+    )
+
+
+def _curve(run: Record) -> dict[int, float]:
+    """Returns what was evaluated by training tokens seen, without what was not finite."""
+    tokens_per_step = run.setting("train.batch_size") * run.setting("data.sequence_length")
+    return {
+        int(evaluation["step"] or 0) * tokens_per_step: drawing.shown(run.metric, value)
+        for evaluation in run.evaluations
+        if (value := evaluation[run.metric]) is not None
+    }
+
+
+def redraw(workdir: str | AnyPath) -> None:
+    """Draws every study that has records in `workdir`, and prints the names of the files.
+
+    Raises:
+      UserError: there are no records, one is damaged, or the runs of a study cannot be compared; the other
+        studies are drawn all the same.
+    """
+    studies, refused = read_studies(workdir)
+    for records, found in studies:
+        for image in write(records, found, workdir).values():
+            print(path_of(workdir) / "figures" / image.name)
+    if refused:
+        raise UserError("\n".join(refused))
+
+
+if __name__ == "__main__":
+    cli.run_on_records(redraw, "results/ and figures/")

@@ -1,0 +1,273 @@
+"""The report of a study, from its records: one structure, written as HTML and as Markdown."""
+
+import base64
+import dataclasses
+import datetime
+import html
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+
+from experiments.reporting import beside_paper, drawing, figures, tables
+from experiments.reporting.figures import Image
+from mobilellm_jax.analysis.records import Record, by_point, newest
+from mobilellm_jax.analysis.verdicts import Verdict, verdict
+from mobilellm_jax.analysis.wording import format_score
+from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """Lines to be shown as they are."""
+
+    lines: list[str]
+
+
+Block = str | list[str] | tables.Columns | Image | Code  # paragraph, bullet points, table, ...
+Section = tuple[str, list[Block]]  # heading, content; without content it is left out
+
+# Light or dark as the reader's device wishes. The policy keeps anything from being loaded or run.
+_HTML = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ max-width: 60rem; margin: auto; padding: 1rem; font: 16px/1.5 system-ui, sans-serif;
+       overflow-wrap: break-word }}
+.wide, pre {{ overflow-x: auto }}
+img {{ width: 100%; min-width: 40rem; background: white }}
+table {{ border-collapse: collapse; font-size: 0.9rem }}
+th, td {{ padding: 0.2rem 0.6rem; border-bottom: 1px solid #8888; text-align: right; vertical-align: top }}
+th:first-child, td:first-child {{ text-align: left }}
+.warnings {{ border-left: 0.3rem solid #d55e00; padding-left: 0.8rem }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+WARNINGS = "Read this first"
+BUDGETS = "A star marks the budget held equal. FLOP, KV (key/value cache) and decode bytes are per token."
+UNITS = {
+    "loss": "Held-out loss after the last step, ± a 95 % t interval.",
+    "error": "Held-out answers that are exactly right after the last step, in percent, ± a 95 % t interval.",
+}
+
+SHARES = (
+    "acc / acc_norm in percent, mean over the seeds; in brackets the number of questions. Chance is the "
+    "expected share of a guess, majority that of the place that is right most often."
+)
+
+
+def report(records: Sequence[Record], workdir: str | AnyPath) -> str:
+    """Writes figures, table (CSV) and report (HTML, Markdown) of one study at one preset.
+
+    Returns:
+      The text to print: warnings, tables, verdict, and where the report lies.
+
+    Raises:
+      UserError: the runs cannot be compared, or a file cannot be written.
+    """
+    records = figures.in_order(records)
+    found = verdict(records)
+    return write_report(records, found, figures.write(records, found, workdir), workdir)
+
+
+def write_report(
+    records: Sequence[Record], found: Verdict, images: dict[str, Image], workdir: str | AnyPath
+) -> str:
+    facts, sections = newest(records), contents(records, found, images)
+    path = path_of(workdir) / "reports" / figures.stem(records)
+    for suffix, page in ((".html", to_html), (".md", to_markdown)):
+        write_atomically(f"{path}{suffix}", page(facts.question, sections).encode())
+    said = textwrap.fill(found.sentence, 110, break_long_words=False, break_on_hyphens=False)
+    warnings = [f"Warning: {warning}" for warning in found.warnings]
+    return "\n".join([*warnings, tables.text(records, found), "", said, f"Report: {path}.html"])
+
+
+def contents(records: Sequence[Record], found: Verdict, images: dict[str, Image]) -> list[Section]:
+    """Returns the report: what a sceptic must know first, then the finding, then what it rests on."""
+    facts = newest(records)
+    pairs = [tables.comparisons(records, found)] if found.comparisons else []
+    paper = beside_paper.table(records, found)
+
+    def shown(suffix: str) -> list[Block]:
+        return [images[suffix]] if suffix in images else []
+
+    return [
+        (WARNINGS, [found.warnings] if found.warnings else []),
+        ("Verdict", [found.sentence, images[""], *pairs]),
+        ("Beside the paper", [*shown("-paper"), paper] if paper else []),
+        ("Designs", [*tables.head(records, found)[1:], *tables.designs(records, found), BUDGETS]),
+        ("Learning rates", [*shown("-learning_rates"), *_learning_rates(found)]),
+        ("Outcomes", [UNITS[facts.metric], tables.outcomes(records, found), _seeds(records)]),
+        ("Zero-shot accuracy", [SHARES, zero_shot] if (zero_shot := tables.zero_shot(records)) else []),
+        ("Against parameters and FLOPs", shown("-costs")),
+        ("Training curves", [images["-curves"]]),
+        ("Runs that did not finish", _unfinished(records, found)),
+        ("Cost", [_cost(records)]),
+        ("Data", [_data(records)]),
+        ("Code and device", [_origins(records)]),
+        ("To make it again", [Code(sorted({record.command for record in records}))]),
+    ]
+
+
+def _learning_rates(found: Verdict) -> list[Block]:
+    if not found.tuning:
+        return ["No learning rates were tried."]
+    columns: tables.Columns = {"point": list(found.tuning), "chosen": [], "best lies": [], "final losses": []}
+    for tuning in found.tuning.values():
+        columns["chosen"].append("none" if math.isnan(tuning.chosen) else f"{tuning.chosen:.4g}")
+        columns["best lies"].append("at the edge" if tuning.at_edge else "inside")
+        values = [f"{rate:.4g}: {'none' if v is None else f'{v:.4f}'}" for rate, v in tuning.curve]
+        columns["final losses"].append("; ".join(values))
+    best = [tuning.best for tuning in found.tuning.values() if tuning.best]
+    if not best:
+        return [columns]
+    return [f"The best rates of all points lie within a factor of {max(best) / min(best):.3g}.", columns]
+
+
+def _seeds(records: Sequence[Record]) -> tables.Columns:
+    """One row for each point, one column for each seed."""
+    points = drawing.comparison_runs(records)
+    columns: tables.Columns = {"point": list(points)}
+    for seed in sorted({run.seed for runs in points.values() for run in runs}):
+        found = [[run for run in runs if run.seed == seed] for runs in points.values()]
+        columns[f"seed {seed}"] = [_outcome(runs[0]) if runs else "no record" for runs in found]
+    return columns
+
+
+def _outcome(run: Record) -> str:
+    if run.status != "finished":
+        return run.status
+    return format_score(1 - run.score if run.metric == "error" else run.score, run.metric)
+
+
+def _unfinished(records: Sequence[Record], found: Verdict) -> list[Block]:
+    rows = [
+        f"{run.name}, {run.phase}, learning rate {run.learning_rate:.4g}: "
+        f"{run.status} after {run.steps:,} steps: {run.error or 'no message'}"
+        for of_point in by_point(records).values()
+        for run in of_point
+        if run.status != "finished"
+    ]
+    return [found.failures or "All runs finished.", *([rows] if rows else [])]
+
+
+def _cost(records: Sequence[Record]) -> tables.Columns:
+    phases = {phase: [r for r in records if r.phase == phase] for phase in ("tuning", "comparison")}
+    columns: tables.Columns = {
+        "phase": [],
+        "runs": [],
+        "time (h:mm:ss)": [],
+        "tokens": [],
+        "training FLOPs": [],
+    }
+    for name, runs in {**phases, "total": list(records)}.items():
+        times = [run.timing["wall_s"] for run in runs]
+        seconds = round(sum(time for time in times if time is not None))
+        unknown = times.count(None)
+        cells = [
+            name,
+            str(len(runs)),
+            str(datetime.timedelta(seconds=seconds)) + (f" and {unknown} unknown" if unknown else ""),
+            tables.quantity(sum(run.tokens_seen for run in runs)),
+            tables.quantity(sum(run.tokens_seen * run.budgets["train_flops_per_token"] for run in runs)),
+        ]
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column.append(cell)
+    return columns
+
+
+def _data(records: Sequence[Record]) -> tables.Columns:
+    """All plain facts of the data card: source, hashes, licence and what else it says."""
+    cards = [record.data for record in records if record.data]
+    facts = sorted(
+        {(k, str(v)) for card in cards for k, v in card.items() if isinstance(v, str | int | float)}
+    )
+    return {"data card": [name for name, _ in facts], "": [value for _, value in facts]}
+
+
+def _origins(records: Sequence[Record]) -> tables.Columns:
+    """What the runs were made with and when; where that differs, with the number of runs."""
+    dates, first = [record.created for record in records], newest(records)
+    facts = {
+        "study": Counter([f"{first.study}, preset {first.preset or 'none'}"]),
+        "runs ended": Counter([f"{min(dates)} to {max(dates)}"]),
+        "git commit": Counter(record.git_commit or "unknown" for record in records),
+        "device": Counter(record.device_name for record in records),
+    }
+    for name in sorted({name for record in records for name in record.versions}):
+        facts[name] = Counter(record.versions.get(name, "unknown") for record in records)
+    columns: tables.Columns = {"what": [], "which": []}
+    for name, counts in facts.items():
+        several = [f"{value} ({count} runs)" for value, count in sorted(counts.items())]
+        columns["what"].append(name)
+        columns["which"].append(", ".join(several if len(counts) > 1 else counts))
+    return columns
+
+
+def to_html(title: str, sections: Sequence[Section]) -> str:
+    """Returns one page that needs no other file; everything from the records is escaped."""
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    for heading, blocks in sections:
+        if blocks:
+            look = ' class="warnings"' if heading == WARNINGS else ""
+            body += [
+                f"<section{look}>",
+                f"<h2>{html.escape(heading)}</h2>",
+                *map(_html, blocks),
+                "</section>",
+            ]
+    return _HTML.format(title=html.escape(title), body="\n".join(body))
+
+
+def _html(block: Block) -> str:
+    match block:
+        case str():
+            return f"<p>{html.escape(block)}</p>"
+        case list():
+            return "<ul>\n" + "".join(f"<li>{html.escape(item)}</li>\n" for item in block) + "</ul>"
+        case Code(lines):
+            return f"<pre><code>{html.escape(chr(10).join(lines))}</code></pre>"
+        case Image(_, alt, png):
+            source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+            return f'<div class="wide"><img src="{source}" alt="{html.escape(alt)}"></div>'
+        case _:
+            cells = [
+                f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>"
+                for row in zip(*block.values(), strict=True)
+            ]
+            head = "".join(f"<th>{html.escape(name)}</th>" for name in block)
+            return "\n".join(['<div class="wide"><table>', f"<tr>{head}</tr>", *cells, "</table></div>"])
+
+
+def to_markdown(title: str, sections: Sequence[Section]) -> str:
+    """Returns the same page, with links to the figures; what Markdown would take for marks is escaped."""
+    parts = [f"# {tables.plain(title)}"]
+    for heading, blocks in sections:
+        parts += [f"## {heading}", *map(_markdown, blocks)] if blocks else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case str():
+            return tables.plain(block)
+        case list():
+            return "\n".join(f"- {tables.plain(item)}" for item in block)
+        case Code(lines):
+            return "\n".join(f"    {' '.join(line.split())}" for line in lines)
+        case Image(name, alt, _):
+            return f"![{tables.plain(alt)}](../figures/{name})"
+        case _:
+            return tables.markdown_table(
+                {tables.plain(k): [tables.plain(c) for c in cells] for k, cells in block.items()}
+            )

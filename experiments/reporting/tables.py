@@ -1,0 +1,343 @@
+"""The tables of a study, from its records: for the terminal, as Markdown and as CSV."""
+
+import csv
+import io
+import json
+import math
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mobilellm_jax.analysis.records import Record, budget_name, by_point, newest
+from mobilellm_jax.analysis.verdicts import Verdict
+from mobilellm_jax.analysis.wording import (
+    format_bound,
+    format_difference,
+    format_estimate,
+    format_p,
+    format_score,
+)
+
+Columns = dict[str, list[str]]  # header -> one cell for each row
+_BUDGETS = {  # in the order shown, which a record does not keep; headers short enough for a terminal
+    "total_parameters": "params",
+    "embedding_parameters": "embed",
+    "non_embedding_parameters": "non-embed",
+    "train_flops_per_token": "train FLOP",
+    "inference_flops_per_token": "infer FLOP",
+    "kv_cache_bytes_per_token": "KV B",
+    "decode_bytes_per_token": "decode B",
+    "optimizer_bytes": "optim B",
+    "activation_bytes": "activ B",
+}
+
+
+def text(records: Sequence[Record], verdict: Verdict) -> str:
+    """Returns the study's tables for a terminal; facts that are equal for all points stand above them."""
+    lines = [textwrap.fill(line, 110, subsequent_indent="  ") for line in head(records, verdict)]
+    for columns in _tables(records, verdict):
+        widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
+        lines.append("")
+        for first, *rest in [list(columns), *_rows(columns)]:
+            cells = [first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]
+            lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def markdown_table(columns: Columns) -> str:
+    """Returns one table as Markdown, its first column to the left and numbers to the right."""
+
+    def row(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join(
+        [row(list(columns)), "|---" + "|---:" * (len(columns) - 1) + "|", *map(row, _rows(columns))]
+    )
+
+
+def plain(text: str) -> str:
+    """Returns one line of Markdown that shows `text`: no markup, links, entities or HTML."""
+    escaped = re.sub(r"([\\`*]|<(?=[A-Za-z/!?])|\](?=[(\[:]))", r"\\\1", " ".join(text.split()))
+    return re.sub(r"&(?=#?\w+;)", "&amp;", escaped)
+
+
+def head(records: Sequence[Record], verdict: Verdict) -> list[str]:
+    """Returns the lines above the tables: the question, what is held equal, what all points share."""
+    facts = newest(records)
+    held = budget_name(facts.matched)
+    if facts.matched in verdict.mismatch:
+        spread = verdict.mismatch[facts.matched]
+        held += f", within {max(spread, 0.001):.1%}" if spread else ", exactly"
+    rates = {
+        "grid": "tuned for each point",
+        "transferred": "transferred from another shape",
+        "none": "the same for all points, not tuned",
+    }
+    smallest = format_bound(facts.margin, facts.metric) + (
+        " nats per token" if facts.metric == "loss" else ""
+    )
+    constants = _split(_shapes(records))[1]
+    equal = [name for name in _BUDGETS if not verdict.mismatch[name] and len(by_point(records)) > 1]
+    constants |= {budget_name(name): quantity(facts.budgets[name]) for name in equal}
+    lines = [
+        facts.question,
+        f"Held equal: {held}. Learning rate: {rates[facts.tuning]}. "
+        f"Smallest difference that matters: {smallest}.",
+    ]
+    if constants:
+        lines.append("The same for all points: " + ", ".join(f"{k} {v}" for k, v in constants.items()) + ".")
+    return lines
+
+
+def designs(records: Sequence[Record], verdict: Verdict) -> list[Columns]:
+    """Returns the shapes of all points, and all their budgets with the mismatch (max / min - 1) as last row.
+
+    A star marks the budget that is held equal. FLOP, KV (key/value cache) and decode bytes are per token.
+    Columns that are equal for all points are left out; they stand in `head`.
+    """
+    shapes, _ = _split(_shapes(records))
+    points, facts = by_point(records), newest(records)
+    budgets = {"point": [*points]} if len(points) == 1 else {"point": [*points, "mismatch"]}
+    for name, label in _BUDGETS.items():
+        spread = verdict.mismatch[name]
+        cells = [quantity(runs[0].budgets[name]) for runs in points.values()]
+        header = label + (" *" if name == facts.matched else "")
+        if len(points) == 1:
+            budgets[header] = cells
+        elif spread:
+            budgets[header] = [*cells, f"{spread:.1%}"]
+    return [columns for columns in (shapes, budgets) if len(columns) > 1]
+
+
+def outcomes(records: Sequence[Record], verdict: Verdict) -> Columns:
+    """Returns what came of each point: its learning rate, mean ± 95 % interval, noise over seeds, and losses.
+
+    `sensitivity` is how much higher the loss is at the next learning rates tried; "edge" marks an optimum at
+    the edge.
+    """
+    metric = newest(records).metric
+    score = "loss (nats/token)" if metric == "loss" else "exact match, %"
+    names = ["point", "learning rate", "sensitivity", score, "bits/byte", "noise (sd)"]
+    names += ["finished", "diverged", "failed"]
+    columns: Columns = {name: [] for name in names}
+    compared = {p: [r for r in runs if r.phase == "comparison"] for p, runs in by_point(records).items()}
+    seeds = len({run.seed for runs in compared.values() for run in runs})
+    for point, runs in compared.items():
+        estimate, search = verdict.estimates.get(point), verdict.tuning.get(point)
+        noise = verdict.noise.get(point)
+        rate = search.chosen if search else runs[0].learning_rate if runs else math.nan
+        finished = [run for run in runs if run.status == "finished"]
+        bits = _bits_per_byte(finished)
+        cells = [
+            point,
+            ("none" if math.isnan(rate) else f"{rate:.3g}")
+            + (" (edge)" if search and search.at_edge else ""),
+            "" if search is None or search.sensitivity is None else _sensitivity(search.sensitivity),
+            format_estimate(estimate, metric) if estimate else "none",
+            "" if bits is None else f"{bits:.4f}",
+            "" if noise is None else format_score(noise, metric),
+            f"{len(finished)}/{seeds}",
+            *(str(sum(run.status == word for run in runs)) for word in ("diverged", "failed")),
+        ]
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column.append(cell)
+    said = {name: cells for name, cells in columns.items() if set(cells) - {"", "0"}}
+    return {"point": columns["point"], **said}
+
+
+def comparisons(records: Sequence[Record], verdict: Verdict) -> Columns:
+    """Returns every pair asked about: difference (first - second) with 95 % interval, p-values, verdict."""
+    metric = newest(records).metric
+    unit = "nats/token" if metric == "loss" else "error, points"
+    return {
+        "pair": [f"{c.point} against {c.other}" for c in verdict.comparisons],
+        "seeds": [str(c.difference.n if c.difference else 0) for c in verdict.comparisons],
+        f"difference ({unit})": [
+            format_difference(c.difference, metric) if c.difference else "" for c in verdict.comparisons
+        ],
+        "p": [_p(c.difference and c.difference.p_value) for c in verdict.comparisons],
+        "Holm p": [_p(c.holm_p) for c in verdict.comparisons],
+        "verdict": [c.phrase for c in verdict.comparisons],
+    }
+
+
+def zero_shot(records: Sequence[Record]) -> Columns | None:
+    """Returns zero-shot accuracies in percent, acc / acc_norm, means over the seeds; None without any.
+
+    One column for each task (with the number of questions; another number of them is another column), and
+    the average over the columns of the points that have all of them.
+    """
+    runs = [r for r in records if r.phase == "comparison" and r.status == "finished" and r.zero_shot]
+    metrics = ("acc", "acc_norm")
+    found: dict[tuple[str, int, str], dict[str, list[dict[str, Any]]]] = {}
+    for run in runs:
+        for task, entry in sorted((run.zero_shot or {}).items()):
+            if all(metric in entry["metrics"] for metric in metrics):
+                column = found.setdefault((task, entry["items"], entry["data"]), {})
+                column.setdefault(run.point, []).append(entry)
+    if not found:
+        return None
+    points = list(by_point(runs))
+    columns: Columns = {"point": [*points, "chance", "majority"]}
+    means: dict[str, list[list[float]]] = {point: [] for point in points}
+    for (task, items, data), of_points in found.items():
+        name = f"{task} ({items:,})"
+        cells = []
+        for point in points:
+            entries = of_points.get(point, [])
+            if entries:
+                values = [[entry["metrics"][metric]["value"] for entry in entries] for metric in metrics]
+                means[point].append([float(np.mean(of_metric)) for of_metric in values])
+            cells.append(_shares(means[point][-1]) if entries else "")
+        one = next(iter(of_points.values()))[0]
+        cells += [_shares([one[baseline]]) for baseline in ("chance", "majority")]
+        columns[name if name not in columns else f"{name}, {data}"] = cells
+    if len(found) > 1:
+        complete = [len(means[point]) == len(found) for point in points]
+        columns["average"] = [
+            _shares(np.mean(means[point], axis=0).tolist()) if ok else ""
+            for point, ok in zip(points, complete, strict=True)
+        ] + ["", ""]
+    return columns
+
+
+def _shares(shares: Sequence[float | None]) -> str:
+    return " / ".join("" if share is None else f"{100 * share:.1f}" for share in shares)
+
+
+def csv_text(records: Sequence[Record], verdict: Verdict) -> str:
+    """Returns one row for each point, with every number in full precision, in the metric itself."""
+    rows = []
+    for point, of_point in by_point(records).items():
+        run = of_point[0]
+        runs = [r for r in of_point if r.phase == "comparison"]
+        finished = [r for r in runs if r.status == "finished"]
+        estimate, search = verdict.estimates.get(point), verdict.tuning.get(point)
+        rows.append(
+            {
+                "study": run.study,
+                "preset": run.preset,
+                "point_index": run.point_index,
+                "point": point,
+                "x_label": run.x and run.x["label"],
+                "x": run.x and run.x["value"],
+                "overrides": json.dumps(run.overrides, sort_keys=True),
+                "layer_plan": " ".join(map(str, run.layer_plan)),
+                **{f"model.{name}": value for name, value in sorted(run.config["model"].items())},
+                **{f"parameters_{name}": value for name, value in sorted(run.parameters.items())},
+                **{name: run.budgets[name] for name in _BUDGETS},
+                "steps": max((r.steps for r in runs), default=None),
+                "tokens_seen": max((r.tokens_seen for r in runs), default=None),
+                "learning_rate": search.chosen if search else run.learning_rate,
+                "learning_rate_at_edge": search and search.at_edge,
+                "learning_rate_sensitivity": search and search.sensitivity,
+                "learning_rate_curve": search and json.dumps(search.curve),
+                **{f"runs_{s}": sum(r.status == s for r in runs) for s in ("finished", "diverged", "failed")},
+                "metric": run.metric,
+                "score_of_seed": json.dumps({r.seed: r.score for r in finished}),
+                "score_mean": estimate and estimate.mean,
+                "score_interval_half_width": estimate and estimate.half_width,
+                "score_sd_over_seeds": verdict.noise.get(point),
+                "bits_per_byte_mean": _bits_per_byte(finished),
+            }
+        )
+    return to_csv(rows)
+
+
+def comparisons_csv(records: Sequence[Record], verdict: Verdict) -> str:
+    """Returns one row for each pair asked about, with every number in full precision, in the metric."""
+    facts = newest(records)
+    rows = [
+        {
+            "study": facts.study,
+            "preset": facts.preset,
+            "metric": facts.metric,
+            "margin": facts.margin,
+            "point": c.point,
+            "other": c.other,
+            "seeds": c.difference.n if c.difference else 0,
+            "difference": c.difference and c.difference.mean,
+            "difference_sd": c.difference and c.difference.sd,
+            "difference_low": c.difference and c.difference.low,
+            "difference_high": c.difference and c.difference.high,
+            "p_value": c.difference and c.difference.p_value,
+            "holm_p_value": c.holm_p,
+            "verdict": c.word,
+            "phrase": c.phrase,
+            "seeds_needed": c.seeds_needed,
+        }
+        for c in verdict.comparisons
+    ]
+    return to_csv(rows)
+
+
+def quantity(number: float) -> str:
+    """Returns three digits and a decimal prefix: 2048000 -> "2.05 M"."""
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g} {prefix}"
+    return f"{number:.3g}"
+
+
+def _tables(records: Sequence[Record], verdict: Verdict) -> list[Columns]:
+    return [
+        *designs(records, verdict),
+        outcomes(records, verdict),
+        *([comparisons(records, verdict)] if verdict.comparisons else []),
+    ]
+
+
+def _shapes(records: Sequence[Record]) -> Columns:
+    points = by_point(records)
+    runs = [runs[0] for runs in points.values()]
+    settings = {"width": "width", "heads": "num_heads", "kv heads": "num_kv_heads", "ffn": "ffn_width"}
+    return {
+        "point": list(points),
+        "blocks": [str(run.setting("model.depth")) for run in runs],
+        "layers": [str(len(run.layer_plan)) for run in runs],
+        **{name: [str(run.setting(f"model.{field}")) for run in runs] for name, field in settings.items()},
+        "tokens": [quantity(max(run.tokens_seen for run in runs)) for runs in points.values()],
+    }
+
+
+def _split(columns: Columns) -> tuple[Columns, dict[str, str]]:
+    """Splits off the columns, other than the first, that say the same in every one of several rows."""
+    first = next(iter(columns))
+    constant = {
+        name: cells[0]
+        for name, cells in columns.items()
+        if name != first and len(cells) > 1 and len(set(cells)) == 1
+    }
+    return {name: cells for name, cells in columns.items() if name not in constant}, constant
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else format_p(value).removeprefix("= ")
+
+
+def _sensitivity(value: float) -> str:
+    return "+" + format_score(value, "loss") if math.isfinite(value) else "diverges"
+
+
+def _bits_per_byte(finished: Sequence[Record]) -> float | None:
+    values = [run.final["bits_per_byte"] for run in finished if run.final is not None]
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(finished) else None
+
+
+def _rows(columns: Columns) -> list[list[str]]:
+    return [list(row) for row in zip(*columns.values(), strict=True)]
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows, each from column to value, as CSV with a header."""
+    file = io.StringIO()
+    writer = csv.DictWriter(
+        file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()

@@ -1,0 +1,1 @@
+"""How a sweep runs: points, workers, leases, devices, hosts."""

@@ -1,0 +1,266 @@
+"""The engine of a sweep: which runs are missing, their order, and what happens when one fails."""
+
+import functools
+import math
+import os
+import re
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.runner import scoring
+from experiments.runner.points import Point, Run, prepare_data
+from experiments.runner.progress import missing_of, missing_runs, record_path
+from experiments.runner.workers import Wait, in_processes, leases_of, say, take
+from mobilellm_jax.analysis.records import Record, read_records, write_record
+from mobilellm_jax.analysis.tuning import best_learning_rate, next_trial
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.parallel import processes
+from mobilellm_jax.runs.run import agreed_record, check, enable_compilation_cache, failed_fields, run
+from mobilellm_jax.storage.files import AnyPath, reason
+from mobilellm_jax.training.loop import duration
+
+# For the expected time only, measured on the tiny studies on 2 CPU cores: the share of the matrix rate that
+# training reaches, and the seconds that a point (process, compilation) and a run (evaluation, saving) cost.
+_EFFICIENCY, _POINT_S, _RUN_S = 0.12, 10.0, 1.2
+
+
+def shard(points: Sequence[Point], text: str) -> list[Point]:
+    """Returns the part "i/n" of the points: i, i + n, i + 2n and so on.
+
+    Raises:
+      UserError: it has another form, or no point is left.
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    index, count = (int(number) for number in match.groups()) if match else (0, 0)
+    if index >= count:
+        raise UserError(f"--shard={text}: expected i/n with i from 0 to n - 1, such as 0/4")
+    part = list(points[index::count])
+    if not part:
+        raise UserError(f"--shard={text}: there are only {len(points)} points; n could be 1 to {len(points)}")
+    return part
+
+
+def sweep(
+    points: Sequence[Point],
+    workdir: AnyPath,
+    jobs: int | None = None,
+    groups: Sequence[Mapping[str, str]] | None = None,
+    questions: scoring.Questions | None = None,
+) -> int:
+    """Does the runs that `workdir` has no record of, reports on all, and returns the exit status.
+
+    Args:
+      points: what `points_of` returns.
+      workdir: where everything is kept.
+      jobs: points that run side by side, each in a process with its part of the CPU cores; 1 runs all in this
+        process; None takes one for each core on a CPU and 1 on an accelerator.
+      groups: what `devices.groups` returns, to have instead a process for each of these groups of devices;
+        this process sees as many simulated devices as there are in a group (`devices.stay_off`).
+      questions: to ask every finished run of the points.
+
+    Raises:
+      UserError: bad data, or a `workdir` of another sweep or data; found before anything is compiled.
+        Or a point broke off, for example when memory ran out; the others are done and reported.
+    """
+    if jax.process_count() > 1:
+        if jobs not in (None, 1):
+            raise UserError(f"--jobs={jobs}: expected 1, as {jax.process_count()} processes share every run")
+        jobs = 1
+    if jobs is None:
+        jobs = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
+    enable_compilation_cache()
+    for point in points:
+        check(point.config)
+    known = scoring.load(questions, points) if questions else {}
+    processes.of_first(lambda: make_workdir(workdir))
+    missing = processes.of_first(lambda: missing_runs(points, workdir))
+    todo = [point for point in points if missing[point.name]]
+    prepare_data(todo, workdir)
+    if todo:
+        total, left = sum(point.runs for point in points), sum(missing.values())
+        print(f"\n{total - left} of about {total} runs are done already", end="; ")
+        if groups:
+            each = f"{jax.device_count()} of the devices of this host"
+            print(f"{min(len(groups), len(todo))} points at a time, each on {each}", flush=True)
+        else:
+            seconds = expected_seconds([(point, missing[point.name]) for point in todo])
+            print(f"the rest will take about {duration(seconds / min(jobs, len(todo)))} (m:ss)", flush=True)
+    environments = groups or [{}] * jobs
+    size = jax.device_count() if groups else None
+    broken = _all(todo, workdir, environments, do_point, missing_of, size)
+    if questions:
+        asked = {"questions": questions, "known": known}
+        lacking = functools.partial(scoring.lacking, **asked)
+        left = processes.of_first(lambda: {point.name: lacking(point, workdir) for point in points})
+        todo = [point for point in points if left[point.name]]
+        score = functools.partial(scoring.score_point, **asked)
+        broken += _all(todo, workdir, environments, score, lacking, size)
+    status = 0
+    try:
+        status = processes.of_first(lambda: _finish(points, workdir))
+    except UserError as error:
+        if not any(line.endswith(str(error)) for line in broken):  # a full disk, once
+            broken.append(str(error))
+    if broken:
+        raise UserError("\n".join(broken))
+    return status
+
+
+Do, Count = Callable[[Point, AnyPath], None], Callable[[Point, AnyPath], int]
+
+
+def _all(
+    points: Sequence[Point],
+    workdir: AnyPath,
+    environments: Sequence[Mapping[str, str]],
+    do: Do,
+    missing: Count,
+    devices_per_run: int | None,
+) -> list[str]:
+    """Does the points, side by side if there are several, and returns what went wrong with any."""
+    if devices_per_run is None and min(len(environments), len(points)) < 2:
+        return _one_by_one(points, workdir, do)
+    longest_first = sorted(points, key=lambda point: -point.cost)  # so that no core waits long for the last
+    return in_processes(longest_first, workdir, environments[: len(points)], do, missing, devices_per_run)
+
+
+def _one_by_one(points: Sequence[Point], workdir: AnyPath, do: Do) -> list[str]:
+    """Does the points, those of other sweeps last, and returns what went wrong with any."""
+    leases, waiting, broken = leases_of(workdir), {point.name: point for point in points}, []
+    untaken: dict[str, list[str]] = {}  # by what the disk said; one line for all of them
+    wait = Wait()
+    while waiting:
+        name, error = processes.of_first(lambda: take(leases, list(waiting)))
+        if name is None:
+            wait(leases)
+            continue
+        point = waiting.pop(name)
+        if error:
+            untaken.setdefault(error, []).append(name)
+            continue
+        try:
+            do(point, workdir)
+        except UserError as error:
+            broken.append(f"{name}: {error}")
+        finally:
+            if jax.process_index() == 0:
+                leases.release(name)
+    return broken + [f"{', '.join(names)}: {error}" for error, names in untaken.items()]
+
+
+def do_point(point: Point, workdir: AnyPath) -> None:
+    """Looks for the learning rate of a point, then does its seeds; every run leaves a record.
+
+    The search is for the lowest loss, whatever the study compares: it still moves where an error rate is 0
+    or 1. A failed run ends the point, as there is nothing to learn about learning rates from it.
+    """
+    rate = point.config.optimizer.learning_rate
+    if point.learning_rates:
+        tried: dict[float, list[float]] = {}
+        while trial := next_trial(tried, point.learning_rates, point.tuning_seeds):
+            record = _do(point.tuning_run(*trial), workdir)
+            if record.status == "failed":
+                return
+            tried.setdefault(trial[0], []).append(record.loss if record.status == "finished" else math.inf)
+        rate = best_learning_rate({rate: float(np.mean(losses)) for rate, losses in tried.items()})
+        say(point.name, f"learning rate {rate:.3g}, of {len(tried)} tried")
+    for comparison in point.comparison_runs(rate):
+        _do(comparison, workdir)
+
+
+def _do(run_: Run, workdir: AnyPath) -> Record:
+    """Returns the record of a run, making it if it is not there; an error in it goes no further."""
+    path, directory = record_path(workdir, run_), workdir / "runs" / run_.name
+    if (record := agreed_record(path, run_.config)) is not None:
+        return record
+    describe = functools.partial(Record, **run_.facts)
+    tell = functools.partial(say, run_.name)
+    try:
+        record = run(run_.config, directory, describe, tell)
+    except Exception as error:  # whatever goes wrong in one run, the others are worth having
+        if jax.process_count() > 1:  # other processes may wait for this one; its end is what ends them
+            raise
+        record = describe(**failed_fields(run_.config, f"{type(error).__name__}: {error}".splitlines()[0]))
+        tell(f"failed: {record.error} ({_keep_traceback(directory / 'error.txt')})")
+    processes.of_first(lambda: write_record(record, path))
+    return record
+
+
+def _keep_traceback(path: AnyPath) -> str:
+    """Writes the traceback of the error at hand, and returns where it is, or in a line why it is not."""
+    text = traceback.format_exc()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:  # the disk may be what failed
+        return f"no traceback: {path} cannot be written: {reason(error)}"
+    return f"traceback in {path}"
+
+
+def make_workdir(workdir: AnyPath) -> None:
+    """Makes what a sweep writes into; UserError if that fails."""
+    try:
+        leases_of(workdir)
+        (workdir / "results").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot write there ({reason(error)})") from None
+
+
+def _finish(points: Sequence[Point], workdir: AnyPath) -> int:
+    """Reports on the studies that the points belong to, and returns the exit status."""
+    leases = leases_of(workdir)
+    while not leases.take(["report"]):  # of two sweeps that end at once, one writes after the other
+        time.sleep(0.2)
+    try:
+        return _report(points, workdir)
+    finally:
+        leases.release("report")
+
+
+def _report(points: Sequence[Point], workdir: AnyPath) -> int:
+    from experiments.reporting import (
+        pages,  # here: two seconds that the processes of the points need not spend
+    )
+
+    unfinished, refused = [], []
+    for study in dict.fromkeys(Path(point.name).parent for point in points):
+        records = read_records(workdir / "results" / study)
+        if not records:
+            continue
+        try:
+            print("\n" + pages.report(records, workdir))
+        except UserError as error:  # the other studies are reported all the same
+            refused.append(str(error))
+        # A rate that diverges in tuning is what the search was looking for: the upper end.
+        found = [r for r in records if (r.phase, r.status) != ("tuning", "diverged")]
+        unfinished += [record for record in found if record.status != "finished"]
+    for record in unfinished:
+        print(f"{record.study}, {record.name}: {record.status}: {record.error}")
+    if refused:
+        raise UserError("\n".join(refused))
+    return 1 if unfinished else 0
+
+
+def expected_seconds(runs: Sequence[tuple[Point, int]]) -> float:
+    """Returns about how long so many runs of these points take one after the other, on all cores.
+
+    From the rate of matrix products, measured here.
+    """
+    size = 1024
+    x = jnp.ones((size, size), runs[0][0].config.model.compute_dtype)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    rate = 2 * size**3 / min(seconds) * jax.device_count()
+    training = sum(point.flops * count for point, count in runs) / (rate * _EFFICIENCY)
+    return training + len(runs) * _POINT_S + sum(count for _, count in runs) * _RUN_S

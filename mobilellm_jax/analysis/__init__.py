@@ -1,0 +1,1 @@
+"""From records to verdicts: plain Python and NumPy, never jax."""

@@ -1,0 +1,190 @@
+"""Which runs may be compared at all: what must be equal, what may differ, and what a reader is warned of."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mobilellm_jax.analysis.records import Record, by_study, newest, pairs_of
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.files import AnyPath
+
+_SEEDS = {"train.init_seed", "train.data_seed"}
+# Settings without influence on the loss, or that follow from others.
+_IDLE = re.compile(
+    r"train\.(init_seed|data_seed|(log|eval|checkpoint)_every|eval_batch_size)|data\.cache_dir|mesh\..*"
+    r"|model\.(num_kv_heads|head_dim|ffn_width|remat|scan_unroll|loss_chunk)"
+)
+# Settings without which losses mean different things.
+_DECISIVE = re.compile(r"data\..*|train\.(steps|batch_size|eval_rows)")
+# Facts that tuning runs may have apart from comparison runs; among themselves they are equal.
+_OF_PHASE = re.compile(r"train\..*|steps|tokens seen")
+
+
+def data_hashes(card: Mapping[str, Any], rows: bool = False) -> dict[str, str | None]:
+    """The hashes in a data card: source, held-out source, tokenizer, and those of the rows if asked for."""
+    hashes = {name: value for name, value in card.items() if name.endswith("sha256")}
+    splits = card.get("splits", {}) if rows else {}
+    return hashes | {f"{split}_rows_sha256": entry["sha256"] for split, entry in splits.items()}
+
+
+def data_changes(there: Mapping[str, Any], here: Mapping[str, Any], rows: bool = False) -> str:
+    """Which hashes differ between two data cards, in words; "" where all agree that both have."""
+    old, new = data_hashes(there, rows), data_hashes(here, rows)
+    changes = [
+        f"{name.replace('_', ' ')} {_short(old[name])} -> {_short(new[name])}"
+        for name in old
+        if name in new and old[name] != new[name]
+    ]
+    texts = " -> ".join(dict.fromkeys([text_name(there), text_name(here)]))
+    return f"{', '.join(changes)} ({texts})" if changes else ""
+
+
+def data_card(record: Record) -> dict[str, Any]:
+    """The data card of a record, with the source and the Python of the run where the card names none."""
+    card = {"source": record.setting("data.source"), **record.data}
+    return {**card, "python_version": card.get("python_version") or record.versions.get("python")}
+
+
+def text_name(card: Mapping[str, Any]) -> str:
+    """The source that a data card names; the bundled text with the Python that it came with."""
+    source, version = card.get("source", "unknown source"), card.get("python_version")
+    return f"{source} of Python {version}" if source == "bundled" and version else source
+
+
+def leakage(card: Mapping[str, Any]) -> str | None:
+    """A sentence where held-out documents were trained on as well."""
+    count = card.get("held_out_documents_in_train", 0)
+    if not count:
+        return None
+    total = card["splits"]["valid"]["documents"]
+    return (
+        f"{count:,} of {total:,} held-out documents ({count / total:.1%}) are in the training text as well."
+    )
+
+
+def check_same_data(path: AnyPath, record: Record, card: Mapping[str, Any]) -> None:
+    """Raises UserError unless the data of `record`, read from `path`, are those of the data card."""
+    if changes := data_changes(data_card(record), card):
+        raise UserError(
+            f"{path}: made with other data: {changes}; such runs are not compared: "
+            "restore the data, or use another --workdir"
+        )
+
+
+def check_comparable(records: Iterable[Record]) -> list[str]:
+    """Refuses to compare runs of one study and preset that differ in more than the study says.
+
+    A setting that the study names as scientific may differ between points. A nuisance, once tuned, may differ
+    between points and between tuning runs, but not between the comparison runs of one point. The hashes of
+    data and tokenizer may never differ.
+
+    Returns:
+      Warnings: runs of different code, libraries or devices, of a study that was changed in between, tuned
+      under other conditions than compared, or held-out documents that were trained on.
+
+    Raises:
+      UserError: different data, tokenizer, metric, sequence length, batch or steps; comparison runs of one
+        point with different learning rates; one run twice; one label for two designs. The message names the
+        runs and the values.
+    """
+    warnings = []
+    for (study, preset), group in by_study(records).items():
+        facts: dict[tuple[bool, str], dict[str, list[Record]]] = {}
+        phases: dict[str, dict[str, set[str]]] = {}
+        speaker = newest(group)
+        varied = set(speaker.scientific).union(*(record.overrides for record in group))
+        for record in group:
+            for name, value, decisive in _facts(record, speaker, varied):
+                if _OF_PHASE.fullmatch(name):
+                    phases.setdefault(name, {}).setdefault(record.phase, set()).add(str(value))
+                    name = name if record.phase == "comparison" else f"{name} of the tuning runs"
+                facts.setdefault((decisive, name), {}).setdefault(str(value), []).append(record)
+        for (decisive, name), runs in facts.items():
+            if decisive and len(runs) > 1:
+                a, b = (f"{value} in {_where(found[0], name)}" for value, found in list(runs.items())[:2])
+                raise UserError(
+                    f"{study}:{preset}: {name} is {a}, but {b}; "
+                    "such runs are not compared: make them again under equal conditions, or apart"
+                )
+            if len(runs) > 1:
+                counts = ", ".join(f"{value} ({len(records)} runs)" for value, records in runs.items())
+                warnings.append(f"The runs differ in {name}: {counts}.")
+        for name, values in phases.items():
+            tuned, compared = (", ".join(sorted(values.get(p, ()))) for p in ("tuning", "comparison"))
+            if name.startswith("train.") and tuned and compared and tuned != compared:
+                warnings.append(f"{name} was {tuned} in tuning, but {compared} in the comparison.")
+        warnings += dict.fromkeys(filter(None, (leakage(record.data) for record in group)))
+        warnings += _other_pairs(group)
+        runs = Counter(_identity(record) for record in group)
+        (run, count), *_ = runs.most_common()
+        if count > 1:
+            raise UserError(f"{study}:{preset}: {count} records of {run}; keep one of them")
+    return warnings
+
+
+def _short(sha256: str | None) -> str:
+    return str(sha256)[:12]
+
+
+def _where(record: Record, fact: str) -> str:
+    return (
+        f"{record.name} ({text_name(data_card(record))})"
+        if fact == "source_sha256 of the data"
+        else record.name
+    )
+
+
+def _identity(record: Record) -> str:
+    trial = [f"{name} {record.setting(name):g}" for name in record.nuisance if record.phase == "tuning"]
+    return " ".join([record.name, *(["in tuning at", ", ".join(trial)] if trial else [])])
+
+
+def _other_pairs(records: Sequence[Record]) -> Iterator[str]:
+    """Warns of runs that do not ask for every pair of their point that some run asks for."""
+    asked: dict[str, set[tuple[str, str]]] = {}
+    for pair in pairs_of(records):
+        for point in pair:
+            asked.setdefault(point, set()).add(pair)
+    other = [r for r in records if not asked.get(r.point, set()) <= {(a, b) for a, b in r.pairs}]
+    if other:
+        yield (
+            f"The runs differ in pairs: {len(other)} of {len(records)} runs, such as {other[0].name}, do not "
+            "ask for every comparison of their point that others ask for. All are made, and corrected for."
+        )
+
+
+def _facts(record: Record, facts: Record, varied: set[str]) -> Iterator[tuple[str, object, bool]]:
+    """Yields (name, value, whether a difference is decisive) of what should be equal over a study's runs.
+
+    Args:
+      record: one of the runs.
+      facts: the run that speaks for the study, see `newest`.
+      varied: settings that may differ by design.
+    """
+    scientific, nuisance = set(facts.scientific), set(facts.nuisance)
+    if facts.tuning != "none":
+        varied = varied | nuisance
+    design = {k: v for k, v in sorted(record.overrides.items()) if k not in _SEEDS | nuisance}
+    yield f"the design of {record.point!r}", design, True
+    yield "metric", record.metric, True
+    if record.phase == "comparison":
+        yield from (
+            (f"{name} of the comparison runs of {record.point!r}", record.setting(name), True)
+            for name in record.nuisance
+        )
+    yield from ((f"{name} of the data", value, True) for name, value in data_hashes(record.data).items())
+    if record.status == "finished" and not scientific & {"train.steps", "train.batch_size"}:
+        yield "steps", record.steps, True
+        yield "tokens seen", record.tokens_seen, True
+    for group, settings in record.config.items():
+        for field, value in settings.items():
+            name = f"{group}.{field}"
+            is_decisive = bool(_DECISIVE.fullmatch(name))
+            if name not in scientific and not _IDLE.fullmatch(name) and (is_decisive or name not in varied):
+                yield name, value, is_decisive
+    yield "git commit", record.git_commit, False
+    yield "device", record.device_name, False
+    yield from ((f"{library} version", version, False) for library, version in record.versions.items())
+    for name in ("question", "matched", "scientific", "nuisance", "tuning", "margin"):
+        yield name, getattr(record, name), False

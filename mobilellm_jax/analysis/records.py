@@ -1,0 +1,340 @@
+"""One run = one JSON record. Tables, figures and verdicts are made from records alone, without jax."""
+
+import dataclasses
+import functools
+import graphlib
+import heapq
+import itertools
+import json
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from mobilellm_jax.errors import UserError, did_you_mean
+from mobilellm_jax.storage.files import files_below, path_of, write_atomically
+from mobilellm_jax.storage.sealed import parse, seal, unseal_if_sealed
+
+SCHEMA = 2
+Scalar = bool | int | float | str | None
+# {"step", "loss" (nats per token), "bits_per_byte", "error" (share of answers that are not exactly right)};
+# None stands for a number that was not finite, or that the data do not have.
+Evaluation = dict[str, int | float | None]
+_EVALUATION = ("step", "loss", "bits_per_byte", "error")
+_KEYS = {  # that nested fields must have
+    "x": ("label", "value", "log"),
+    "parameters": ("total", "embedding", "non_embedding"),
+    "budgets": ("total_parameters", "non_embedding_parameters", "train_flops_per_token"),
+    "final": _EVALUATION,
+    "best": _EVALUATION,
+    "timing": ("wall_s", "compile_s", "train_s", "tokens_per_second"),
+    "device": ("platform", "kind", "count"),
+}
+_SETTINGS = {  # that tables and figures read
+    "model": ("depth", "width", "num_heads", "num_kv_heads", "ffn_width"),
+    "data": ("source", "sequence_length"),
+    "optimizer": ("learning_rate",),
+    "train": ("batch_size",),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """Everything that tables, figures and a sceptical reader need to know about one run.
+
+    Attributes:
+      schema: version of this layout.
+      study, preset: which study, at which size.
+      point, point_index: readable label of the design point, and its place in the study's order.
+      seed: runs of different points with equal seeds are paired.
+      phase: "tuning" for a run that looks for the learning rate, "comparison" for one that decides.
+      question: what the study asks, one sentence.
+      matched: which of the `budgets` is held equal over the points.
+      scientific, nuisance: dotted names of the fields that the question is about, and of those tuned for each
+        point so that they do not decide it; all others are fixed.
+      tuning: where the learning rate comes from: a "grid" for each point, "transferred" from another shape by
+        the parameterization, or "none": one for all points, as given.
+      metric: what is compared, lower is better: a key of the evaluations, "loss" or "error".
+      pairs: [point, other] for every comparison asked for that names this point; in older records for all
+        points. `pairs_of` joins those of a study: the family that Holm's method corrects.
+      margin: the smallest difference in `metric` that matters.
+      x: {"label", "value", "log"}, the place on the figure's x axis, and "series" where there are several
+        lines; None draws the points as categories.
+      status, error: how the run ended, and the message if it did not finish.
+      overrides: dotted fields that make this point differ from the study's config.
+      config: the whole validated config, nested.
+      layer_plan: block index of every layer applied.
+      parameters: counts by part, from the config.
+      budgets: what the shape costs, from the config alone, see `accounting.budgets`.
+      data: data card; every key that ends in "sha256" must agree before runs are compared.
+      steps, tokens_seen: optimizer steps and training tokens done.
+      final, best: last and lowest held-out evaluation; None when there was none.
+      evaluations: all held-out evaluations, in order of step.
+      train_curve: [step, training loss], at most 200 points.
+      timing: seconds, and training tokens per second.
+      git_commit: of the code, with "-dirty" where Python files differ from it; None outside a checkout.
+      versions, device: of Python and libraries, and what the run was on.
+      command, created: how to repeat it, and when it ended (ISO 8601, UTC).
+      zero_shot: what it scored on tasks, by the task's name, as `experiments.evaluate` says it; None where it
+        was not asked, and in records made before there was such a field.
+    """
+
+    schema: int = SCHEMA
+    study: str
+    preset: str
+    point: str
+    point_index: int
+    seed: int
+    phase: Literal["tuning", "comparison"]
+    question: str
+    matched: str
+    scientific: list[str]
+    nuisance: list[str]
+    tuning: Literal["grid", "transferred", "none"]
+    metric: Literal["loss", "error"]
+    pairs: list[list[str]]
+    margin: float
+    x: dict[str, Any] | None
+    status: Literal["finished", "diverged", "failed"]
+    error: str | None
+    overrides: dict[str, Scalar]
+    config: dict[str, dict[str, Any]]
+    layer_plan: list[int]
+    parameters: dict[str, int]
+    budgets: dict[str, int | float]
+    data: dict[str, Any]
+    steps: int
+    tokens_seen: int
+    final: Evaluation | None
+    best: Evaluation | None
+    evaluations: list[Evaluation]
+    train_curve: list[list[int | float | None]]
+    timing: dict[str, int | float | None]
+    git_commit: str | None
+    versions: dict[str, str]
+    device: dict[str, str | int]
+    command: str
+    created: str
+    zero_shot: dict[str, dict[str, Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        """Point and seed, for messages."""
+        return f"{self.point!r} seed {self.seed}"
+
+    @property
+    def device_name(self) -> str:
+        return "{count} x {kind} ({platform})".format(**self.device)
+
+    @property
+    def score(self) -> float:
+        """Final held-out value of `metric` of a finished run; lower is better."""
+        return self._final(self.metric)
+
+    @property
+    def loss(self) -> float:
+        """Final held-out loss of a finished run, nats per token."""
+        return self._final("loss")
+
+    def _final(self, name: str) -> float:
+        value = self.final[name] if self.final else None
+        if self.status != "finished" or value is None:
+            raise ValueError(f"{self.name} did not finish")
+        return float(value)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.setting("optimizer.learning_rate"))
+
+    def setting(self, name: str) -> Any:
+        """Returns the value of a dotted config field, such as "model.depth"."""
+        group, field = name.split(".")
+        return self.config[group][field]
+
+
+def write_record(record: Record, path: str | os.PathLike[str]) -> None:
+    """Writes `record` to `path` in one step: a reader sees the old file or the new one, never a part.
+
+    NaN and infinite numbers become null.
+
+    Raises:
+      UserError: a field is of the wrong type, or the file cannot be written; the old file is left as it was.
+    """
+    fields = _finite(dataclasses.asdict(record))
+    if record.zero_shot is None:
+        del fields["zero_shot"]
+    _validate(fields, str(path))
+    text = json.dumps(seal(fields), indent=2, sort_keys=True, allow_nan=False)
+    # Lists of numbers go on one line. A JSON string holds no raw newline, so the pattern matches none.
+    text = re.sub(r"\[\n[^][{}\"]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
+    write_atomically(path, (text + "\n").encode())
+
+
+def read_record(path: str | os.PathLike[str]) -> Record:
+    """Reads a record.
+
+    Raises:
+      UserError: the file is missing, not JSON or of another schema, or a field is missing, unknown, of the
+        wrong type or not finite; the message names the file and the field. Or some value is not the one that
+        was written; records made before they had a seal cannot tell.
+    """
+    try:
+        fields = unseal_if_sealed(parse(path_of(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:  # ValueError: broken JSON or UTF-8, or a seal that does not agree
+        raise UserError(
+            f"{path}: not a readable JSON record: {error}; restore the file, or delete it: the command in it "
+            "makes it anew"
+        ) from None
+    _validate(fields, str(path))
+    return Record(**fields)
+
+
+def add_zero_shot(path: str | os.PathLike[str], task: str, entry: dict[str, Any]) -> None:
+    """Adds what a run scored on a task to the record at `path`, in one step; errors as in `read`, `write`."""
+    record = read_record(path)
+    write_record(dataclasses.replace(record, zero_shot={**(record.zero_shot or {}), task: entry}), path)
+
+
+def read_records(directory: str | os.PathLike[str]) -> list[Record]:
+    """Reads every `*.json` below `directory`, sorted by study, preset, point, seed. Errors as in `read`."""
+    records = [read_record(path) for path in files_below(path_of(directory)) if path.suffix == ".json"]
+    return sorted(records, key=lambda r: (r.study, r.preset, r.point_index, r.point, r.seed))
+
+
+def by_study(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+    """Groups records by (study, preset), in the order in which they come."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.study, record.preset), []).append(record)
+    return groups
+
+
+def by_point(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Groups the records of one study by point, in the study's order, each in order of seed."""
+    groups: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda r: (r.point_index, r.point, r.seed)):
+        groups.setdefault(record.point, []).append(record)
+    return groups
+
+
+def newest(records: Iterable[Record]) -> Record:
+    """Returns the record whose question, margin and other facts of the study speak for it."""
+    return max(records, key=lambda r: (r.created, r.point_index, r.seed))
+
+
+def pairs_of(records: Iterable[Record]) -> list[tuple[str, str]]:
+    """All (point, other) that the records of one study ask to compare, in the study's order.
+
+    Each record has its part in that order; where this leaves it open, the places of other and point decide.
+    """
+    places: dict[str, int] = {}
+    lists: set[tuple[tuple[str, str], ...]] = set()
+    for record in records:
+        places[record.point] = record.point_index
+        lists.add(tuple(dict.fromkeys((a, b) for a, b in record.pairs)))
+
+    def place(pair: tuple[str, str]) -> list[tuple[int | float, str]]:
+        return [(places.get(point, math.inf), point) for point in reversed(pair)]
+
+    sorter = graphlib.TopologicalSorter({pair: () for part in lists for pair in part})
+    for part in lists:
+        for before, after in itertools.pairwise(part):
+            sorter.add(after, before)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError:  # the study's order was changed between the runs
+        return sorted({pair for part in lists for pair in part}, key=place)
+    order, ready = [], []
+    while sorter.is_active():
+        for pair in sorter.get_ready():
+            heapq.heappush(ready, (place(pair), pair))
+        order.append(heapq.heappop(ready)[1])
+        sorter.done(order[-1])
+    return order
+
+
+def _finite(value: Any) -> Any:
+    """Returns `value` in JSON types, with None for every number that JSON can't hold."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _validate(fields: Any, where: str) -> None:
+    """Raises UserError unless `fields` are those of a Record of this schema."""
+
+    def require(ok: bool, field: str, reason: str) -> None:
+        if not ok:
+            raise UserError(f"{where}: {field}: {reason}")
+
+    known = isinstance(fields, dict) and "schema" in fields
+    require(known, "schema", "the field is missing; this is not a record of a run")
+    require(fields["schema"] == SCHEMA, "schema", f"version {fields['schema']!r} is unknown; known: {SCHEMA}")
+    types_of = _types()
+    for name in fields.keys() - types_of.keys():
+        require(False, name, f"no such field; {did_you_mean(name, types_of)}")
+    for name, wanted in types_of.items():
+        if name in fields or name != "zero_shot":
+            require(name in fields, name, "the field is missing")
+            _check(fields[name], wanted, f"{where}: {name}")
+    required = [(name, fields[name], keys) for name, keys in _KEYS.items() if fields[name] is not None]
+    required += [(f"evaluations[{i}]", item, _EVALUATION) for i, item in enumerate(fields["evaluations"])]
+    required += [(f"config.{name}", fields["config"].get(name, {}), keys) for name, keys in _SETTINGS.items()]
+    for name, values, keys in required:
+        for key in keys:
+            require(key in values, f"{name}.{key}", "the field is missing")
+    x, finished = fields["x"], fields["status"] == "finished"
+    require(x is None or type(x["value"]) in (int, float), "x.value", "not a number")
+    require(x is None or x["value"] > 0 or not x["log"], "x.value", "not positive, on a logarithmic axis")
+    pairs = all(len(pair) == 2 for pair in fields["train_curve"])
+    require(pairs, "train_curve", "expected pairs [step, loss]")
+    metric = fields["metric"]
+    has_score = fields["final"] is not None and fields["final"][metric] is not None
+    require(has_score or not finished, f"final.{metric}", "missing from a finished run")
+    require(all(len(pair) == 2 for pair in fields["pairs"]), "pairs", "expected pairs [point, other]")
+    for name in ("source_sha256", "tokenizer_sha256"):
+        require(name in fields["data"] or not finished, f"data.{name}", "missing from a finished run")
+    require(fields["status"] != "failed" or bool(fields["error"]), "error", "a failed run says why")
+
+
+@functools.cache
+def _types() -> dict[str, Any]:
+    return typing.get_type_hints(Record)
+
+
+@functools.cache
+def _parts(wanted: Any) -> tuple[Any, tuple[Any, ...]]:
+    return typing.get_origin(wanted), typing.get_args(wanted)
+
+
+def _check(value: Any, wanted: Any, field: str) -> None:
+    """Raises UserError unless `value`, made of JSON types, is of type `wanted` and finite throughout."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{field}: {value} is not a finite number; write null")
+    origin, args = _parts(wanted)
+    if wanted is Any and type(value) in (list, dict):  # only to find numbers that are not finite
+        origin, args = type(value), (Any, Any)
+    if origin is types.UnionType and value is not None and type(args[0]) is types.GenericAlias:
+        return _check(value, args[0], field)  # X | None
+    if origin in (list, dict) and type(value) is origin:
+        is_list = isinstance(value, list)
+        if args[-1] is str and set(map(type, value if is_list else value.values())) <= {str}:
+            return  # as the pairs of labels, in their thousands
+        for key, item in enumerate(value) if is_list else value.items():
+            _check(item, args[-1], f"{field}[{key}]" if is_list else f"{field}.{key}")
+        return
+    kinds = args if origin is types.UnionType else (wanted,)
+    ok = value in args if origin is Literal else wanted is Any or type(value) in kinds
+    if not (ok or (value is None and types.NoneType in kinds)):
+        expected = str(wanted).removeprefix("typing.") if args else wanted.__name__
+        raise UserError(f"{field}: {value!r} is of type {type(value).__name__}; expected {expected}")
+
+
+def budget_name(key: str) -> str:
+    """Returns "non-embedding parameters" for "non_embedding_parameters", a key of `Record.budgets`."""
+    return key.replace("non_", "non-").replace("_", " ").replace("kv", "key/value").replace("flops", "FLOPs")

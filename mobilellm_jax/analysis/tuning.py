@@ -1,0 +1,157 @@
+"""The search for a learning rate, and whether it was fair to a point.
+
+A coarse grid, extended where the best lies at its edge, then refined.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from mobilellm_jax.analysis.records import Record, by_point
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """The learning-rate search of one point.
+
+    Attributes:
+      curve: (learning rate, mean final loss) in ascending order; None: a run diverged or failed.
+      chosen: the rate of the point's comparison runs; before there are any, `best`; NaN where none finished.
+      at_edge: on one side of `best`, no rate was worse (one that diverged is).
+      sensitivity: mean increase of the loss from `best` to its neighbours in the grid; infinite where one
+        diverged, None without neighbours.
+      best: the rate tried with the lowest loss, among equals the chosen one; None where none finished.
+    """
+
+    curve: list[tuple[float, float | None]]
+    chosen: float
+    at_edge: bool
+    sensitivity: float | None
+    best: float | None
+
+
+def tuning_searches(records: Sequence[Record]) -> dict[str, Tuning]:
+    """Returns the learning-rate search of every point that has tuning runs."""
+    found = {}
+    for point, runs in by_point(records).items():
+        trials: dict[float, list[Record]] = {}
+        for run in runs:
+            if run.phase == "tuning":
+                trials.setdefault(run.learning_rate, []).append(run)
+        chosen = next((run.learning_rate for run in runs if run.phase == "comparison"), None)
+        if trials:
+            found[point] = _search(dict(sorted(trials.items())), chosen)
+    return found
+
+
+def _search(trials: Mapping[float, Sequence[Record]], chosen: float | None) -> Tuning:
+    curve: list[tuple[float, float | None]] = []
+    seen: list[tuple[float, float]] = []  # infinite: diverged; a failed run says nothing about its rate
+    for rate, runs in trials.items():
+        finished = all(run.status == "finished" for run in runs)
+        value = float(np.mean([run.loss for run in runs])) if finished else None
+        curve.append((rate, value))
+        if value is not None or any(run.status == "diverged" for run in runs):
+            seen.append((rate, math.inf if value is None else value))
+    lowest = min((value for _, value in seen), default=math.inf)
+    if lowest == math.inf:
+        return Tuning(curve, math.nan if chosen is None else chosen, True, None, None)
+    equal = [i for i, (_, value) in enumerate(seen) if value == lowest]
+    best = next((i for i in equal if seen[i][0] == chosen), equal[0])
+    below, above = seen[:best], seen[best + 1 :]
+    increase = [value - lowest for _, value in below[-1:] + above[:1]]
+    return Tuning(
+        curve=curve,
+        chosen=seen[best][0] if chosen is None else chosen,
+        at_edge=not all(any(v > lowest for _, v in side) for side in (below, above)),
+        sensitivity=float(np.mean(increase)) if increase else None,
+        best=seen[best][0],
+    )
+
+
+def tuning_warnings(facts: Record, points: Sequence[str], tuning: Mapping[str, Tuning]) -> Iterator[str]:
+    """Yields what may be unfair about the learning rates at which `points` were compared."""
+    if facts.tuning == "none":
+        yield (
+            "The learning rate was not tuned: a point that looks better may only suit the given rate better."
+        )
+    if facts.tuning == "grid" and (untuned := [point for point in points if point not in tuning]):
+        names = " and ".join(map(repr, untuned))
+        yield f"No tuning run was made for {names}: the learning rate may not suit it."
+    if edges := [repr(point) for point, search in tuning.items() if search.at_edge]:
+        yield (
+            f"The best learning rate of {' and '.join(edges)} lies at the edge of those tried: a better one "
+            "may lie beyond, and the comparison is unfair to it."
+        )
+    for point, search in tuning.items() if facts.tuning == "grid" else ():
+        if search.best is not None and search.chosen != search.best:
+            yield (
+                f"{point!r} was compared at learning rate {search.chosen:.3g}, but {search.best:.3g} was "
+                "better in tuning."
+            )
+
+
+FINEST = 1.0  # octaves (powers of 2) between the best rate and its neighbours when the search is over
+FURTHEST = 4  # coarse steps that the search goes beyond the grid before it gives up
+
+
+def next_learning_rate(tried: Mapping[float, float], grid: Sequence[float]) -> float | None:
+    """Returns the rate to try next, or None when the search is over.
+
+    First come the rates of the grid. While the lowest loss is at the lowest or highest rate tried, the grid
+    goes on in that direction by its own step, at most `FURTHEST` times; then the gaps on both sides of the
+    best are halved until they are at most `FINEST` octaves. Where the search gave up, the best is still at an
+    edge.
+
+    Args:
+      tried: learning rate -> final loss; infinite where training diverged.
+      grid: at least two rates, rising by one factor.
+    """
+    for rate in grid:
+        if rate not in tried:
+            return rate
+    rates = sorted(tried)
+    place = rates.index(best_learning_rate(tried))
+    best, step = rates[place], (grid[-1] / grid[0]) ** (1 / (len(grid) - 1))
+    furthest = step ** (FURTHEST - 0.5)  # the half keeps rounding from adding a step or losing one
+    if place == 0:
+        return best / step if best > grid[0] / furthest else None
+    if place == len(rates) - 1:
+        return best * step if best < grid[-1] * furthest else None
+    # The better neighbour's side first: where that finds a new best, the search is over.
+    for neighbour in sorted((rates[place - 1], rates[place + 1]), key=lambda rate: tried[rate]):
+        if abs(math.log2(best / neighbour)) > FINEST + 1e-9:
+            return math.sqrt(best * neighbour)
+    return None
+
+
+def next_trial(
+    tried: Mapping[float, Sequence[float]], grid: Sequence[float], seeds: int
+) -> tuple[float, int] | None:
+    """Returns (rate, index of its seed) of the run to do next, or None when the search is over.
+
+    The search is made with one seed. Then the best rate and its two neighbours, whose order one run may well
+    get wrong, are repeated until they have `seeds` runs each; means decide, and may send the search on.
+
+    Args:
+      tried: learning rate -> final losses, infinite where training diverged.
+      grid: as in `next_learning_rate`.
+      seeds: at least 1.
+    """
+    means = {rate: sum(losses) / len(losses) for rate, losses in tried.items()}
+    rate = next_learning_rate(means, grid)
+    if rate is not None:
+        return rate, 0
+    rates = sorted(tried)
+    place = rates.index(best_learning_rate(means))
+    for near in rates[max(0, place - 1) : place + 2]:
+        if len(tried[near]) < seeds and math.isfinite(means[near]):
+            return near, len(tried[near])
+    return None
+
+
+def best_learning_rate(tried: Mapping[float, float]) -> float:
+    """Returns the rate with the lowest loss; of equal ones, and where all diverged, the lowest."""
+    return min(tried, key=lambda rate: (tried[rate], rate))

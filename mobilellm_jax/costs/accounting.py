@@ -1,0 +1,205 @@
+"""What a shape costs, from the config alone: nothing is allocated or compiled."""
+
+import dataclasses
+import itertools
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.model.ops.attention import mean_keys
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """Parameter counts by part; a shared block counts once.
+
+    Attributes:
+      embedding: V D.
+      head: V D, or 0 where the head is the embedding.
+      attention, ffn: matrices of all distinct blocks.
+      norms: RMSNorm gains of all distinct blocks and of the final norm; the paper leaves these out.
+    """
+
+    embedding: int
+    head: int
+    attention: int
+    ffn: int
+    norms: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.head + self.attention + self.ffn + self.norms
+
+    @property
+    def non_embedding(self) -> int:
+        """All but embedding and head."""
+        return self.attention + self.ffn + self.norms
+
+    @property
+    def as_printed(self) -> int:
+        """The count that the paper's tables print: without norm gains."""
+        return self.total - self.norms
+
+
+def _block_matrices(config: ModelConfig) -> tuple[int, int]:
+    """Returns the weights in the matrices of one block: attention, feed-forward."""
+    attention = 2 * config.width * config.head_dim * (config.num_heads + config.num_kv_heads)
+    ffn = (3 if config.ffn_kind == "swiglu" else 2) * config.width * config.ffn_width
+    return attention, ffn
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """Returns the parameter counts of a model."""
+    attention, ffn = _block_matrices(config)
+    embedding = config.vocab_size * config.width
+    return Parameters(
+        embedding=embedding,
+        head=0 if config.share_embedding else embedding,
+        attention=config.depth * attention,
+        ffn=config.depth * ffn,
+        norms=(2 * config.depth + 1) * config.width,
+    )
+
+
+def forward_flops_per_token(config: ModelConfig, length: int) -> float:
+    """Returns the FLOPs of matrix products per token of a forward pass over sequences of `length` tokens.
+
+    A multiply-add counts 2; a block counts once for each time it is applied. Attention is causal: position t
+    multiplies with t + 1 keys and values, (length + 1) / 2 on average. Left out: norms, softmax, activations,
+    rotary positions and the embedding look-up.
+    """
+    return _forward_flops(config, keys=(length + 1) / 2)
+
+
+def executed_flops_per_token(config: ModelConfig, length: int) -> float:
+    """Returns what the forward pass computes: `forward_flops_per_token` with the keys that are masked.
+
+    `attention.py` multiplies a chunk of queries with all keys up to the last of them. By XLA's own count, the
+    compiled program takes 0.4 to 0.6 % more (384 wide, 64 tokens): what `forward_flops_per_token` leaves out.
+    """
+    return _forward_flops(config, keys=mean_keys(length))
+
+
+def executed_train_flops_per_token(config: ModelConfig, length: int) -> float:
+    """Returns what a training step computes, without what `remat` recomputes.
+
+    That is three times the forward pass, and once more the scores of attention, which are never kept, with
+    the sums over H that `attention.py` takes as products with ones.
+    """
+    scores = 2 * config.num_heads * config.head_dim * (mean_keys(length) + 1)
+    return 3 * executed_flops_per_token(config, length) + config.effective_depth * scores
+
+
+def _forward_flops(config: ModelConfig, keys: float) -> float:
+    attention, ffn = _block_matrices(config)
+    layer = attention + ffn + 2 * config.num_heads * config.head_dim * keys
+    return 2 * (config.effective_depth * layer + config.width * config.vocab_size)
+
+
+def train_flops_per_token(config: ModelConfig, length: int) -> float:
+    """Returns the FLOPs per token of a training step: the backward pass costs twice the forward pass.
+
+    This counts the model's FLOPs, without what `remat` recomputes.
+    """
+    return 3 * forward_flops_per_token(config, length)
+
+
+def kv_cache_bytes_per_token(config: ModelConfig) -> int:
+    """Returns what generation keeps for each token of context: 2 K H numbers for every layer applied.
+
+    They are of the compute dtype. A shared block has a cache for each of its uses, since its inputs differ.
+    """
+    per_layer = 2 * config.num_kv_heads * config.head_dim
+    return config.effective_depth * per_layer * _BYTES[config.compute_dtype]
+
+
+def decode_bytes_per_token(config: ModelConfig) -> int:
+    """Returns the weight bytes that generating one token reads, with all weights in the compute dtype.
+
+    The blocks in the order of the plan, the final norm, the head, and one row of the embedding. A block that
+    is used several times in a row is read once, one that comes back later is read again: the paper's reason
+    for `immediate` is that one block fits the fast memory (SRAM) of a phone and the whole stack does not
+    (section 2.3). Left out: the key/value cache, and activations.
+    """
+    attention, ffn = _block_matrices(config)
+    reads = sum(1 for _ in itertools.groupby(config.plan))
+    weights = reads * (attention + ffn + 2 * config.width) + (config.vocab_size + 2) * config.width
+    return weights * _BYTES[config.compute_dtype]
+
+
+def optimizer_bytes(config: ModelConfig) -> int:
+    """Returns what AdamW holds in training: parameters, gradients and two moments, all float32."""
+    return 4 * 4 * parameters(config).total
+
+
+def kept_activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
+    """Returns what one layer applied keeps from its forward to its backward pass.
+
+    By the `remat` policy:
+      full: the layer's input.
+      dots: its input, and the matrix products with weights that the backward pass needs: queries, keys,
+        values, the output of attention before and after its matrix, and what enters the activation function
+        of the feed-forward layer. Beside them a logarithm for each head, in float32.
+      none: everything that differentiation asks for. Norms (6 D and 4 numbers), rotated queries and keys,
+        and the logarithms of attention (N) are float32, the rest is of the compute dtype.
+    These are the residuals that JAX saves, to the byte (from 0.11 on, F numbers less for GELU). The weights
+    of attention are not among them.
+    """
+    c = _BYTES[config.compute_dtype]
+    D, N, K, F = config.width, config.num_heads, config.num_kv_heads, config.ffn_width
+    H, two_inputs = config.head_dim, config.ffn_kind == "swiglu"
+    if config.remat == "full":
+        return rows * length * c * D
+    if config.remat == "dots":
+        return rows * length * (c * (2 * D + 2 * (N + K) * H + (2 if two_inputs else 1) * F) + 4 * N)
+    norms = 4 * (6 * D + 4) + c * 2 * D
+    attention = (4 + c) * (N + K) * H + 4 * N
+    ffn = {"swiglu": 3 * c, "relu": 1 + c, "gelu": 6 * c}[config.ffn_kind] * F  # the sign of ReLU is one byte
+    return rows * length * (norms + attention + ffn) + 4 * 2 * D  # and the gains of two norms
+
+
+def activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
+    """Returns about the largest memory that activations take in a training step on `rows` rows of `length`.
+
+    That is what the layers and the final norm keep for the backward pass, and the larger of what is there
+    for a moment only: all that the layer at work needs, which is copied from the stack or recomputed, the
+    gradients of SwiGLU's operands, and the weights of attention with their gradient; or the logits of one
+    `loss_chunk` with their gradient.
+    `rows` is one micro-batch over all devices.
+
+    Of the memory that XLA on a CPU sets aside for the gradients of five float32 models (48 to 128 wide, 2 to
+    8 layers, 128 and 512 tokens), this is 100 to 112 % without remat and 88 to 119 % with it. Left out: the
+    gradients (see `optimizer_bytes`), the workspace of single operations, and `scan_unroll` above 1. XLA on a
+    CPU also computes most of bfloat16 in float32, which this does not count.
+    """
+    c = _BYTES[config.compute_dtype]
+    layers = config.effective_depth * kept_activation_bytes(config, length, rows)
+    final_norm = rows * length * (4 * (3 * config.width + 2) + c * config.width)
+    at_work = kept_activation_bytes(dataclasses.replace(config, remat="none"), length, rows)
+    if config.ffn_kind == "swiglu":
+        at_work += 2 * c * rows * length * config.ffn_width
+    at_work += int(rows * config.num_heads * length * mean_keys(length)) * (4 + c)
+    loss_chunk = rows * min(config.loss_chunk, length) * config.vocab_size * (4 + c)
+    return layers + final_norm + max(at_work, loss_chunk)
+
+
+def budgets(config: ModelConfig, length: int, rows: int) -> dict[str, int | float]:
+    """Returns everything a shape costs: what a study matches, and what it must show beside that.
+
+    Args:
+      config: the model.
+      length: tokens of a row.
+      rows: rows of a micro-batch, for `activation_bytes` only.
+    """
+    counts = parameters(config)
+    return {
+        "total_parameters": counts.total,
+        "embedding_parameters": counts.embedding + counts.head,
+        "non_embedding_parameters": counts.non_embedding,
+        "train_flops_per_token": train_flops_per_token(config, length),
+        "inference_flops_per_token": forward_flops_per_token(config, length),
+        "kv_cache_bytes_per_token": kv_cache_bytes_per_token(config),
+        "decode_bytes_per_token": decode_bytes_per_token(config),
+        "optimizer_bytes": optimizer_bytes(config),
+        "activation_bytes": activation_bytes(config, length, rows),
+    }

@@ -1,0 +1,282 @@
+"""Weights of Hugging Face's Llama, in and out, as safetensors; config.json is in `huggingface_config.py`.
+
+A linear layer there is stored [out, in], here [in, out] with heads as axes of their own; blocks are stacked
+here. Both pair the dimensions i and i + H/2 of a head in RoPE, so weights only change their layout, and a
+round trip is bit-exact. Letters as in `model/__init__.py`.
+
+Layer sharing has no form there: an exported model has one layer for each layer *applied*, in plan order; told
+the plan, import folds them back. The multipliers of muP and CompleteP go into the weights.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mobilellm_jax import model
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.formats.huggingface_config import read_object
+from mobilellm_jax.model.parameterization import multipliers
+from mobilellm_jax.sharing import LayerPlan
+
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+_HOW_TO_CONVERT = (
+    "only safetensors are read, as unpickling a .bin or .pt file runs whatever code is in it; convert it "
+    "where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new), in transformers"
+)
+
+# --- which tensor is where ------------------------------------------------------------------------------
+
+_TOP = {
+    "model.embed_tokens.weight": "embedding",
+    "model.norm.weight": "final_norm/gain",
+    "lm_head.weight": "head",
+}
+_LAYER = {
+    "input_layernorm": "attention_norm/gain",
+    "self_attn.q_proj": "attention/query",
+    "self_attn.k_proj": "attention/key",
+    "self_attn.v_proj": "attention/value",
+    "self_attn.o_proj": "attention/output",
+    "post_attention_layernorm": "ffn_norm/gain",
+    "mlp.gate_proj": "ffn/gate",
+    "mlp.up_proj": "ffn/up",
+    "mlp.down_proj": "ffn/down",
+}
+
+
+class Place(NamedTuple):
+    """Where a tensor is in our parameters.
+
+    Attributes:
+      shape: its shape in the file.
+      path: names on the way to the leaf.
+      block: u, its index in the stack of blocks; None outside.
+    """
+
+    shape: tuple[int, ...]
+    path: tuple[str, ...]
+    block: int | None
+
+    def leaf(self, params: model.Params) -> np.ndarray:
+        """Returns the view of `params` that holds the tensor, in our layout."""
+        array: Any = params
+        for name in self.path:
+            array = array[name]
+        return array if self.block is None else array[self.block]
+
+
+def places(config: ModelConfig, layers: LayerPlan) -> dict[str, Place]:
+    """Returns the place of every tensor in the file, by name; `layers` says which block each layer is."""
+    D, F, H = config.width, config.ffn_width, config.head_dim
+    query, key_value = config.num_heads * H, config.num_kv_heads * H
+    shapes = {
+        "self_attn.q_proj": (query, D),
+        "self_attn.k_proj": (key_value, D),
+        "self_attn.v_proj": (key_value, D),
+        "self_attn.o_proj": (D, query),
+        "mlp.gate_proj": (F, D),
+        "mlp.up_proj": (F, D),
+        "mlp.down_proj": (D, F),
+    }
+    found = {}
+    for name, path in _TOP.items():
+        if path != "head" or not config.share_embedding:
+            shape = (D,) if path == "final_norm/gain" else (config.vocab_size, D)
+            found[name] = Place(shape, tuple(path.split("/")), None)
+    for layer, block in enumerate(layers):
+        for name, path in _LAYER.items():
+            place = Place(shapes.get(name, (D,)), ("blocks", *path.split("/")), block)
+            found[f"model.layers.{layer}.{name}.weight"] = place
+    return found
+
+
+# --- in -------------------------------------------------------------------------------------------------
+
+
+def read_params(folder: Path, config: ModelConfig, layers: LayerPlan) -> model.Params:
+    """Returns the weights in a folder as float32 parameters in NumPy, which is exact.
+
+    Layers that are the same block must be equal, bit for bit.
+
+    All names, shapes and dtypes are checked before the first is read; then tensors are read one by one, so
+    that no more than the model and one tensor are in memory.
+
+    Raises:
+      UserError: no safetensors, a file that is missing or damaged, a tensor that is missing, unknown, or of
+        another shape or dtype, or layers that are not equal and should be.
+    """
+    wanted = places(config, layers)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+    with contextlib.ExitStack() as stack:
+        tensors = _open(folder, stack)
+        spare = _check_names(folder, tensors, wanted, config)
+        for name, place in wanted.items():
+            _check_tensor(folder, name, tensors[name].get_slice(name), place.shape)
+        params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+        first: dict[tuple[Any, ...], str] = {}
+        for name, place in wanted.items():
+            leaf = place.leaf(params)
+            tensor = tensors[name].get_tensor(name).astype(np.float32, copy=False)
+            tensor = (tensor if place.block is None else tensor.T).reshape(leaf.shape)
+            same = first.setdefault((place.path, place.block), name)
+            if same == name:
+                leaf[...] = tensor
+            elif not _same_bits(leaf, tensor):
+                raise UserError(
+                    f"{folder}: {name} differs from {same}, and by the plan {' '.join(map(str, layers))} "
+                    "they are one block"
+                )
+        for name in spare:
+            _check_spare(folder, name, tensors[name].get_tensor(name), params, config)
+    return params
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether float32 arrays are equal, also in NaN and in the sign of zero."""
+    return np.array_equal(np.ascontiguousarray(a).view(np.uint32), np.ascontiguousarray(b).view(np.uint32))
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Returns the open file of every tensor, by the tensor's name."""
+    index = folder / INDEX
+    said: dict[str, Any] | None = None
+    if (folder / WEIGHTS).is_file():
+        names = [WEIGHTS]
+    elif index.is_file():
+        said = read_object(index).get("weight_map")
+        if not isinstance(said, dict) or not all(isinstance(name, str) for name in said.values()):
+            raise UserError(f"{index}: has no weight_map from tensors to files")
+        names = sorted(set(said.values()))
+    else:
+        pickles = sorted(p.name for kind in ("bin", "pt", "pth") for p in folder.glob(f"*.{kind}"))
+        there = f" (there is {pickles[0]})" if pickles else ""
+        raise UserError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there{there}; {_HOW_TO_CONVERT}")
+    tensors: dict[str, Any] = {}
+    for name in names:
+        # A path could lead out of the folder. Links are followed: the hub's cache is made of them.
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: {name!r} is not the name of a safetensors file in the folder")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: is missing, and named in {INDEX}")
+        try:
+            file = stack.enter_context(safe_open(folder / name, framework="np"))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder / name}: not a whole safetensors file ({error})") from None
+        for tensor in file.keys():  # noqa: SIM118, not a mapping
+            if tensor in tensors or (said is not None and said.get(tensor) != name):
+                raise UserError(f"{folder / name}: holds {tensor}, which {INDEX} says is elsewhere")
+            tensors[tensor] = file
+    return tensors
+
+
+def _check_names(
+    folder: Path, tensors: Mapping[str, Any], wanted: Mapping[str, Place], config: ModelConfig
+) -> list[str]:
+    """Returns the names of tensors that are no parameters, but follow from them or from the config."""
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        hint = "; config.json does not tie the head to the embedding" if missing == ["lm_head.weight"] else ""
+        raise UserError(f"{folder}: {_some(missing)} missing{hint}")
+    spare = [name for name in tensors if name not in wanted]
+    unknown = [
+        name
+        for name in spare
+        if not name.endswith("rotary_emb.inv_freq")
+        and not (name == "lm_head.weight" and config.share_embedding)
+    ]
+    if unknown:
+        raise UserError(f"{folder}: {_some(unknown)} not part of a Llama with this config.json")
+    return spare
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+def _check_tensor(folder: Path, name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.get_shape()) != shape:
+        raise UserError(
+            f"{folder}: {name} has the shape {tuple(tensor.get_shape())}, and by config.json {shape}"
+        )
+    if tensor.get_dtype() not in _DTYPES.values():
+        raise UserError(
+            f"{folder}: {name} is of type {tensor.get_dtype()}; valid: {', '.join(_DTYPES.values())}"
+        )
+
+
+def _check_spare(
+    folder: Path, name: str, value: np.ndarray, params: model.Params, config: ModelConfig
+) -> None:
+    """Checks that a tensor that is no parameter says what the parameters or the config say."""
+    if name == "lm_head.weight":
+        same = value.shape == params["embedding"].shape
+        same = same and _same_bits(value.astype(np.float32), params["embedding"])
+        what = "the embedding, which config.json ties it to"
+    else:
+        frequency_h = config.rope_base ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+        same = value.shape == frequency_h.shape
+        same = same and np.allclose(value.astype(np.float64), frequency_h, rtol=0.01)  # bfloat16 has 3 digits
+        what = "the rope_theta of config.json"
+    if not same:
+        raise UserError(f"{folder}: {name} disagrees with {what}")
+
+
+# --- out ------------------------------------------------------------------------------------------------
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DTYPES = tuple(_DTYPES)
+
+
+def write_params(path: Path, params: model.Params, config: ModelConfig, dtype: str) -> None:
+    """Writes the weights as one safetensors file, tensor by tensor.
+
+    float32 is exact, but for the multipliers of muP and CompleteP: a weight times one that is no power of two
+    is rounded once more.
+
+    Raises:
+      UserError: a weight is too large for `dtype`.
+    """
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    wanted = places(config, config.plan)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers asks for
+    end = 0
+    for name, place in wanted.items():
+        start, end = end, end + math.prod(place.shape) * kind.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": place.shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data start at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in _tensors(params, config):
+            with np.errstate(over="ignore"):
+                cast = tensor.astype(kind)
+            if np.isinf(cast.astype(np.float32)).any() and not np.isinf(tensor).any():
+                raise UserError(f"--dtype={dtype}: {name} has weights that are too large for it")
+            file.write(np.ascontiguousarray(cast).tobytes())
+
+
+def _tensors(params: model.Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields float32 tensors in the layout of the file, with the multipliers in them."""
+    m = multipliers(config)
+    # Tied to the embedding, the head cannot be scaled; the norm before it can, to the same effect.
+    scales = {
+        ("final_norm", "gain"): m.logits,
+        ("blocks", "attention", "output"): m.residual,
+        ("blocks", "ffn", "down"): m.residual,
+    }
+    for name, place in places(config, config.plan).items():
+        tensor = place.leaf(params)
+        if place.block is not None:
+            tensor = tensor.reshape(place.shape[::-1]).T
+        scale = scales.get(place.path, 1.0)
+        yield name, tensor if scale == 1.0 else (tensor.astype(np.float64) * scale).astype(np.float32)

@@ -1,0 +1,1 @@
+"""Generation, likelihoods and zero-shot tasks."""

@@ -1,0 +1,257 @@
+"""Text from a model: the prompts are read at once (prefill), then a compiled step adds one token to each.
+
+Prompts of different lengths are padded at their beginning, see `model.Cache`: what comes of a prompt does not
+depend on the prompts beside it. Letters as in model/__init__.py.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+from mobilellm_jax import model
+from mobilellm_jax import validation as rules
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.data import Tokenizer
+from mobilellm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is chosen from its logits. Hashable: a static argument of jitted functions.
+
+    Attributes:
+      temperature: what logits are divided by; 0 takes the most probable token.
+      top_k: only the k most probable tokens may be chosen; 0 means all.
+      top_p: of these, the fewest most probable ones that together have this share of the probability.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, rules.NOT_NEGATIVE)
+        _check("top_k", self.top_k, rules.COUNT)
+        _check("top_p", self.top_p, (lambda v: 0 < v <= 1, "a number above 0, and at most 1"))
+        if self.temperature == 0 and (self.top_k, self.top_p) != (0, 1.0):
+            raise UserError(
+                f"temperature: with 0 the most probable token is taken, so top_k={self.top_k} and "
+                f"top_p={self.top_p} have no meaning; use a temperature above 0, or top_k=0 and top_p=1"
+            )
+
+
+def choose(
+    logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"], sampling: Sampling
+) -> tuple[Int[Array, "B"], Key[Array, "B"]]:
+    """Returns the next token of each row, and the keys for the one after. Ties with the last are kept."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1), keys_B
+    # The largest becomes 0, so that no temperature makes several infinite. Smaller ones than float32 holds
+    # would be 0; the smallest that it holds draws no other token than they would.
+    temperature = max(sampling.temperature, float(jnp.finfo(jnp.float32).tiny))
+    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature
+    if sampling.top_k:
+        most_BK, _ = lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[1]))
+        logits_BV = jnp.where(logits_BV >= most_BK[:, -1:], logits_BV, -jnp.inf)
+    if sampling.top_p < 1:
+        falling_BV = -jnp.sort(-logits_BV, axis=-1)
+        p_BV = jax.nn.softmax(falling_BV, axis=-1)
+        before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV  # probability of all that is more probable
+        kept_BV = jnp.where(before_BV < sampling.top_p, falling_BV, jnp.inf)
+        least_B1 = jnp.min(kept_BV, axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+    next_keys_B, keys_B = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV), next_keys_B
+
+
+class State(NamedTuple):
+    """All that a step changes: what was read, the tokens to read next, and the keys of the choices after."""
+
+    cache: model.Cache
+    tokens_B: Int[Array, "B"]
+    keys_B: Key[Array, "B"]
+
+
+def prefill(
+    params: model.Params,
+    tokens_BT: Int[Array, "B T"],
+    padding_B: Int[Array, "B"],
+    keys_B: Key[Array, "B"],
+    slots: int,
+    config: ModelConfig,
+    sampling: Sampling,
+) -> tuple[State, Int[Array, "B"]]:
+    """Reads the prompts into a new cache; returns the state and the first token after each prompt."""
+    return _read(params, tokens_BT, model.empty_cache(padding_B, slots, config), keys_B, config, sampling)
+
+
+def decode(
+    params: model.Params, state: State, config: ModelConfig, sampling: Sampling
+) -> tuple[State, Int[Array, "B"]]:
+    """Reads one token more of each row; returns the state and the tokens after them."""
+    return _read(params, state.tokens_B[:, None], state.cache, state.keys_B, config, sampling)
+
+
+def _read(params: model.Params, tokens_BT: Any, cache: Any, keys_B: Any, config: Any, sampling: Any) -> Any:
+    x_BTD, cache = model.extend(params, tokens_BT, cache, config)
+    logits_BV = model.logits(params, x_BTD[:, -1:])[:, 0]
+    tokens_B, keys_B = choose(logits_BV, keys_B, sampling)
+    return State(cache, tokens_B, keys_B), tokens_B
+
+
+class Generator:
+    """A model on its device, with the programs that were compiled for it."""
+
+    def __init__(self, params: model.Params, config: ModelConfig, sampling: Sampling, context: int) -> None:
+        """Takes float32 parameters; `context` is the largest length of a prompt and what comes after it."""
+        _check("context", context, rules.POSITIVE_INT)
+        self.config, self.sampling, self.context = config, sampling, context
+        self._params = jax.device_put(_in_compute_dtype(params, config))
+        self._programs: dict[tuple[int, int, int], tuple[Any, Any]] = {}
+
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | None,
+        eos_id: int | None,
+        seed: int,
+        place: int = 0,
+    ) -> Iterator[list[int | None]]:
+        """Checks, compiles, and returns an iterator over steps: the next token of each prompt.
+
+        It is None once a prompt's text has ended, which it does with `eos_id`. The choices for a prompt
+        follow from the seed and from its place among the prompts.
+
+        Args:
+          prompts: token ids.
+          max_new_tokens: steps at most; None takes as many as the context has room for.
+          eos_id: the token that ends a text, if any.
+          seed: of the choices.
+          place: of the first prompt; a prompt at place n draws as the one at n of a batch that begins at 0.
+
+        Raises:
+          UserError: a prompt is empty, holds an unknown token, or is too long for the context.
+        """
+        check_prompts(prompts, max_new_tokens, self.config.vocab_size, self.context)
+        longest = max(map(len, prompts))
+        steps = self.context - longest if max_new_tokens is None else max_new_tokens
+        length = _round_up(longest)
+        tokens_BT = np.array([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], np.int32)
+        padding_B = np.array([length - len(prompt) for prompt in prompts], np.int32)
+        places_B = place + np.arange(len(prompts))
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), places_B)
+        inputs = tokens_BT, padding_B, keys_B
+        return self._steps(self._compile(inputs, _round_up(length + steps)), inputs, steps, eos_id)
+
+    def _steps(
+        self, programs: Any, inputs: Any, steps: int, eos_id: int | None
+    ) -> Iterator[list[int | None]]:
+        first, more = programs
+        state, tokens_B = first(self._params, *inputs)
+        ended = [False] * len(inputs[0])
+        for step in range(1, steps + 1):
+            ready_B = tokens_B
+            if step < steps:
+                state, tokens_B = more(self._params, state)  # the device works while these tokens are used
+            ids = [None if end else token for end, token in zip(ended, ready_B.tolist(), strict=True)]
+            yield ids
+            ended = [token is None or token == eos_id for token in ids]
+            if all(ended):
+                return
+
+    def _compile(self, inputs: tuple[np.ndarray, np.ndarray, Array], slots: int) -> tuple[Any, Any]:
+        key = (*inputs[0].shape, slots)
+        if key not in self._programs:
+            first = jax.jit(prefill, static_argnums=(4, 5, 6))
+            more = jax.jit(decode, static_argnums=(2, 3), donate_argnums=1)
+            first = first.lower(self._params, *inputs, slots, self.config, self.sampling)
+            state, _ = first.out_info
+            more = more.lower(self._params, state, self.config, self.sampling)
+            self._programs[key] = first.compile(), more.compile()
+        return self._programs[key]
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int | None, vocab_size: int, context: int
+) -> None:
+    """Checks that the model can read the prompts and that there is room for what comes after them.
+
+    Raises:
+      UserError: it cannot, or there is none; the message names the prompt, counted from 1.
+    """
+    least = 1 if max_new_tokens is None else max_new_tokens
+    _check("max_new_tokens", least, rules.POSITIVE_INT)
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) == 0:
+            raise UserError(f"prompt {number}: is empty; the model needs a token to begin with")
+        for token in prompt:
+            if not 0 <= token < vocab_size:
+                raise UserError(
+                    f"prompt {number}: there is no token {token}; the vocabulary has 0 to {vocab_size - 1}"
+                )
+        if len(prompt) + least > context:
+            raise UserError(
+                f"prompt {number}: its {len(prompt)} tokens and max_new_tokens={least} after them do not fit "
+                f"in the context of {context}; shorten them, or set --context: by default it is the length "
+                "that the model was trained on"
+            )
+
+
+def _check(name: str, value: Any, rule: rules.Rule) -> None:
+    is_valid, valid = rule
+    rules.check(is_valid(value), name, value, valid)
+
+
+def _round_up(length: int) -> int:
+    """Returns a power of 2, so that few programs serve prompts of all lengths."""
+    return max(16, 1 << (length - 1).bit_length())
+
+
+def _in_compute_dtype(params: model.Params, config: ModelConfig) -> model.Params:
+    """Casts the matrices once, as the model would at every step."""
+
+    def cast(path: Any, w: Any) -> Any:
+        return w if path[-1].key == "gain" else w.astype(config.compute_dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+class TextStream:
+    """Token ids to text, piece by piece; the pieces together are the text of all the ids.
+
+    A token may end within a character, and its text may depend on the tokens before it (SentencePiece leaves
+    out the space before the first word, or all of them). A piece is what the text of a few ids, with a word
+    among them, gains by another one, once it ends with a whole character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = self._done = 0
+
+    def add(self, token: int) -> str:
+        """Returns the text that this id completes; "" where it completes none."""
+        self._ids.append(token)
+        piece = self._rest()
+        if not piece or piece.endswith("\ufffd"):  # what half a character is decoded to
+            return ""
+        if self._tokenizer.decode(self._ids[self._done :]).strip():
+            self._start = self._done
+        self._done = len(self._ids)
+        return piece
+
+    def finish(self) -> str:
+        """Returns what is left: half a character, shown as one that is not known."""
+        piece = self._rest()
+        self._start = self._done = len(self._ids)
+        return piece
+
+    def _rest(self) -> str:
+        old = self._tokenizer.decode(self._ids[self._start : self._done])
+        return self._tokenizer.decode(self._ids[self._start :])[len(old) :]

@@ -1,0 +1,150 @@
+"""Where every array lives on the device mesh: one table, and the shardings made from it.
+
+The mesh has three axes. `data` holds copies of the model, `fsdp` splits parameters and optimizer state,
+`tensor` splits heads, feed-forward width and vocabulary; the batch is split over `data` and `fsdp`. One
+device is the 1 x 1 x 1 mesh: there is no other code path.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+from mobilellm_jax.config import Config, MeshConfig
+from mobilellm_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))  # rows of a batch; their tokens are not split
+
+# Parameter -> mesh axis of each of its array axes (letters as in model/__init__.py). A parameter that is not
+# listed is refused: add a row for it.
+PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
+    "embedding": ("tensor", "fsdp"),  # V D
+    "head": ("tensor", "fsdp"),  # V D
+    "final_norm/gain": (None,),  # D
+    "blocks/attention_norm/gain": (None, None),  # U D
+    "blocks/ffn_norm/gain": (None, None),  # U D
+    "blocks/attention/query": (None, "fsdp", "tensor", None),  # U D N H
+    "blocks/attention/key": (None, "fsdp", "tensor", None),  # U D K H
+    "blocks/attention/value": (None, "fsdp", "tensor", None),  # U D K H
+    "blocks/attention/output": (None, "tensor", None, "fsdp"),  # U N H D
+    "blocks/ffn/gate": (None, "fsdp", "tensor"),  # U D F
+    "blocks/ffn/up": (None, "fsdp", "tensor"),  # U D F
+    "blocks/ffn/down": (None, "tensor", "fsdp"),  # U F D
+    "ns_coeffs": (None,),  # constants that optax keeps in the state of Muon
+}
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """Returns the sizes of (data, fsdp, tensor), with -1 filled in.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and num_devices % known == 0:
+        sizes[sizes.index(-1)] = num_devices // known
+    if math.prod(sizes) != num_devices:
+        raise UserError(
+            f"mesh: data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} does not fill "
+            f"{num_devices} device(s); the sizes must multiply to {num_devices}, or leave one as -1"
+        )
+    return sizes[0], sizes[1], sizes[2]
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns a mesh over `devices`, by default all devices of all processes."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def in_use(mesh: Mesh | AbstractMesh) -> AbstractContextManager[Any]:
+    """Returns a context in which the model splits its activations over `mesh`, see `model.hidden`."""
+    return use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh)
+
+
+def check_divisible(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Checks that the mesh divides the model and the batch.
+
+    Raises:
+      UserError: an axis does not divide; the message names the field, and the sizes that would work.
+    """
+    m, rows = config.model, mesh.shape["data"] * mesh.shape["fsdp"]
+    micro_batch = config.train.batch_size // config.train.accumulation_steps
+    requirements = [
+        ("train.batch_size / train.accumulation_steps", micro_batch, "mesh.data x mesh.fsdp", rows),
+        ("train.eval_batch_size", config.train.eval_batch_size, "mesh.data x mesh.fsdp", rows),
+        ("model.width", m.width, "mesh.fsdp", mesh.shape["fsdp"]),
+        *(
+            (f"model.{name}", getattr(m, name), "mesh.tensor", mesh.shape["tensor"])
+            for name in ("num_heads", "num_kv_heads", "ffn_width", "vocab_size")
+        ),
+    ]
+    for field, size, axis, ways in requirements:
+        if size % ways:
+            valid = [str(n) for n in range(1, min(size, 4096) + 1) if size % n == 0]
+            raise UserError(
+                f"{field}: {size} is not divisible by {axis}={ways}; {axis} could be {', '.join(valid)}"
+            )
+
+
+def parameter_spec(path: str, ndim: int) -> PartitionSpec:
+    """Returns the partition of an array by the end of its path.
+
+    Optimizer moments end in the path of their parameter and are split like it; counters have no axes.
+
+    Raises:
+      UserError: a path that the table does not have.
+    """
+    if ndim == 0:
+        return PartitionSpec()
+    for name, axes in PARAMETER_AXES.items():
+        if path == name or path.endswith("/" + name):
+            return PartitionSpec(*axes)
+    raise UserError(f"partition: parameter {path!r} is not in PARAMETER_AXES; add a row with its mesh axes")
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Returns a tree of `NamedSharding` for parameters, optimizer state or a whole train state."""
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, parameter_spec(name, leaf.ndim))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def process_share(mesh: Mesh) -> dict[str, int]:
+    """Returns process_index and process_count for `data.train_batches`: which rows this process reads.
+
+    Processes whose devices hold the same rows, as those that `tensor` connects, read the same.
+
+    Raises:
+      UserError: processes hold rows in common, but not all.
+    """
+    devices = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    return _share([[device.process_index for device in row] for row in devices], jax.process_index())
+
+
+def _share(processes_of_row: Sequence[Sequence[int]], process: int) -> dict[str, int]:
+    rows_of: dict[int, list[int]] = {}
+    for row, holders in enumerate(processes_of_row):
+        for holder in dict.fromkeys(holders):
+            rows_of.setdefault(holder, []).append(row)
+    shares = sorted({tuple(rows) for rows in rows_of.values()})
+    if sum(map(len, shares)) != len(processes_of_row):
+        raise UserError(
+            f"mesh.tensor: {len(processes_of_row[0])} does not fit {len(rows_of)} processes; "
+            "it has to divide the number of devices of a process, or to be a multiple of it"
+        )
+    return {"process_index": shares.index(tuple(rows_of[process])), "process_count": len(shares)}
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Returns the sharding of a batch of rows."""
+    return NamedSharding(mesh, BATCH)

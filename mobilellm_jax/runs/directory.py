@@ -1,0 +1,188 @@
+"""The directory of a run: config, tokenizer, checkpoints, and what may resume there."""
+
+import json
+from typing import Any
+
+import jax
+
+from mobilellm_jax import data, model
+from mobilellm_jax.analysis.comparable import data_changes, leakage
+from mobilellm_jax.config import Config, from_config_dict, to_dict
+from mobilellm_jax.data.splits import BY_PLACE
+from mobilellm_jax.data.tokenizers import adds_bos
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.checkpoint import load_params
+from mobilellm_jax.storage.files import AnyPath, reason, write_atomically
+from mobilellm_jax.storage.sealed import parse, seal, unseal, unseal_if_sealed
+
+# Fields that may differ when a run is resumed: they change where it is computed and watched, not what.
+_MAY_CHANGE = (
+    *("mesh.", "data.cache_dir", "train.log_every", "train.eval_every", "train.checkpoint_every"),
+    *("model.remat", "model.scan_unroll", "model.loss_chunk"),
+)
+
+DATA = "data.json"  # in a run directory: the data card of what it trains on
+IMPORTED = "imported.json"  # in a run directory whose weights were imported
+TOKENIZER = "tokenizer"  # folder of a run directory, as `data.save_tokenizer` writes it
+
+
+def check_workdir(workdir: AnyPath, config: Config) -> list[str]:
+    """Checks that `workdir` holds no checkpoint of a run with another config, else raises UserError.
+
+    Returns:
+      The differences that are allowed, see `check_same`.
+    """
+    if not any(workdir.glob("checkpoints/*")):  # before the first, there is nothing to lose
+        return []
+    path = workdir / "config.json"
+    return check_same(path, read_config(path), config)
+
+
+def claim_workdir(workdir: AnyPath, config: Config) -> list[str]:
+    """Makes `workdir` and writes `config.json` into it, if it holds no checkpoint of another run.
+
+    Returns:
+      What changed since the run was last started, in words.
+
+    Raises:
+      UserError: the directory cannot be written, or holds imported weights or a run with another config.
+    """
+    path = workdir / "config.json"
+    if (workdir / IMPORTED).exists():
+        raise UserError(
+            f"--workdir={workdir}: holds imported weights, without an optimizer state to go on from"
+        )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        changes = check_workdir(workdir, config)
+        write_atomically(path, (json.dumps(seal(to_dict(config)), indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot write there ({reason(error)})") from None
+    return changes
+
+
+def check_data(workdir: AnyPath, card: dict[str, Any], rows: bool = False) -> str | None:
+    """Checks that the checkpoints in `workdir` were trained on the data of a card, with `rows` to the row.
+
+    Returns:
+      A warning, where an earlier version kept no data card beside them.
+
+    Raises:
+      UserError: on other data, or the data card there is damaged.
+    """
+    path, names = workdir / DATA, [step.name for step in workdir.glob("checkpoints/*")]
+    step = max((int(name) for name in names if name.isdecimal()), default=None)
+    if step is None:
+        return None
+    try:
+        changes = data_changes(unseal(parse(path.read_text())), card, rows)
+    except FileNotFoundError:
+        return f"warning: no {DATA} in {workdir}: cannot check that the data are still those of step {step:,}"
+    except ValueError as error:
+        raise UserError(f"{path}: not a data card ({error}); restore or delete the file") from None
+    if changes:
+        raise UserError(
+            f"{workdir}: the data changed since step {step:,}: {changes}; "
+            "restore the files or use a new --workdir"
+        )
+    return None
+
+
+def claim_data(workdir: AnyPath, card: dict[str, Any]) -> str | None:
+    """Writes the data card of a run into `workdir`; returns and raises as `check_data` does."""
+    warning = check_data(workdir, card, rows=True)
+    write_atomically(workdir / DATA, (json.dumps(seal(card), indent=1) + "\n").encode())
+    return warning
+
+
+def open_run(workdir: AnyPath) -> tuple[Config, model.Params]:
+    """Returns the config of a run and the parameters of its newest intact checkpoint, in NumPy.
+
+    The run may have been trained or imported, and may still be in progress; nothing in `workdir` is changed.
+
+    Raises:
+      UserError: there is no run in `workdir`, its config is damaged, or no checkpoint is intact.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"--workdir={workdir}: there is no run here: {path.name} is missing")
+    config = from_config_dict(read_config(path))
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), config.model))
+    return config, load_params(workdir / "checkpoints", like)
+
+
+def open_tokenizer(workdir: AnyPath) -> data.Tokenizer | None:
+    """Returns the tokenizer that a run keeps in `tokenizer/`; None where it keeps none.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    directory = workdir / TOKENIZER
+    return data.load_tokenizer(directory) if directory.exists() else None
+
+
+def begins_with_bos(workdir: AnyPath, tokenizer: data.Tokenizer) -> bool:
+    """Whether BOS comes before a text: as in training; for an imported model, as in transformers."""
+    if tokenizer.bos_id is None:
+        return False
+    return not (workdir / IMPORTED).exists() or adds_bos(tokenizer, workdir / TOKENIZER)
+
+
+def read_config(path: AnyPath) -> dict[str, Any]:
+    """Returns the config of a run, valid, as `to_dict` gives it.
+
+    Raises:
+      UserError: it is missing, damaged or no config.
+    """
+    try:
+        values = unseal_if_sealed(parse(path.read_text()))
+        from_config_dict(values)
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing, but there are checkpoints; use another --workdir") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not the config of a run ({error}); use another --workdir") from None
+    return values
+
+
+def check_same(path: AnyPath, there: dict[str, Any], config: Config) -> list[str]:
+    """Checks that `there`, a config found at `path`, computes the same as `config`.
+
+    Returns:
+      The fields that differ without an influence on that, such as "train.eval_every 100 -> 50".
+
+    Raises:
+      UserError: other fields differ; the message names them.
+    """
+    old, new = flatten(there), flatten(to_dict(config))
+    changed = [name for name in new if old.get(name) != new[name]]
+    differences = [
+        f"{name} is {old.get(name)!r} there and {new[name]!r} here"
+        for name in changed
+        if not name.startswith(_MAY_CHANGE)
+    ]
+    if differences:
+        raise UserError(
+            f"{path}: of a run with a different config: {'; '.join(differences)}. "
+            "Use another --workdir, or delete what is there"
+        )
+    return [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in changed]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {"model.width": 64, ...} for nested dictionaries."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def data_notes(card: dict[str, Any]) -> list[str]:
+    """What a reader of the losses should know of the held-out text, a line each."""
+    notes = [f"warning: {sentence}" for sentence in [leakage(card)] if sentence]
+    if card.get("split") == BY_PLACE:
+        train, valid = (card["splits"][split]["text_bytes"] for split in ("train", "valid"))
+        notes.append(
+            f"{card['source']} is one document: its last {valid / (train + valid):.1%} ({valid:,} bytes) "
+            "are held out"
+        )
+    return notes

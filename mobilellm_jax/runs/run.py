@@ -1,0 +1,167 @@
+"""One run, from config to record: check, prepare the data, train, write down what came of it."""
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mobilellm_jax import data
+from mobilellm_jax.analysis.comparable import data_hashes
+from mobilellm_jax.analysis.records import Record, read_record
+from mobilellm_jax.config import Config, to_dict
+from mobilellm_jax.costs import accounting
+from mobilellm_jax.parallel import partition, processes
+from mobilellm_jax.runs import provenance
+from mobilellm_jax.runs.directory import TOKENIZER, check_same, claim_data, claim_workdir, data_notes
+from mobilellm_jax.runs.provenance import device
+from mobilellm_jax.storage.files import AnyPath
+from mobilellm_jax.training.loop import Outcome, train
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a second run of the same shape starts at once.
+
+    Where JAX_COMPILATION_CACHE_DIR says, if it is set.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/mobilellm_jax/xla").expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def check(config: Config) -> Mesh:
+    """Returns the mesh of a run, after checking that it fits the devices, the model and the batch."""
+    mesh = partition.make_mesh(config.mesh)
+    partition.check_divisible(config, mesh)
+    return mesh
+
+
+def finished_record(path: AnyPath, config: Config) -> Record | None:
+    """Returns the record at `path`; None where there is none, or the run failed and is worth another try.
+
+    Raises:
+      UserError: the record is damaged, or of a run with a different config.
+    """
+    if not path.exists():
+        return None
+    record = read_record(path)
+    check_same(path, record.config, config)
+    return None if record.status == "failed" else record
+
+
+def agreed_record(path: AnyPath, config: Config) -> Record | None:
+    """Returns `finished_record` as process 0 finds it, in all processes: they may see files later than it."""
+
+    def fields() -> dict[str, Any] | None:
+        record = finished_record(path, config)
+        return None if record is None else dataclasses.asdict(record)
+
+    found = processes.of_first(fields)
+    return None if found is None else Record(**found)
+
+
+def run(
+    config: Config,
+    workdir: AnyPath,
+    describe: Callable[..., Record],
+    say: Callable[[str], None] = print,
+) -> Record:
+    """Trains in `workdir`, resuming what is there, and returns the record of the run.
+
+    Args:
+      config: the run.
+      workdir: its own directory; gets config.json, data.json, metrics.jsonl, tokenizer/, tensorboard/ and
+        checkpoints/.
+      describe: `results.Record` with the fields that only the study knows already set (`functools.partial`).
+      say: gets the progress lines.
+
+    Raises:
+      UserError: bad input, found before anything is compiled.
+      Interrupted, Preempted: on SIGINT, on SIGTERM or SIGHUP.
+    """
+    mesh = check(config)
+    changes = processes.of_first(lambda: claim_workdir(workdir, config))
+    if changes:
+        say(f"changed since this run was last started: {', '.join(changes)}")
+    prepared = data.prepare(config.data, config.model.vocab_size)
+    card = prepared.card
+    processes.check_same("data", ", ".join(f"{k} {v}" for k, v in data_hashes(card, rows=True).items()))
+    warning = processes.of_first(lambda: claim_data(workdir, card))
+    for line in filter(None, (warning, *data_notes(card))):
+        say(line)
+    if isinstance(prepared, data.PreparedData) and card["tokenizer"] and jax.process_index() == 0:
+        data.save_tokenizer(data.load_tokenizer(prepared.directory), workdir / TOKENIZER)
+    outcome = train(config, prepared, mesh, workdir, say)
+    return describe(**measured_fields(config, card, outcome))
+
+
+def planned_fields(config: Config) -> dict[str, Any]:
+    """Returns the fields of a record that are known before the run."""
+    length = config.data.sequence_length
+    rows = config.train.batch_size // config.train.accumulation_steps
+    counts = accounting.parameters(config.model)
+    return {
+        "config": to_dict(config),
+        "layer_plan": list(config.model.plan),
+        "parameters": {
+            **dataclasses.asdict(counts),
+            "total": counts.total,
+            "non_embedding": counts.non_embedding,
+        },
+        "budgets": accounting.budgets(config.model, length, rows),
+        "versions": provenance.versions(),
+        "device": device(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def failed_fields(config: Config, error: str) -> dict[str, Any]:
+    """Returns all fields of a record but those of the study, for a run that ended in an error."""
+    return {
+        **planned_fields(config),
+        "status": "failed",
+        "error": error,
+        "data": {},
+        "steps": 0,
+        "tokens_seen": 0,
+        "final": None,
+        "best": None,
+        "evaluations": [],
+        "train_curve": [],
+        "timing": dict.fromkeys(["wall_s", "compile_s", "train_s", "tokens_per_second"]),
+    }
+
+
+def measured_fields(config: Config, card: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
+    """Returns all fields of a record but those of the study."""
+    tokens = outcome.steps * config.train.batch_size * config.data.sequence_length
+    evaluations = outcome.evaluations
+    finite = [evaluation for evaluation in evaluations if evaluation["loss"] is not None]
+    return {
+        **planned_fields(config),
+        "status": outcome.status,
+        "error": outcome.error,
+        "data": card,
+        "steps": outcome.steps,
+        "tokens_seen": tokens,
+        "final": finite[-1] if finite else None,
+        "best": min(finite, key=lambda evaluation: evaluation["loss"]) if finite else None,
+        "evaluations": evaluations,
+        "train_curve": thin(outcome.train_curve, 200),
+        "timing": {
+            "wall_s": outcome.wall_s,
+            "compile_s": outcome.compile_s,
+            "train_s": outcome.train_s,
+            "tokens_per_second": tokens / outcome.train_s,
+        },
+    }
+
+
+def thin(curve: list[Any], most: int) -> list[Any]:
+    """Returns at most `most` evenly spaced points of a curve, the last one always."""
+    stride = max(1, -(-len(curve) // most))
+    return curve[::-1][::stride][::-1]

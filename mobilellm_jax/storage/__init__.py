@@ -1,0 +1,1 @@
+"""Files, checkpoints and logs that survive interruptions and detect corruption."""

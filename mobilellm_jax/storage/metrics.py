@@ -1,0 +1,170 @@
+"""The log of a run: `metrics.jsonl`, one JSON object a line, and the same numbers as TensorBoard events.
+
+Every line has a seal; those of earlier versions have none. A log in a bucket has no TensorBoard events, and
+gets its lines when a checkpoint is saved.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.files import AnyPath, Appender, is_bucket, reason
+from mobilellm_jax.storage.sealed import parse, seal, unseal_if_sealed
+
+_KEYS = {
+    "train": {"step", "loss", "grad_norm", "learning_rate", "train_s"},
+    "eval": {"step", "loss", "bits_per_byte", "error"},
+    "save": {"step", "train_s"},
+}
+
+
+class MetricsLog:
+    """Appends to the log of a run; when resuming, first drops the lines later than the checkpoint.
+
+    Attributes:
+      evaluations: {"step", "loss", "bits_per_byte", "error"} of all evaluations up to now, earlier sittings
+        included.
+      train_curve: [step, loss] of all training lines up to now.
+      train_s: seconds of training up to the last line.
+    """
+
+    def __init__(self, workdir: AnyPath, start_step: int, write: bool = True):
+        """Opens the log of `workdir`, as it was after `start_step`.
+
+        Raises:
+          UserError: a line is not as it was written (the last may be cut short), or the file is gone; and, as
+            in all methods, the log cannot be written.
+        """
+        self.evaluations: list[dict[str, Any]] = []
+        self.train_curve: list[list[Any]] = []
+        self.train_s = 0.0
+        self._path = path = workdir / "metrics.jsonl"
+        kept = [line for line in _read(path) if line["step"] <= start_step] if start_step else []
+        for line in kept:
+            self._remember(line)
+        self._file = self._events = None
+        if write:
+            with self._explained():
+                self._file = Appender(path, "".join(map(_text, kept)))
+        if write and not is_bucket(workdir):
+            # Here and not above: half a second, for runs alone.
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore  (made by the import)
+
+            with self._explained():
+                (workdir / "tensorboard").mkdir(exist_ok=True)
+                # Not SummaryWriter: once its thread meets a full disk, everything waits for it for ever.
+                self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+                restart = SessionLog(status=SessionLog.START)  # TensorBoard drops what it has of later steps
+                self._events.write_event(Event(step=start_step + 1, session_log=restart))
+
+    def train(self, step: int, loss: float, grad_norm: float, learning_rate: float, train_s: float) -> None:
+        """Adds the metrics of a training step; a loss that is not finite is written as null."""
+        line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        self._add("train", {**line, "train_s": round(train_s, 3)})
+
+    def evaluation(self, step: int, loss: float, bits_per_byte: float | None, error: float | None) -> None:
+        """Adds an evaluation on the held-out split."""
+        self._add("eval", {"step": step, "loss": loss, "bits_per_byte": bits_per_byte, "error": error})
+
+    def save(self, step: int, train_s: float) -> None:
+        """Adds how long the steps took that a checkpoint holds, of which the last may have no line."""
+        self._add("save", {"step": step, "train_s": round(train_s, 3)})
+
+    def flush(self) -> None:
+        """Hands all lines to the disk, so that a checkpoint never knows more than the log."""
+        with self._explained():
+            for file in (self._file, self._events):
+                if file:
+                    file.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        file, events, self._file, self._events = self._file, self._events, None, None
+        with self._explained(), contextlib.ExitStack() as stack:
+            for opened in (events, file):
+                if opened:
+                    stack.callback(opened.close)
+
+    def _add(self, kind: str, values: dict[str, Any]) -> None:
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        line = {"kind": kind, **values}
+        self._remember(line)
+        with self._explained():
+            if self._file:
+                self._file.write(_text(line))
+            if self._events:
+                from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
+                from tensorboardX.summary import scalar
+
+                for name, value in values.items():
+                    if name not in ("step", "train_s") and value is not None:
+                        summary = scalar(f"{kind}/{name}", value)
+                        event = Event(step=values["step"], wall_time=time.time(), summary=summary)
+                        self._events.write_event(event)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._path.parent}: the log cannot be written: {reason(error)}") from None
+
+    def _remember(self, line: dict[str, Any]) -> None:
+        values = {name: value for name, value in line.items() if name != "kind"}
+        if line["kind"] == "eval":
+            self.evaluations.append(values)
+            return
+        self.train_s = values["train_s"]
+        if line["kind"] == "train":
+            self.train_curve.append([values["step"], values["loss"]])
+
+
+def _text(line: dict[str, Any]) -> str:
+    return json.dumps(seal(line)) + "\n"
+
+
+def _read(path: AnyPath) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{path}: {reason(error)}; it is the log up to the checkpoint") from None
+    parsed = []
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = unseal_if_sealed(parse(text))
+            if line.keys() - {"kind"} != _KEYS[line["kind"]]:
+                raise ValueError
+            parsed.append(line)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            # A killed run may have written half of the last line: then neither object nor line has an end.
+            if number < len(lines) or b"}" in text or text.endswith(b"\n"):
+                raise UserError(f"{path}, line {number}: damaged, as the log of this run is") from None
+    return parsed
+
+
+class Clock:
+    """Seconds spent in training steps, without evaluation and checkpoints."""
+
+    def __init__(self, step: int, total: float):
+        self._before, self._start = total, time.perf_counter()
+        self._last = step, total
+
+    @property
+    def total(self) -> float:
+        return self._before + time.perf_counter() - self._start
+
+    def rate(self, step: int, tokens_per_step: int) -> float:
+        """Returns tokens per second since the last call, or since the start."""
+        (last_step, last_total), self._last = self._last, (step, self.total)
+        return (step - last_step) * tokens_per_step / (self.total - last_total)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start

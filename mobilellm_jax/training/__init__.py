@@ -1,0 +1,1 @@
+"""The training step, its compiled programs, and the loop around them."""

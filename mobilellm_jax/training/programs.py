@@ -1,0 +1,120 @@
+"""The compiled programs of a run, with their shardings.
+
+Runs that differ only in seeds or learning rate share them.
+"""
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from mobilellm_jax import model
+from mobilellm_jax.config import Config
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.training.step import TrainState, eval_step, init_state, train_step
+
+_LEVEL = "xla_backend_optimization_level"  # of LLVM
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """`init_state`, `train_step` and `eval_step` with their shardings pinned, ready to compile or to run.
+
+    Attributes:
+      init: key -> state.
+      step: (state, rows, learning_rate) -> (state, metrics); the state is donated.
+      evaluate: (params, rows) -> sums.
+      state: shapes, dtypes and shardings of the state.
+      rows, eval_rows: the same, of a training and an evaluation batch.
+    """
+
+    init: Any
+    step: Any
+    evaluate: Any
+    state: TrainState
+    rows: jax.ShapeDtypeStruct
+    eval_rows: jax.ShapeDtypeStruct
+
+
+def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> Programs:
+    """Returns the programs of a run. Nothing is compiled; the mesh may be abstract."""
+    m, o, t = config.model, config.optimizer, config.train
+    shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), m, o))
+    shardings = partition.shardings(shapes, mesh)
+    batch, scalar = partition.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+
+    def with_sharding(shape: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    def rows(size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size, config.data.sequence_length + 1), jnp.int32, sharding=batch)
+
+    def step(state: TrainState, rows: jax.Array, learning_rate: jax.Array) -> Any:
+        with partition.in_use(mesh):
+            return train_step(state, rows, learning_rate, m, o, t.accumulation_steps)
+
+    def evaluate(params: model.Params, rows: jax.Array) -> Any:
+        with partition.in_use(mesh):
+            return eval_step(params, rows, m, config.data.is_task)
+
+    return Programs(
+        init=jax.jit(
+            lambda key: init_state(key, m, o),
+            out_shardings=shardings,
+            # What draws normal random numbers takes LLVM 6 s, and runs once.
+            compiler_options={_LEVEL: 0} if jax.default_backend() == "cpu" else None,
+        ),
+        step=jax.jit(
+            step,
+            in_shardings=(shardings, batch, scalar),
+            out_shardings=(shardings, scalar),
+            donate_argnums=0,
+            compiler_options=_fast_to_compile(),
+        ),
+        evaluate=jax.jit(
+            evaluate,
+            in_shardings=(shardings.params, batch),
+            out_shardings=scalar,
+            compiler_options=_fast_to_compile(),
+        ),
+        state=jax.tree.map(with_sharding, shapes, shardings),
+        rows=rows(t.batch_size),
+        eval_rows=rows(t.eval_batch_size),
+    )
+
+
+def _fast_to_compile() -> dict[str, int] | None:
+    """Returns the compiler's options for a step on a CPU, unless XLA_FLAGS has a level for all programs.
+
+    Levels 1 to 3 give the same bits at the same speed, but 3, the default, takes a third longer to compile.
+    """
+    asked = jax.default_backend() == "cpu" and _LEVEL not in os.environ.get("XLA_FLAGS", "")
+    return {_LEVEL: 1} if asked else None
+
+
+@functools.lru_cache(maxsize=1)  # the runs of one point follow each other
+def compile_programs(key: Config, mesh: Mesh) -> Programs:
+    """Returns compiled programs; `key` is free of what they do not depend on."""
+    programs = make_programs(key, mesh)
+    learning_rate = jax.ShapeDtypeStruct((), jnp.float32)
+    return dataclasses.replace(
+        programs,
+        init=programs.init.lower(jax.random.key(0)).compile(),
+        step=programs.step.lower(programs.state, programs.rows, learning_rate).compile(),
+        evaluate=programs.evaluate.lower(programs.state.params, programs.eval_rows).compile(),
+    )
+
+
+def compile_key(config: Config) -> Config:
+    """Returns `config` with the fields that compiled programs do not depend on set to fixed values."""
+    schedule = {"learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0}
+    once = dict.fromkeys(["steps", "eval_every", "eval_rows", "checkpoint_every", "log_every"], 1)
+    return dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, **schedule),
+        train=dataclasses.replace(config.train, **once, init_seed=0, data_seed=0),
+    )

@@ -1,0 +1,90 @@
+"""The training state, one optimizer step, and one evaluation step: pure functions."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from mobilellm_jax import model
+from mobilellm_jax.config import ModelConfig, OptimizerConfig
+from mobilellm_jax.data.rows import inputs_and_targets
+from mobilellm_jax.training.optimizer import make_optimizer
+
+
+class TrainState(NamedTuple):
+    """All that a step changes. With the seeds in the config it determines the rest of the run."""
+
+    step: Int[Array, ""]
+    params: model.Params
+    opt_state: optax.OptState
+
+
+def init_state(key: PRNGKeyArray, model_config: ModelConfig, optimizer: OptimizerConfig) -> TrainState:
+    """Returns the state before the first step."""
+    params = model.init(key, model_config)
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optimizer, model_config).init(params))
+
+
+def gradients(
+    params: model.Params, rows_AMS: Int[Array, "A M S"], config: ModelConfig
+) -> tuple[Float[Array, ""], model.Params]:
+    """Returns the mean loss in nats per token and its gradient over A micro-batches of M rows, S = T + 1."""
+
+    def nats_and_count(params: model.Params, rows_MS: Int[Array, "M S"]) -> Any:
+        return model.loss(params, *inputs_and_targets(rows_MS), config)
+
+    def add(total: Any, rows_MS: Int[Array, "M S"]) -> tuple[Any, None]:
+        value = jax.value_and_grad(nats_and_count, has_aux=True)(params, rows_MS)
+        return jax.tree.map(jnp.add, total, value), None
+
+    # The first micro-batch starts the sum, so that a batch in one piece costs no extra gradient buffer.
+    value = jax.value_and_grad(nats_and_count, has_aux=True)(params, rows_AMS[0])
+    if rows_AMS.shape[0] > 1:
+        value, _ = jax.lax.scan(add, value, rows_AMS[1:])
+    (nats, count), grads = value
+    return nats / count, jax.tree.map(lambda g: g / count, grads)
+
+
+def train_step(
+    state: TrainState,
+    rows_BS: Int[Array, "B S"],
+    learning_rate: Float[Array, ""],
+    model_config: ModelConfig,
+    optimizer: OptimizerConfig,
+    accumulation_steps: int,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """Returns the state after one optimizer step on B rows of S = T + 1 tokens, and its metrics.
+
+    Metrics: `loss` in nats per token before the step, `grad_norm` before clipping.
+    """
+    B, S = rows_BS.shape
+    # Micro-batches take every A-th row, which leaves each device with its own rows.
+    rows_AMS = rows_BS.reshape(B // accumulation_steps, accumulation_steps, S).swapaxes(0, 1)
+    loss, grads = gradients(state.params, rows_AMS, model_config)
+    with jax.named_scope("optimizer"):
+        transformation = make_optimizer(optimizer, model_config)
+        updates, opt_state = transformation.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def eval_step(
+    params: model.Params, rows_BS: Int[Array, "B S"], config: ModelConfig, answers: bool
+) -> dict[str, Array]:
+    """Returns sums over a batch of held-out rows: `nats` of loss, and `targets` they are over.
+
+    With `answers` also the number of `rows` that have targets, and how many are `wrong`: at one target or
+    more, another token is more probable. This takes a second forward pass, and logits of all positions.
+    """
+    tokens_BT, targets_BT = inputs_and_targets(rows_BS)
+    nats, targets = model.loss(params, tokens_BT, targets_BT, config)
+    if not answers:
+        return {"nats": nats, "targets": targets}
+    guesses_BT = jnp.argmax(model.apply(params, tokens_BT, config), axis=-1)
+    is_target_BT = targets_BT >= 0
+    wrong = jnp.sum(jnp.any(is_target_BT & (guesses_BT != targets_BT), axis=1))
+    rows = jnp.sum(jnp.any(is_target_BT, axis=1))
+    return {"nats": nats, "targets": targets, "wrong": wrong, "rows": rows}
