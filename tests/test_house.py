@@ -1,6 +1,7 @@
 """The rules of the house: who imports whom, short files, formatted, linted and type-checked code."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Returns the dotted names that a file imports: "a.b" and "a.b.c" for `from a.b import c`."""
     found = set()
@@ -62,23 +64,77 @@ def test_configs_import_configs_only(path):
     assert packages(path) <= {"configs", "ml_collections", *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        f"experiments/{name}.py"
-        for name in ("figures", "beside_paper", "drawing", "gallery", "claims", "tables", "report")
-    ]
-    + [f"mobilellm_jax/{name}.py" for name in ("results", "statistics", "verdicts")],
-)
-def test_reading_results_imports_no_jax(name):
+# Room -> layer. A room imports rooms of lower layers only; rooms of one layer never import each other.
+LAYERS = {
+    "mobilellm_jax": [
+        ["errors"],
+        ["validation", "sharing"],
+        ["config"],
+        ["parameters"],
+        ["model", "parallel"],  # they meet through the names of mesh axes
+        ["storage", "costs", "quantization"],
+        ["data", "analysis"],
+        ["training", "inference"],
+        ["runs", "diagnostics"],
+        ["formats"],
+    ],
+    "experiments": [["cli"], ["reporting"], ["runner"], ["commands"]],
+}
+BESIDE_COMMANDS = {"benchmarks"}  # the parts of one command, `experiments.bench`
+
+
+def room(package: str, dotted: str) -> str | None:
+    """The room of a dotted name: the part after the package; all commands are one room."""
+    first, _, rest = dotted.partition(".")
+    name = rest.partition(".")[0]
+    if first != package or not name:
+        return None
+    known = {room for layer in LAYERS[package] for room in layer}
+    return name if name in known or package == "mobilellm_jax" else "commands"
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_arrows_point_downwards(package):
+    layer_of = {name: layer for layer, names in enumerate(LAYERS[package]) for name in names}
+    wrong = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[1] == "__init__" or BESIDE_COMMANDS & set(parts):
+            continue
+        here = room(package, ".".join(parts))
+        assert here in layer_of, f"{name_of(path)}: give its room a layer in LAYERS"
+        for name in sorted(imports(path)):
+            there = room(package, name)
+            if there is None or there == here or {*name.split(".")} & BESIDE_COMMANDS:
+                continue
+            if there not in layer_of or layer_of[there] >= layer_of[here]:
+                wrong.append(f"{name_of(path)} -> {name}")
+    assert not wrong
+
+
+def test_commands_do_not_import_each_other():
+    commands = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"__init__", "cli"}
+    wrong = {
+        f"{name} -> {other}"
+        for name in commands
+        for other in commands - {name}
+        if f"experiments.{other}" in imports(ROOT / f"experiments/{name}.py")
+    }
+    assert wrong == {"gke -> sweep", "slurm -> sweep"}  # for the flags of a sweep
+
+
+READING_RECORDS = [
+    path
+    for path in LIBRARY + EXPERIMENTS
+    if {"analysis", "reporting"} & set(path.parts) or path == ROOT / "experiments/report.py"
+]
+
+
+@pytest.mark.parametrize("path", READING_RECORDS, ids=name_of)
+def test_reading_records_imports_no_jax(path):
     """Nor does anything that these files import."""
-    found = {module.split(".")[0] for module in all_imports(ROOT / name)}
+    found = {module.split(".")[0] for module in all_imports(path)}
     assert found.isdisjoint({"jax", "jaxlib", "flax", "optax", "orbax", "grain"})
-
-
-def test_model_and_partition_meet_only_through_axis_names():
-    assert "mobilellm_jax.partition" not in imports(ROOT / "mobilellm_jax/model.py")
-    assert "mobilellm_jax.model" not in imports(ROOT / "mobilellm_jax/partition.py")
 
 
 @pytest.mark.parametrize("path", LIBRARY + CONFIGS + EXPERIMENTS, ids=name_of)
