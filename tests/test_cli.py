@@ -5,14 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from commands import command
 
 from experiments import cli
 from mobilellm_jax.errors import UserError
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": "."}
-    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize(
