@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -33,7 +34,9 @@ def module(tmp_path):
     return run
 
 
-def test_a_fork_finds_what_a_real_process_finds(tmp_path, module):
+def test_a_fork_finds_what_a_real_process_finds(tmp_path, module, monkeypatch):
+    module("")  # starts the template, if it is the first
+    monkeypatch.delenv("PATH")
     variables = {"GIVEN": "a=b\nü", "PYTHONPATH": f"sub{os.pathsep}/nowhere"}
     forked = module(PROBE, "--x=1", "y z", env=variables, input="héllo\n")
     line = [sys.executable, "-m", "probe", "--x=1", "y z"]
@@ -64,7 +67,7 @@ def test_a_fork_finds_what_a_real_process_finds(tmp_path, module):
             "ZeroDivisionError",
         ),
         ("import os; os.kill(os.getpid(), 9)", -signal.SIGKILL, ""),
-        ("raise KeyboardInterrupt", -signal.SIGINT, "\nKeyboardInterrupt\n"),
+        ("import os; os.kill(os.getpid(), 2)", -signal.SIGINT, "\nKeyboardInterrupt\n"),
         ("1 / 0", 1, "\nZeroDivisionError: division by zero\n"),
     ],
 )
@@ -105,7 +108,7 @@ def test_a_process_can_be_signalled_until_it_was_waited_for(tmp_path):
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=0)
         os.killpg(process.pid, signal.SIGTERM)
-        process.stdout.read()  # until it has ended
+        select.select([process._channel], [], [])  # until it has ended
         os.kill(process.pid, 0)
         assert process.wait() == process.poll() == -signal.SIGTERM
         with pytest.raises(ProcessLookupError):
