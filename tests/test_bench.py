@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cli import command
+from commands import command, real
 
 from experiments.benchmarks import compile, decode, measure, pytorch, training, trials
 
@@ -99,6 +99,6 @@ def test_numbers_that_mean_nothing_do_not_replace_those_that_do():
 def test_numbers_in_the_readme_are_those_of_the_records():
     section = (ROOT / "README.md").read_text().partition("\n## Speed\n")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ") and not line.startswith("| what")]
-    shown = command("experiments.bench", "--show")
+    shown = real("experiments.bench", "--show")
     assert rows
     assert set(rows) <= set(shown.stdout.splitlines())

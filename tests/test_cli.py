@@ -6,15 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import command
 
 from experiments import cli
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import files
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": "."}
-    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize(

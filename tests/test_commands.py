@@ -12,8 +12,8 @@ import time
 import jax
 import numpy as np
 import pytest
+from commands import command, real
 from conftest import apply, random_params, tiny_config
-from test_cli import command
 
 from mobilellm_jax.data import save_tokenizer
 from mobilellm_jax.data.tokenizers import BytesTokenizer
@@ -64,7 +64,7 @@ def continued(params, texts, steps, before=(256,), temperature=0.0):
 
 def test_generate_prints_ids_and_speeds(workdir, params):
     arguments = ["--prompt=a", "--prompt=world", "--max_new_tokens=9", "--print_ids"]
-    result = command("experiments.generate", f"--workdir={workdir}", *arguments)
+    result = real("experiments.generate", f"--workdir={workdir}", *arguments)
     expected = continued(params, ["a", "world"], 9)
     assert result.stdout.splitlines() == [",".join(map(str, ids)) for ids in expected], result.stderr
     assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["prefill", "decode"]

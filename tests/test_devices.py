@@ -1,10 +1,7 @@
 """A run on each device of a host: what each process gets to see, and what is refused."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from commands import command
 from test_sweep import points, write_study
 
 from experiments.runner import devices, sweeping
@@ -19,9 +16,8 @@ def study(tmp_path):
 
 def start(study, workdir, *flags, platforms="cpu"):
     """Runs a sweep on a host with four simulated devices."""
-    command = [sys.executable, "-m", "experiments.sweep", f"--config={study}", f"--workdir={workdir}", *flags]
-    environment = {**os.environ, "PYTHONPATH": ".", "JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": platforms}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    environment = {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": platforms}
+    return command("experiments.sweep", f"--config={study}", f"--workdir={workdir}", *flags, env=environment)
 
 
 def test_each_run_has_its_part_of_the_devices(study, tmp_path):

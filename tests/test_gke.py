@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from test_cli import command
+from commands import command, real
 from test_sweep import write_study
 
 from experiments import gke
@@ -147,7 +147,7 @@ def test_a_slice_of_four_hosts(study):
 
 def test_a_training_on_one_host():
     flags = ["--run=train", "--config=configs/mobilellm.py:125m", "--config.train.batch_size=64"]
-    result = command("experiments.gke", *flags, *PLACE, "--topology=2x4", "--chips_per_host=8")
+    result = real("experiments.gke", *flags, *PLACE, "--topology=2x4", "--chips_per_host=8")
     assert (result.returncode, result.stderr) == (0, "")
     manifest = yaml.safe_load(result.stdout)
     job = check(manifest)

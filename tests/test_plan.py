@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from commands import command
 from conftest import tiny_config
 from jax.sharding import PartitionSpec
-from test_cli import command
 
 from configs import mobilellm
 from experiments import plan

@@ -2,11 +2,10 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from commands import command, real
 from test_results import make_record
 
 from mobilellm_jax.analysis import power_laws
@@ -93,13 +92,12 @@ def workdir(tmp_path):
     return tmp_path
 
 
-def run_command(workdir, presets="small,middle,large,long"):
-    command = [sys.executable, "-m", "experiments.scaling", f"--workdir={workdir}", "--study=shape"]
-    return subprocess.run([*command, f"--presets={presets}"], capture_output=True, text=True, check=False)
+def flags(workdir, presets="small,middle,large,long"):
+    return "experiments.scaling", f"--workdir={workdir}", "--study=shape", f"--presets={presets}"
 
 
 def test_report_of_three_sizes_and_a_long_run(workdir):
-    done = run_command(workdir)
+    done = real(*flags(workdir))
     assert done.returncode == 0, done.stderr
     crossing = re.search(r"below the shallow one at [\d,]+ parameters \[([\d,]+), ([\d,]+)\]", done.stdout)
     low, high = (float(number.replace(",", "")) for number in crossing.groups())
@@ -119,7 +117,7 @@ def test_report_of_three_sizes_and_a_long_run(workdir):
     [("small,huge", "no records of shape:huge; make them with: python -m experiments.sweep"), ("", "")],
 )
 def test_presets_without_records(workdir, presets, message):
-    done = run_command(workdir, presets)
+    done = command(*flags(workdir, presets))
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -129,7 +127,7 @@ def test_a_preset_without_its_deepest_point_is_refused(workdir):
     """It would pass for the family of the deepest with another depth."""
     for path in (workdir / "results" / "shape" / "long").glob("8-*"):
         path.unlink()
-    done = run_command(workdir)
+    done = command(*flags(workdir))
     assert done.returncode == 2
     assert "long: no finished run of '8 x 128'; leave it out of --presets" in done.stderr
 
@@ -139,6 +137,6 @@ def test_presets_on_other_data_are_refused(workdir):
         record = read_record(path)
         other = {**record.data, "source_sha256": "other"}
         write_record(dataclasses.replace(record, data=other), path)
-    done = run_command(workdir)
+    done = command(*flags(workdir))
     assert done.returncode == 2
     assert "differ in source_sha256" in done.stderr

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import start
 from test_sweep import write_study
 
 from mobilellm_jax.analysis.records import read_records
@@ -85,10 +86,8 @@ def slurm(tmp_path):
 
 
 def launch(study: Path, workdir: Path, *flags: str, path: str = os.environ["PATH"]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "experiments.slurm", f"--config={study}", f"--workdir={workdir}", *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "PYTHONPATH": ".", "PATH": path, "JAX_NUM_CPU_DEVICES": "1"}
-    return subprocess.Popen(command, env=environment, **pipes)
+    environment = {"PATH": path, "JAX_NUM_CPU_DEVICES": "1"}
+    return start("experiments.slurm", f"--config={study}", f"--workdir={workdir}", *flags, env=environment)
 
 
 def end(process: subprocess.Popen) -> tuple[int, str, str]:
