@@ -31,8 +31,8 @@ from mobilellm_jax.storage.metrics import MetricsLog
 
 HOLD = """
 import sys, time
-from experiments.leases import Leases
-from mobilellm_jax import files
+from experiments.runner.leases import Leases
+from mobilellm_jax.storage import files
 print(Leases(files.path_of(sys.argv[1])).take(["a/b"]), flush=True)
 time.sleep(100)
 """

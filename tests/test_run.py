@@ -235,8 +235,8 @@ def test_what_is_no_run_is_not_opened(workdir):
     with pytest.raises(UserError, match=r"--workdir=.*/x: there is no run here: config\.json is missing"):
         open_run(workdir / "x")
     assert not (workdir / "x").exists()
-    (workdir / "checkpoints" / "4" / "extra").write_text("")
-    with pytest.raises(UserError, match=r"no checkpoint is intact.*4/extra has changed"):
+    (workdir / "checkpoints" / "4" / "_METADATA").write_text("")
+    with pytest.raises(UserError, match=r"no checkpoint is intact.*4/_METADATA has changed"):
         open_run(workdir)
     shutil.rmtree(workdir / "checkpoints")
     with pytest.raises(UserError, match="checkpoints: there is no checkpoint"):

@@ -18,7 +18,7 @@ AGAIN = "Run the same command again to resume\n"
 IN_C = """
 import ctypes, sys
 from experiments import cli
-from experiments.leases import Leases
+from experiments.runner.leases import Leases
 
 def main():
     Leases("{}").take(["point"])
@@ -41,7 +41,7 @@ def main():
 IN_A_LOOP = """
 import sys, time
 from experiments import cli
-from mobilellm_jax import signals
+from mobilellm_jax.training import signals
 
 def main():
     with signals.noted_signals() as received:
@@ -157,7 +157,7 @@ def test_a_signal_to_one_of_several_processes_is_not_taken_by_jax():
     program = f"""
 import sys, time
 from experiments import cli
-from mobilellm_jax import processes
+from mobilellm_jax.parallel import processes
 
 def main():
     processes.start("{address}", 1, 0, 60, "")

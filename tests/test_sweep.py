@@ -82,8 +82,8 @@ def points(study: Path, overrides=None, seeds=None, only=()):
     return points_of(str(study), overrides or {}, seeds, only)
 
 
-def losses(curve, noise=lambda octave, seed: seed % 7 / 1000):
-    """Returns a stand-in for `run` whose final loss is a function of the octave of the learning rate."""
+def losses(curve, noise=lambda octave, seed: seed % 7 / 1000, card=None):
+    """A stand-in for `run` whose final loss is a function of the octave of the learning rate."""
 
     def run(config, directory, describe, say):
         octave = math.log2(config.optimizer.learning_rate)
@@ -99,8 +99,8 @@ def losses(curve, noise=lambda octave, seed: seed % 7 / 1000):
             compile_s=1.0,
             wall_s=2.0,
         )
-        card = data.prepare(config.data, config.model.vocab_size).card
-        return describe(**measured_fields(config, card, outcome))
+        prepared = data.prepare(config.data, config.model.vocab_size)
+        return describe(**measured_fields(config, card or prepared.card, outcome))
 
     return run
 
@@ -202,7 +202,7 @@ def test_records_say_what_the_study_declares(study):
 
 
 def test_records_and_runs_of_other_data_are_found_before_anything_trains(study, tmp_path, monkeypatch):
-    stub = losses(lambda octave: 3.0)
+    stub = losses(lambda octave: 3.0, card={"source_sha256": "a", "tokenizer_sha256": "b"})
     monkeypatch.setattr(sweeping, "run", stub)
     workdir = tmp_path / "w"
     assert sweeping.sweep(points(study), workdir, jobs=1) == 0

@@ -228,12 +228,13 @@ def test_the_time_of_the_steps_is_without_the_last_checkpoint(tmp_path, corpus, 
 SAME_BITS = """
 import jax, numpy as np
 from configs import base
-from mobilellm_jax import partition, train
 from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.training import programs as training_programs
 
 small = {"model.depth": 2, "model.width": 48, "model.num_heads": 3}
 config = from_config_dict(base.update(base.get_config(), small))
-programs = train.make_programs(config, partition.make_mesh(config.mesh))
+programs = training_programs.make_programs(config, partition.make_mesh(config.mesh))
 rows = np.random.default_rng(0).integers(0, 2048, programs.rows.shape, np.int32)
 lowered = programs.step.lower(programs.state, programs.rows, jax.ShapeDtypeStruct((), np.float32))
 ends = []
@@ -243,7 +244,7 @@ for options in ({}, {"xla_backend_optimization_level": 3}):
         state, _ = step(state, rows, np.float32(0.01))
     ends.append(jax.device_get(state))
 jax.tree.map(np.testing.assert_array_equal, *ends)
-print(train._fast_to_compile())
+print(training_programs._fast_to_compile())
 """
 
 
