@@ -263,7 +263,7 @@ class TrainConfig:
     eval_rows: int = science(
         "held-out rows used, in a fixed order; 0 uses all of them", compiled=False, decisive=True
     )
-    eval_batch_size: int = placement("rows in one evaluation batch", resumable=False)
+    eval_batch_size: int = placement("rows in one evaluation batch, in which losses are summed", pinned=True)
     checkpoint_every: int = cadence("steps between checkpoints; there is always one after the last step")
     log_every: int = cadence("steps between progress lines")
 

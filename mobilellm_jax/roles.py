@@ -18,7 +18,7 @@ class Role:
       compiled: compiled programs depend on it. True is the safe side: it costs a compilation at worst.
       decisive: losses that differ in it are never compared.
       derived: where it is None, it follows from other fields.
-      resumable: it may differ when a run is resumed. Of "placement" and "cadence" only.
+      pinned: a run keeps it when it is resumed, though it is placement.
       shown: tables and figures read it from records.
     """
 
@@ -27,8 +27,13 @@ class Role:
     compiled: bool = True
     decisive: bool = False
     derived: bool = False
-    resumable: bool = False
+    pinned: bool = False
     shown: bool = False
+
+    @property
+    def resumable(self) -> bool:
+        """It may differ when a run is resumed."""
+        return self.kind in ("placement", "cadence") and not self.pinned
 
     @property
     def idle(self) -> bool:
@@ -44,8 +49,8 @@ def _field(
 
 
 science = functools.partial(_field, "science")
-placement = functools.partial(_field, "placement", resumable=True)
-cadence = functools.partial(_field, "cadence", resumable=True, compiled=False)
+placement = functools.partial(_field, "placement")
+cadence = functools.partial(_field, "cadence", compiled=False)
 identity = functools.partial(_field, "identity", compiled=False)
 
 

@@ -57,8 +57,8 @@ def test_a_field_without_a_role_is_refused_by_a_message_that_says_what_to_choose
     ("make", "role"),
     [
         (science, Role("science", "why")),
-        (placement, Role("placement", "why", resumable=True)),
-        (cadence, Role("cadence", "why", compiled=False, resumable=True)),
+        (placement, Role("placement", "why")),
+        (cadence, Role("cadence", "why", compiled=False)),
         (identity, Role("identity", "why", compiled=False)),
     ],
 )
@@ -66,3 +66,4 @@ def test_what_an_imaginary_field_brings_with_it(make, role):
     run = dataclasses.make_dataclass("Run", [("colour", str, make("why"))])
     assert roles_of(run) == {"colour": role}
     assert role.idle == (make is not science)
+    assert role.resumable == (make in (placement, cadence))
