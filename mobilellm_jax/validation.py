@@ -1,11 +1,16 @@
-"""Rules for values, and the one sentence that is said when a value breaks its rule."""
+"""Validation rules, dataclasses from untrusted mappings, and their error messages."""
 
+import dataclasses
+import functools
 import math
+import types
+import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, TypeVar
 
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, did_you_mean
 
+T = TypeVar("T")
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is valid, and what would be
 
 
@@ -15,11 +20,16 @@ def check(ok: bool, field: str, value: object, valid: str) -> None:
         raise UserError(f"{field}: {value!r} is not valid; expected {valid}")
 
 
-def check_all(prefix: str, config: object, rules: Mapping[str, Rule]) -> None:
-    """Checks attributes of `config`, name by name; errors as in `check`."""
-    for name, (is_valid, valid) in rules.items():
-        value = getattr(config, name)
-        check(is_valid(value), f"{prefix}.{name}", value, valid)
+def check_all(config: object, rules: Mapping[str, Rule], prefix: str = "") -> None:
+    """Checks attributes of `config`, name by name; errors as in `check`, with `prefix` before the name."""
+    for name, rule in rules.items():
+        check_rule(f"{prefix}{name}", getattr(config, name), rule)
+
+
+def check_rule(field: str, value: object, rule: Rule) -> None:
+    """Checks one value; errors as in `check`."""
+    is_valid, valid = rule
+    check(is_valid(value), field, value, valid)
 
 
 # Sizes and counters are int32 on a device.
@@ -32,5 +42,85 @@ BELOW_ONE = (lambda v: 0 <= v < 1, "a number from 0 up to, but less than, 1")
 
 
 def one_of(names: tuple[str, ...]) -> Rule:
-    """Returns the rule that a value is one of `names`."""
+    """The rule that a value is one of `names`."""
     return lambda v: v in names, "one of " + ", ".join(names)
+
+
+def from_mapping(cls: type[T], values: Any, prefix: str = "", *, widen: bool = False) -> T:
+    """Builds a dataclass from parsed JSON or a `ConfigDict`, with names and types checked by its annotations.
+
+    Annotations are plain types, `X | None`, `Literal`, lists, dictionaries, `Any`, and dataclasses in turn.
+    A field with a default may be missing. A field with `derive` in its metadata may be None, and is then
+    `derive(fields)`, a function of the fields that are given.
+
+    Args:
+      cls: the dataclass.
+      values: its fields by name.
+      prefix: text before the name of a field in messages.
+      widen: whether an int may stand for a float.
+
+    Raises:
+      UserError: a field is unknown, missing, of the wrong type or not finite; the message names it.
+    """
+    if not isinstance(values, Mapping):
+        try:
+            values = dict(values.items())  # ConfigDict is not a Mapping
+        except AttributeError:
+            name = prefix.rstrip(".: ") or cls.__name__.lower()
+            raise UserError(f"{name}: {values!r} is not a group of fields") from None
+    known = _fields(cls)
+    for name in values:
+        if name not in known:
+            raise UserError(f"{prefix}{name}: no such field; {did_you_mean(str(name), known)}")
+    fields, derived = {}, []
+    for name, (field, wanted) in known.items():
+        if name not in values:
+            if field.default is dataclasses.MISSING:
+                raise UserError(f"{prefix}{name}: the field is missing")
+        elif values[name] is None and "derive" in field.metadata:
+            derived.append(name)
+        elif isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
+            fields[name] = from_mapping(wanted, values[name], f"{prefix}{name}.", widen=widen)
+        elif widen and wanted is float and type(values[name]) is int and abs(values[name]) < 2**53:
+            fields[name] = float(values[name])
+        else:
+            _check_type(values[name], wanted, f"{prefix}{name}")
+            fields[name] = values[name]
+    given = types.MappingProxyType(fields)
+    return cls(**fields, **{name: known[name][0].metadata["derive"](given) for name in derived})
+
+
+@functools.cache
+def _fields(cls: Any) -> dict[str, tuple[Any, Any]]:
+    """Field and type of every name."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls)}
+
+
+@functools.cache
+def _parts(wanted: Any) -> tuple[Any, tuple[Any, ...]]:
+    return typing.get_origin(wanted), typing.get_args(wanted)
+
+
+def _check_type(value: Any, wanted: Any, field: str) -> None:
+    """Raises UserError unless `value`, made of JSON types, is of type `wanted` and finite throughout."""
+    origin, args = _parts(wanted)
+    kinds = args if origin is types.UnionType else (wanted,)
+    takes_none = wanted is Any or types.NoneType in kinds
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{field}: {value} is not a finite number{'; write null' if takes_none else ''}")
+    if wanted is Any and type(value) in (list, dict):  # only to find numbers that are not finite
+        origin, args = type(value), (Any, Any)
+    if origin is types.UnionType and value is not None and type(args[0]) is types.GenericAlias:
+        return _check_type(value, args[0], field)  # X | None
+    if origin in (list, dict) and type(value) is origin:
+        is_list = isinstance(value, list)
+        if args[-1] is str and set(map(type, value if is_list else value.values())) <= {str}:
+            return  # as the pairs of labels, in their thousands
+        for key, item in enumerate(value) if is_list else value.items():
+            _check_type(item, args[-1], f"{field}[{key}]" if is_list else f"{field}.{key}")
+        return
+    ok = value in args if origin is Literal else wanted is Any or type(value) in kinds
+    if not (ok or (value is None and takes_none)):
+        expected = str(wanted).removeprefix("typing.") if args else wanted.__name__
+        raise UserError(f"{field}: {value!r} is of type {type(value).__name__}; expected {expected}")

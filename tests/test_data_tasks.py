@@ -181,21 +181,21 @@ BAD = [
     ({"data.source": f"{KHOP},hops=2"}, f"data.source: '{KHOP},hops=2' is not valid; expected"),
     ({"data.source": f"{RECALL},pear=2"}, "no such number: pear; did you mean pairs?"),
     ({"data.source": KHOP.replace("=3", "=x")}, "is not valid; expected"),
-    ({"data.source": KHOP.replace("symbols=7", "symbols=6")}, "symbols=6 is not valid; expected more than"),
+    ({"data.source": KHOP.replace("symbols=7", "symbols=6")}, "symbols: 6 is not valid; expected more than"),
     (
         {"data.source": KHOP.replace("min_hops=2", "min_hops=4")},
-        "min_hops=4 is not valid; expected 1 to hops",
+        "min_hops: 4 is not valid; expected 1 to hops",
     ),
     (
         {"data.source": KHOP.replace("queries=2", "queries=0")},
-        "queries=0 is not valid; expected 1 to symbols",
+        "queries: 0 is not valid; expected 1 to symbols",
     ),
-    ({"data.source": ADDITION.replace("=3", "=1")}, "operands=1 is not valid; expected 2 to 1000"),
-    ({"data.source": ADDITION.replace("=2", "=16")}, "digits=16 is not valid; expected 1 to 15"),
-    ({"data.source": RECALL.replace("symbols=6", "symbols=3")}, "symbols=3 is not valid; expected at least"),
+    ({"data.source": ADDITION.replace("=3", "=1")}, "operands: 1 is not valid; expected 2 to 1000"),
+    ({"data.source": ADDITION.replace("=2", "=16")}, "digits: 16 is not valid; expected 1 to 15"),
+    ({"data.source": RECALL.replace("symbols=6", "symbols=3")}, "symbols: 3 is not valid; expected at least"),
     (
         {"data.source": RECALL.replace("queries=3", "queries=5")},
-        "queries=5 is not valid; expected 1 to pairs",
+        "queries: 5 is not valid; expected 1 to pairs",
     ),
     (
         SHORT,

@@ -68,7 +68,7 @@ def test_configs_import_configs_only(path):
 LAYERS = {
     "mobilellm_jax": [
         ["errors"],
-        ["validation", "sharing"],
+        ["validation", "sharing", "roles"],
         ["config"],
         ["parameters"],
         ["model", "parallel"],  # they meet through the names of mesh axes

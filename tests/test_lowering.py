@@ -12,9 +12,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import base, mobilellm
-from mobilellm_jax.config import Config, from_config_dict, to_dict
+from mobilellm_jax.config import Config, flatten, from_config_dict, to_dict
 from mobilellm_jax.parallel import partition
-from mobilellm_jax.runs.directory import flatten
 from mobilellm_jax.training.programs import make_programs
 
 DEVICES = 256

@@ -13,7 +13,7 @@ import pytest
 from conftest import BATCH, LENGTH, assert_trees_close, random_params, tiny_config
 from test_results import make_record
 
-from mobilellm_jax.config import from_config_dict, to_dict
+from mobilellm_jax.config import flatten, from_config_dict, to_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.data import save_tokenizer
 from mobilellm_jax.data.tokenizers import HuggingFaceTokenizer, train_bpe
@@ -27,7 +27,6 @@ from mobilellm_jax.runs.directory import (
     check_same,
     claim_data,
     claim_workdir,
-    flatten,
     open_run,
     open_tokenizer,
     read_config,

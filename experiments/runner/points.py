@@ -15,12 +15,12 @@ from experiments.runner import names
 from mobilellm_jax import data
 from mobilellm_jax.analysis import comparable
 from mobilellm_jax.analysis.records import budget_name, read_record
-from mobilellm_jax.config import Config, from_config_dict, to_dict
+from mobilellm_jax.config import Config, flatten, from_config_dict, to_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs import provenance
-from mobilellm_jax.runs.directory import check_data, flatten
+from mobilellm_jax.runs.directory import check_data
 from mobilellm_jax.storage.files import AnyPath, files_below
 
 # Added to the seeds of the runs that look for the learning rate, so that a point is not judged on the noise

@@ -1,24 +1,13 @@
 """Which runs may be compared at all: what must be equal, what may differ, and what a reader is warned of."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mobilellm_jax.analysis.records import Record, by_study, newest, pairs_of
+from mobilellm_jax.config import DECISIVE, IDLE, SEEDS
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import AnyPath
-
-_SEEDS = {"train.init_seed", "train.data_seed"}
-# Settings without influence on the loss, or that follow from others.
-_IDLE = re.compile(
-    r"train\.(init_seed|data_seed|(log|eval|checkpoint)_every|eval_batch_size)|data\.cache_dir|mesh\..*"
-    r"|model\.(num_kv_heads|head_dim|ffn_width|remat|scan_unroll|loss_chunk)"
-)
-# Settings without which losses mean different things.
-_DECISIVE = re.compile(r"data\..*|train\.(steps|batch_size|eval_rows)")
-# Facts that tuning runs may have apart from comparison runs; among themselves they are equal.
-_OF_PHASE = re.compile(r"train\..*|steps|tokens seen")
 
 
 def data_hashes(card: Mapping[str, Any], rows: bool = False) -> dict[str, str | None]:
@@ -96,7 +85,7 @@ def check_comparable(records: Iterable[Record]) -> list[str]:
         varied = set(speaker.scientific).union(*(record.overrides for record in group))
         for record in group:
             for name, value, decisive in _facts(record, speaker, varied):
-                if _OF_PHASE.fullmatch(name):
+                if _may_differ_in_tuning(name):
                     phases.setdefault(name, {}).setdefault(record.phase, set()).add(str(value))
                     name = name if record.phase == "comparison" else f"{name} of the tuning runs"
                 facts.setdefault((decisive, name), {}).setdefault(str(value), []).append(record)
@@ -121,6 +110,11 @@ def check_comparable(records: Iterable[Record]) -> list[str]:
         if count > 1:
             raise UserError(f"{study}:{preset}: {count} records of {run}; keep one of them")
     return warnings
+
+
+def _may_differ_in_tuning(fact: str) -> bool:
+    """Whether tuning runs, equal among themselves, may have another value than comparison runs."""
+    return fact.startswith("train.") or fact in ("steps", "tokens seen")
 
 
 def _short(sha256: str | None) -> str:
@@ -165,7 +159,8 @@ def _facts(record: Record, facts: Record, varied: set[str]) -> Iterator[tuple[st
     scientific, nuisance = set(facts.scientific), set(facts.nuisance)
     if facts.tuning != "none":
         varied = varied | nuisance
-    design = {k: v for k, v in sorted(record.overrides.items()) if k not in _SEEDS | nuisance}
+    free = scientific | IDLE
+    design = {k: v for k, v in sorted(record.overrides.items()) if k not in SEEDS | nuisance}
     yield f"the design of {record.point!r}", design, True
     yield "metric", record.metric, True
     if record.phase == "comparison":
@@ -180,8 +175,8 @@ def _facts(record: Record, facts: Record, varied: set[str]) -> Iterator[tuple[st
     for group, settings in record.config.items():
         for field, value in settings.items():
             name = f"{group}.{field}"
-            is_decisive = bool(_DECISIVE.fullmatch(name))
-            if name not in scientific and not _IDLE.fullmatch(name) and (is_decisive or name not in varied):
+            is_decisive = name in DECISIVE
+            if name not in free and (is_decisive or name not in varied):
                 yield name, value, is_decisive
     yield "git commit", record.git_commit, False
     yield "device", record.device_name, False

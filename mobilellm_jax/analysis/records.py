@@ -1,7 +1,6 @@
 """One run = one JSON record. Tables, figures and verdicts are made from records alone, without jax."""
 
 import dataclasses
-import functools
 import graphlib
 import heapq
 import itertools
@@ -9,14 +8,14 @@ import json
 import math
 import os
 import re
-import types
-import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from mobilellm_jax.errors import UserError, did_you_mean
+from mobilellm_jax.config import SHOWN, flatten
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import files_below, path_of, write_atomically
 from mobilellm_jax.storage.sealed import parse, seal, unseal_if_sealed
+from mobilellm_jax.validation import from_mapping
 
 SCHEMA = 2
 Scalar = bool | int | float | str | None
@@ -32,12 +31,6 @@ _KEYS = {  # that nested fields must have
     "best": _EVALUATION,
     "timing": ("wall_s", "compile_s", "train_s", "tokens_per_second"),
     "device": ("platform", "kind", "count"),
-}
-_SETTINGS = {  # that tables and figures read
-    "model": ("depth", "width", "num_heads", "num_kv_heads", "ffn_width"),
-    "data": ("source", "sequence_length"),
-    "optimizer": ("learning_rate",),
-    "train": ("batch_size",),
 }
 
 
@@ -166,7 +159,7 @@ def write_record(record: Record, path: str | os.PathLike[str]) -> None:
     fields = _finite(dataclasses.asdict(record))
     if record.zero_shot is None:
         del fields["zero_shot"]
-    _validate(fields, str(path))
+    _validated(fields, str(path))
     text = json.dumps(seal(fields), indent=2, sort_keys=True, allow_nan=False)
     # Lists of numbers go on one line. A JSON string holds no raw newline, so the pattern matches none.
     text = re.sub(r"\[\n[^][{}\"]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
@@ -188,8 +181,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
             f"{path}: not a readable JSON record: {error}; restore the file, or delete it: the command in it "
             "makes it anew"
         ) from None
-    _validate(fields, str(path))
-    return Record(**fields)
+    return _validated(fields, str(path))
 
 
 def add_zero_shot(path: str | os.PathLike[str], task: str, entry: dict[str, Any]) -> None:
@@ -265,8 +257,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _validate(fields: Any, where: str) -> None:
-    """Raises UserError unless `fields` are those of a Record of this schema."""
+def _validated(fields: Any, where: str) -> Record:
+    """The record of `fields`. Raises UserError unless they are those of a record of this schema."""
 
     def require(ok: bool, field: str, reason: str) -> None:
         if not ok:
@@ -275,19 +267,14 @@ def _validate(fields: Any, where: str) -> None:
     known = isinstance(fields, dict) and "schema" in fields
     require(known, "schema", "the field is missing; this is not a record of a run")
     require(fields["schema"] == SCHEMA, "schema", f"version {fields['schema']!r} is unknown; known: {SCHEMA}")
-    types_of = _types()
-    for name in fields.keys() - types_of.keys():
-        require(False, name, f"no such field; {did_you_mean(name, types_of)}")
-    for name, wanted in types_of.items():
-        if name in fields or name != "zero_shot":
-            require(name in fields, name, "the field is missing")
-            _check(fields[name], wanted, f"{where}: {name}")
+    record = from_mapping(Record, fields, f"{where}: ")
     required = [(name, fields[name], keys) for name, keys in _KEYS.items() if fields[name] is not None]
     required += [(f"evaluations[{i}]", item, _EVALUATION) for i, item in enumerate(fields["evaluations"])]
-    required += [(f"config.{name}", fields["config"].get(name, {}), keys) for name, keys in _SETTINGS.items()]
     for name, values, keys in required:
         for key in keys:
             require(key in values, f"{name}.{key}", "the field is missing")
+    missing = SHOWN - flatten(fields["config"]).keys()
+    require(not missing, f"config.{min(missing, default='')}", "the field is missing")
     x, finished = fields["x"], fields["status"] == "finished"
     require(x is None or type(x["value"]) in (int, float), "x.value", "not a number")
     require(x is None or x["value"] > 0 or not x["log"], "x.value", "not positive, on a logarithmic axis")
@@ -300,39 +287,7 @@ def _validate(fields: Any, where: str) -> None:
     for name in ("source_sha256", "tokenizer_sha256"):
         require(name in fields["data"] or not finished, f"data.{name}", "missing from a finished run")
     require(fields["status"] != "failed" or bool(fields["error"]), "error", "a failed run says why")
-
-
-@functools.cache
-def _types() -> dict[str, Any]:
-    return typing.get_type_hints(Record)
-
-
-@functools.cache
-def _parts(wanted: Any) -> tuple[Any, tuple[Any, ...]]:
-    return typing.get_origin(wanted), typing.get_args(wanted)
-
-
-def _check(value: Any, wanted: Any, field: str) -> None:
-    """Raises UserError unless `value`, made of JSON types, is of type `wanted` and finite throughout."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{field}: {value} is not a finite number; write null")
-    origin, args = _parts(wanted)
-    if wanted is Any and type(value) in (list, dict):  # only to find numbers that are not finite
-        origin, args = type(value), (Any, Any)
-    if origin is types.UnionType and value is not None and type(args[0]) is types.GenericAlias:
-        return _check(value, args[0], field)  # X | None
-    if origin in (list, dict) and type(value) is origin:
-        is_list = isinstance(value, list)
-        if args[-1] is str and set(map(type, value if is_list else value.values())) <= {str}:
-            return  # as the pairs of labels, in their thousands
-        for key, item in enumerate(value) if is_list else value.items():
-            _check(item, args[-1], f"{field}[{key}]" if is_list else f"{field}.{key}")
-        return
-    kinds = args if origin is types.UnionType else (wanted,)
-    ok = value in args if origin is Literal else wanted is Any or type(value) in kinds
-    if not (ok or (value is None and types.NoneType in kinds)):
-        expected = str(wanted).removeprefix("typing.") if args else wanted.__name__
-        raise UserError(f"{field}: {value!r} is of type {type(value).__name__}; expected {expected}")
+    return record
 
 
 def budget_name(key: str) -> str:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.sharing import STRATEGIES
+from mobilellm_jax.validation import BELOW_ONE, POSITIVE, POSITIVE_INT, check, check_all, check_rule
 
 # Each grows with depth, heads and feed-forward width, which ends the search.
 BUDGETS = (
@@ -38,12 +39,8 @@ class Rules:
 
     def __post_init__(self) -> None:
         for head_dim in self.head_dims:
-            _check(head_dim >= 1, "head_dim", head_dim, "an integer of at least 1")
-        _check(self.ffn_step >= 1, "ffn_step", self.ffn_step, "an integer of at least 1")
-        _check(0 <= self.ffn_band < 1, "ffn_band", self.ffn_band, "a number from 0 up to, but less than, 1")
-        _check(
-            0 <= self.tolerance < 1, "tolerance", self.tolerance, "a number from 0 up to, but less than, 1"
-        )
+            check_rule("head_dim", head_dim, POSITIVE_INT)
+        check_all(self, {"ffn_step": POSITIVE_INT, "ffn_band": BELOW_ONE, "tolerance": BELOW_ONE})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +62,51 @@ class Shape:
         return {name: getattr(self.config, name) for name in names}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """The arguments of `solve` that say what a good shape is."""
+
+    base: ModelConfig
+    budget: str
+    target: float
+    length: int
+    rules: Rules
+
+    @property
+    def ratio(self) -> float:
+        return self.base.ffn_width / self.base.width
+
+    def shape(self, sizes: ModelConfig, ffn_width: int) -> Shape:
+        config = dataclasses.replace(sizes, ffn_width=ffn_width)
+        return Shape(config, accounting.budgets(config, self.length, rows=1)[self.budget] / self.target - 1)
+
+    def rank(self, shape: Shape) -> tuple[bool, float, float, float]:
+        """Sorts the best first: within the tolerance, then proportions, budget, head size."""
+        distance = abs(shape.mismatch)
+        proportion = abs(shape.config.ffn_width / shape.config.width / self.ratio - 1)
+        heads = abs(math.log(shape.config.head_dim / self.base.head_dim))
+        missed = distance > self.rules.tolerance
+        return (True, distance, proportion, heads) if missed else (False, proportion, distance, heads)
+
+    def candidates(self, ascending: Iterable[ModelConfig]) -> Iterator[Shape]:
+        """Shapes of sizes that ascend: all that may be the best, and the nearest where all of a size miss."""
+        too_large = 0
+        for sizes in ascending:
+            ffn_widths = _ffn_widths(sizes.width, self.ratio, self.rules)
+            if not ffn_widths:
+                continue
+            least, most = (self.shape(sizes, ffn_widths[i]) for i in (0, -1))
+            if most.mismatch < -self.rules.tolerance:
+                yield most
+            elif least.mismatch <= self.rules.tolerance:
+                yield from (self.shape(sizes, ffn_width) for ffn_width in ffn_widths)
+            else:
+                yield least
+                too_large += 1
+                if too_large == _NEAREST:
+                    return  # all that follow are larger still, and no more are named
+
+
 def solve(
     base: ModelConfig,
     budget: str,
@@ -75,7 +117,7 @@ def solve(
     depth: int | None = None,
     width: int | None = None,
 ) -> Shape:
-    """Returns the shape that meets a budget best, at a given depth or else at a given width.
+    """The shape that meets a budget best, at a given depth or else at a given width.
 
     Everything but depth, width, heads and feed-forward width is as in `base`, and so is the number of query
     heads for each key/value head; width = num_heads * head_dim. All shapes under `rules` that are at most
@@ -96,66 +138,38 @@ def solve(
       UserError: an argument is not valid, or no shape is within the tolerance: the message has the nearest
         ones, each of another width (or depth).
     """
-    _check(budget in BUDGETS, "budget", budget, f"a budget; {did_you_mean(budget, BUDGETS)}")
-    _check(0 < target < math.inf, budget, target, "a positive number")
-    _check(
-        (depth is None) != (width is None), "depth, width", (depth, width), "one of them and not the other"
-    )
+    check(budget in BUDGETS, "budget", budget, f"a budget; {did_you_mean(budget, BUDGETS)}")
+    check_rule(budget, target, POSITIVE)
+    check((depth is None) != (width is None), "depth, width", (depth, width), "one of them and not the other")
     for name, value, most in (("depth", depth, _MOST_DEPTH), ("width", width, _MOST_WIDTH)):
-        _check(value is None or 1 <= value <= most, name, value, f"an integer from 1 to {most:,}")
+        check(value is None or 1 <= value <= most, name, value, f"an integer from 1 to {most:,}")
     if width is not None and base.sharing not in STRATEGIES:
         raise UserError(f"width: {width}: the plan model.sharing={base.sharing!r} sets the depth; give depth")
-    ratio = base.ffn_width / base.width
-
-    def mismatch(config: ModelConfig) -> float:
-        return accounting.budgets(config, length, rows=1)[budget] / target - 1
-
-    def rank(shape: Shape) -> tuple[bool, float, float, float]:
-        distance = abs(shape.mismatch)
-        proportion = abs(shape.config.ffn_width / shape.config.width / ratio - 1)
-        heads = abs(math.log(shape.config.head_dim / base.head_dim))
-        missed = distance > rules.tolerance
-        return (True, distance, proportion, heads) if missed else (False, proportion, distance, heads)
-
-    found = []  # the best of each depth, width and head size
-    for sizes in _ascending(base, rules.head_dims or (base.head_dim,), depth, width):
-        too_large = 0
-        for skeleton in sizes:
-            ffn_widths = _ffn_widths(skeleton.width, ratio, rules)
-            if not ffn_widths:
-                continue
-            least, most = (dataclasses.replace(skeleton, ffn_width=ffn_widths[i]) for i in (0, -1))
-            low, high = mismatch(least), mismatch(most)
-            if high < -rules.tolerance:
-                found.append(Shape(most, high))
-            elif low > rules.tolerance:
-                found.append(Shape(least, low))
-                too_large += 1
-                if too_large == _NEAREST:
-                    break  # all that follow are larger still
-            else:
-                configs = [dataclasses.replace(skeleton, ffn_width=F) for F in ffn_widths]
-                found.append(min((Shape(config, mismatch(config)) for config in configs), key=rank))
+    search = _Search(base, budget, target, length, rules)
+    families = _ascending(base, rules.head_dims or (base.head_dim,), depth, width)
+    found = [shape for ascending in families for shape in search.candidates(ascending)]
     if not found:
         raise UserError(
-            f"ffn_step: no multiple of {rules.ffn_step} is within {rules.ffn_band:.0%} of {ratio:.3g} widths"
+            f"ffn_step: no multiple of {rules.ffn_step} is within {rules.ffn_band:.0%} of "
+            f"{search.ratio:.3g} widths"
         )
-    found.sort(key=rank)
-    if abs(found[0].mismatch) > rules.tolerance:
+    best = min(found, key=search.rank)
+    if abs(best.mismatch) > rules.tolerance:
         at = f"depth {depth}" if width is None else f"width {width}"
-        distinct = {(shape.config.depth, shape.config.width): shape for shape in reversed(found)}
-        nearest = "; ".join(map(_describe, sorted(distinct.values(), key=rank)[:_NEAREST]))
+        ranked = sorted(found, key=search.rank)
+        distinct = {(shape.config.depth, shape.config.width): shape for shape in reversed(ranked)}
+        nearest = "; ".join(map(_describe, sorted(distinct.values(), key=search.rank)[:_NEAREST]))
         raise UserError(
             f"{budget}: no shape of {at} is within {rules.tolerance:.2%} of {target:,.0f}; "
             f"nearest: {nearest}. Allow other head sizes, a wider ffn_band or a larger tolerance"
         )
-    return found[0]
+    return best
 
 
 def _ascending(
     base: ModelConfig, head_dims: tuple[int, ...], depth: int | None, width: int | None
 ) -> Iterator[Iterator[ModelConfig]]:
-    """Yields, for every head size, all sizes but the feed-forward width, the smallest first."""
+    """For every head size, all sizes but the feed-forward width, the smallest first."""
     group = base.num_heads // base.num_kv_heads
 
     def sized(depth: int, num_heads: int, head_dim: int) -> ModelConfig:
@@ -180,7 +194,7 @@ def _ascending(
 
 
 def _ffn_widths(width: int, ratio: float, rules: Rules) -> range:
-    """Returns the multiples of the step whose ratio to `width` is in the band."""
+    """Multiples of the step whose ratio to `width` is in the band."""
     rounding = 1e-9  # a band of 0 allows the base's own ratio
     first = math.ceil(width * ratio * (1 - rules.ffn_band) / rules.ffn_step - rounding)
     last = math.floor(width * ratio * (1 + rules.ffn_band) / rules.ffn_step + rounding)
@@ -193,8 +207,3 @@ def _describe(shape: Shape) -> str:
         f"depth {c.depth}, width {c.width}, {c.num_heads} heads of {c.head_dim}, {c.num_kv_heads} kv heads, "
         f"ffn_width {c.ffn_width} ({shape.mismatch:+.2%})"
     )
-
-
-def _check(ok: bool, field: str, value: object, valid: str) -> None:
-    if not ok:
-        raise UserError(f"{field}: {value!r} is not valid; expected {valid}")

@@ -22,6 +22,7 @@ import numpy as np
 
 from mobilellm_jax.config import TASKS, DataConfig
 from mobilellm_jax.errors import UserError, did_you_mean
+from mobilellm_jax.validation import check
 
 FORMAT_VERSION = 1  # raise it when the same spec would give other rows
 
@@ -80,9 +81,9 @@ class KHop(Task):
     queries: int
 
     def __post_init__(self) -> None:
-        _check(1 <= self.min_hops <= self.hops, "min_hops", self.min_hops, f"1 to hops={self.hops}")
-        _check(self.symbols > 2 * self.hops, "symbols", self.symbols, f"more than 2 hops={2 * self.hops}")
-        _check(1 <= self.queries <= self.symbols, "queries", self.queries, f"1 to symbols={self.symbols}")
+        check(1 <= self.min_hops <= self.hops, "min_hops", self.min_hops, f"1 to hops={self.hops}")
+        check(self.symbols > 2 * self.hops, "symbols", self.symbols, f"more than 2 hops={2 * self.hops}")
+        check(1 <= self.queries <= self.symbols, "queries", self.queries, f"1 to symbols={self.symbols}")
 
     @property
     def vocab_size(self) -> int:
@@ -138,8 +139,8 @@ class Addition(Task):
     digits: int
 
     def __post_init__(self) -> None:
-        _check(2 <= self.operands <= 1000, "operands", self.operands, "2 to 1000")
-        _check(1 <= self.digits <= 15, "digits", self.digits, "1 to 15")  # sums fit 64 bits
+        check(2 <= self.operands <= 1000, "operands", self.operands, "2 to 1000")
+        check(1 <= self.digits <= 15, "digits", self.digits, "1 to 15")  # sums fit 64 bits
 
     @property
     def vocab_size(self) -> int:
@@ -190,9 +191,9 @@ class Recall(Task):
     queries: int
 
     def __post_init__(self) -> None:
-        _check(self.pairs >= 1, "pairs", self.pairs, "at least 1")
-        _check(self.symbols >= self.pairs, "symbols", self.symbols, f"at least pairs={self.pairs}")
-        _check(1 <= self.queries <= self.pairs, "queries", self.queries, f"1 to pairs={self.pairs}")
+        check(self.pairs >= 1, "pairs", self.pairs, "at least 1")
+        check(self.symbols >= self.pairs, "symbols", self.symbols, f"at least pairs={self.pairs}")
+        check(1 <= self.queries <= self.pairs, "queries", self.queries, f"1 to pairs={self.pairs}")
 
     @property
     def vocab_size(self) -> int:
@@ -218,11 +219,6 @@ class Recall(Task):
 
 
 _CLASSES: dict[str, Any] = dict(zip(TASKS, (KHop, Addition, Recall), strict=True))
-
-
-def _check(ok: bool, field: str, value: int, valid: str) -> None:
-    if not ok:
-        raise UserError(f"{field}={value} is not valid; expected {valid}")
 
 
 def _permutations(random_BN: np.ndarray) -> np.ndarray:

@@ -36,9 +36,8 @@ class Sampling:
     top_p: float
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, rules.NOT_NEGATIVE)
-        _check("top_k", self.top_k, rules.COUNT)
-        _check("top_p", self.top_p, (lambda v: 0 < v <= 1, "a number above 0, and at most 1"))
+        top_p = (lambda v: 0 < v <= 1, "a number above 0, and at most 1")
+        rules.check_all(self, {"temperature": rules.NOT_NEGATIVE, "top_k": rules.COUNT, "top_p": top_p})
         if self.temperature == 0 and (self.top_k, self.top_p) != (0, 1.0):
             raise UserError(
                 f"temperature: with 0 the most probable token is taken, so top_k={self.top_k} and "
@@ -110,7 +109,7 @@ class Generator:
 
     def __init__(self, params: model.Params, config: ModelConfig, sampling: Sampling, context: int) -> None:
         """Takes float32 parameters; `context` is the largest length of a prompt and what comes after it."""
-        _check("context", context, rules.POSITIVE_INT)
+        rules.check_rule("context", context, rules.POSITIVE_INT)
         self.config, self.sampling, self.context = config, sampling, context
         self._params = jax.device_put(_in_compute_dtype(params, config))
         self._programs: dict[tuple[int, int, int], tuple[Any, Any]] = {}
@@ -186,7 +185,7 @@ def check_prompts(
       UserError: it cannot, or there is none; the message names the prompt, counted from 1.
     """
     least = 1 if max_new_tokens is None else max_new_tokens
-    _check("max_new_tokens", least, rules.POSITIVE_INT)
+    rules.check_rule("max_new_tokens", least, rules.POSITIVE_INT)
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) == 0:
             raise UserError(f"prompt {number}: is empty; the model needs a token to begin with")
@@ -201,11 +200,6 @@ def check_prompts(
                 f"in the context of {context}; shorten them, or set --context: by default it is the length "
                 "that the model was trained on"
             )
-
-
-def _check(name: str, value: Any, rule: rules.Rule) -> None:
-    is_valid, valid = rule
-    rules.check(is_valid(value), name, value, valid)
 
 
 def _round_up(length: int) -> int:

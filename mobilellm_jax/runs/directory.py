@@ -7,19 +7,13 @@ import jax
 
 from mobilellm_jax import data, model
 from mobilellm_jax.analysis.comparable import data_changes, leakage
-from mobilellm_jax.config import Config, from_config_dict, to_dict
+from mobilellm_jax.config import RESUMABLE, Config, flatten, from_config_dict, to_dict
 from mobilellm_jax.data.splits import BY_PLACE
 from mobilellm_jax.data.tokenizers import adds_bos
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.checkpoint import load_params
 from mobilellm_jax.storage.files import AnyPath, reason, write_atomically
 from mobilellm_jax.storage.sealed import parse, seal, unseal, unseal_if_sealed
-
-# Fields that may differ when a run is resumed: they change where it is computed and watched, not what.
-_MAY_CHANGE = (
-    *("mesh.", "data.cache_dir", "train.log_every", "train.eval_every", "train.checkpoint_every"),
-    *("model.remat", "model.scan_unroll", "model.loss_chunk"),
-)
 
 DATA = "data.json"  # in a run directory: the data card of what it trains on
 IMPORTED = "imported.json"  # in a run directory whose weights were imported
@@ -158,7 +152,7 @@ def check_same(path: AnyPath, there: dict[str, Any], config: Config) -> list[str
     differences = [
         f"{name} is {old.get(name)!r} there and {new[name]!r} here"
         for name in changed
-        if not name.startswith(_MAY_CHANGE)
+        if name not in RESUMABLE
     ]
     if differences:
         raise UserError(
@@ -166,14 +160,6 @@ def check_same(path: AnyPath, there: dict[str, Any], config: Config) -> list[str
             "Use another --workdir, or delete what is there"
         )
     return [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in changed]
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns {"model.width": 64, ...} for nested dictionaries."""
-    flat = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def data_notes(card: dict[str, Any]) -> list[str]:

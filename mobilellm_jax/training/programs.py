@@ -1,6 +1,6 @@
 """The compiled programs of a run, with their shardings.
 
-Runs that differ only in seeds or learning rate share them.
+Runs share them where the fields of their configs agree that programs depend on, see `compile_key`.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mobilellm_jax import model
-from mobilellm_jax.config import Config
+from mobilellm_jax.config import COMPILED, Config, flatten, to_dict
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.training.step import TrainState, eval_step, init_state, train_step
 
@@ -96,25 +96,33 @@ def _fast_to_compile() -> dict[str, int] | None:
     return {_LEVEL: 1} if asked else None
 
 
+@dataclasses.dataclass(frozen=True)
+class CompileKey:
+    """Equal for configs that have the same programs on the same mesh.
+
+    Attributes:
+      values: all that programs depend on.
+      config: one of these configs.
+    """
+
+    values: tuple[Any, ...]
+    config: Config = dataclasses.field(compare=False)
+
+
+def compile_key(config: Config) -> CompileKey:
+    """Key of the programs of a run: fields that are `compiled`, and whether evaluation counts answers."""
+    values = tuple(value for name, value in flatten(to_dict(config)).items() if name in COMPILED)
+    return CompileKey((config.data.is_task, *values), config)
+
+
 @functools.lru_cache(maxsize=1)  # the runs of one point follow each other
-def compile_programs(key: Config, mesh: Mesh) -> Programs:
-    """Returns compiled programs; `key` is free of what they do not depend on."""
-    programs = make_programs(key, mesh)
+def compile_programs(key: CompileKey, mesh: Mesh) -> Programs:
+    """Compiles the programs of a run; equal keys on one mesh share them."""
+    programs = make_programs(key.config, mesh)
     learning_rate = jax.ShapeDtypeStruct((), jnp.float32)
     return dataclasses.replace(
         programs,
         init=programs.init.lower(jax.random.key(0)).compile(),
         step=programs.step.lower(programs.state, programs.rows, learning_rate).compile(),
         evaluate=programs.evaluate.lower(programs.state.params, programs.eval_rows).compile(),
-    )
-
-
-def compile_key(config: Config) -> Config:
-    """Returns `config` with the fields that compiled programs do not depend on set to fixed values."""
-    schedule = {"learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0}
-    once = dict.fromkeys(["steps", "eval_every", "eval_rows", "checkpoint_every", "log_every"], 1)
-    return dataclasses.replace(
-        config,
-        optimizer=dataclasses.replace(config.optimizer, **schedule),
-        train=dataclasses.replace(config.train, **once, init_seed=0, data_seed=0),
     )
