@@ -31,10 +31,10 @@ def redraw(workdir: str | AnyPath) -> None:
         raise UserError(f"{page}: is not a page of this command, and would be lost; choose another --workdir")
     studies, refused = figures.read_studies(workdir)
     drawn = []
-    for records, found in studies:
-        images = figures.write(records, found, workdir)
-        print(write_report(records, found, images, workdir), end="\n\n")
-        drawn.append((records, images))
+    for study in studies:
+        images = figures.write(study, workdir)
+        print(write_report(study, images, workdir), end="\n\n")
+        drawn.append((study, images))
     text = "\n".join([claims.page(studies), gallery.section(drawn, path_of(workdir))])
     write_atomically(page, text.encode())
     print(f"Claims and all figures: {page}")
