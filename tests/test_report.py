@@ -324,7 +324,7 @@ def test_study_that_cannot_be_compared_does_not_stop_the_others(tmp_path):
     with pytest.raises(UserError, match="a:tiny: steps is 500"):
         report.redraw(tmp_path)
     assert [path.name for path in (tmp_path / "reports").glob("*.html")] == ["b-tiny.html"]
-    assert "### b, tiny" in (tmp_path / "README.md").read_text()
+    assert "### b, tiny" in (tmp_path / "claims.md").read_text()
 
 
 def write_all(records, workdir):
@@ -339,7 +339,7 @@ def test_every_figure_leads_to_its_config_command_records_and_report(tmp_path):
     ]
     write_all([make_record(pairs=[], question="First | or *last*?"), *sharing], tmp_path)
     report.redraw(tmp_path)
-    text = (tmp_path / "README.md").read_text()
+    text = (tmp_path / "claims.md").read_text()
     gallery = text.split("## All figures\n")[1]
     links = re.findall(r"\]\(([^)]*)\)", gallery)
     assert all((tmp_path / link).exists() for link in links), links
@@ -356,15 +356,15 @@ def test_every_figure_leads_to_its_config_command_records_and_report(tmp_path):
     assert "First | or \\*last\\*?" in second
     assert f"`{make_record().command}`" in second  # of a study whose config is not here
     report.redraw(tmp_path)  # its own page may be replaced
-    assert (tmp_path / "README.md").read_text() == text
+    assert (tmp_path / "claims.md").read_text() == text
 
 
 def test_a_page_of_someone_else_is_not_replaced(tmp_path):
     write_all([make_record(pairs=[])], tmp_path)
-    (tmp_path / "README.md").write_text("# My project")
-    with pytest.raises(UserError, match=r"README\.md: is not a page of this command"):
+    (tmp_path / "claims.md").write_text("# My project")
+    with pytest.raises(UserError, match=r"claims\.md: refusing to overwrite"):
         report.redraw(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "# My project"
+    assert (tmp_path / "claims.md").read_text() == "# My project"
     assert not (tmp_path / "reports").exists()
 
 
@@ -378,7 +378,7 @@ def test_committed_reports_say_what_the_committed_records_show():
         assert all(tables.plain(warning) in text for warning in study.verdict.warnings), study.stem
         csv = (ROOT / f"experiments/figures/{study.stem}.csv").read_text()
         assert csv == tables.csv_text(study), study.stem
-    page = (ROOT / "experiments/README.md").read_text()
+    page = (ROOT / "experiments/claims.md").read_text()
     assert page.startswith(claims.page(studies))
     gallery = page.split("## All figures")[1]
     shown = set(re.findall("^### (.*)", gallery, re.MULTILINE))

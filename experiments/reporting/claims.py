@@ -1,6 +1,6 @@
 """The paper's claims beside what our records say about them: agree, disagree or cannot tell.
 
-`experiments.report` writes the page, <workdir>/README.md, from records and the paper's tables alone.
+`experiments.report` writes the page, <workdir>/claims.md, from records and the paper's tables alone.
 """
 
 import dataclasses
