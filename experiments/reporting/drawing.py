@@ -51,7 +51,7 @@ SCALE = {"loss": 1, "error": 100}
 
 @styled
 def render(figure: Figure) -> bytes:
-    """Returns a PNG, the same bytes for the same figure."""
+    """A PNG, the same bytes for the same figure."""
     drawn, small = BytesIO(), BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
     # 255 colours look the same and take a third of the space; what matplotlib notes of itself is left behind.
@@ -61,7 +61,7 @@ def render(figure: Figure) -> bytes:
 
 @styled
 def framed(title: str, caption: str, height: float) -> Figure:
-    """Returns a figure with room of `height` inches between title and caption."""
+    """A figure with room of `height` inches between title and caption."""
     title = textwrap.fill(title, 80)
     above, below = 0.12 + 0.25 * (title.count("\n") + 1), 0.15 + 0.175 * (caption.count("\n") + 1)
     total = above + height + below
@@ -76,7 +76,7 @@ def framed(title: str, caption: str, height: float) -> Figure:
 
 @styled
 def beside_legend(labels: Iterable[str]) -> tuple[Figure, Axes]:
-    """Returns a figure that is high enough for a legend with these labels to the right of the axes."""
+    """A figure that is high enough for a legend with these labels to the right of the axes."""
     figure = Figure(figsize=(WIDTH, max(4.2, 0.4 + legend_height(labels))))
     FigureCanvasAgg(figure)
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
@@ -84,28 +84,28 @@ def beside_legend(labels: Iterable[str]) -> tuple[Figure, Axes]:
 
 
 def legend_height(labels: Iterable[str]) -> float:
-    """Returns the height in inches of a legend in small print."""
+    """The height in inches of a legend in small print."""
     return 0.165 * sum(1.25 + label.count("\n") for label in labels)
 
 
 def legend(point: str, note: str = "") -> str:
-    """Returns the label of a point in a legend beside the axes."""
+    """The label of a point in a legend beside the axes."""
     return textwrap.fill(point + (f" ({note})" if note else ""), 30)
 
 
 def look(index: int) -> dict[str, Any]:
-    """Returns colour, marker and dashes of the point or line at `index`."""
+    """Colour, marker and dashes of the point or line at `index`."""
     lists = {"color": COLORS, "marker": MARKERS, "ls": DASHES}
     return {name: values[index % len(values)] for name, values in lists.items()}
 
 
 def shown(metric: str, value: float) -> float:
-    """Returns what an axis shows for a value of `metric`, see `VALUES`."""
+    """A value of `metric` as the axis shows it, see `VALUES`."""
     return 100 * (1 - value) if metric == "error" else value
 
 
 def absent(runs: Sequence[Record]) -> str:
-    """Returns "1 of 3 diverged"; "" if all finished."""
+    """What is missing of a point, as "1 of 3 diverged"; "" if all finished."""
     if not runs:
         return "no run"
     counts = {word: sum(run.status == word for run in runs) for word in ("diverged", "failed")}
@@ -113,7 +113,7 @@ def absent(runs: Sequence[Record]) -> str:
 
 
 def apart(values: Iterable[float], factor: float) -> list[float]:
-    """Returns the values in ascending order without those that are less than `factor` above the last."""
+    """The values in ascending order without those that are less than `factor` above the last."""
     kept: list[float] = []
     for value in sorted(set(values)):
         kept += [value] if not kept or value >= factor * kept[-1] else []
@@ -129,7 +129,7 @@ def log_axis(axes: Axes, values: Sequence[float], room: int = 90) -> None:
 
 
 def categories(labels: Sequence[str], room: int) -> tuple[list[str], bool]:
-    """Returns tick labels for an axis of `room` characters, and whether they must be slanted to fit."""
+    """Tick labels for an axis of `room` characters, and whether they must be slanted to fit."""
     each = room // len(labels)
     is_slanted = max(len(word) for label in labels for word in label.split()) > each
     return [label if is_slanted else textwrap.fill(label, each) for label in labels], is_slanted
@@ -182,7 +182,7 @@ def draw_point(
 
 
 def moved(axes: Axes, by: float) -> Any:
-    """Returns the transform of data that is moved to the right, in points (1/72 inch)."""
+    """The transform of data that is moved to the right, in points (1/72 inch)."""
     return axes.transData + ScaledTranslation(by / 72, 0, axes.figure.dpi_scale_trans)
 
 

@@ -214,7 +214,7 @@ def _origins(study: Study) -> tables.Columns:
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
-    """Returns one page that needs no other file; everything from the records is escaped."""
+    """One page that needs no other file; everything from the records is escaped."""
     body = [f"<h1>{html.escape(title)}</h1>"]
     for heading, blocks in sections:
         if blocks:
@@ -249,7 +249,7 @@ def _html(block: Block) -> str:
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
-    """Returns the same page, with links to the figures; what Markdown would take for marks is escaped."""
+    """The same page, with links to the figures; what Markdown would take for marks is escaped."""
     parts = [f"# {tables.plain(title)}"]
     for heading, blocks in sections:
         parts += [f"## {heading}", *map(_markdown, blocks)] if blocks else []

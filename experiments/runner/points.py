@@ -282,7 +282,7 @@ def _later_first(labels: Sequence[str]) -> list[list[str]]:
 
 
 def _own_pairs(pairs: Sequence[list[str]]) -> dict[str, list[list[str]]]:
-    """By label the pairs that name it: what its records hold, and `facts.pairs_of` joins."""
+    """By label the pairs that name it: what its records hold, and `results.pairs_of` joins."""
     own: dict[str, list[list[str]]] = {}
     for pair in pairs:
         for label in dict.fromkeys(pair):

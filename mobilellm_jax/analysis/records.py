@@ -147,7 +147,7 @@ class Record:
         return float(self.setting("optimizer.learning_rate"))
 
     def setting(self, name: str) -> Any:
-        """Returns the value of a dotted config field, such as "model.depth"."""
+        """The value of a dotted config field, such as "model.depth"."""
         group, field = name.split(".")
         return self.config[group][field]
 
@@ -210,7 +210,7 @@ def by_study(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
 
 
 def _finite(value: Any) -> Any:
-    """Returns `value` in JSON types, with None for every number that JSON can't hold."""
+    """`value` in JSON types, with None for every number that JSON can't hold."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -289,5 +289,5 @@ def _check(value: Any, wanted: Any, field: str) -> None:
 
 
 def budget_name(key: str) -> str:
-    """Returns "non-embedding parameters" for "non_embedding_parameters", a key of `Record.budgets`."""
+    """A key of `Record.budgets` in words: "non-embedding parameters" for "non_embedding_parameters"."""
     return key.replace("non_", "non-").replace("_", " ").replace("kv", "key/value").replace("flops", "FLOPs")
