@@ -1,4 +1,4 @@
-"""The acts: train, sweep, figures. Every module here is a command, `python -m experiments.<name>`."""
+"""Commands, `python -m experiments.<name>`, and what they share; README.md is the map."""
 
 import os
 import sys

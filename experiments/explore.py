@@ -66,7 +66,7 @@ from configs import base, layer_sharing
 from experiments.reporting import beside_paper, drawing, tables
 from mobilellm_jax import data
 from mobilellm_jax.analysis.records import budget_name, read_records
-from mobilellm_jax.analysis.verdicts import verdict
+from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
@@ -223,15 +223,14 @@ plt.show()
 # and scales differ: compare the *order*, not the numbers.
 
 # %%
-records = read_records("experiments/results/layer_sharing/tiny")
-found = verdict(records)
-display(Image(drawing.render(beside_paper.draw(records, found))))
+study = study_of(read_records("experiments/results/layer_sharing/tiny"))
+display(Image(drawing.render(beside_paper.draw(study))))
 
 # %% [markdown]
 # The same in words, with what a sceptic should know first. Every study's report begins like this.
 
 # %%
-for line in [found.sentence, *(f"Warning: {warning}" for warning in found.warnings)]:
+for line in [study.verdict.sentence, *(f"Warning: {warning}" for warning in study.verdict.warnings)]:
     print(textwrap.fill(line, 100))
 
 # %% [markdown]

@@ -6,9 +6,9 @@ reads <workdir>/results/**.json and writes, for each study and preset,
 
     reports/<study>-<preset>.html   everything in one file, figures included
     reports/<study>-<preset>.md     the same; its figures are those in figures/
-    figures/                        what `experiments.figures` writes
+    figures/                        see `reporting.figures`
 
-and README.md: what the paper claims beside what the records say, and all figures, with links to config,
+and claims.md: what the paper claims beside what the records say, and all figures, with links to config,
 command and records. The same records give the same bytes.
 """
 
@@ -23,18 +23,20 @@ def redraw(workdir: str | AnyPath) -> None:
     """Reports every study that has records in `workdir`, and prints the findings.
 
     Raises:
-      UserError: there are no records, one is damaged, a README.md is there that this did not write, or the
+      UserError: there are no records, one is damaged, a claims.md is there that this did not write, or the
         runs of a study cannot be compared; the other studies are reported all the same.
     """
-    page = path_of(workdir) / "README.md"
+    page = path_of(workdir) / "claims.md"
     if page.exists() and not page.read_text(encoding="utf-8").startswith(claims.TITLE):
-        raise UserError(f"{page}: is not a page of this command, and would be lost; choose another --workdir")
+        raise UserError(
+            f"{page}: refusing to overwrite, this command did not write it; choose another --workdir"
+        )
     studies, refused = figures.read_studies(workdir)
     drawn = []
-    for records, found in studies:
-        images = figures.write(records, found, workdir)
-        print(write_report(records, found, images, workdir), end="\n\n")
-        drawn.append((records, images))
+    for study in studies:
+        images = figures.write(study, workdir)
+        print(write_report(study, images, workdir), end="\n\n")
+        drawn.append((study, images))
     text = "\n".join([claims.page(studies), gallery.section(drawn, path_of(workdir))])
     write_atomically(page, text.encode())
     print(f"Claims and all figures: {page}")

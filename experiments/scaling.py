@@ -13,6 +13,7 @@ from experiments import cli
 from experiments.reporting import drawing
 from experiments.reporting.scaling_page import check_same_data, draw, report, size
 from mobilellm_jax.analysis.records import by_study, read_records
+from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import directory, write_atomically
 
@@ -33,7 +34,7 @@ def main() -> int:
             f"python -m experiments.sweep --config=configs/{study}.py:{missing[0]} --workdir={workdir}"
         )
     sizes = sorted(
-        (size(preset, records) for preset, records in presets.items()), key=lambda s: (s.steps, s.parameters)
+        (size(study_of(records)) for records in presets.values()), key=lambda s: (s.steps, s.parameters)
     )
     check_same_data(sizes)
     text = report(sizes, f"{study}-scaling.png")

@@ -8,7 +8,7 @@ from test_results import make_diverged, make_record
 
 from experiments.reporting import beside_paper, paper_tables
 from experiments.runner.points import points_of
-from mobilellm_jax.analysis.verdicts import verdict
+from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.config import to_dict
 from mobilellm_jax.errors import UserError
 
@@ -57,7 +57,7 @@ def twins(study, seeds=2, gain=0.05, **changes):
 
 
 def draw(records):
-    figure = beside_paper.draw(records, verdict(records))
+    figure = beside_paper.draw(study_of(records))
     assert figure is not None
     return figure
 
@@ -105,7 +105,7 @@ def test_roadmap_is_a_staircase_with_the_change_at_every_step():
         assert [list(line.get_ydata()) for line in steps] == [accuracies]
     changes = [text.get_text() for text in theirs["125M"].texts]
     assert changes == ["+1.3", "+0.9", "-0.2", "+0.4", "+1.1"]
-    found = verdict(records).comparisons
+    found = study_of(records).verdict.comparisons
     assert len(ours.texts) == len(found) == 5
     for place, (text, comparison) in enumerate(zip(ours.texts, found, strict=True), start=1):
         change, *word = text.get_text().split()
@@ -189,11 +189,10 @@ def test_study_of_which_nothing_finished_is_drawn():
 
 @pytest.mark.parametrize("study", ["khop", "followups"])
 def test_study_without_accuracies_in_the_paper_has_neither_picture_nor_table(study):
-    records = [make_record(study=study, pairs=[])]
-    found = verdict(records)
-    assert beside_paper.draw(records, found) is None
-    assert beside_paper.table(records, found) == {}
-    assert beside_paper.csv_text(records, found) == ""
+    other = study_of([make_record(study=study, pairs=[])])
+    assert beside_paper.draw(other) is None
+    assert beside_paper.table(other) == {}
+    assert beside_paper.csv_text(other) == ""
 
 
 @pytest.mark.parametrize("study", ["roadmap", "mobilellm", "head_groups"])
@@ -210,16 +209,17 @@ def test_all_text_fits(study):
 
 
 def test_table_has_the_paper_s_rows_and_our_points_below():
-    records = twins("mobilellm", seeds=2)
-    found = verdict(records)
-    columns = beside_paper.table(records, found)
+    study = study_of(twins("mobilellm", seeds=2))
+    columns = beside_paper.table(study)
     assert columns["of"] == ["paper"] * 7 + ["ours, tiny"] * 7
     assert columns["parameters"][:5] == ["124.6 M", "124.6 M", "345.3 M", "345.3 M", "603.1 M"]
     assert columns["parameters"][5:8] == ["1.0 B", "1.5 B", "1 M"]
     assert columns["accuracy, %"] == ["46.3", "47.0", "51.3", "52.1", "54.3", "57.3", "59.4"] + [""] * 7
     assert columns["seeds"] == [""] * 7 + ["2"] * 7
-    rows = list(csv.DictReader(beside_paper.csv_text(records, found).splitlines()))
-    assert [float(row["score_mean"]) for row in rows[7:]] == [e.mean for e in found.estimates.values()]
+    rows = list(csv.DictReader(beside_paper.csv_text(study).splitlines()))
+    assert [float(row["score_mean"]) for row in rows[7:]] == [
+        e.mean for e in study.verdict.estimates.values()
+    ]
     assert [row["accuracy"] for row in rows[:7]] == columns["accuracy, %"][:7]
 
 

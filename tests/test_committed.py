@@ -7,7 +7,7 @@ import pytest
 
 from experiments.reporting import beside_paper, figures
 from mobilellm_jax.analysis.records import by_study, read_records
-from mobilellm_jax.analysis.verdicts import verdict
+from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.storage import sealed
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
@@ -22,23 +22,18 @@ def test_every_record_has_a_seal():
 
 @pytest.fixture(scope="module")
 def studies():
-    return [figures.in_order(records) for records in by_study(read_records(RESULTS)).values()]
+    return [study_of(records) for records in by_study(read_records(RESULTS)).values()]
 
 
 def test_every_seed_is_inside_the_axes(studies):
     """Its dot may lie outside of the interval, for which alone there was room once: 12 were cut off."""
     seeds, hidden = 0, []
-    for records in studies:
-        found = verdict(records)
-        for figure in (
-            figures.outcome(records, found),
-            figures.costs(records, found),
-            beside_paper.draw(records, found),
-        ):
+    for study in studies:
+        for figure in (figures.outcome(study), figures.costs(study), beside_paper.draw(study)):
             for axes in figure.axes if figure else []:
                 low, high = sorted(axes.get_ylim())
                 dots = [y for line in axes.lines if line.get_marker() == "." for y in line.get_ydata()]
                 seeds += len(dots)
-                hidden += [(records[0].study, records[0].preset, y) for y in dots if not low <= y <= high]
+                hidden += [(study.stem, y) for y in dots if not low <= y <= high]
     assert seeds > 900
     assert not hidden

@@ -11,7 +11,8 @@ from scipy import stats
 from test_results import make_diverged, make_record, make_tuning
 
 from experiments.reporting import drawing, figures
-from mobilellm_jax.analysis.verdicts import verdict
+from mobilellm_jax.analysis.study import study_of
+from mobilellm_jax.analysis.wording import phrase
 
 LOSSES = {2: 3.62, 4: 3.55, 8: 3.53, 16: 3.54}
 PAIRS = [["4 x 128", "2 x 128"], ["8 x 128", "4 x 128"], ["16 x 128", "8 x 128"]]
@@ -54,7 +55,7 @@ def tasks(count: int = 4, seeds: int = 3, errors=(0.6, 0.15, 0.0, 0.0), **change
 
 def panels(records):
     """Returns the axes of the outcome: values, and effects where pairs are asked about."""
-    return figures.outcome(records, verdict(records)).axes
+    return figures.outcome(study_of(records)).axes
 
 
 def texts(axes):
@@ -120,12 +121,13 @@ def test_no_tick_promises_more_than_all_answers():
 
 def test_effects_have_a_row_for_each_pair():
     records = depths(seeds=5)
-    found = verdict(records)
-    values, effects = figures.outcome(records, found).axes
+    study = study_of(records)
+    found = study.verdict
+    values, effects = figures.outcome(study).axes
     labels = [tick.get_text() for tick in effects.get_yticklabels()]
     assert labels == ["4 x 128 − 2 x 128", "8 x 128 − 4 x 128", "16 x 128 − 8 x 128"]  # noqa: RUF001
     assert effects.get_ylim()[0] > effects.get_ylim()[1]  # the first pair at the top
-    phrases = [comparison.phrase for comparison in found.comparisons]
+    phrases = [phrase(comparison, "loss") for comparison in found.comparisons]
     assert [text.replace("\n", " ") for text in texts(effects)] == phrases
     for row, (a, b) in enumerate([(4, 2), (8, 4), (16, 8)]):
         differences = [
@@ -187,7 +189,7 @@ def test_runs_that_did_not_finish_are_marked():
     values, _ = panels(records)
     assert texts(values) == ["3 of 3 failed", "1 of 3 diverged"]
     assert [line.get_xdata()[0] for line in lines_with(values, "x")] == [2, 16]
-    labels = [label.replace("\n", " ") for label in legend(figures.curves(records))]
+    labels = [label.replace("\n", " ") for label in legend(figures.curves(study_of(records)))]
     assert labels == ["2 x 128 (3 of 3 failed)", "4 x 128", "8 x 128", "16 x 128 (1 of 3 diverged)"]
 
 
@@ -196,14 +198,14 @@ def test_point_that_was_only_tuned_is_shown_as_absent():
     values, _ = panels(records)
     assert texts(values) == ["no run"]
     assert values.get_xscale() == "log"
-    assert legend(figures.curves(records))[-1] == "16 x 128 (no run)"
+    assert legend(figures.curves(study_of(records)))[-1] == "16 x 128 (no run)"
 
 
 def test_study_in_which_nothing_finished_is_drawn():
     records = [make_diverged(depth=d, pairs=PAIRS[:1]) for d in (2, 4)]
     assert panels(records)[0].get_title() == "no run finished"
-    assert size(figures.curves(records))[0] == 1380
-    assert figures.learning_rates(records, verdict(records)) is None
+    assert size(figures.curves(study_of(records)))[0] == 1380
+    assert figures.learning_rates(study_of(records)) is None
 
 
 def test_categories_stand_in_study_order_and_long_ones_are_slanted():
@@ -272,14 +274,16 @@ def test_costs_show_size_and_training_flops_of_a_run():
         )
         for run in depths(seeds=2)
     ]
-    figure = figures.costs(records, verdict(records))
+    figure = figures.costs(study_of(records))
     sizes, flops = figure.axes
     assert (sizes.get_xlabel(), flops.get_xlabel()) == ("non-embedding parameters", "training FLOPs of a run")
     assert sizes.get_ylabel() == "held-out loss (nats per token)"
     for axes, unit in ((sizes, 100_000), (flops, 2e5 * 2_048_000)):
         means = [container[0].get_xydata()[0] for container in axes.containers]
         assert [x / unit for x, _ in means] == pytest.approx([2, 4, 8, 16])
-        assert [y for _, y in means] == pytest.approx([e.mean for e in verdict(records).estimates.values()])
+        assert [y for _, y in means] == pytest.approx(
+            [e.mean for e in study_of(records).verdict.estimates.values()]
+        )
     assert [text.get_text() for text in figure.subfigs[0].legends[0].get_texts()] == [
         f"{depth} x 128" for depth in LOSSES
     ]
@@ -294,7 +298,7 @@ def test_costs_of_points_of_equal_cost_stand_side_by_side():
         )
         for r in records
     ]
-    sizes, flops = figures.costs(records, verdict(records)).axes
+    sizes, flops = figures.costs(study_of(records)).axes
     bars = [container[0] for container in sizes.containers]
     across = [bar.get_transform().transform(bar.get_xydata()[0])[0] for bar in bars]
     assert min(np.diff(across)) > 10
@@ -312,7 +316,7 @@ def test_intervals_of_points_moved_aside_are_not_cut_off():
     records[:2] = [
         dataclasses.replace(r, parameters={**r.parameters, "non_embedding": 750_005}) for r in records[:2]
     ]
-    sizes, _ = figures.costs(records, verdict(records)).axes
+    sizes, _ = figures.costs(study_of(records)).axes
     ends = [end for bar in sizes.containers for end in bar[2][0].get_segments()[0][:, 1]]
     assert max(ends) - min(ends) > 1
     assert sizes.get_ylim()[0] < min(ends) < max(ends) < sizes.get_ylim()[1]
@@ -320,14 +324,14 @@ def test_intervals_of_points_moved_aside_are_not_cut_off():
 
 def test_costs_that_do_not_differ_are_not_drawn():
     records = tasks()
-    assert figures.costs(records, verdict(records)) is None
+    assert figures.costs(study_of(records)) is None
     alone = depths(pairs=[])[:3]
-    assert figures.costs(alone, verdict(alone)) is None
+    assert figures.costs(study_of(alone)) is None
 
 
 def test_curves_are_means_over_seeds_against_tokens():
     records = depths()
-    figure = figures.curves(records)
+    figure = figures.curves(study_of(records))
     (axes,) = figure.axes
     thick = [line for line in axes.lines if not line.get_label().startswith("_")]
     thin = [line for line in axes.lines if line.get_label().startswith("_")]
@@ -344,7 +348,7 @@ def test_learning_rates_show_what_was_tried_chosen_and_lost():
     records += [
         make_record(depth=d, seed=s, learning_rate=1e-3, pairs=PAIRS[:1]) for d in (2, 4) for s in (0, 1)
     ]
-    figure = figures.learning_rates(records, verdict(records))
+    figure = figures.learning_rates(study_of(records))
     (axes,) = figure.axes
     first = next(line for line in axes.lines if line.get_label() == "2 x 128")
     assert first.get_xdata() == pytest.approx([0.0005, 0.001, 0.002, 0.004])
@@ -365,7 +369,7 @@ def test_learning_rates_show_what_was_tried_chosen_and_lost():
 
 def test_rate_that_was_not_tried_has_no_ring():
     records = [*make_tuning(pairs=[]), make_record(learning_rate=3e-3, pairs=[])]
-    axes = figures.learning_rates(records, verdict(records)).axes[0]
+    axes = figures.learning_rates(study_of(records)).axes[0]
     assert not [line for line in axes.lines if line.get_markersize() == 14]
 
 
@@ -374,7 +378,7 @@ def test_rate_that_learned_nothing_does_not_squeeze_the_others():
         *make_tuning(score=3.6, pairs=[]),
         make_record(learning_rate=1e-1, phase="tuning", score=7.5, pairs=[]),
     ]
-    axes = figures.learning_rates(records, verdict(records)).axes[0]
+    axes = figures.learning_rates(study_of(records)).axes[0]
     assert axes.get_ylim()[1] < 5
 
 
@@ -386,8 +390,8 @@ def test_many_points_and_long_names_fit():
     ]
     records = [make_record(seed=s, score=3.5 + 0.01 * s, **c) for c in changes for s in range(2)]
     records += [make_diverged(phase="tuning", **c) for c in changes]
-    found = verdict(records)
-    drawn = figures.outcome(records, found), figures.curves(records), figures.learning_rates(records, found)
+    study = study_of(records)
+    drawn = figures.outcome(study), figures.curves(study_of(records)), figures.learning_rates(study)
     for figure in drawn:
         figure.set_dpi(150)
         figure.draw_without_rendering()
@@ -399,16 +403,17 @@ def test_many_points_and_long_names_fit():
 
 
 def test_warnings_stand_in_the_figure():
-    caption = figures.outcome(depths(seeds=1), verdict(depths(seeds=1))).texts[0].get_text()
+    caption = figures.outcome(study_of(depths(seeds=1))).texts[0].get_text()
     assert "Warning: One seed proves nothing" in caption
-    many = dataclasses.replace(verdict(depths()), warnings=[f"This is number {i}." for i in range(9)])
-    lines = figures.outcome(depths(), many).texts[0].get_text().splitlines()
+    study = study_of(depths())
+    found = dataclasses.replace(study.verdict, warnings=[f"This is number {i}." for i in range(9)])
+    lines = figures.outcome(dataclasses.replace(study, verdict=found)).texts[0].get_text().splitlines()
     assert lines[-2:] == ["Warning: This is number 3.", "And 5 more warnings, in the report."]
 
 
 def test_caption_states_the_scale():
     records = depths()
-    caption = figures.outcome(records, verdict(records)).texts[0].get_text().replace("\n", " ")
+    caption = figures.outcome(study_of(records)).texts[0].get_text().replace("\n", " ")
     assert caption == (
         "1 M parameters (750 k non-embedding); vocabulary of 2048; 2.05 M training tokens in 500 steps; "
         "data: bundled of Python 3.11.7 (sha256 abababab); 3 seeds; device: 1 x cpu (cpu). Held equal: "
@@ -419,6 +424,6 @@ def test_caption_states_the_scale():
 
 def test_same_records_give_the_same_small_figure():
     records = depths(seeds=2)
-    once, again = (drawing.render(figures.outcome(r, verdict(r))) for r in (records, records[::-1]))
+    once, again = (drawing.render(figures.outcome(study_of(r))) for r in (records, records[::-1]))
     assert once == again
     assert len(once) < 150_000

@@ -15,7 +15,7 @@ from test_results import make_diverged, make_record, make_tuning
 from experiments import report
 from experiments.reporting import claims, figures, pages, tables
 from mobilellm_jax.analysis.records import by_study, read_records, write_record
-from mobilellm_jax.analysis.verdicts import verdict
+from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -80,10 +80,10 @@ class Page(HTMLParser):
 
 def make(records):
     """Returns the report as an HTML page and as Markdown, with empty images: to draw them takes time."""
-    found = verdict(records)
-    suffixes = ["", "-costs", "-curves", *(["-learning_rates"] if found.tuning else [])]
+    found = study_of(records)
+    suffixes = ["", "-costs", "-curves", *(["-learning_rates"] if found.verdict.tuning else [])]
     images = {suffix: figures.Image(f"shape{suffix}.png", "what it shows", b"") for suffix in suffixes}
-    sections = pages.contents(records, found, images)
+    sections = pages.contents(found, images)
     title = records[0].question
     return Page(pages.to_html(title, sections)), pages.to_markdown(title, sections)
 
@@ -108,7 +108,7 @@ def test_files_and_the_text_to_print(tmp_path):
     names += " shape-tiny.csv shape-tiny-comparisons.csv"
     expected = {f"figures/{name}" for name in names.split()}
     assert files(tmp_path).keys() == expected | {"reports/shape-tiny.html", "reports/shape-tiny.md"}
-    assert " ".join(verdict(study()).sentence.split()) in " ".join(text.split())
+    assert " ".join(study_of(study()).verdict.sentence.split()) in " ".join(text.split())
     assert text.splitlines()[-1] == f"Report: {tmp_path}/reports/shape-tiny.html"
     assert max(map(len, text.splitlines()[:-1])) <= 120
 
@@ -269,7 +269,7 @@ def test_names_of_files_stay_in_the_folder(tmp_path):
 def test_study_with_next_to_nothing_is_reported(tmp_path, records):
     pages.report(records, tmp_path)
     page = Page((tmp_path / "reports" / "shape-tiny.html").read_text())
-    assert verdict(records).sentence in page.text
+    assert study_of(records).verdict.sentence in page.text
     assert page.tags.count("img") == (3 if records[0].phase == "tuning" else 2)
 
 
@@ -324,22 +324,12 @@ def test_study_that_cannot_be_compared_does_not_stop_the_others(tmp_path):
     with pytest.raises(UserError, match="a:tiny: steps is 500"):
         report.redraw(tmp_path)
     assert [path.name for path in (tmp_path / "reports").glob("*.html")] == ["b-tiny.html"]
-    assert "### b, tiny" in (tmp_path / "README.md").read_text()
+    assert "### b, tiny" in (tmp_path / "claims.md").read_text()
 
 
 def write_all(records, workdir):
     for i, record in enumerate(records):
         write_record(record, workdir / "results" / record.study / record.preset / f"{i}.json")
-
-
-def test_figures_alone_are_the_same_files(tmp_path, capsys):
-    write_all(study(), tmp_path / "a")
-    figures.redraw(tmp_path / "a")
-    pages.report(study(), tmp_path / "b")
-    assert files(tmp_path / "a" / "figures") == files(tmp_path / "b" / "figures")
-    assert not (tmp_path / "a" / "reports").exists()
-    there = {str(path) for path in (tmp_path / "a" / "figures").glob("*.png")}
-    assert set(capsys.readouterr().out.split()) == there
 
 
 def test_every_figure_leads_to_its_config_command_records_and_report(tmp_path):
@@ -349,7 +339,7 @@ def test_every_figure_leads_to_its_config_command_records_and_report(tmp_path):
     ]
     write_all([make_record(pairs=[], question="First | or *last*?"), *sharing], tmp_path)
     report.redraw(tmp_path)
-    text = (tmp_path / "README.md").read_text()
+    text = (tmp_path / "claims.md").read_text()
     gallery = text.split("## All figures\n")[1]
     links = re.findall(r"\]\(([^)]*)\)", gallery)
     assert all((tmp_path / link).exists() for link in links), links
@@ -366,36 +356,35 @@ def test_every_figure_leads_to_its_config_command_records_and_report(tmp_path):
     assert "First | or \\*last\\*?" in second
     assert f"`{make_record().command}`" in second  # of a study whose config is not here
     report.redraw(tmp_path)  # its own page may be replaced
-    assert (tmp_path / "README.md").read_text() == text
+    assert (tmp_path / "claims.md").read_text() == text
 
 
-def test_a_readme_of_someone_else_is_not_replaced(tmp_path):
+def test_a_page_of_someone_else_is_not_replaced(tmp_path):
     write_all([make_record(pairs=[])], tmp_path)
-    (tmp_path / "README.md").write_text("# My project")
-    with pytest.raises(UserError, match=r"README\.md: is not a page of this command"):
+    (tmp_path / "claims.md").write_text("# My project")
+    with pytest.raises(UserError, match=r"claims\.md: refusing to overwrite"):
         report.redraw(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "# My project"
+    assert (tmp_path / "claims.md").read_text() == "# My project"
     assert not (tmp_path / "reports").exists()
 
 
 def test_committed_reports_say_what_the_committed_records_show():
-    studies = by_study(read_records(ROOT / "experiments" / "results"))
-    assert {("depth_vs_width", "tiny"), ("layer_sharing", "tiny"), ("khop", "tiny")} <= studies.keys()
-    judged = []
-    for (study, preset), records in studies.items():
-        found = verdict(records)
-        text = (ROOT / "experiments" / "reports" / f"{study}-{preset}.md").read_text()
-        assert tables.plain(found.sentence) in text, (study, preset)
-        assert all(tables.plain(warning) in text for warning in found.warnings), (study, preset)
-        csv = (ROOT / "experiments" / "figures" / f"{study}-{preset}.csv").read_text()
-        assert csv == tables.csv_text(figures.in_order(records), found), (study, preset)
-        judged.append((records, found))
-    page = (ROOT / "experiments" / "README.md").read_text()
-    assert page.startswith(claims.page(judged))
+    studies = [study_of(records) for records in by_study(read_records(ROOT / "experiments/results")).values()]
+    found = {study.stem: study.verdict for study in studies}
+    assert {"depth_vs_width-tiny", "layer_sharing-tiny", "khop-tiny"} <= found.keys()
+    for study in studies:
+        text = (ROOT / f"experiments/reports/{study.stem}.md").read_text()
+        assert tables.plain(study.verdict.sentence) in text, study.stem
+        assert all(tables.plain(warning) in text for warning in study.verdict.warnings), study.stem
+        csv = (ROOT / f"experiments/figures/{study.stem}.csv").read_text()
+        assert csv == tables.csv_text(study), study.stem
+    page = (ROOT / "experiments/claims.md").read_text()
+    assert page.startswith(claims.page(studies))
     gallery = page.split("## All figures")[1]
-    assert set(re.findall("^### (.*)", gallery, re.MULTILINE)) == {", ".join(key) for key in studies}
+    shown = set(re.findall("^### (.*)", gallery, re.MULTILINE))
+    assert shown == {f"{study.facts.study}, {study.facts.preset}" for study in studies}
     assert all((ROOT / "experiments" / link).exists() for link in re.findall(r"\]\(([^)]*)\)", gallery))
-    (same,) = verdict(studies["noise", "tiny"]).comparisons
+    (same,) = found["noise-tiny"].comparisons
     assert same.word == "no difference"
 
 

@@ -11,13 +11,11 @@ import subprocess
 import pytest
 from conftest import flipped
 
+from mobilellm_jax.analysis.facts import facts_of, pairs_of, points_of
 from mobilellm_jax.analysis.records import (
     Record,
     add_zero_shot,
-    by_point,
     by_study,
-    newest,
-    pairs_of,
     read_record,
     read_records,
     write_record,
@@ -328,17 +326,16 @@ def test_only_a_finished_run_has_a_score_that_of_the_metric():
 
 def test_the_newest_record_speaks_for_the_study():
     times = ["2026-01-01T00:00:00+00:00", "2026-01-03T00:00:00+00:00", "2026-01-02T00:00:00+00:00"]
-    records = [make_record(created=time) for time in times]
-    assert newest(records) is records[1]
-    assert newest(reversed(records)) is records[1]
-    same = [make_record(seed=seed, point_index=index) for seed, index in ((0, 1), (1, 1), (2, 0))]
-    assert newest(same) is newest(reversed(same)) is same[1]
+    records = [make_record(created=time, question=time) for time in times]
+    assert facts_of(records).question == facts_of(reversed(records)).question == times[1]
+    same = [make_record(seed=s, point_index=i, question=f"{s}") for s, i in ((0, 1), (1, 1), (2, 0))]
+    assert facts_of(same).question == facts_of(reversed(same)).question == "1"
 
 
 def test_points_stay_in_study_order():
     records = [make_record(depth=d, seed=s) for s in (1, 0) for d in (16, 2)]
-    groups = by_point(records)
-    assert [(point, [run.seed for run in runs]) for point, runs in groups.items()] == [
+    points = points_of(records)
+    assert [(label, [run.seed for run in point.runs]) for label, point in points.items()] == [
         ("2 x 128", [0, 1]),
         ("16 x 128", [0, 1]),
     ]

@@ -23,7 +23,7 @@ from experiments.runner.leases import Leases
 from experiments.runner.points import points_of, said_to_compare
 from mobilellm_jax import data
 from mobilellm_jax.analysis.records import read_records
-from mobilellm_jax.analysis.verdicts import verdict
+from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
@@ -121,7 +121,7 @@ def test_every_point_is_tuned_and_then_judged_on_other_seeds(tuned_study, tmp_pa
     assert seeds.isdisjoint({(0, 0), (1, 1)})
     assert {r.tuning for r in records} == {"grid"}
     assert [r.config["train"]["eval_every"] for r in tuning] == [r.config["train"]["steps"] for r in tuning]
-    assert not [warning for warning in verdict(records).warnings if "eval_every" in warning]
+    assert not [warning for warning in study_of(records).verdict.warnings if "eval_every" in warning]
 
 
 def test_the_mean_loss_of_several_seeds_chooses_the_rate(tuned_study, tmp_path, monkeypatch):
@@ -370,7 +370,7 @@ def test_records_hold_the_pairs_of_their_point_and_together_all(study, tmp_path,
         "reverse": [["reverse", "none"], ["immediate", "reverse"]],
         "immediate": [["immediate", "none"], ["immediate", "reverse"]],
     }
-    found = verdict(records)
+    found = study_of(records).verdict
     asked = [("reverse", "none"), ("immediate", "none"), ("immediate", "reverse")]
     assert [(c.point, c.other) for c in found.comparisons] == asked
     assert not [warning for warning in found.warnings if "pairs" in warning]

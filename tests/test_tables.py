@@ -9,7 +9,8 @@ import pytest
 from test_results import make_diverged, make_record, make_tuning
 
 from experiments.reporting import tables
-from mobilellm_jax.analysis.verdicts import verdict
+from mobilellm_jax.analysis.study import study_of
+from mobilellm_jax.analysis.wording import phrase
 
 JITTER = {0: 0.0, 1: 0.013, 2: -0.008}
 PAIRS = [["4 x 128", "2 x 128"], ["8 x 128", "4 x 128"]]
@@ -28,7 +29,7 @@ def depths(**changes):
 
 
 def text(records):
-    return tables.text(records, verdict(records))
+    return tables.text(study_of(records))
 
 
 def rows_of(table: str, header: str) -> list[list[str]]:
@@ -68,7 +69,7 @@ def test_every_budget_is_shown_with_its_mismatch_and_the_matched_one_marked():
 def test_outcomes_hold_rate_sensitivity_interval_noise_and_counts():
     records = depths()
     records[-1] = make_diverged(depth=8, seed=2, pairs=PAIRS)
-    found = verdict(records)
+    found = study_of(records).verdict
     header, first, _, last = rows_of(text(records), "sensitivity")
     assert header == [
         "point",
@@ -100,13 +101,12 @@ def test_edges_and_divergence_beside_the_optimum_are_marked():
     assert rows_of(text(runs), "sensitivity")[1] == ["4 x 128", "0.002 (edge)", "+0.1000", "none", "0/0"]
     runs.append(make_diverged(learning_rate=0.004, phase="tuning", pairs=[]))
     assert rows_of(text(runs), "sensitivity")[1][1:3] == ["0.002", "diverges"]
-    lost = verdict(runs[-1:])
-    assert tables.outcomes(runs[-1:], lost)["learning rate"] == ["none (edge)"]
+    assert tables.outcomes(study_of(runs[-1:]))["learning rate"] == ["none (edge)"]
 
 
 def test_every_pair_has_its_difference_interval_p_and_verdict():
     records = depths()
-    found = verdict(records)
+    found = study_of(records).verdict
     header, *rows = rows_of(text(records), "Holm p")
     assert header == ["pair", "seeds", "difference (nats/token)", "p", "Holm p", "verdict"]
     for row, c in zip(rows, found.comparisons, strict=True):
@@ -117,7 +117,7 @@ def test_every_pair_has_its_difference_interval_p_and_verdict():
             f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]",
             "< 0.001" if d.p_value < 0.001 else f"{d.p_value:.3f}",
             "< 0.001" if c.holm_p < 0.001 else f"{c.holm_p:.3f}",
-            c.phrase,
+            phrase(c, "loss"),
         ]
     assert "Holm" not in text(depths(pairs=[]))
 
@@ -157,8 +157,9 @@ def test_tables_fit_a_terminal():
 def test_csv_holds_every_number_of_a_point():
     records = depths()
     records[0] = dataclasses.replace(records[0], created="2025")
-    found = verdict(records)
-    first, _, last = csv.DictReader(io.StringIO(tables.csv_text(records, found)))
+    study = study_of(records)
+    found = study.verdict
+    first, _, last = csv.DictReader(io.StringIO(tables.csv_text(study)))
     assert (first["point"], last["point"]) == ("2 x 128", "8 x 128")
     assert float(first["score_mean"]) == found.estimates["2 x 128"].mean
     assert float(first["score_sd_over_seeds"]) == found.noise["2 x 128"]
@@ -170,15 +171,16 @@ def test_csv_holds_every_number_of_a_point():
 
 def test_csv_of_pairs():
     records = depths()
-    found = verdict(records)
-    lines = list(csv.DictReader(io.StringIO(tables.comparisons_csv(records, found))))
+    study = study_of(records)
+    found = study.verdict
+    lines = list(csv.DictReader(io.StringIO(tables.comparisons_csv(study))))
     assert [(line["point"], line["other"]) for line in lines] == [tuple(pair) for pair in PAIRS]
     for line, c in zip(lines, found.comparisons, strict=True):
         assert float(line["difference"]) == c.difference.mean
         assert float(line["difference_low"]) == c.difference.low
-        assert (line["verdict"], line["phrase"]) == (c.word, c.phrase)
+        assert (line["verdict"], line["phrase"]) == (c.word, phrase(c, "loss"))
     only = [make_record()]
-    (line,) = csv.DictReader(io.StringIO(tables.comparisons_csv(only, verdict(only))))
+    (line,) = csv.DictReader(io.StringIO(tables.comparisons_csv(study_of(only))))
     assert (line["seeds"], line["difference"], line["verdict"]) == ("0", "", "cannot tell")
 
 
@@ -201,11 +203,12 @@ def accuracy(acc, acc_norm, items=100):
 
 
 def test_accuracies_are_means_over_the_seeds_of_equal_questions():
-    assert tables.zero_shot(depths()) is None
+    assert tables.zero_shot(study_of(depths())) is None
     tasks = [{"piqa": accuracy(0.5, 0.6), "boolq": accuracy(0.7, 0.7)}, {"piqa": accuracy(0.6, 0.8)}]
     records = [make_record(depth=2, seed=seed, zero_shot=found) for seed, found in enumerate(tasks)]
-    records += [make_record(depth=4, zero_shot={"piqa": accuracy(0.1, 0.2, items=9)}), *depths()]
-    columns = tables.zero_shot(records)
+    records += [make_record(depth=4, zero_shot={"piqa": accuracy(0.1, 0.2, items=9)})]
+    records += [run for run in depths() if run.x["value"] == 8]
+    columns = tables.zero_shot(study_of(records))
     assert columns == {
         "point": ["2 x 128", "4 x 128", "chance", "majority"],
         "boolq (100)": ["70.0 / 70.0", "", "25.0", "26.6"],
@@ -214,6 +217,6 @@ def test_accuracies_are_means_over_the_seeds_of_equal_questions():
         "average": ["", "", "", ""],
     }
     whole = [make_record(depth=d, zero_shot=tasks[0]) for d in (2, 4)]
-    columns = tables.zero_shot(whole)
+    columns = tables.zero_shot(study_of(whole))
     assert columns is not None
     assert columns["average"][:2] == ["60.0 / 65.0"] * 2

@@ -5,7 +5,6 @@ asked. So each side keeps its own measure and its own x axis, both with the bett
 the points that can be compared.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,21 +12,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from experiments.reporting import claims, drawing, paper_tables, tables
-from mobilellm_jax.analysis.records import Record, by_point, newest, pairs_of
-from mobilellm_jax.analysis.verdicts import Verdict
+from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.wording import format_estimate
 
 ROOM = 38  # characters of tick labels that fit side by side below a panel of half the width
 
 
 @drawing.styled
-def draw(records: Sequence[Record], found: Verdict) -> Figure | None:
-    """Returns the paper's accuracies, a panel for each size group, and our values; None if it has none.
+def draw(study: Study) -> Figure | None:
+    """The paper's accuracies, a panel for each size group, and our values; None if it has none.
 
     A study that compares each of its points with the one before is drawn as a staircase, with the change at
     every step.
     """
-    facts, groups = newest(records), accuracies(newest(records).study)
+    facts, groups = study.facts, accuracies(study.facts.study)
     if not groups:
         return None
     source = paper_tables.SOURCES[facts.study]
@@ -36,30 +34,29 @@ def draw(records: Sequence[Record], found: Verdict) -> Figure | None:
         f"The paper ({source.what}): average zero-shot accuracy on eight tasks after {source.tokens} "
         f"training tokens, one run of each model at one learning rate. {' '.join(notes)}"
     )
-    sides = [*([row.label for row in rows] for rows in groups.values()), list(by_point(records))]
+    sides = [*([row.label for row in rows] for rows in groups.values()), list(study.points)]
     is_slanted = source.x is None and any(drawing.categories(side, ROOM)[1] for side in sides)
     height = 4.2 + (0.04 * max(len(label) for side in sides for label in side) if is_slanted else 0)
-    figure = drawing.framed(facts.question, drawing.caption(records, found, first), height)
+    figure = drawing.framed(facts.question, drawing.caption(study, first), height)
     left, right = figure.subfigures(1, 2)
-    ours = drawing.series_of(records) or [""]
+    ours = drawing.series_of(study) or [""]
     lines = dict.fromkeys([*(row.series for rows in groups.values() for row in rows), *ours])
     looks = {line: drawing.look(index) for index, line in enumerate(lines)}
-    pairs = pairs_of(records)
-    is_stairs = len(pairs) > 1 and all(a[0] == b[1] for a, b in pairwise(pairs))
+    is_stairs = len(facts.pairs) > 1 and all(a[0] == b[1] for a, b in pairwise(facts.pairs))
     _draw_paper(left, groups, looks, facts.x["label"] if facts.x else "", is_stairs)
     axes = right.subplots()
-    drawing.draw_values(axes, records, found, looks, ROOM, is_reversed=True)
+    drawing.draw_values(axes, study, looks, ROOM, is_reversed=True)
     up = "axis reversed: up is better" if facts.metric == "loss" else "up is better"
     axes.set_title(f"ours, {facts.preset}; {up}\n{axes.get_title()}", fontsize=10, color="0.25")
     if is_stairs:
-        _climb(axes, list(by_point(records)), found, facts.metric)
+        _climb(axes, study)
     return figure
 
 
-def table(records: Sequence[Record], found: Verdict) -> tables.Columns:
-    """Returns the paper's rows, and our points below them; {} for a study that is not in the paper."""
-    rows = _rows(records, found)
-    metric = newest(records).metric
+def table(study: Study) -> tables.Columns:
+    """The paper's rows, and our points below them; {} for a study that is not in the paper."""
+    rows = _rows(study)
+    metric, found = study.facts.metric, study.verdict
     if not rows:
         return {}
 
@@ -79,14 +76,14 @@ def table(records: Sequence[Record], found: Verdict) -> tables.Columns:
     }
 
 
-def csv_text(records: Sequence[Record], found: Verdict) -> str:
-    """Returns the same table with every number in full precision; "" for a study that is not in the paper."""
-    rows = _rows(records, found)
+def csv_text(study: Study) -> str:
+    """The same table with every number in full precision; "" for a study that is not in the paper."""
+    rows = _rows(study)
     return tables.to_csv(rows) if rows else ""
 
 
 def accuracies(study: str) -> dict[str, list[paper_tables.Row]]:
-    """Returns the paper's rows of a study that have an accuracy, by size group."""
+    """The paper's rows of a study that have an accuracy, by size group."""
     groups = {
         group: [row for row in rows if row.accuracy is not None]
         for group, rows in paper_tables.rows(study).items()
@@ -94,9 +91,9 @@ def accuracies(study: str) -> dict[str, list[paper_tables.Row]]:
     return {group: rows for group, rows in groups.items() if rows}
 
 
-def _rows(records: Sequence[Record], found: Verdict) -> list[dict[str, Any]]:
+def _rows(study: Study) -> list[dict[str, Any]]:
     """One row for each point of the paper, then of ours; None where a side does not have the number."""
-    facts = newest(records)
+    facts = study.facts
     rows: list[dict[str, Any]] = [
         {
             "of": "paper",
@@ -117,16 +114,16 @@ def _rows(records: Sequence[Record], found: Verdict) -> list[dict[str, Any]]:
     ]
     if not rows:
         return []
-    for point, runs in by_point(records).items():
-        estimate, x = found.estimates.get(point), runs[0].x or {}
+    for label, point in study.points.items():
+        estimate, x = study.verdict.estimates.get(label), point.x or {}
         rows.append(
             {
                 "of": "ours",
                 "size": facts.preset,
-                "point": point,
+                "point": label,
                 "x": x.get("value"),
                 "line": x.get("series", ""),
-                "parameters": runs[0].parameters["total"],
+                "parameters": point.parameters["total"],
                 "metric": facts.metric,
                 "score_mean": estimate and estimate.mean,
                 "score_interval_half_width": estimate and estimate.half_width,
@@ -137,7 +134,7 @@ def _rows(records: Sequence[Record], found: Verdict) -> list[dict[str, Any]]:
 
 
 def _size(printed: str | None, count: int | None) -> str:
-    """Returns the digits that the paper prints, in millions unless it says so; or three of our own."""
+    """The digits that the paper prints, in millions unless it says so; or three of our own."""
     if printed is None:
         return "" if count is None else tables.quantity(count)
     return f"{printed[:-1]} {printed[-1]}" if printed[-1] in "MB" else f"{printed} M"
@@ -180,13 +177,14 @@ def _draw_paper(
     panel.supylabel("average zero-shot accuracy (%)", fontsize=11)
 
 
-def _climb(axes: Axes, points: list[str], found: Verdict, metric: str) -> None:
+def _climb(axes: Axes, study: Study) -> None:
     """Joins our points to a staircase, and writes the change at every step below it, with its verdict.
 
     A step of which a point is missing is left out.
     """
     low, high = axes.get_ylim()
     axes.set_ylim(low - 0.25 * (high - low), high)
+    points, metric, found = list(study.points), study.facts.metric, study.verdict
     for comparison in found.comparisons:
         if comparison.difference is not None:
             ends = comparison.other, comparison.point

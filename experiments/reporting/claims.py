@@ -1,18 +1,19 @@
 """The paper's claims beside what our records say about them: agree, disagree or cannot tell.
 
-`experiments.report` writes the page, <workdir>/README.md, from records and the paper's tables alone.
+`experiments.report` writes the page, <workdir>/claims.md, from records and the paper's tables alone.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 from experiments.reporting import paper_tables
 from experiments.reporting.tables import Columns, markdown_table, plain, quantity
-from mobilellm_jax.analysis.records import Record, by_point, newest
-from mobilellm_jax.analysis.verdicts import Comparison, Verdict
-from mobilellm_jax.analysis.wording import format_difference
+from mobilellm_jax.analysis.study import Study
+from mobilellm_jax.analysis.verdicts import Comparison
+from mobilellm_jax.analysis.wording import format_difference, phrase
 
-Pairs = Sequence[tuple[int, int]]  # (point, other) by their places in the study
+Pairs = Sequence[tuple[str, str]]  # labels of (point, other)
 # For each expectation: the words of a verdict that are for it, and those against it.
 SUPPORTS = {"better": {"better"}, "worse": {"worse"}, "not worse": {"better", "no difference"}}
 CONTRADICTS = {"better": {"worse"}, "worse": {"better"}, "not worse": {"worse"}}
@@ -25,9 +26,10 @@ class Claim:
     Attributes:
       text, where: what is claimed, and where.
       study: the study that tests it.
-      pairs: the comparisons; the claim is that the first is `expected` compared with the second. Empty: all
-        that the study asks about.
-      paper: the same in the paper's table, by size group, where its rows are not those of the study.
+      pairs: the comparisons; the claim is that the first is `expected` compared with the second. A star
+        stands for any text. Empty: all that the study asks about.
+      paper: the same in the paper's table, where its labels are others. A size group has those pairs of which
+        it has both rows.
       expected: "better", "worse" or "not worse".
       note: what weakens the paper's evidence.
     """
@@ -36,7 +38,7 @@ class Claim:
     where: str
     study: str
     pairs: Pairs = ()
-    paper: Mapping[str, Pairs] = dataclasses.field(default_factory=dict)
+    paper: Pairs = ()
     expected: str = "better"
     note: str = ""
 
@@ -46,7 +48,14 @@ CLAIMS = (
         "Deep and thin models are better than shallow and wide ones of the same size.",
         "section 2.2.2, figure 4, table 11",
         "depth_vs_width",
-        paper={"125M": ((6, 0), (6, 3), (8, 6)), "350M": ((7, 0), (7, 3), (9, 7))},
+        paper=(
+            ("30 x 512", "4 x 1280"),
+            ("30 x 512", "12 x 768"),
+            ("62 x 384", "30 x 512"),
+            ("32 x 896", "5 x 2048"),
+            ("32 x 896", "15 x 1280"),
+            ("66 x 640", "32 x 896"),
+        ),
         note="Its deeper models have more parameters outside the embedding, 77 to 110 of 134 million; "
         "our study holds those equal.",
     ),
@@ -54,67 +63,74 @@ CLAIMS = (
         "SwiGLU is better than ReLU.",
         "section 2.2.1, figure 3, table 10",
         "roadmap",
-        ((1, 0),),
+        (("+ SwiGLU", "ReLU baseline"),),
+        (("+ SwiGLU in FFN", "Baseline model"),),
         note="The scores of the paper's ReLU model at 125M are those of the public OPT-125M.",
     ),
     Claim(
         "A deep and thin shape is better, as a step of the roadmap.",
         "figure 3, table 10",
         "roadmap",
-        ((2, 1),),
+        (("+ deep and thin", "+ SwiGLU"),),
+        (("+ deep-thin structure", "+ SwiGLU in FFN"),),
     ),
     Claim(
         "Tying the embeddings saves a tenth of the parameters and costs little; "
         "spent on depth, what is saved makes up for it.",
         "section 2.2.3, table 1",
         "embedding_sharing",
-        ((1, 0), (2, 0)),
+        (("tied", "untied"), ("tied, * more block*", "untied")),
+        (("+ emb-share", "Without emb-share"), ("+ emb-share, more depth", "Without emb-share")),
         expected="not worse",
     ),
     Claim(
         "Grouped queries make room for width, and that is better.",
         "section 2.2.4, table 10",
         "roadmap",
-        ((4, 3),),
+        (("+ grouped queries", "+ tied embeddings"),),
+        (("+ Grouped-query attention (= MobileLLM)", "+ Embedding share"),),
     ),
     Claim(
         "A quarter of the key/value heads does as well as all of them.",
         "section 2.2.4, figure 5, table 13",
         "head_groups",
-        ((8, 6),),
+        (("16 x 4", "16 x 16"),),
         expected="not worse",
     ),
     Claim(
         "32 and 8 heads are worse than 16.",
         "figure 5, table 13",
         "head_groups",
-        ((0, 6), (11, 6)),
+        (("32 x 32", "16 x 16"), ("8 x 8", "16 x 16")),
         expected="worse",
     ),
     Claim(
         "Applying every block twice in a row is better than once.",
         "section 2.3, table 10",
         "roadmap",
-        ((5, 4),),
+        (("+ layer sharing", "+ grouped queries"),),
+        (("+ Layer sharing (= MobileLLM-LS)", "+ Grouped-query attention (= MobileLLM)"),),
         note="Twice the layers cost nearly twice the FLOPs.",
     ),
     Claim(
         "Every order of applying blocks twice is better than once.",
         "section 2.3, table 2",
         "layer_sharing",
-        ((1, 0), (2, 0), (3, 0)),
+        tuple((order, "none") for order in ("immediate", "repeat_all", "reverse")),
+        tuple((order, "baseline (none)") for order in ("immediate block-wise", "repeat-all-over", "reverse")),
     ),
     Claim(
         "Applying every block two to four times in a row is better than once.",
         "appendix E, table 14",
         "repeats",
-        ((1, 0), (2, 0), (3, 0)),
+        (("x2", "x1"), ("x3", "x1"), ("x4", "x1")),
+        tuple((repeats, "baseline (x1)") for repeats in ("x2", "x3", "x4")),
     ),
     Claim(
         "Layer sharing improves the published models as well.",
         "tables 3 and 9",
         "mobilellm",
-        ((1, 0), (3, 2)),
+        (("MobileLLM-LS-125M", "MobileLLM-125M"), ("MobileLLM-LS-350M", "MobileLLM-350M")),
     ),
 )
 # What the paper claims besides, and where. None of it has been tested here.
@@ -139,22 +155,22 @@ _INTRODUCTION = (
 )
 
 
-def page(studies: Iterable[tuple[Sequence[Record], Verdict]]) -> str:
-    """Returns the page in Markdown, from the records and the verdict of every study at every preset."""
-    studies = sorted(studies, key=lambda study: newest(study[0]).preset)
+def page(studies: Iterable[Study]) -> str:
+    """The page in Markdown, from every study at every preset."""
+    studies = sorted(studies, key=lambda study: study.facts.preset)
     columns: Columns = {"claim": [], **{word: [] for word in ("agree", "disagree", "cannot tell")}}
     parts = []
     for claim in CLAIMS:
         judged: dict[str, list[str]] = {}
         ours = []
-        for records, verdict in studies:
-            facts, asked = newest(records), _asked(claim, records, verdict)
-            if facts.study == claim.study and not asked:
-                ours.append(f"- At {plain(facts.preset)} there are no records yet of the points it is about.")
-            elif asked:
+        for study in (study for study in studies if study.facts.study == claim.study):
+            preset = plain(study.facts.preset)
+            if asked := _asked(claim, study):
                 word = judge([c.word for c in asked], claim.expected)
-                judged.setdefault(word, []).append(plain(facts.preset))
-                ours.append(_ours(word, records, asked))
+                judged.setdefault(word, []).append(preset)
+                ours.append(_ours(word, study, asked))
+            else:
+                ours.append(f"- At {preset} there are no records yet of the points it is about.")
         columns["claim"].append(claim.text)
         for word in list(columns)[1:]:
             columns[word].append(", ".join(judged.get(word, [])))
@@ -165,7 +181,7 @@ def page(studies: Iterable[tuple[Sequence[Record], Verdict]]) -> str:
 
 
 def judge(words: Sequence[str], expected: str) -> str:
-    """Returns "agree", "disagree" or "cannot tell" from the words of the comparisons.
+    """ "agree", "disagree" or "cannot tell", from the words of the comparisons.
 
     One significant comparison for the claim, and none against it, is enough to agree; the other way round, to
     disagree.
@@ -180,45 +196,43 @@ def judge(words: Sequence[str], expected: str) -> str:
 def _paper_says(claim: Claim) -> str:
     said = []
     for group, rows in paper_tables.rows(claim.study).items():
+        accuracy = {row.label: row.accuracy for row in rows}
         changes = []
-        for point, other in claim.paper.get(group, claim.pairs):
-            first, second = rows[point], rows[other]
-            if first.accuracy is not None and second.accuracy is not None:
-                change = first.accuracy - second.accuracy
-                changes.append(
-                    f"{first.label} {first.accuracy} against {second.label} {second.accuracy} ({change:+.1f})"
-                )
+        for point, other in claim.paper or claim.pairs:
+            first, second = accuracy.get(point), accuracy.get(other)
+            if first is not None and second is not None:
+                changes.append(f"{point} {first} against {other} {second} ({first - second:+.1f})")
         said.append(f"{group}: " * bool(group) + ", ".join(changes))
     note = f" {claim.note}" if claim.note else ""
     return f"Paper ({claim.where}), accuracy in percent: {'; '.join(said)}.{note}"
 
 
-def _asked(claim: Claim, records: Sequence[Record], verdict: Verdict) -> list[Comparison]:
-    """Returns the comparisons of a study that test the claim; [] if it is another study's."""
-    if newest(records).study != claim.study:
-        return []
-    places = {point: runs[0].point_index for point, runs in by_point(records).items()}
+def _asked(claim: Claim, study: Study) -> list[Comparison]:
+    """The comparisons of the claim's study that test it."""
+    if not claim.pairs:
+        return study.verdict.comparisons
     return [
         c
-        for c in verdict.comparisons
-        if not claim.pairs or (places.get(c.point), places.get(c.other)) in claim.pairs
+        for c in study.verdict.comparisons
+        if {c.point, c.other} <= study.points.keys()
+        and any(fnmatchcase(c.point, point) and fnmatchcase(c.other, other) for point, other in claim.pairs)
     ]
 
 
-def _ours(judged: str, records: Sequence[Record], asked: Sequence[Comparison]) -> str:
-    """Returns judgement, scale and finding."""
-    facts, seeds = newest(records), max(c.difference.n if c.difference else 0 for c in asked)
-    sizes = [record.parameters["non_embedding"] for record in records]
+def _ours(judged: str, study: Study, asked: Sequence[Comparison]) -> str:
+    """Judgement, scale and finding."""
+    facts, seeds = study.facts, max(c.difference.n if c.difference else 0 for c in asked)
+    sizes = [run.parameters["non_embedding"] for run in study.runs]
     size = " to ".join(dict.fromkeys(quantity(number) for number in (min(sizes), max(sizes))))
-    tokens = quantity(max(record.tokens_seen for record in records))
+    tokens = quantity(max(run.tokens_seen for run in study.runs))
+    found = "; ".join(_finding(c, facts.metric) for c in asked)
     return (
         f"- **{judged}** at [{facts.preset}](reports/{facts.study}-{facts.preset}.md) "
         f"({size} non-embedding parameters, {tokens} tokens, {seeds} seeds): "
-        f"{plain('; '.join(map(_finding, asked)))}."
+        f"{plain(found)}."
     )
 
 
-def _finding(c: Comparison) -> str:
-    if c.difference is None:
-        return f"{c.point} against {c.other}: {c.phrase}"
-    return f"{c.point} against {c.other}: {format_difference(c.difference, 'loss')}, {c.phrase}"
+def _finding(c: Comparison, metric: str) -> str:
+    change = f"{format_difference(c.difference, metric)}, " if c.difference else ""
+    return f"{c.point} against {c.other}: {change}{phrase(c, metric)}"

@@ -17,9 +17,10 @@ from PIL import Image
 
 from experiments.reporting import tables
 from mobilellm_jax.analysis.comparable import data_card, text_name
-from mobilellm_jax.analysis.records import Record, by_point, newest
+from mobilellm_jax.analysis.facts import Point
+from mobilellm_jax.analysis.records import Record
 from mobilellm_jax.analysis.statistics import Estimate
-from mobilellm_jax.analysis.verdicts import Verdict
+from mobilellm_jax.analysis.study import Study
 
 # Okabe and Ito's palette for all kinds of colour vision, without yellow, which is too pale for lines. The
 # three lists have different lengths, so that the looks of many points differ, in grey print too.
@@ -50,7 +51,7 @@ SCALE = {"loss": 1, "error": 100}
 
 @styled
 def render(figure: Figure) -> bytes:
-    """Returns a PNG, the same bytes for the same figure."""
+    """A PNG, the same bytes for the same figure."""
     drawn, small = BytesIO(), BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
     # 255 colours look the same and take a third of the space; what matplotlib notes of itself is left behind.
@@ -60,7 +61,7 @@ def render(figure: Figure) -> bytes:
 
 @styled
 def framed(title: str, caption: str, height: float) -> Figure:
-    """Returns a figure with room of `height` inches between title and caption."""
+    """A figure with room of `height` inches between title and caption."""
     title = textwrap.fill(title, 80)
     above, below = 0.12 + 0.25 * (title.count("\n") + 1), 0.15 + 0.175 * (caption.count("\n") + 1)
     total = above + height + below
@@ -75,7 +76,7 @@ def framed(title: str, caption: str, height: float) -> Figure:
 
 @styled
 def beside_legend(labels: Iterable[str]) -> tuple[Figure, Axes]:
-    """Returns a figure that is high enough for a legend with these labels to the right of the axes."""
+    """A figure that is high enough for a legend with these labels to the right of the axes."""
     figure = Figure(figsize=(WIDTH, max(4.2, 0.4 + legend_height(labels))))
     FigureCanvasAgg(figure)
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
@@ -83,35 +84,28 @@ def beside_legend(labels: Iterable[str]) -> tuple[Figure, Axes]:
 
 
 def legend_height(labels: Iterable[str]) -> float:
-    """Returns the height in inches of a legend in small print."""
+    """The height in inches of a legend in small print."""
     return 0.165 * sum(1.25 + label.count("\n") for label in labels)
 
 
 def legend(point: str, note: str = "") -> str:
-    """Returns the label of a point in a legend beside the axes."""
+    """The label of a point in a legend beside the axes."""
     return textwrap.fill(point + (f" ({note})" if note else ""), 30)
 
 
 def look(index: int) -> dict[str, Any]:
-    """Returns colour, marker and dashes of the point or line at `index`."""
+    """Colour, marker and dashes of the point or line at `index`."""
     lists = {"color": COLORS, "marker": MARKERS, "ls": DASHES}
     return {name: values[index % len(values)] for name, values in lists.items()}
 
 
 def shown(metric: str, value: float) -> float:
-    """Returns what an axis shows for a value of `metric`, see `VALUES`."""
+    """A value of `metric` as the axis shows it, see `VALUES`."""
     return 100 * (1 - value) if metric == "error" else value
 
 
-def comparison_runs(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Returns the runs that are compared, by point; a point that was only tuned so far has none."""
-    return {
-        point: [run for run in runs if run.phase == "comparison"] for point, runs in by_point(records).items()
-    }
-
-
 def absent(runs: Sequence[Record]) -> str:
-    """Returns "1 of 3 diverged"; "" if all finished."""
+    """What is missing of a point, as "1 of 3 diverged"; "" if all finished."""
     if not runs:
         return "no run"
     counts = {word: sum(run.status == word for run in runs) for word in ("diverged", "failed")}
@@ -119,7 +113,7 @@ def absent(runs: Sequence[Record]) -> str:
 
 
 def apart(values: Iterable[float], factor: float) -> list[float]:
-    """Returns the values in ascending order without those that are less than `factor` above the last."""
+    """The values in ascending order without those that are less than `factor` above the last."""
     kept: list[float] = []
     for value in sorted(set(values)):
         kept += [value] if not kept or value >= factor * kept[-1] else []
@@ -135,7 +129,7 @@ def log_axis(axes: Axes, values: Sequence[float], room: int = 90) -> None:
 
 
 def categories(labels: Sequence[str], room: int) -> tuple[list[str], bool]:
-    """Returns tick labels for an axis of `room` characters, and whether they must be slanted to fit."""
+    """Tick labels for an axis of `room` characters, and whether they must be slanted to fit."""
     each = room // len(labels)
     is_slanted = max(len(word) for label in labels for word in label.split()) > each
     return [label if is_slanted else textwrap.fill(label, each) for label in labels], is_slanted
@@ -148,27 +142,26 @@ def category_axis(axes: Axes, labels: Sequence[str], room: int) -> None:
     axes.set_xticks(range(len(labels)), labels, fontsize=10, **slant)
 
 
-def series_of(records: Sequence[Record]) -> list[str]:
-    """Returns the lines over x that the points belong to, in their order; [] if there is only one."""
-    places = [runs[0].x for runs in by_point(records).values()]
+def series_of(study: Study) -> list[str]:
+    """The lines over x that the points belong to, in their order; [] if there is only one."""
+    places = [point.x for point in study.points.values()]
     return list(dict.fromkeys(place["series"] for place in places if place and "series" in place))
 
 
-def places_of(records: Sequence[Record]) -> dict[str, float] | None:
-    """Returns the place on a numeric x axis by point; None where the points are categories.
+def places_of(study: Study) -> dict[str, float] | None:
+    """The place on a numeric x axis by point; None where the points are categories.
 
     Points of one line at the same place would hide each other, and only their names would tell them apart.
     """
-    places = {point: runs[0].x for point, runs in by_point(records).items()}
-    numeric = {point: place for point, place in places.items() if place is not None}
-    distinct = {(place.get("series"), place["value"]) for place in numeric.values()}
-    return {p: place["value"] for p, place in numeric.items()} if len(distinct) == len(places) else None
+    numeric = {label: point.x for label, point in study.points.items() if point.x is not None}
+    distinct = {(x.get("series"), x["value"]) for x in numeric.values()}
+    return {label: x["value"] for label, x in numeric.items()} if len(distinct) == len(study.points) else None
 
 
 def draw_point(
     axes: Axes,
     place: float,
-    runs: Sequence[Record],
+    point: Point,
     estimate: Estimate,
     looks: Mapping[str, Any],
     shift: float = 0.0,
@@ -177,11 +170,11 @@ def draw_point(
 
     `shift` to the right, in points (1/72 inch), keeps apart what stands at the same place.
     """
-    metric = runs[0].metric
+    metric = point.comparison[0].metric
     half = None if estimate.half_width is None else estimate.half_width * SCALE[metric]
     mean, at = shown(metric, estimate.mean), {"transform": moved(axes, shift)} if shift else {}
     axes.errorbar(place, mean, half, **looks, ms=7, capsize=4, **at)
-    seeds = [shown(metric, run.score) for run in runs if run.status == "finished"]
+    seeds = [shown(metric, score) for score in point.scores.values()]
     ends = mean - (half or 0), mean + (half or 0), *seeds
     axes.update_datalim([(place, end) for end in ends])  # what is moved doesn't count by itself
     dots = {"color": looks["color"], "ms": 5, "alpha": 0.6, "transform": moved(axes, shift + 7)}
@@ -189,14 +182,13 @@ def draw_point(
 
 
 def moved(axes: Axes, by: float) -> Any:
-    """Returns the transform of data that is moved to the right, in points (1/72 inch)."""
+    """The transform of data that is moved to the right, in points (1/72 inch)."""
     return axes.transData + ScaledTranslation(by / 72, 0, axes.figure.dpi_scale_trans)
 
 
 def draw_values(
     axes: Axes,
-    records: Sequence[Record],
-    found: Verdict,
+    study: Study,
     looks: Mapping[str, Mapping[str, Any]] | None = None,
     room: int = 90,
     is_reversed: bool = False,
@@ -209,90 +201,123 @@ def draw_values(
       room: characters that fit side by side below the axis.
       is_reversed: a low loss stands above a high one.
     """
-    points, metric = comparison_runs(records), newest(records).metric
-    places, lines = places_of(records), series_of(records)
-    joined: dict[str, list[tuple[float, float]]] = {}
-    for index, (point, runs) in enumerate(points.items()):
-        x = by_point(records)[point][0].x or {}
-        line, shift = "", 0.0
-        if places and lines:
-            line = x["series"]
-            shift = 12.0 * (lines.index(line) - (len(lines) - 1) / 2)
-        mine = looks[line] if looks else look(lines.index(line) if line else index)
-        place = places[point] if places else index
-        if estimate := found.estimates.get(point):
-            draw_point(axes, place, runs, estimate, mine, shift)
-            joined.setdefault(line, []).append((place, shown(metric, estimate.mean)))
-            if places and (line or looks) and len(joined[line]) > 1:
-                xs, ys = zip(*joined[line][-2:], strict=True)
-                axes.plot(xs, ys, color=mine["color"], ls=mine["ls"], lw=1.5, transform=moved(axes, shift))
-        if gone := absent(runs):
-            at_top = axes.get_xaxis_transform()
-            axes.plot(place, 0.97, "x", color=mine["color"], ms=9, mew=2, transform=at_top, clip_on=False)
-            axes.text(place, 0.92, gone, ha="center", va="top", fontsize=9, transform=at_top)
+    metric, places, lines = study.facts.metric, places_of(study), series_of(study)
+    of_lines = looks or {line: look(index) for index, line in enumerate(lines)}
     if places is None:
-        category_axis(axes, list(points), room)
+        _draw_points(axes, study, {label: i for i, label in enumerate(study.points)}, looks and looks[""])
+        category_axis(axes, list(study.points), room)
     else:
-        x = newest(records).x or {}
-        axes.set_xlabel(str(x["label"]))
-        if x["log"]:
-            log_axis(axes, list(places.values()), room)
+        if of_lines:
+            _draw_lines(axes, study, places, lines or [""], of_lines)
+        else:
+            _draw_points(axes, study, places)
+        _label_x_axis(axes, study, places, room)
     axes.margins(x=0.08, y=0.08)
     if is_reversed and metric == "loss":
         axes.invert_yaxis()
-    if any(absent(runs) for runs in points.values()):  # room for their marks
+    if any(absent(point.comparison) for point in study.points.values()):  # room for their marks
         low, high = axes.get_ylim()
         axes.set_ylim(low, high + 0.22 * (high - low))
     if metric == "error":  # the room above 100 % is for the marks
         axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 100])
     axes.set_ylabel(VALUES[metric])
-    axes.set_title(_bars(axes, found), fontsize=10, color="0.25")
+    axes.set_title(_bars(axes, study), fontsize=10, color="0.25")
     if places and lines:
-        of_lines = [
-            Line2D([], [], **(looks[line] if looks else look(i)), label=line) for i, line in enumerate(lines)
-        ]
-        axes.legend(handles=of_lines, fontsize=9, handlelength=4)
+        handles = [Line2D([], [], **of_lines[line], label=line) for line in lines]
+        axes.legend(handles=handles, fontsize=9, handlelength=4)
 
 
-def _bars(axes: Axes, found: Verdict) -> str:
-    """Returns what the bars are."""
-    if not found.estimates:
+def _draw_points(
+    axes: Axes, study: Study, places: Mapping[str, float], same: Mapping[str, Any] | None = None
+) -> None:
+    """Every point at its place, with its own look or all with the same one."""
+    for index, (label, point) in enumerate(study.points.items()):
+        mine = same or look(index)
+        if estimate := study.verdict.estimates.get(label):
+            draw_point(axes, places[label], point, estimate, mine)
+        _mark_absent(axes, places[label], point, mine["color"])
+
+
+def _draw_lines(
+    axes: Axes,
+    study: Study,
+    places: Mapping[str, float],
+    lines: Sequence[str],
+    looks: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """The points of each line joined; the lines are side by side where they share a place."""
+    last: dict[str, tuple[float, float]] = {}
+    for label, point in study.points.items():
+        line, place = (point.x or {}).get("series", ""), places[label]
+        shift = 12.0 * (lines.index(line) - (len(lines) - 1) / 2)
+        mine = looks[line]
+        if estimate := study.verdict.estimates.get(label):
+            draw_point(axes, place, point, estimate, mine, shift)
+            end = place, shown(study.facts.metric, estimate.mean)
+            if line in last:
+                xs, ys = zip(last[line], end, strict=True)
+                axes.plot(xs, ys, color=mine["color"], ls=mine["ls"], lw=1.5, transform=moved(axes, shift))
+            last[line] = end
+        _mark_absent(axes, place, point, mine["color"])
+
+
+def _mark_absent(axes: Axes, place: float, point: Point, color: str) -> None:
+    """Marks a point of which runs are missing with a cross at the top, and says which."""
+    if gone := absent(point.comparison):
+        at_top = axes.get_xaxis_transform()
+        axes.plot(place, 0.97, "x", color=color, ms=9, mew=2, transform=at_top, clip_on=False)
+        axes.text(place, 0.92, gone, ha="center", va="top", fontsize=9, transform=at_top)
+
+
+def _label_x_axis(axes: Axes, study: Study, places: Mapping[str, float], room: int) -> None:
+    x = study.facts.x or {}
+    axes.set_xlabel(str(x["label"]))
+    if x["log"]:
+        log_axis(axes, list(places.values()), room)
+
+
+def _bars(axes: Axes, study: Study) -> str:
+    """Says what the bars are."""
+    estimates = study.verdict.estimates.values()
+    if not estimates:
         axes.set_yticks([])
         return "no run finished"
-    if all(estimate.n == 1 for estimate in found.estimates.values()):
+    if all(estimate.n == 1 for estimate in estimates):
         return "no intervals: one seed"
     return "mean, 95 % t interval; dots are seeds"
 
 
-def caption(records: Sequence[Record], found: Verdict, first: str = "") -> str:
-    """Returns what stands below a figure: `first`, the scale of the runs, and what a sceptic must know."""
-    notes = [first, f"Ours: {_scale(records, found)}"] if first else [_scale(records, found)]
-    notes += [f"Warning: {warning}" for warning in found.warnings[:4]]
-    if len(found.warnings) > 4:
-        notes.append(f"And {len(found.warnings) - 4} more warnings, in the report.")
+def caption(study: Study, first: str = "") -> str:
+    """The text below a figure: `first`, the scale of the runs, and what a sceptic must know."""
+    warnings = study.verdict.warnings
+    notes = [first, f"Ours: {_scale(study)}"] if first else [_scale(study)]
+    notes += [f"Warning: {warning}" for warning in warnings[:4]]
+    if len(warnings) > 4:
+        notes.append(f"And {len(warnings) - 4} more warnings, in the report.")
     return "\n".join(textwrap.fill(note, 128, break_on_hyphens=False) for note in notes)
 
 
-def _scale(records: Sequence[Record], found: Verdict) -> str:
-    compared = [record for record in records if record.phase == "comparison"] or list(records)
-    ended = [record for record in compared if record.status == "finished"] or compared
+def _scale(study: Study) -> str:
+    runs = study.runs
+    compared = [run for run in runs if run.phase == "comparison"] or runs
+    ended = [run for run in compared if run.status == "finished"] or compared
 
     def span(values: Iterable[float]) -> str:
         numbers = sorted(values)
         return " to ".join(dict.fromkeys(tables.quantity(number) for number in (numbers[0], numbers[-1])))
 
     def known(name: str, digits: int) -> str:
-        return ", ".join(sorted({str(r.data[name])[:digits] for r in records if name in r.data})) or "unknown"
+        return ", ".join(sorted({str(r.data[name])[:digits] for r in runs if name in r.data})) or "unknown"
 
-    seeds = span([e.n for e in found.estimates.values()] or [len({record.seed for record in compared})])
+    seeds = span([e.n for e in study.verdict.estimates.values()] or [len({run.seed for run in compared})])
     parts = [
-        f"{span(r.parameters['total'] for r in records)} parameters "
-        f"({span(r.parameters['non_embedding'] for r in records)} non-embedding)",
+        f"{span(r.parameters['total'] for r in runs)} parameters "
+        f"({span(r.parameters['non_embedding'] for r in runs)} non-embedding)",
         f"vocabulary of {known('vocab_size', 9)}",
         f"{span(r.tokens_seen for r in ended)} training tokens in {span(r.steps for r in ended)} steps",
         f"data: {', '.join(sorted({text_name(data_card(r)) for r in ended}))} "
         f"(sha256 {known('source_sha256', 8)})",
         f"{seeds} seed{'' if seeds == '1' else 's'}",
-        f"device: {', '.join(sorted({record.device_name for record in records}))}",
+        f"device: {', '.join(sorted({run.device_name for run in runs}))}",
     ]
-    return f"{'; '.join(parts)}. {tables.head(records, found)[1]}"
+    return f"{'; '.join(parts)}. {tables.head(study)[1]}"

@@ -1,8 +1,6 @@
-"""Draws the figures of every study from its records alone: no training, no jax.
+"""The figures of a study; the same records give the same bytes.
 
-    python -m experiments.figures [--workdir=experiments]
-
-reads <workdir>/results/**.json and writes, for each study and preset, to <workdir>/figures/
+In <workdir>/figures/, for each study and preset,
 
     <study>-<preset>.png                 what came out, and every difference asked about
     <study>-<preset>-paper.png           the paper's points beside ours, where the study is in the paper
@@ -10,15 +8,13 @@ reads <workdir>/results/**.json and writes, for each study and preset, to <workd
     <study>-<preset>-curves.png          held-out evaluations during training
     <study>-<preset>-learning_rates.png  the search for the learning rates
 
-and the numbers behind them as .csv, -paper.csv and -comparisons.csv. The same records give the same bytes.
-`experiments.report` does the same, and writes the reports that show them.
+and the numbers behind them as .csv, -paper.csv and -comparisons.csv.
 """
 
 import dataclasses
 import math
-import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,11 +22,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from experiments import cli
 from experiments.reporting import beside_paper, drawing, tables
-from experiments.reporting.drawing import SCALE, VALUES, WORDS, comparison_runs, styled
-from mobilellm_jax.analysis.records import Record, by_point, by_study, newest, read_records
-from mobilellm_jax.analysis.verdicts import Comparison, Verdict, verdict
+from experiments.reporting.drawing import SCALE, VALUES, WORDS, styled
+from mobilellm_jax.analysis.facts import Facts
+from mobilellm_jax.analysis.records import Record, by_study, read_records
+from mobilellm_jax.analysis.study import Study, study_of
+from mobilellm_jax.analysis.verdicts import Comparison
+from mobilellm_jax.analysis.wording import phrase
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
 
@@ -46,17 +44,17 @@ class Image:
     png: bytes
 
 
-def read_studies(workdir: str | AnyPath) -> tuple[list[tuple[list[Record], Verdict]], list[str]]:
-    """Returns the records of every study in `workdir` with what they show, and why others are refused.
+def read_studies(workdir: str | AnyPath) -> tuple[list[Study], list[str]]:
+    """Every study that has records in `workdir`, and why others are refused.
 
     Raises:
       UserError: there are no records, or one is damaged.
     """
     results = path_of(workdir) / "results"
     found, refused = [], []
-    for records in map(in_order, by_study(read_records(results)).values()):
+    for records in by_study(read_records(results)).values():
         try:
-            found.append((records, verdict(records)))
+            found.append(study_of(records))
         except UserError as error:  # the other studies are shown all the same
             refused.append(str(error))
     if not found and not refused:
@@ -67,22 +65,20 @@ def read_studies(workdir: str | AnyPath) -> tuple[list[tuple[list[Record], Verdi
     return found, refused
 
 
-def write(records: Sequence[Record], found: Verdict, workdir: str | AnyPath) -> dict[str, Image]:
+def write(study: Study, workdir: str | AnyPath) -> dict[str, Image]:
     """Writes figures and tables (CSV) of one study at one preset, and returns the figures by suffix.
-
-    `records` are as `in_order` returns them.
 
     Raises:
       UserError: a file cannot be written.
     """
     drawn = {
-        "": ("Final values and differences", outcome(records, found)),
-        "-paper": ("The paper's points beside ours", beside_paper.draw(records, found)),
-        "-costs": ("Final values against parameters and FLOPs", costs(records, found)),
-        "-curves": ("Held-out values during training", curves(records)),
-        "-learning_rates": ("Final loss against learning rate", learning_rates(records, found)),
+        "": ("Final values and differences", outcome(study)),
+        "-paper": ("The paper's points beside ours", beside_paper.draw(study)),
+        "-costs": ("Final values against parameters and FLOPs", costs(study)),
+        "-curves": ("Held-out values during training", curves(study)),
+        "-learning_rates": ("Final loss against learning rate", learning_rates(study)),
     }
-    folder, name = path_of(workdir) / "figures", stem(records)
+    folder, name = path_of(workdir) / "figures", study.stem
     images = {
         suffix: Image(f"{name}{suffix}.png", alt, drawing.render(figure))
         for suffix, (alt, figure) in drawn.items()
@@ -91,9 +87,9 @@ def write(records: Sequence[Record], found: Verdict, workdir: str | AnyPath) -> 
     for image in images.values():
         write_atomically(folder / image.name, image.png)
     texts = {
-        "": tables.csv_text(records, found),
-        "-comparisons": tables.comparisons_csv(records, found),
-        "-paper": beside_paper.csv_text(records, found),
+        "": tables.csv_text(study),
+        "-comparisons": tables.comparisons_csv(study),
+        "-paper": beside_paper.csv_text(study),
     }
     for suffix, text in texts.items():
         if text:
@@ -101,60 +97,50 @@ def write(records: Sequence[Record], found: Verdict, workdir: str | AnyPath) -> 
     return images
 
 
-def in_order(records: Sequence[Record]) -> list[Record]:
-    """Returns the records in an order that does not depend on the names of their files."""
-    return sorted(records, key=lambda r: (r.point_index, r.point, r.phase, r.learning_rate, r.seed))
-
-
-def stem(records: Sequence[Record]) -> str:
-    """Returns the name of a study's files without suffix: "<study>-<preset>"."""
-    facts = newest(records)
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(filter(None, [facts.study, facts.preset])))
-
-
 @styled
-def outcome(records: Sequence[Record], found: Verdict) -> Figure:
-    """Returns the figure of one study: final values of every point above, differences of pairs below."""
-    facts = newest(records)
-    rows = [_pair(comparison) for comparison in found.comparisons]
-    said = [textwrap.fill(comparison.phrase, 30) for comparison in found.comparisons]
-    labels, is_slanted = drawing.categories(list(by_point(records)), 90)
-    is_slanted = is_slanted and drawing.places_of(records) is None
+def outcome(study: Study) -> Figure:
+    """Final values of every point above, differences of pairs below."""
+    facts, comparisons = study.facts, study.verdict.comparisons
+    rows = [_pair(comparison) for comparison in comparisons]
+    said = [textwrap.fill(phrase(comparison, facts.metric), 30) for comparison in comparisons]
+    labels, is_slanted = drawing.categories(list(study.points), 90)
+    is_slanted = is_slanted and drawing.places_of(study) is None
     heights = [3.5 + (0.035 * max(map(len, labels)) if is_slanted else 0)]  # inches
     if rows:
         lines = [max(text.count("\n") for text in texts) + 1 for texts in zip(rows, said, strict=True)]
         heights.append(1.15 + sum(0.14 + 0.17 * n for n in lines))
-    figure = drawing.framed(facts.question, drawing.caption(records, found), sum(heights))
+    figure = drawing.framed(facts.question, drawing.caption(study), sum(heights))
     # Each panel in a figure of its own: the long labels of the lower one would narrow the upper one.
     parts = np.ravel(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False))
-    drawing.draw_values(parts[0].subplots(), records, found)
+    drawing.draw_values(parts[0].subplots(), study)
     if rows:
-        _draw_effects(parts[1].subplots(), rows, said, found.comparisons, facts)
+        _draw_effects(parts[1].subplots(), rows, said, comparisons, facts)
     return figure
 
 
 @styled
-def costs(records: Sequence[Record], found: Verdict) -> Figure | None:
-    """Returns final values against parameters and against training FLOPs; None if neither differs."""
-    runs = {point: runs for point, runs in comparison_runs(records).items() if point in found.estimates}
+def costs(study: Study) -> Figure | None:
+    """Final values against parameters and against training FLOPs; None if neither differs."""
+    estimates = study.verdict.estimates
+    points = {label: study.points[label] for label in study.points if label in estimates}
     places = {
-        "non-embedding parameters": {p: of[0].parameters["non_embedding"] for p, of in runs.items()},
+        "non-embedding parameters": {p: of.parameters["non_embedding"] for p, of in points.items()},
         "training FLOPs of a run": {
-            p: max(r.tokens_seen for r in of) * of[0].budgets["train_flops_per_token"]
-            for p, of in runs.items()
+            p: max(r.tokens_seen for r in of.comparison) * of.budgets["train_flops_per_token"]
+            for p, of in points.items()
         },
     }
     if all(len(set(of_points.values())) < 2 for of_points in places.values()):
         return None
-    order, metric = list(by_point(records)), newest(records).metric
-    labels = [drawing.legend(point) for point in runs]
-    text, height = drawing.caption(records, found), max(3.8, 0.3 + drawing.legend_height(labels))
-    panels = drawing.framed(newest(records).question, text, height).subfigures()
+    order = list(study.points)
+    labels = [drawing.legend(point) for point in points]
+    text, height = drawing.caption(study), max(3.8, 0.3 + drawing.legend_height(labels))
+    panels = drawing.framed(study.facts.question, text, height).subfigures()
     for axes, (label, of_points) in zip(panels.subplots(1, 2, sharey=True), places.items(), strict=True):
         shifts = _side_by_side(of_points)
         for point, place in of_points.items():
             look = drawing.look(order.index(point))
-            drawing.draw_point(axes, place, runs[point], found.estimates[point], look, shifts[point])
+            drawing.draw_point(axes, place, points[point], estimates[point], look, shifts[point])
         low, high = min(of_points.values()), max(of_points.values())
         ratio = max(high / low, 1.1)  # so that what is held equal is seen to be
         axes.set_xscale("log", base=2)
@@ -168,29 +154,29 @@ def costs(records: Sequence[Record], found: Verdict) -> Figure | None:
         title = "nearly equal x: side by side" if any(shifts.values()) else ""
         axes.set_title(title, fontsize=10, color="0.25")
     panels.suptitle("mean, 95 % t interval; dots are seeds", fontsize=10, color="0.25")
-    panels.axes[0].set_ylabel(VALUES[metric])
-    marks = [Line2D([], [], **drawing.look(order.index(point))) for point in runs]
+    panels.axes[0].set_ylabel(VALUES[study.facts.metric])
+    marks = [Line2D([], [], **drawing.look(order.index(point))) for point in points]
     panels.legend(marks, labels, loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
     return panels.figure
 
 
 @styled
-def curves(records: Sequence[Record]) -> Figure:
-    """Returns the held-out evaluations during training: each seed and the mean of every point."""
-    runs, metric = comparison_runs(records), newest(records).metric
-    labels = {point: drawing.legend(point, drawing.absent(of_point)) for point, of_point in runs.items()}
+def curves(study: Study) -> Figure:
+    """The held-out evaluations during training: each seed and the mean of every point."""
+    metric = study.facts.metric
+    labels = {label: drawing.legend(label, drawing.absent(p.comparison)) for label, p in study.points.items()}
     figure, axes = drawing.beside_legend(labels.values())
     late = []  # what finished runs reached after the first quarter
-    for index, (point, of_point) in enumerate(runs.items()):
+    for index, (label, point) in enumerate(study.points.items()):
         look = drawing.look(index)
-        seeds = [_curve(run) for run in of_point]
-        finished = [curve for curve, run in zip(seeds, of_point, strict=True) if run.status == "finished"]
+        seeds = [_curve(run) for run in point.comparison]
+        finished = [_curve(run) for run in point.finished]
         late += [value for curve in finished for at, value in curve.items() if at >= max(curve) / 4]
         for curve in seeds:
             axes.plot(list(curve), list(curve.values()), color=look["color"], lw=0.7, alpha=0.5)
         common = sorted(set.intersection(*(set(curve) for curve in finished))) if finished else []
         means = [float(np.mean([curve[tokens] for curve in finished])) for tokens in common]
-        axes.plot(common, means, **look, ms=5, lw=1.8, label=labels[point])
+        axes.plot(common, means, **look, ms=5, lw=1.8, label=labels[label])
     if late and metric == "loss":  # the steep start, and a run that diverges, would squeeze the rest
         low, high = min(late), max(late)
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
@@ -200,22 +186,21 @@ def curves(records: Sequence[Record]) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(6))
     start = "; steep start cut off" if metric == "loss" else ""
     axes.set_title(f"mean; thin lines are seeds{start}", fontsize=10, color="0.25")
-    if runs:
-        axes.figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
+    axes.figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
     return figure
 
 
 @styled
-def learning_rates(records: Sequence[Record], found: Verdict) -> Figure | None:
-    """Returns the loss against learning rate of every tuned point; None if no point was tuned."""
-    if not found.tuning:
+def learning_rates(study: Study) -> Figure | None:
+    """The loss against learning rate of every tuned point; None if no point was tuned."""
+    searches, order = study.verdict.tuning, list(study.points)
+    if not searches:
         return None
-    order = list(by_point(records))
     best: list[float] = []
-    figure, axes = drawing.beside_legend([drawing.legend(point) for point in found.tuning])
+    figure, axes = drawing.beside_legend([drawing.legend(point) for point in searches])
     gone: dict[float, list[str]] = {}  # by rate, the colours of the points that diverged or failed
-    rates = sorted({rate for tuning in found.tuning.values() for rate, _ in tuning.curve})
-    for point, tuning in found.tuning.items():
+    rates = sorted({rate for tuning in searches.values() for rate, _ in tuning.curve})
+    for point, tuning in searches.items():
         look = drawing.look(order.index(point))
         tried = {rate: value for rate, value in tuning.curve if value is not None}
         axes.plot(list(tried), list(tried.values()), **look, ms=5, lw=1.5, label=drawing.legend(point))
@@ -251,7 +236,7 @@ def learning_rates(records: Sequence[Record], found: Verdict) -> Figure | None:
 
 
 def _side_by_side(places: Mapping[str, float]) -> dict[str, float]:
-    """Returns how far to shift each point: those less than 0.5 % apart would hide each other."""
+    """How far to shift each point: those less than 0.5 % apart would hide each other."""
     groups: list[list[str]] = []
     for point in sorted(places, key=lambda point: places[point]):
         if groups and places[point] < 1.005 * places[groups[-1][0]]:
@@ -266,7 +251,7 @@ def _side_by_side(places: Mapping[str, float]) -> dict[str, float]:
 
 
 def _draw_effects(
-    axes: Axes, rows: list[str], said: list[str], comparisons: list[Comparison], facts: Record
+    axes: Axes, rows: list[str], said: list[str], comparisons: list[Comparison], facts: Facts
 ) -> None:
     """One row for each pair. An interval far wider than all differences is cut off, with an arrow there."""
     scale, margin = SCALE[facts.metric], SCALE[facts.metric] * facts.margin
@@ -313,7 +298,7 @@ def _draw_effects(
 
 
 def _pair(comparison: Comparison) -> str:
-    """Returns "a - b", on several lines where it is long."""
+    """The pair as "a - b", on several lines where it is long."""
     label = f"{comparison.point} \N{MINUS SIGN} {comparison.other}"
     if len(label) <= 32:
         return label
@@ -323,29 +308,10 @@ def _pair(comparison: Comparison) -> str:
 
 
 def _curve(run: Record) -> dict[int, float]:
-    """Returns what was evaluated by training tokens seen, without what was not finite."""
+    """Evaluations by training tokens seen, without those that were not finite."""
     tokens_per_step = run.setting("train.batch_size") * run.setting("data.sequence_length")
     return {
         int(evaluation["step"] or 0) * tokens_per_step: drawing.shown(run.metric, value)
         for evaluation in run.evaluations
         if (value := evaluation[run.metric]) is not None
     }
-
-
-def redraw(workdir: str | AnyPath) -> None:
-    """Draws every study that has records in `workdir`, and prints the names of the files.
-
-    Raises:
-      UserError: there are no records, one is damaged, or the runs of a study cannot be compared; the other
-        studies are drawn all the same.
-    """
-    studies, refused = read_studies(workdir)
-    for records, found in studies:
-        for image in write(records, found, workdir).values():
-            print(path_of(workdir) / "figures" / image.name)
-    if refused:
-        raise UserError("\n".join(refused))
-
-
-if __name__ == "__main__":
-    cli.run_on_records(redraw, "results/ and figures/")

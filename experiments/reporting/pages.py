@@ -1,4 +1,4 @@
-"""The report of a study, from its records: one structure, written as HTML and as Markdown."""
+"""The report of a study: one structure, written as HTML and as Markdown."""
 
 import base64
 import dataclasses
@@ -7,12 +7,13 @@ import html
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from experiments.reporting import beside_paper, drawing, figures, tables
+from experiments.reporting import beside_paper, figures, tables
 from experiments.reporting.figures import Image
-from mobilellm_jax.analysis.records import Record, by_point, newest
-from mobilellm_jax.analysis.verdicts import Verdict, verdict
+from mobilellm_jax.analysis.records import Record
+from mobilellm_jax.analysis.study import Study, study_of
+from mobilellm_jax.analysis.tuning import Tuning
 from mobilellm_jax.analysis.wording import format_score
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
 
@@ -75,28 +76,25 @@ def report(records: Sequence[Record], workdir: str | AnyPath) -> str:
     Raises:
       UserError: the runs cannot be compared, or a file cannot be written.
     """
-    records = figures.in_order(records)
-    found = verdict(records)
-    return write_report(records, found, figures.write(records, found, workdir), workdir)
+    study = study_of(records)
+    return write_report(study, figures.write(study, workdir), workdir)
 
 
-def write_report(
-    records: Sequence[Record], found: Verdict, images: dict[str, Image], workdir: str | AnyPath
-) -> str:
-    facts, sections = newest(records), contents(records, found, images)
-    path = path_of(workdir) / "reports" / figures.stem(records)
+def write_report(study: Study, images: dict[str, Image], workdir: str | AnyPath) -> str:
+    found, sections = study.verdict, contents(study, images)
+    path = path_of(workdir) / "reports" / study.stem
     for suffix, page in ((".html", to_html), (".md", to_markdown)):
-        write_atomically(f"{path}{suffix}", page(facts.question, sections).encode())
+        write_atomically(f"{path}{suffix}", page(study.facts.question, sections).encode())
     said = textwrap.fill(found.sentence, 110, break_long_words=False, break_on_hyphens=False)
     warnings = [f"Warning: {warning}" for warning in found.warnings]
-    return "\n".join([*warnings, tables.text(records, found), "", said, f"Report: {path}.html"])
+    return "\n".join([*warnings, tables.text(study), "", said, f"Report: {path}.html"])
 
 
-def contents(records: Sequence[Record], found: Verdict, images: dict[str, Image]) -> list[Section]:
-    """Returns the report: what a sceptic must know first, then the finding, then what it rests on."""
-    facts = newest(records)
-    pairs = [tables.comparisons(records, found)] if found.comparisons else []
-    paper = beside_paper.table(records, found)
+def contents(study: Study, images: dict[str, Image]) -> list[Section]:
+    """The report: what a sceptic must know first, then the finding, then what it rests on."""
+    found, runs = study.verdict, study.runs
+    pairs = [tables.comparisons(study)] if found.comparisons else []
+    paper = beside_paper.table(study)
 
     def shown(suffix: str) -> list[Block]:
         return [images[suffix]] if suffix in images else []
@@ -105,38 +103,38 @@ def contents(records: Sequence[Record], found: Verdict, images: dict[str, Image]
         (WARNINGS, [found.warnings] if found.warnings else []),
         ("Verdict", [found.sentence, images[""], *pairs]),
         ("Beside the paper", [*shown("-paper"), paper] if paper else []),
-        ("Designs", [*tables.head(records, found)[1:], *tables.designs(records, found), BUDGETS]),
-        ("Learning rates", [*shown("-learning_rates"), *_learning_rates(found)]),
-        ("Outcomes", [UNITS[facts.metric], tables.outcomes(records, found), _seeds(records)]),
-        ("Zero-shot accuracy", [SHARES, zero_shot] if (zero_shot := tables.zero_shot(records)) else []),
+        ("Designs", [*tables.head(study)[1:], *tables.designs(study), BUDGETS]),
+        ("Learning rates", [*shown("-learning_rates"), *_learning_rates(found.tuning)]),
+        ("Outcomes", [UNITS[study.facts.metric], tables.outcomes(study), _seeds(study)]),
+        ("Zero-shot accuracy", [SHARES, zero_shot] if (zero_shot := tables.zero_shot(study)) else []),
         ("Against parameters and FLOPs", shown("-costs")),
         ("Training curves", [images["-curves"]]),
-        ("Runs that did not finish", _unfinished(records, found)),
-        ("Cost", [_cost(records)]),
-        ("Data", [_data(records)]),
-        ("Code and device", [_origins(records)]),
-        ("To make it again", [Code(sorted({record.command for record in records}))]),
+        ("Runs that did not finish", _unfinished(study)),
+        ("Cost", [_cost(runs)]),
+        ("Data", [_data(runs)]),
+        ("Code and device", [_origins(study)]),
+        ("To make it again", [Code(sorted({run.command for run in runs}))]),
     ]
 
 
-def _learning_rates(found: Verdict) -> list[Block]:
-    if not found.tuning:
+def _learning_rates(searches: Mapping[str, Tuning]) -> list[Block]:
+    if not searches:
         return ["No learning rates were tried."]
-    columns: tables.Columns = {"point": list(found.tuning), "chosen": [], "best lies": [], "final losses": []}
-    for tuning in found.tuning.values():
+    columns: tables.Columns = {"point": list(searches), "chosen": [], "best lies": [], "final losses": []}
+    for tuning in searches.values():
         columns["chosen"].append("none" if math.isnan(tuning.chosen) else f"{tuning.chosen:.4g}")
         columns["best lies"].append("at the edge" if tuning.at_edge else "inside")
         values = [f"{rate:.4g}: {'none' if v is None else f'{v:.4f}'}" for rate, v in tuning.curve]
         columns["final losses"].append("; ".join(values))
-    best = [tuning.best for tuning in found.tuning.values() if tuning.best]
+    best = [tuning.best for tuning in searches.values() if tuning.best]
     if not best:
         return [columns]
     return [f"The best rates of all points lie within a factor of {max(best) / min(best):.3g}.", columns]
 
 
-def _seeds(records: Sequence[Record]) -> tables.Columns:
+def _seeds(study: Study) -> tables.Columns:
     """One row for each point, one column for each seed."""
-    points = drawing.comparison_runs(records)
+    points = {label: point.comparison for label, point in study.points.items()}
     columns: tables.Columns = {"point": list(points)}
     for seed in sorted({run.seed for runs in points.values() for run in runs}):
         found = [[run for run in runs if run.seed == seed] for runs in points.values()]
@@ -150,19 +148,19 @@ def _outcome(run: Record) -> str:
     return format_score(1 - run.score if run.metric == "error" else run.score, run.metric)
 
 
-def _unfinished(records: Sequence[Record], found: Verdict) -> list[Block]:
+def _unfinished(study: Study) -> list[Block]:
     rows = [
         f"{run.name}, {run.phase}, learning rate {run.learning_rate:.4g}: "
         f"{run.status} after {run.steps:,} steps: {run.error or 'no message'}"
-        for of_point in by_point(records).values()
-        for run in of_point
+        for point in study.points.values()
+        for run in point.runs
         if run.status != "finished"
     ]
-    return [found.failures or "All runs finished.", *([rows] if rows else [])]
+    return [study.verdict.failures or "All runs finished.", *([rows] if rows else [])]
 
 
-def _cost(records: Sequence[Record]) -> tables.Columns:
-    phases = {phase: [r for r in records if r.phase == phase] for phase in ("tuning", "comparison")}
+def _cost(runs: Sequence[Record]) -> tables.Columns:
+    phases = {phase: [run for run in runs if run.phase == phase] for phase in ("tuning", "comparison")}
     columns: tables.Columns = {
         "phase": [],
         "runs": [],
@@ -170,42 +168,43 @@ def _cost(records: Sequence[Record]) -> tables.Columns:
         "tokens": [],
         "training FLOPs": [],
     }
-    for name, runs in {**phases, "total": list(records)}.items():
-        times = [run.timing["wall_s"] for run in runs]
+    for name, of_phase in {**phases, "total": runs}.items():
+        times = [run.timing["wall_s"] for run in of_phase]
         seconds = round(sum(time for time in times if time is not None))
         unknown = times.count(None)
         cells = [
             name,
-            str(len(runs)),
+            str(len(of_phase)),
             str(datetime.timedelta(seconds=seconds)) + (f" and {unknown} unknown" if unknown else ""),
-            tables.quantity(sum(run.tokens_seen for run in runs)),
-            tables.quantity(sum(run.tokens_seen * run.budgets["train_flops_per_token"] for run in runs)),
+            tables.quantity(sum(run.tokens_seen for run in of_phase)),
+            tables.quantity(sum(run.tokens_seen * run.budgets["train_flops_per_token"] for run in of_phase)),
         ]
         for column, cell in zip(columns.values(), cells, strict=True):
             column.append(cell)
     return columns
 
 
-def _data(records: Sequence[Record]) -> tables.Columns:
+def _data(runs: Sequence[Record]) -> tables.Columns:
     """All plain facts of the data card: source, hashes, licence and what else it says."""
-    cards = [record.data for record in records if record.data]
+    cards = [run.data for run in runs if run.data]
     facts = sorted(
         {(k, str(v)) for card in cards for k, v in card.items() if isinstance(v, str | int | float)}
     )
     return {"data card": [name for name, _ in facts], "": [value for _, value in facts]}
 
 
-def _origins(records: Sequence[Record]) -> tables.Columns:
+def _origins(study: Study) -> tables.Columns:
     """What the runs were made with and when; where that differs, with the number of runs."""
-    dates, first = [record.created for record in records], newest(records)
+    runs, study_name = study.runs, f"{study.facts.study}, preset {study.facts.preset or 'none'}"
+    dates = [run.created for run in runs]
     facts = {
-        "study": Counter([f"{first.study}, preset {first.preset or 'none'}"]),
+        "study": Counter([study_name]),
         "runs ended": Counter([f"{min(dates)} to {max(dates)}"]),
-        "git commit": Counter(record.git_commit or "unknown" for record in records),
-        "device": Counter(record.device_name for record in records),
+        "git commit": Counter(run.git_commit or "unknown" for run in runs),
+        "device": Counter(run.device_name for run in runs),
     }
-    for name in sorted({name for record in records for name in record.versions}):
-        facts[name] = Counter(record.versions.get(name, "unknown") for record in records)
+    for name in sorted({name for run in runs for name in run.versions}):
+        facts[name] = Counter(run.versions.get(name, "unknown") for run in runs)
     columns: tables.Columns = {"what": [], "which": []}
     for name, counts in facts.items():
         several = [f"{value} ({count} runs)" for value, count in sorted(counts.items())]
@@ -215,7 +214,7 @@ def _origins(records: Sequence[Record]) -> tables.Columns:
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
-    """Returns one page that needs no other file; everything from the records is escaped."""
+    """One page that needs no other file; everything from the records is escaped."""
     body = [f"<h1>{html.escape(title)}</h1>"]
     for heading, blocks in sections:
         if blocks:
@@ -250,7 +249,7 @@ def _html(block: Block) -> str:
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
-    """Returns the same page, with links to the figures; what Markdown would take for marks is escaped."""
+    """The same page, with links to the figures; what Markdown would take for marks is escaped."""
     parts = [f"# {tables.plain(title)}"]
     for heading, blocks in sections:
         parts += [f"## {heading}", *map(_markdown, blocks)] if blocks else []

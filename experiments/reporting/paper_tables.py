@@ -110,13 +110,13 @@ SOURCES = {
 
 @functools.cache
 def table(name: str) -> list[Cells]:
-    """Returns the rows of `experiments/paper/<name>.csv`."""
+    """The rows of `experiments/paper/<name>.csv`."""
     with open(FOLDER / f"{name}.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def rows(study: str) -> dict[str, list[Row]]:
-    """Returns the paper's rows of a study by size group: "125M", "350M"; "" where there are no groups.
+    """The paper's rows of a study by size group: "125M", "350M"; "" where there are no groups.
 
     They are in the order of the paper, which is that of the study's points at its `paper` presets. Empty for
     a study that is not in the paper.
@@ -140,12 +140,12 @@ def rows(study: str) -> dict[str, list[Row]]:
 
 
 def of_preset(study: str, preset: str) -> list[Row]:
-    """Returns the rows that the points of a study are at a `paper` preset, in their order; [] at others."""
+    """The paper's rows that are the points of a study at a `paper` preset, in their order; [] at others."""
     return {f"paper_{group.lower()}".strip("_"): of for group, of in rows(study).items()}.get(preset, [])
 
 
 def published(model: Any) -> tuple[str, Cells] | None:
-    """Returns the name and the zero-shot accuracies, by column, of the published model of a shape, if any.
+    """The name and the zero-shot accuracies, by column, of the published model of a shape, if any.
 
     Args:
       model: a `ModelConfig`.

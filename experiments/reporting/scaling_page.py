@@ -9,67 +9,71 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from experiments.reporting import drawing, tables
 from mobilellm_jax.analysis import power_laws
-from mobilellm_jax.analysis.records import Record, by_point, pairs_of
-from mobilellm_jax.analysis.verdicts import Comparison, Verdict, verdict
-from mobilellm_jax.analysis.wording import format_difference, format_p
+from mobilellm_jax.analysis.facts import Point
+from mobilellm_jax.analysis.study import Study
+from mobilellm_jax.analysis.verdicts import Comparison
+from mobilellm_jax.analysis.wording import format_difference, format_p, phrase
 from mobilellm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """One preset: its shallowest and deepest point, and what was found of the two."""
+    """One preset: its shallowest and deepest point, and their comparison."""
 
-    preset: str
-    steps: int
-    shallow: list[Record]
-    deep: list[Record]
-    found: Verdict
+    study: Study
+    shallow: Point
+    deep: Point
     comparison: Comparison
+
+    @property
+    def steps(self) -> int:
+        return self.deep.finished[0].steps
 
     @property
     def parameters(self) -> float:
         """Non-embedding parameters, mean of the two."""
-        return float(
-            np.mean([runs[0].budgets["non_embedding_parameters"] for runs in (self.shallow, self.deep)])
-        )
+        return float(np.mean([p.budgets["non_embedding_parameters"] for p in (self.shallow, self.deep)]))
 
 
-def size(preset: str, records: Sequence[Record]) -> Size:
-    """Returns what the records of one preset say about its shallowest and its deepest point.
+def size(study: Study) -> Size:
+    """The shallowest and the deepest point of a study at one preset.
 
     Raises:
       UserError: one of the two has no finished run, or the study does not compare them.
     """
-    found = verdict(records)
-    runs = {
-        point: [run for run in of_point if run.phase == "comparison" and run.status == "finished"]
-        for point, of_point in by_point(records).items()
-    }
-    asked = {point for pair in pairs_of(records) for point in pair}
-    if absent := sorted(point for point in asked if not runs.get(point)):
+    preset, points = study.facts.preset, study.points
+    asked = {label for pair in study.facts.pairs for label in pair}
+    if absent := sorted(label for label in asked if label not in study.verdict.estimates):
         raise UserError(
             f"{preset}: no finished run of {', '.join(map(repr, absent))}; leave it out of --presets"
         )
-    ordered = sorted(runs, key=lambda point: by_point(records)[point][0].setting("model.depth"))
+    ordered = sorted(points, key=lambda label: points[label].config["model"]["depth"])
     shallow, deep = ordered[0], ordered[-1]
-    comparison = next((c for c in found.comparisons if (c.point, c.other) == (deep, shallow)), None)
-    if comparison is None:
+    pairs = {(c.point, c.other): c for c in study.verdict.comparisons}
+    if (deep, shallow) not in pairs:
         raise UserError(f"{preset}: the study does not compare {deep!r} with {shallow!r}")
-    return Size(preset, runs[deep][0].steps, runs[shallow], runs[deep], found, comparison)
+    return Size(study, points[shallow], points[deep], pairs[deep, shallow])
 
 
 def check_same_data(sizes: Sequence[Size]) -> None:
     for name in ("source_sha256", "tokenizer_sha256"):
-        if len(hashes := {run.data[name] for size in sizes for run in size.shallow + size.deep}) > 1:
+        if (
+            len(
+                hashes := {
+                    run.data[name] for size in sizes for run in size.shallow.finished + size.deep.finished
+                }
+            )
+            > 1
+        ):
             raise UserError(
                 f"the presets differ in {name} of the data: {', '.join(map(str, sorted(hashes)))}"
             )
 
 
 def families(sizes: Sequence[Size]) -> tuple[dict[float, list[float]], dict[float, list[float]]]:
-    """Returns the losses of the shallow and of the deep family by size."""
-    shallow = {size.parameters: [run.score for run in size.shallow] for size in sizes}
-    deep = {size.parameters: [run.score for run in size.deep] for size in sizes}
+    """The losses of the shallow and of the deep family by size."""
+    shallow = {size.parameters: list(size.shallow.scores.values()) for size in sizes}
+    deep = {size.parameters: list(size.deep.scores.values()) for size in sizes}
     return shallow, deep
 
 
@@ -82,7 +86,7 @@ def by_horizon(sizes: Sequence[Size]) -> dict[int, list[Size]]:
 
 
 def report(sizes: Sequence[Size], image: str) -> str:
-    """Returns the findings as Markdown."""
+    """The findings as Markdown."""
     lines = [
         "# Does depth pay, and from which size on?",
         "",
@@ -93,24 +97,24 @@ def report(sizes: Sequence[Size], image: str) -> str:
         if len(group) > 1:
             lines += [f"After {steps:,} steps: {_fitted(group)}", ""]
     columns: tables.Columns = {
-        "preset": [s.preset for s in sizes],
+        "preset": [s.study.facts.preset for s in sizes],
         "non-embedding parameters": [f"{s.parameters:,.0f}" for s in sizes],
         "steps": [f"{s.steps:,}" for s in sizes],
-        "shallow": [_named(s, s.shallow) for s in sizes],
-        "deep": [_named(s, s.deep) for s in sizes],
+        "shallow": [_named(s.shallow) for s in sizes],
+        "deep": [_named(s.deep) for s in sizes],
         "deep - shallow (nats/token)": [_difference(s.comparison) for s in sizes],
         "p (Holm)": [format_p(s.comparison.holm_p).removeprefix("= ") for s in sizes],
-        "deep is": [s.comparison.phrase for s in sizes],
+        "deep is": [phrase(s.comparison, s.study.facts.metric) for s in sizes],
     }
     lines += [tables.markdown_table(columns), ""]
     lines += ["Each with its tuned learning rate in brackets. All depths: the reports of the presets.", ""]
-    warned = [f"- {s.preset}: {warning}" for s in sizes for warning in s.found.warnings]
+    warned = [f"- {s.study.facts.preset}: {warning}" for s in sizes for warning in s.study.verdict.warnings]
     return "\n".join(lines + (["Warnings:", "", *warned, ""] if warned else []))
 
 
-def _named(size: Size, runs: Sequence[Record]) -> str:
-    mean = np.mean([run.score for run in runs])
-    return f"{runs[0].point}: {mean:.3f} ({runs[0].learning_rate:.2g})"
+def _named(point: Point) -> str:
+    mean = np.mean(list(point.scores.values()))
+    return f"{point.label}: {mean:.3f} ({point.finished[0].learning_rate:.2g})"
 
 
 def _difference(comparison: Comparison) -> str:
@@ -139,7 +143,7 @@ def _fitted(group: Sequence[Size]) -> str:
 
 @drawing.styled
 def draw(sizes: Sequence[Size]) -> Figure:
-    """Returns loss against non-embedding parameters, with the fits and, where they allow it, the crossing."""
+    """Loss against non-embedding parameters, with the fits and, where they allow it, the crossing."""
     figure = Figure(figsize=(drawing.WIDTH, 4.6), layout="constrained")
     axes = figure.subplots()
     largest, smallest = max(s.parameters for s in sizes), min(s.parameters for s in sizes)

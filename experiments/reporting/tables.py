@@ -1,4 +1,4 @@
-"""The tables of a study, from its records: for the terminal, as Markdown and as CSV."""
+"""The tables of a study: for the terminal, as Markdown and as CSV."""
 
 import csv
 import io
@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from mobilellm_jax.analysis.records import Record, budget_name, by_point, newest
-from mobilellm_jax.analysis.verdicts import Verdict
+from mobilellm_jax.analysis.records import Record, budget_name
+from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.wording import (
     format_bound,
     format_difference,
     format_estimate,
     format_p,
     format_score,
+    phrase,
 )
 
 Columns = dict[str, list[str]]  # header -> one cell for each row
@@ -35,10 +36,11 @@ _BUDGETS = {  # in the order shown, which a record does not keep; headers short 
 }
 
 
-def text(records: Sequence[Record], verdict: Verdict) -> str:
-    """Returns the study's tables for a terminal; facts that are equal for all points stand above them."""
-    lines = [textwrap.fill(line, 110, subsequent_indent="  ") for line in head(records, verdict)]
-    for columns in _tables(records, verdict):
+def text(study: Study) -> str:
+    """The study's tables for a terminal; facts that are equal for all points stand above them."""
+    lines = [textwrap.fill(line, 110, subsequent_indent="  ") for line in head(study)]
+    pairs = [comparisons(study)] if study.verdict.comparisons else []
+    for columns in [*designs(study), outcomes(study), *pairs]:
         widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
         lines.append("")
         for first, *rest in [list(columns), *_rows(columns)]:
@@ -48,7 +50,7 @@ def text(records: Sequence[Record], verdict: Verdict) -> str:
 
 
 def markdown_table(columns: Columns) -> str:
-    """Returns one table as Markdown, its first column to the left and numbers to the right."""
+    """One table as Markdown, its first column to the left and numbers to the right."""
 
     def row(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -59,17 +61,17 @@ def markdown_table(columns: Columns) -> str:
 
 
 def plain(text: str) -> str:
-    """Returns one line of Markdown that shows `text`: no markup, links, entities or HTML."""
+    """One line of Markdown that shows `text`: no markup, links, entities or HTML."""
     escaped = re.sub(r"([\\`*]|<(?=[A-Za-z/!?])|\](?=[(\[:]))", r"\\\1", " ".join(text.split()))
     return re.sub(r"&(?=#?\w+;)", "&amp;", escaped)
 
 
-def head(records: Sequence[Record], verdict: Verdict) -> list[str]:
-    """Returns the lines above the tables: the question, what is held equal, what all points share."""
-    facts = newest(records)
+def head(study: Study) -> list[str]:
+    """The lines above the tables: the question, what is held equal, what all points share."""
+    facts, mismatch = study.facts, study.verdict.mismatch
     held = budget_name(facts.matched)
-    if facts.matched in verdict.mismatch:
-        spread = verdict.mismatch[facts.matched]
+    if facts.matched in mismatch:
+        spread = mismatch[facts.matched]
         held += f", within {max(spread, 0.001):.1%}" if spread else ", exactly"
     rates = {
         "grid": "tuned for each point",
@@ -79,9 +81,10 @@ def head(records: Sequence[Record], verdict: Verdict) -> list[str]:
     smallest = format_bound(facts.margin, facts.metric) + (
         " nats per token" if facts.metric == "loss" else ""
     )
-    constants = _split(_shapes(records))[1]
-    equal = [name for name in _BUDGETS if not verdict.mismatch[name] and len(by_point(records)) > 1]
-    constants |= {budget_name(name): quantity(facts.budgets[name]) for name in equal}
+    constants = _split(_shapes(study))[1]
+    first, *others = study.points.values()
+    equal = [name for name in _BUDGETS if others and not mismatch[name]]
+    constants |= {budget_name(name): quantity(first.budgets[name]) for name in equal}
     lines = [
         facts.question,
         f"Held equal: {held}. Learning rate: {rates[facts.tuning]}. "
@@ -92,19 +95,19 @@ def head(records: Sequence[Record], verdict: Verdict) -> list[str]:
     return lines
 
 
-def designs(records: Sequence[Record], verdict: Verdict) -> list[Columns]:
-    """Returns the shapes of all points, and all their budgets with the mismatch (max / min - 1) as last row.
+def designs(study: Study) -> list[Columns]:
+    """The shapes of all points, and all their budgets with the mismatch (max / min - 1) as last row.
 
     A star marks the budget that is held equal. FLOP, KV (key/value cache) and decode bytes are per token.
     Columns that are equal for all points are left out; they stand in `head`.
     """
-    shapes, _ = _split(_shapes(records))
-    points, facts = by_point(records), newest(records)
+    shapes, _ = _split(_shapes(study))
+    points = study.points
     budgets = {"point": [*points]} if len(points) == 1 else {"point": [*points, "mismatch"]}
     for name, label in _BUDGETS.items():
-        spread = verdict.mismatch[name]
-        cells = [quantity(runs[0].budgets[name]) for runs in points.values()]
-        header = label + (" *" if name == facts.matched else "")
+        spread = study.verdict.mismatch[name]
+        cells = [quantity(point.budgets[name]) for point in points.values()]
+        header = label + (" *" if name == study.facts.matched else "")
         if len(points) == 1:
             budgets[header] = cells
         elif spread:
@@ -112,27 +115,26 @@ def designs(records: Sequence[Record], verdict: Verdict) -> list[Columns]:
     return [columns for columns in (shapes, budgets) if len(columns) > 1]
 
 
-def outcomes(records: Sequence[Record], verdict: Verdict) -> Columns:
-    """Returns what came of each point: its learning rate, mean ± 95 % interval, noise over seeds, and losses.
+def outcomes(study: Study) -> Columns:
+    """What came of each point: its learning rate, mean ± 95 % interval, noise over seeds, and losses.
 
     `sensitivity` is how much higher the loss is at the next learning rates tried; "edge" marks an optimum at
     the edge.
     """
-    metric = newest(records).metric
+    metric, found = study.facts.metric, study.verdict
     score = "loss (nats/token)" if metric == "loss" else "exact match, %"
     names = ["point", "learning rate", "sensitivity", score, "bits/byte", "noise (sd)"]
     names += ["finished", "diverged", "failed"]
     columns: Columns = {name: [] for name in names}
-    compared = {p: [r for r in runs if r.phase == "comparison"] for p, runs in by_point(records).items()}
-    seeds = len({run.seed for runs in compared.values() for run in runs})
-    for point, runs in compared.items():
-        estimate, search = verdict.estimates.get(point), verdict.tuning.get(point)
-        noise = verdict.noise.get(point)
+    seeds = len({run.seed for point in study.points.values() for run in point.comparison})
+    for label, point in study.points.items():
+        runs, finished = point.comparison, point.finished
+        estimate, search = found.estimates.get(label), found.tuning.get(label)
+        noise = found.noise.get(label)
         rate = search.chosen if search else runs[0].learning_rate if runs else math.nan
-        finished = [run for run in runs if run.status == "finished"]
         bits = _bits_per_byte(finished)
         cells = [
-            point,
+            label,
             ("none" if math.isnan(rate) else f"{rate:.3g}")
             + (" (edge)" if search and search.at_edge else ""),
             "" if search is None or search.sensitivity is None else _sensitivity(search.sensitivity),
@@ -148,29 +150,29 @@ def outcomes(records: Sequence[Record], verdict: Verdict) -> Columns:
     return {"point": columns["point"], **said}
 
 
-def comparisons(records: Sequence[Record], verdict: Verdict) -> Columns:
-    """Returns every pair asked about: difference (first - second) with 95 % interval, p-values, verdict."""
-    metric = newest(records).metric
+def comparisons(study: Study) -> Columns:
+    """Every pair asked about: difference (first - second) with 95 % interval, p-values, verdict."""
+    metric, found = study.facts.metric, study.verdict.comparisons
     unit = "nats/token" if metric == "loss" else "error, points"
     return {
-        "pair": [f"{c.point} against {c.other}" for c in verdict.comparisons],
-        "seeds": [str(c.difference.n if c.difference else 0) for c in verdict.comparisons],
+        "pair": [f"{c.point} against {c.other}" for c in found],
+        "seeds": [str(c.difference.n if c.difference else 0) for c in found],
         f"difference ({unit})": [
-            format_difference(c.difference, metric) if c.difference else "" for c in verdict.comparisons
+            format_difference(c.difference, metric) if c.difference else "" for c in found
         ],
-        "p": [_p(c.difference and c.difference.p_value) for c in verdict.comparisons],
-        "Holm p": [_p(c.holm_p) for c in verdict.comparisons],
-        "verdict": [c.phrase for c in verdict.comparisons],
+        "p": [_p(c.difference and c.difference.p_value) for c in found],
+        "Holm p": [_p(c.holm_p) for c in found],
+        "verdict": [phrase(c, metric) for c in found],
     }
 
 
-def zero_shot(records: Sequence[Record]) -> Columns | None:
-    """Returns zero-shot accuracies in percent, acc / acc_norm, means over the seeds; None without any.
+def zero_shot(study: Study) -> Columns | None:
+    """Zero-shot accuracies in percent, acc / acc_norm, means over the seeds; None without any.
 
     One column for each task (with the number of questions; another number of them is another column), and
     the average over the columns of the points that have all of them.
     """
-    runs = [r for r in records if r.phase == "comparison" and r.status == "finished" and r.zero_shot]
+    runs = [run for point in study.points.values() for run in point.finished if run.zero_shot]
     metrics = ("acc", "acc_norm")
     found: dict[tuple[str, int, str], dict[str, list[dict[str, Any]]]] = {}
     for run in runs:
@@ -180,7 +182,7 @@ def zero_shot(records: Sequence[Record]) -> Columns | None:
                 column.setdefault(run.point, []).append(entry)
     if not found:
         return None
-    points = list(by_point(runs))
+    points = list(dict.fromkeys(run.point for run in runs))
     columns: Columns = {"point": [*points, "chance", "majority"]}
     means: dict[str, list[list[float]]] = {point: [] for point in points}
     for (task, items, data), of_points in found.items():
@@ -208,48 +210,46 @@ def _shares(shares: Sequence[float | None]) -> str:
     return " / ".join("" if share is None else f"{100 * share:.1f}" for share in shares)
 
 
-def csv_text(records: Sequence[Record], verdict: Verdict) -> str:
-    """Returns one row for each point, with every number in full precision, in the metric itself."""
-    rows = []
-    for point, of_point in by_point(records).items():
-        run = of_point[0]
-        runs = [r for r in of_point if r.phase == "comparison"]
-        finished = [r for r in runs if r.status == "finished"]
-        estimate, search = verdict.estimates.get(point), verdict.tuning.get(point)
+def csv_text(study: Study) -> str:
+    """One row for each point, with every number in full precision, in the metric itself."""
+    facts, found, rows = study.facts, study.verdict, []
+    for label, point in study.points.items():
+        runs, rate = point.comparison, point.runs[0].learning_rate
+        estimate, search = found.estimates.get(label), found.tuning.get(label)
         rows.append(
             {
-                "study": run.study,
-                "preset": run.preset,
-                "point_index": run.point_index,
-                "point": point,
-                "x_label": run.x and run.x["label"],
-                "x": run.x and run.x["value"],
-                "overrides": json.dumps(run.overrides, sort_keys=True),
-                "layer_plan": " ".join(map(str, run.layer_plan)),
-                **{f"model.{name}": value for name, value in sorted(run.config["model"].items())},
-                **{f"parameters_{name}": value for name, value in sorted(run.parameters.items())},
-                **{name: run.budgets[name] for name in _BUDGETS},
+                "study": facts.study,
+                "preset": facts.preset,
+                "point_index": point.index,
+                "point": label,
+                "x_label": point.x and point.x["label"],
+                "x": point.x and point.x["value"],
+                "overrides": json.dumps(point.overrides, sort_keys=True),
+                "layer_plan": " ".join(map(str, point.layer_plan)),
+                **{f"model.{name}": value for name, value in sorted(point.config["model"].items())},
+                **{f"parameters_{name}": value for name, value in sorted(point.parameters.items())},
+                **{name: point.budgets[name] for name in _BUDGETS},
                 "steps": max((r.steps for r in runs), default=None),
                 "tokens_seen": max((r.tokens_seen for r in runs), default=None),
-                "learning_rate": search.chosen if search else run.learning_rate,
+                "learning_rate": search.chosen if search else rate,
                 "learning_rate_at_edge": search and search.at_edge,
                 "learning_rate_sensitivity": search and search.sensitivity,
                 "learning_rate_curve": search and json.dumps(search.curve),
                 **{f"runs_{s}": sum(r.status == s for r in runs) for s in ("finished", "diverged", "failed")},
-                "metric": run.metric,
-                "score_of_seed": json.dumps({r.seed: r.score for r in finished}),
+                "metric": facts.metric,
+                "score_of_seed": json.dumps(point.scores),
                 "score_mean": estimate and estimate.mean,
                 "score_interval_half_width": estimate and estimate.half_width,
-                "score_sd_over_seeds": verdict.noise.get(point),
-                "bits_per_byte_mean": _bits_per_byte(finished),
+                "score_sd_over_seeds": found.noise.get(label),
+                "bits_per_byte_mean": _bits_per_byte(point.finished),
             }
         )
     return to_csv(rows)
 
 
-def comparisons_csv(records: Sequence[Record], verdict: Verdict) -> str:
-    """Returns one row for each pair asked about, with every number in full precision, in the metric."""
-    facts = newest(records)
+def comparisons_csv(study: Study) -> str:
+    """One row for each pair asked about, with every number in full precision, in the metric."""
+    facts = study.facts
     rows = [
         {
             "study": facts.study,
@@ -266,40 +266,31 @@ def comparisons_csv(records: Sequence[Record], verdict: Verdict) -> str:
             "p_value": c.difference and c.difference.p_value,
             "holm_p_value": c.holm_p,
             "verdict": c.word,
-            "phrase": c.phrase,
+            "phrase": phrase(c, facts.metric),
             "seeds_needed": c.seeds_needed,
         }
-        for c in verdict.comparisons
+        for c in study.verdict.comparisons
     ]
     return to_csv(rows)
 
 
 def quantity(number: float) -> str:
-    """Returns three digits and a decimal prefix: 2048000 -> "2.05 M"."""
+    """Three digits and a decimal prefix: 2048000 -> "2.05 M"."""
     for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= 0.9995 * size:
             return f"{number / size:.3g} {prefix}"
     return f"{number:.3g}"
 
 
-def _tables(records: Sequence[Record], verdict: Verdict) -> list[Columns]:
-    return [
-        *designs(records, verdict),
-        outcomes(records, verdict),
-        *([comparisons(records, verdict)] if verdict.comparisons else []),
-    ]
-
-
-def _shapes(records: Sequence[Record]) -> Columns:
-    points = by_point(records)
-    runs = [runs[0] for runs in points.values()]
+def _shapes(study: Study) -> Columns:
+    points = study.points.values()
     settings = {"width": "width", "heads": "num_heads", "kv heads": "num_kv_heads", "ffn": "ffn_width"}
     return {
-        "point": list(points),
-        "blocks": [str(run.setting("model.depth")) for run in runs],
-        "layers": [str(len(run.layer_plan)) for run in runs],
-        **{name: [str(run.setting(f"model.{field}")) for run in runs] for name, field in settings.items()},
-        "tokens": [quantity(max(run.tokens_seen for run in runs)) for runs in points.values()],
+        "point": list(study.points),
+        "blocks": [str(point.config["model"]["depth"]) for point in points],
+        "layers": [str(len(point.layer_plan)) for point in points],
+        **{name: [str(p.config["model"][field]) for p in points] for name, field in settings.items()},
+        "tokens": [quantity(max(run.tokens_seen for run in point.runs)) for point in points],
     }
 
 
@@ -333,7 +324,7 @@ def _rows(columns: Columns) -> list[list[str]]:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns rows, each from column to value, as CSV with a header."""
+    """Rows, each from column to value, as CSV with a header."""
     file = io.StringIO()
     writer = csv.DictWriter(
         file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"

@@ -1,10 +1,11 @@
 """Which runs may be compared at all: what must be equal, what may differ, and what a reader is warned of."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mobilellm_jax.analysis.records import Record, by_study, newest, pairs_of
+from mobilellm_jax.analysis.facts import Facts
+from mobilellm_jax.analysis.records import Record
 from mobilellm_jax.config import DECISIVE, IDLE, SEEDS
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import AnyPath
@@ -61,7 +62,7 @@ def check_same_data(path: AnyPath, record: Record, card: Mapping[str, Any]) -> N
         )
 
 
-def check_comparable(records: Iterable[Record]) -> list[str]:
+def check_comparable(facts: Facts, runs: Sequence[Record]) -> list[str]:
     """Refuses to compare runs of one study and preset that differ in more than the study says.
 
     A setting that the study names as scientific may differ between points. A nuisance, once tuned, may differ
@@ -78,37 +79,34 @@ def check_comparable(records: Iterable[Record]) -> list[str]:
         runs and the values.
     """
     warnings = []
-    for (study, preset), group in by_study(records).items():
-        facts: dict[tuple[bool, str], dict[str, list[Record]]] = {}
-        phases: dict[str, dict[str, set[str]]] = {}
-        speaker = newest(group)
-        varied = set(speaker.scientific).union(*(record.overrides for record in group))
-        for record in group:
-            for name, value, decisive in _facts(record, speaker, varied):
-                if _may_differ_in_tuning(name):
-                    phases.setdefault(name, {}).setdefault(record.phase, set()).add(str(value))
-                    name = name if record.phase == "comparison" else f"{name} of the tuning runs"
-                facts.setdefault((decisive, name), {}).setdefault(str(value), []).append(record)
-        for (decisive, name), runs in facts.items():
-            if decisive and len(runs) > 1:
-                a, b = (f"{value} in {_where(found[0], name)}" for value, found in list(runs.items())[:2])
-                raise UserError(
-                    f"{study}:{preset}: {name} is {a}, but {b}; "
-                    "such runs are not compared: make them again under equal conditions, or apart"
-                )
-            if len(runs) > 1:
-                counts = ", ".join(f"{value} ({len(records)} runs)" for value, records in runs.items())
-                warnings.append(f"The runs differ in {name}: {counts}.")
-        for name, values in phases.items():
-            tuned, compared = (", ".join(sorted(values.get(p, ()))) for p in ("tuning", "comparison"))
-            if name.startswith("train.") and tuned and compared and tuned != compared:
-                warnings.append(f"{name} was {tuned} in tuning, but {compared} in the comparison.")
-        warnings += dict.fromkeys(filter(None, (leakage(record.data) for record in group)))
-        warnings += _other_pairs(group)
-        runs = Counter(_identity(record) for record in group)
-        (run, count), *_ = runs.most_common()
-        if count > 1:
-            raise UserError(f"{study}:{preset}: {count} records of {run}; keep one of them")
+    seen: dict[tuple[bool, str], dict[str, list[Record]]] = {}
+    phases: dict[str, dict[str, set[str]]] = {}
+    varied = set(facts.scientific).union(*(run.overrides for run in runs))
+    for run in runs:
+        for name, value, decisive in _facts(run, facts, varied):
+            if _may_differ_in_tuning(name):
+                phases.setdefault(name, {}).setdefault(run.phase, set()).add(str(value))
+                name = name if run.phase == "comparison" else f"{name} of the tuning runs"
+            seen.setdefault((decisive, name), {}).setdefault(str(value), []).append(run)
+    for (decisive, name), of_value in seen.items():
+        if decisive and len(of_value) > 1:
+            a, b = (f"{value} in {_where(found[0], name)}" for value, found in list(of_value.items())[:2])
+            raise UserError(
+                f"{facts.study}:{facts.preset}: {name} is {a}, but {b}; "
+                "such runs are not compared: make them again under equal conditions, or apart"
+            )
+        if len(of_value) > 1:
+            counts = ", ".join(f"{value} ({len(found)} runs)" for value, found in of_value.items())
+            warnings.append(f"The runs differ in {name}: {counts}.")
+    for name, values in phases.items():
+        tuned, compared = (", ".join(sorted(values.get(p, ()))) for p in ("tuning", "comparison"))
+        if name.startswith("train.") and tuned and compared and tuned != compared:
+            warnings.append(f"{name} was {tuned} in tuning, but {compared} in the comparison.")
+    warnings += dict.fromkeys(filter(None, (leakage(run.data) for run in runs)))
+    warnings += _other_pairs(facts, runs)
+    (identity, count), *_ = Counter(map(_identity, runs)).most_common()
+    if count > 1:
+        raise UserError(f"{facts.study}:{facts.preset}: {count} records of {identity}; keep one of them")
     return warnings
 
 
@@ -134,26 +132,26 @@ def _identity(record: Record) -> str:
     return " ".join([record.name, *(["in tuning at", ", ".join(trial)] if trial else [])])
 
 
-def _other_pairs(records: Sequence[Record]) -> Iterator[str]:
+def _other_pairs(facts: Facts, runs: Sequence[Record]) -> Iterator[str]:
     """Warns of runs that do not ask for every pair of their point that some run asks for."""
     asked: dict[str, set[tuple[str, str]]] = {}
-    for pair in pairs_of(records):
+    for pair in facts.pairs:
         for point in pair:
             asked.setdefault(point, set()).add(pair)
-    other = [r for r in records if not asked.get(r.point, set()) <= {(a, b) for a, b in r.pairs}]
+    other = [r for r in runs if not asked.get(r.point, set()) <= {(a, b) for a, b in r.pairs}]
     if other:
         yield (
-            f"The runs differ in pairs: {len(other)} of {len(records)} runs, such as {other[0].name}, do not "
+            f"The runs differ in pairs: {len(other)} of {len(runs)} runs, such as {other[0].name}, do not "
             "ask for every comparison of their point that others ask for. All are made, and corrected for."
         )
 
 
-def _facts(record: Record, facts: Record, varied: set[str]) -> Iterator[tuple[str, object, bool]]:
+def _facts(record: Record, facts: Facts, varied: set[str]) -> Iterator[tuple[str, object, bool]]:
     """Yields (name, value, whether a difference is decisive) of what should be equal over a study's runs.
 
     Args:
       record: one of the runs.
-      facts: the run that speaks for the study, see `newest`.
+      facts: of the study.
       varied: settings that may differ by design.
     """
     scientific, nuisance = set(facts.scientific), set(facts.nuisance)

@@ -1,9 +1,6 @@
 """One run = one JSON record. Tables, figures and verdicts are made from records alone, without jax."""
 
 import dataclasses
-import graphlib
-import heapq
-import itertools
 import json
 import math
 import os
@@ -52,7 +49,7 @@ class Record:
         the parameterization, or "none": one for all points, as given.
       metric: what is compared, lower is better: a key of the evaluations, "loss" or "error".
       pairs: [point, other] for every comparison asked for that names this point; in older records for all
-        points. `pairs_of` joins those of a study: the family that Holm's method corrects.
+        points. `facts.pairs_of` joins those of a study: the family that Holm's method corrects.
       margin: the smallest difference in `metric` that matters.
       x: {"label", "value", "log"}, the place on the figure's x axis, and "series" where there are several
         lines; None draws the points as categories.
@@ -143,7 +140,7 @@ class Record:
         return float(self.setting("optimizer.learning_rate"))
 
     def setting(self, name: str) -> Any:
-        """Returns the value of a dotted config field, such as "model.depth"."""
+        """The value of a dotted config field, such as "model.depth"."""
         group, field = name.split(".")
         return self.config[group][field]
 
@@ -204,52 +201,8 @@ def by_study(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     return groups
 
 
-def by_point(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Groups the records of one study by point, in the study's order, each in order of seed."""
-    groups: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda r: (r.point_index, r.point, r.seed)):
-        groups.setdefault(record.point, []).append(record)
-    return groups
-
-
-def newest(records: Iterable[Record]) -> Record:
-    """Returns the record whose question, margin and other facts of the study speak for it."""
-    return max(records, key=lambda r: (r.created, r.point_index, r.seed))
-
-
-def pairs_of(records: Iterable[Record]) -> list[tuple[str, str]]:
-    """All (point, other) that the records of one study ask to compare, in the study's order.
-
-    Each record has its part in that order; where this leaves it open, the places of other and point decide.
-    """
-    places: dict[str, int] = {}
-    lists: set[tuple[tuple[str, str], ...]] = set()
-    for record in records:
-        places[record.point] = record.point_index
-        lists.add(tuple(dict.fromkeys((a, b) for a, b in record.pairs)))
-
-    def place(pair: tuple[str, str]) -> list[tuple[int | float, str]]:
-        return [(places.get(point, math.inf), point) for point in reversed(pair)]
-
-    sorter = graphlib.TopologicalSorter({pair: () for part in lists for pair in part})
-    for part in lists:
-        for before, after in itertools.pairwise(part):
-            sorter.add(after, before)
-    try:
-        sorter.prepare()
-    except graphlib.CycleError:  # the study's order was changed between the runs
-        return sorted({pair for part in lists for pair in part}, key=place)
-    order, ready = [], []
-    while sorter.is_active():
-        for pair in sorter.get_ready():
-            heapq.heappush(ready, (place(pair), pair))
-        order.append(heapq.heappop(ready)[1])
-        sorter.done(order[-1])
-    return order
-
-
 def _finite(value: Any) -> Any:
-    """Returns `value` in JSON types, with None for every number that JSON can't hold."""
+    """`value` in JSON types, with None for every number that JSON can't hold."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -291,5 +244,5 @@ def _validated(fields: Any, where: str) -> Record:
 
 
 def budget_name(key: str) -> str:
-    """Returns "non-embedding parameters" for "non_embedding_parameters", a key of `Record.budgets`."""
+    """A key of `Record.budgets` in words: "non-embedding parameters" for "non_embedding_parameters"."""
     return key.replace("non_", "non-").replace("_", " ").replace("kv", "key/value").replace("flops", "FLOPs")

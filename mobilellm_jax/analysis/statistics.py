@@ -1,6 +1,6 @@
 """Numbers in, numbers out: paired differences, Holm's correction, equivalence, the seeds that are needed.
 
-Tests and intervals are those of scipy and statsmodels. `verdicts` puts them into words.
+Tests and intervals are those of scipy and statsmodels. `verdicts` decides with them, `wording` says it.
 """
 
 import dataclasses

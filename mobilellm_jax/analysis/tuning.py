@@ -5,11 +5,12 @@ A coarse grid, extended where the best lies at its edge, then refined.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mobilellm_jax.analysis.records import Record, by_point
+from mobilellm_jax.analysis.facts import Point
+from mobilellm_jax.analysis.records import Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +33,16 @@ class Tuning:
     best: float | None
 
 
-def tuning_searches(records: Sequence[Record]) -> dict[str, Tuning]:
-    """Returns the learning-rate search of every point that has tuning runs."""
+def tuning_searches(points: Mapping[str, Point]) -> dict[str, Tuning]:
+    """The learning-rate search of every point that has tuning runs."""
     found = {}
-    for point, runs in by_point(records).items():
+    for label, point in points.items():
         trials: dict[float, list[Record]] = {}
-        for run in runs:
-            if run.phase == "tuning":
-                trials.setdefault(run.learning_rate, []).append(run)
-        chosen = next((run.learning_rate for run in runs if run.phase == "comparison"), None)
+        for run in point.tuning:
+            trials.setdefault(run.learning_rate, []).append(run)
+        chosen = point.comparison[0].learning_rate if point.comparison else None
         if trials:
-            found[point] = _search(dict(sorted(trials.items())), chosen)
+            found[label] = _search(trials, chosen)
     return found
 
 
@@ -69,28 +69,6 @@ def _search(trials: Mapping[float, Sequence[Record]], chosen: float | None) -> T
         sensitivity=float(np.mean(increase)) if increase else None,
         best=seen[best][0],
     )
-
-
-def tuning_warnings(facts: Record, points: Sequence[str], tuning: Mapping[str, Tuning]) -> Iterator[str]:
-    """Yields what may be unfair about the learning rates at which `points` were compared."""
-    if facts.tuning == "none":
-        yield (
-            "The learning rate was not tuned: a point that looks better may only suit the given rate better."
-        )
-    if facts.tuning == "grid" and (untuned := [point for point in points if point not in tuning]):
-        names = " and ".join(map(repr, untuned))
-        yield f"No tuning run was made for {names}: the learning rate may not suit it."
-    if edges := [repr(point) for point, search in tuning.items() if search.at_edge]:
-        yield (
-            f"The best learning rate of {' and '.join(edges)} lies at the edge of those tried: a better one "
-            "may lie beyond, and the comparison is unfair to it."
-        )
-    for point, search in tuning.items() if facts.tuning == "grid" else ():
-        if search.best is not None and search.chosen != search.best:
-            yield (
-                f"{point!r} was compared at learning rate {search.chosen:.3g}, but {search.best:.3g} was "
-                "better in tuning."
-            )
 
 
 FINEST = 1.0  # octaves (powers of 2) between the best rate and its neighbours when the search is over

@@ -1,0 +1,132 @@
+"""What the records of one study at one preset say before anything is concluded: its facts and its points."""
+
+import dataclasses
+import functools
+import graphlib
+import heapq
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from mobilellm_jax.analysis.records import Record, Scalar
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a study asks and how, as the run that ended last has it; the fields are those of `Record`.
+
+    Attributes:
+      pairs: (point, other) for every comparison asked for, joined over all records.
+    """
+
+    study: str
+    preset: str
+    question: str
+    matched: str
+    scientific: list[str]
+    nuisance: list[str]
+    tuning: Literal["grid", "transferred", "none"]
+    metric: Literal["loss", "error"]
+    pairs: list[tuple[str, str]]
+    margin: float
+    x: dict[str, Any] | None
+    command: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One design point and its runs; the fields from `x` to `parameters` are those of `Record`.
+
+    Attributes:
+      comparison: the runs that decide, in order of seed; [] for a point that was only tuned so far.
+      tuning: the runs of the search for the learning rate, in order of rate and seed.
+    """
+
+    label: str
+    index: int
+    x: dict[str, Any] | None
+    overrides: dict[str, Scalar]
+    config: dict[str, dict[str, Any]]
+    layer_plan: list[int]
+    budgets: dict[str, int | float]
+    parameters: dict[str, int]
+    comparison: list[Record]
+    tuning: list[Record]
+
+    @property
+    def runs(self) -> list[Record]:
+        """All runs, in order of seed."""
+        return sorted([*self.comparison, *self.tuning], key=lambda run: run.seed)
+
+    @functools.cached_property
+    def finished(self) -> list[Record]:
+        """Comparison runs that finished."""
+        return [run for run in self.comparison if run.status == "finished"]
+
+    @functools.cached_property
+    def scores(self) -> dict[int, float]:
+        """Final value of the metric by seed, of the finished comparison runs."""
+        return {run.seed: run.score for run in self.finished}
+
+
+def facts_of(records: Iterable[Record]) -> Facts:
+    """The facts of one study; where its records disagree, those of the run that ended last."""
+    records = list(records)
+    speaker = max(records, key=lambda run: (run.created, run.point_index, run.seed))
+    fields = {field.name: getattr(speaker, field.name) for field in dataclasses.fields(Facts)}
+    return Facts(**{**fields, "pairs": pairs_of(records)})
+
+
+def points_of(records: Iterable[Record]) -> dict[str, Point]:
+    """The points of one study by label, in its order, whatever the order of the records."""
+    groups: dict[str, list[Record]] = {}
+    for run in sorted(records, key=lambda r: (r.point_index, r.point, r.seed, r.phase, r.learning_rate)):
+        groups.setdefault(run.point, []).append(run)
+    points = {}
+    for label, runs in groups.items():
+        first = runs[0]
+        points[label] = Point(
+            label=label,
+            index=first.point_index,
+            x=first.x,
+            overrides=first.overrides,
+            config=first.config,
+            layer_plan=first.layer_plan,
+            budgets=first.budgets,
+            parameters=first.parameters,
+            comparison=[run for run in runs if run.phase == "comparison"],
+            tuning=sorted((r for r in runs if r.phase == "tuning"), key=lambda r: (r.learning_rate, r.seed)),
+        )
+    return points
+
+
+def pairs_of(records: Iterable[Record]) -> list[tuple[str, str]]:
+    """All (point, other) that the records of one study ask to compare, in the study's order.
+
+    Each record has its part in that order; where this leaves it open, the places of other and point decide.
+    """
+    places: dict[str, int] = {}
+    lists: set[tuple[tuple[str, str], ...]] = set()
+    for record in records:
+        places[record.point] = record.point_index
+        lists.add(tuple(dict.fromkeys((a, b) for a, b in record.pairs)))
+
+    def place(pair: tuple[str, str]) -> list[tuple[int | float, str]]:
+        return [(places.get(point, math.inf), point) for point in reversed(pair)]
+
+    sorter = graphlib.TopologicalSorter({pair: () for part in lists for pair in part})
+    for part in lists:
+        for before, after in itertools.pairwise(part):
+            sorter.add(after, before)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError:  # the study's order was changed between the runs
+        return sorted({pair for part in lists for pair in part}, key=place)
+    order, ready = [], []
+    while sorter.is_active():
+        for pair in sorter.get_ready():
+            heapq.heappush(ready, (place(pair), pair))
+        order.append(heapq.heappop(ready)[1])
+        sorter.done(order[-1])
+    return order

@@ -1,0 +1,104 @@
+"""One study at one preset: what it asks, its points, and the verdict. Tables, figures and pages take it."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Sequence
+
+from mobilellm_jax.analysis import statistics, verdicts, wording
+from mobilellm_jax.analysis.comparable import check_comparable
+from mobilellm_jax.analysis.facts import Facts, Point, facts_of, points_of
+from mobilellm_jax.analysis.records import Record
+from mobilellm_jax.analysis.statistics import Estimate
+from mobilellm_jax.analysis.tuning import Tuning, tuning_searches
+from mobilellm_jax.analysis.verdicts import Comparison
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What was found in one study at one preset.
+
+    Attributes:
+      sentence: the finding in plain words.
+      estimates: final metric by point, in study order, of the points with a finished comparison run.
+      comparisons: in the order of `Facts.pairs`.
+      tuning: learning-rate search by point; {} where nothing was tuned.
+      noise: standard deviation of the metric over seeds by point; None with one seed.
+      mismatch: by budget: max / min - 1 over the points; infinite where min is 0.
+      failures: counts and names of failed, diverged and missing runs of both phases; "" if none.
+      warnings: what a sceptic must read first.
+      seeds_vary: what differs between the runs of a point: "initialisation and data order",
+        "initialisation", "data order" or "nothing"; `noise` is the spread that this makes.
+    """
+
+    sentence: str
+    estimates: dict[str, Estimate]
+    comparisons: list[Comparison]
+    tuning: dict[str, Tuning]
+    noise: dict[str, float | None]
+    mismatch: dict[str, float]
+    failures: str
+    warnings: list[str]
+    seeds_vary: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What the records of one study at one preset say; built once, by `study_of`.
+
+    Attributes:
+      points: by label, in the study's order.
+    """
+
+    facts: Facts
+    points: dict[str, Point]
+    verdict: Verdict
+
+    @functools.cached_property
+    def runs(self) -> list[Record]:
+        """All runs, by point: those that are compared, then those of its tuning."""
+        return _runs(self.points.values())
+
+    @property
+    def stem(self) -> str:
+        """Name of the study's files without suffix: "<study>-<preset>"."""
+        return file_stem(self.facts.study, self.facts.preset)
+
+
+def file_stem(*names: str) -> str:
+    """The names, joined, in characters that are safe in the name of a file."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(filter(None, names)))
+
+
+def study_of(records: Sequence[Record]) -> Study:
+    """What the records of one study at one preset show, in whatever order they come.
+
+    Comparison runs alone decide; tuning runs only say how good the learning rates are.
+
+    Raises:
+      UserError: the runs cannot be compared, see `check_comparable`.
+    """
+    studies = sorted({(run.study, run.preset) for run in records})
+    if len(studies) != 1:
+        raise ValueError(f"expected the records of one study and preset, not {studies}")
+    facts, points = facts_of(records), points_of(records)
+    incomparable = check_comparable(facts, _runs(points.values()))
+    comparisons, tuning = verdicts.compare(facts, points), tuning_searches(points)
+    mismatch, seeds_vary = verdicts.mismatch(points), verdicts.seeds_vary(points)
+    scores = {label: list(point.scores.values()) for label, point in points.items() if point.scores}
+    found = Verdict(
+        sentence=wording.sentence(facts, points, comparisons, tuning, seeds_vary),
+        estimates={label: statistics.mean_and_interval(values) for label, values in scores.items()},
+        comparisons=comparisons,
+        tuning=tuning,
+        noise={label: statistics.standard_deviation(values) for label, values in scores.items()},
+        mismatch=mismatch,
+        failures=" ".join(filter(None, (wording.failures(points, p) for p in ("comparison", "tuning")))),
+        warnings=[*incomparable, *wording.warnings(facts, points, comparisons, tuning, mismatch)],
+        seeds_vary=seeds_vary,
+    )
+    return Study(facts, points, found)
+
+
+def _runs(points: Iterable[Point]) -> list[Record]:
+    return [run for point in points for run in (*point.comparison, *point.tuning)]
