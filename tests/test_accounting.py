@@ -110,8 +110,7 @@ def test_counts_equal_the_parameter_tree(overrides):
     assert counts.total == size(tree)
     assert counts.embedding == size(tree["embedding"])
     assert counts.head == size(tree.get("head", {}))
-    assert counts.attention == size(blocks["attention"])
-    assert counts.ffn == size(blocks["ffn"])
+    assert counts.matrices == size([blocks["attention"], blocks["ffn"]])
     assert counts.norms == size([blocks["attention_norm"], blocks["ffn_norm"], tree["final_norm"]])
     assert counts.non_embedding == size([blocks, tree["final_norm"]])
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
+import math
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.ops.attention import mean_keys
+from mobilellm_jax.parameters import declared, parameter
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -16,24 +18,23 @@ class Parameters:
     Attributes:
       embedding: V D.
       head: V D, or 0 where the head is the embedding.
-      attention, ffn: matrices of all distinct blocks.
+      matrices: of all distinct blocks.
       norms: RMSNorm gains of all distinct blocks and of the final norm; the paper leaves these out.
     """
 
     embedding: int
     head: int
-    attention: int
-    ffn: int
+    matrices: int
     norms: int
 
     @property
     def total(self) -> int:
-        return self.embedding + self.head + self.attention + self.ffn + self.norms
+        return self.embedding + self.head + self.matrices + self.norms
 
     @property
     def non_embedding(self) -> int:
         """All but embedding and head."""
-        return self.attention + self.ffn + self.norms
+        return self.matrices + self.norms
 
     @property
     def as_printed(self) -> int:
@@ -41,24 +42,19 @@ class Parameters:
         return self.total - self.norms
 
 
-def _block_matrices(config: ModelConfig) -> tuple[int, int]:
-    """Returns the weights in the matrices of one block: attention, feed-forward."""
-    attention = 2 * config.width * config.head_dim * (config.num_heads + config.num_kv_heads)
-    ffn = (3 if config.ffn_kind == "swiglu" else 2) * config.width * config.ffn_width
-    return attention, ffn
-
-
 def parameters(config: ModelConfig) -> Parameters:
-    """Returns the parameter counts of a model."""
-    attention, ffn = _block_matrices(config)
-    embedding = config.vocab_size * config.width
-    return Parameters(
-        embedding=embedding,
-        head=0 if config.share_embedding else embedding,
-        attention=config.depth * attention,
-        ffn=config.depth * ffn,
-        norms=(2 * config.depth + 1) * config.width,
-    )
+    counts = dict.fromkeys(("embedding", "head", "matrix", "gain"), 0)
+    for p in declared(config):
+        counts["head" if p.path == "head" else p.kind] += math.prod(p.shape(config))
+    return Parameters(counts["embedding"], counts["head"], counts["matrix"], counts["gain"])
+
+
+def _block(config: ModelConfig) -> tuple[int, int]:
+    """The weights that one layer reads: in matrices, and in gains."""
+    of_block = [p for p in declared(config) if p.stack]
+    weights = {p.path: math.prod(p.unstacked_shape(config)) for p in of_block}
+    gains = sum(weights[p.path] for p in of_block if p.is_gain)
+    return sum(weights.values()) - gains, gains
 
 
 def forward_flops_per_token(config: ModelConfig, length: int) -> float:
@@ -91,8 +87,8 @@ def executed_train_flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def _forward_flops(config: ModelConfig, keys: float) -> float:
-    attention, ffn = _block_matrices(config)
-    layer = attention + ffn + 2 * config.num_heads * config.head_dim * keys
+    matrices, _ = _block(config)
+    layer = matrices + 2 * config.num_heads * config.head_dim * keys
     return 2 * (config.effective_depth * layer + config.width * config.vocab_size)
 
 
@@ -121,14 +117,15 @@ def decode_bytes_per_token(config: ModelConfig) -> int:
     for `immediate` is that one block fits the fast memory (SRAM) of a phone and the whole stack does not
     (section 2.3). Left out: the key/value cache, and activations.
     """
-    attention, ffn = _block_matrices(config)
     reads = sum(1 for _ in itertools.groupby(config.plan))
-    weights = reads * (attention + ffn + 2 * config.width) + (config.vocab_size + 2) * config.width
+    rest = sum(math.prod(p.shape(config)) for p in declared(config) if not p.stack and p.kind != "embedding")
+    head = math.prod(parameter("embedding").shape(config))  # of the same size, whichever matrix it is
+    weights = reads * sum(_block(config)) + rest + head + config.width
     return weights * _BYTES[config.compute_dtype]
 
 
 def optimizer_bytes(config: ModelConfig) -> int:
-    """Returns what AdamW holds in training: parameters, gradients and two moments, all float32."""
+    """What AdamW holds in training: parameters, gradients and two moments, all float32."""
     return 4 * 4 * parameters(config).total
 
 

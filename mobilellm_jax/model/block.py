@@ -7,14 +7,29 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.ops.attention import attend_causally
 from mobilellm_jax.model.ops.linear import linear, swiglu
 from mobilellm_jax.model.parameterization import multipliers
+from mobilellm_jax.parameters import Parameter, parameter
 
 Rope = tuple[Float[Array, "#B T 1 h"], Float[Array, "#B T 1 h"]]  # cosines and sines, h = H / 2
+
+
+def initial(of: Parameter, key: PRNGKeyArray, config: ModelConfig) -> Float[Array, "..."]:
+    """A parameter, or its part in one block, before training: 1 for a gain, else from N(0, init_std)."""
+    if of.is_gain:
+        return jnp.ones(of.unstacked_shape(config))
+    scale = multipliers(config).init_std if of.kind == "matrix" else 1.0
+    return nn.initializers.normal(config.init_std * scale)(key, of.unstacked_shape(config))
+
+
+def weight(module: nn.Module, name: str, config: ModelConfig) -> Float[Array, "..."]:
+    """A parameter of a block, with the shape that `parameters.py` has in the row of the module and name."""
+    of = parameter("/".join(["blocks", *module.path, name]))
+    return module.param(name, lambda key: initial(of, key, config))
 
 
 def rms_norm(
@@ -29,11 +44,11 @@ def rms_norm(
 class RMSNorm(nn.Module):
     """`rms_norm` with a gain that starts at 1."""
 
-    epsilon: float
+    config: ModelConfig
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return rms_norm(x_BTD, self.param("gain", nn.initializers.ones, x_BTD.shape[-1:]), self.epsilon)
+        return rms_norm(x_BTD, weight(self, "gain", self.config), self.config.norm_epsilon)
 
 
 # From queries, keys and values to the attention's output, and to whatever it has to remember.
@@ -55,16 +70,11 @@ class Attention(nn.Module):
         self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend
     ) -> tuple[Float[Array, "B T D"], Any]:
         c = self.config
-        normal = nn.initializers.normal(c.init_std * multipliers(c).init_std)
-        w_DNH = self.param("query", normal, (c.width, c.num_heads, c.head_dim))
-        q_BTNH = linear("BTD,DNH->BTNH", x_BTD, w_DNH)
-        w_DKH = self.param("key", normal, (c.width, c.num_kv_heads, c.head_dim))
-        k_BSKH = linear("BSD,DKH->BSKH", x_BTD, w_DKH)
-        w_DKH = self.param("value", normal, (c.width, c.num_kv_heads, c.head_dim))
-        v_BSKH = linear("BSD,DKH->BSKH", x_BTD, w_DKH)
+        q_BTNH = linear("BTD,DNH->BTNH", x_BTD, weight(self, "query", c))
+        k_BSKH = linear("BSD,DKH->BSKH", x_BTD, weight(self, "key", c))
+        v_BSKH = linear("BSD,DKH->BSKH", x_BTD, weight(self, "value", c))
         out_BTNH, memory = attend(rotate(q_BTNH, rope), rotate(k_BSKH, rope), v_BSKH)
-        w_NHD = self.param("output", normal, (c.num_heads, c.head_dim, c.width))
-        return linear("BTNH,NHD->BTD", out_BTNH, w_NHD), memory
+        return linear("BTNH,NHD->BTD", out_BTNH, weight(self, "output", c)), memory
 
 
 class FeedForward(nn.Module):
@@ -75,16 +85,12 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
-        normal = nn.initializers.normal(c.init_std * multipliers(c).init_std)
-        up_DF = self.param("up", normal, (c.width, c.ffn_width))
-        y_BTF = linear("BTD,DF->BTF", x_BTD, up_DF)
+        y_BTF = linear("BTD,DF->BTF", x_BTD, weight(self, "up", c))
         if c.ffn_kind == "swiglu":
-            gate_DF = self.param("gate", normal, (c.width, c.ffn_width))
-            y_BTF = swiglu(linear("BTD,DF->BTF", x_BTD, gate_DF), y_BTF)
+            y_BTF = swiglu(linear("BTD,DF->BTF", x_BTD, weight(self, "gate", c)), y_BTF)
         else:
             y_BTF = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}[c.ffn_kind](y_BTF)
-        down_FD = self.param("down", normal, (c.ffn_width, c.width))
-        return linear("BTF,FD->BTD", y_BTF, down_FD)
+        return linear("BTF,FD->BTD", y_BTF, weight(self, "down", c))
 
 
 class Block(nn.Module):
@@ -99,13 +105,13 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend = attend_in_training
     ) -> tuple[Float[Array, "B T D"], Any]:
-        epsilon, scale = self.config.norm_epsilon, multipliers(self.config).residual
+        scale = multipliers(self.config).residual
         with jax.named_scope("attention"):
-            y_BTD = RMSNorm(epsilon, name="attention_norm")(x_BTD)
+            y_BTD = RMSNorm(self.config, name="attention_norm")(x_BTD)
             y_BTD, memory = Attention(self.config, name="attention")(y_BTD, rope, attend)
             x_BTD = x_BTD + scale * y_BTD
         with jax.named_scope("ffn"):
-            y_BTD = RMSNorm(epsilon, name="ffn_norm")(x_BTD)
+            y_BTD = RMSNorm(self.config, name="ffn_norm")(x_BTD)
             return x_BTD + scale * FeedForward(self.config, name="ffn")(y_BTD), memory
 
 

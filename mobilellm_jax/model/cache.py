@@ -72,7 +72,7 @@ def extend(
     def layers(carry: Any, group: Any) -> tuple[Any, None]:
         """Applies one block as often as it comes in a row; fetching it once is what `immediate` is for."""
         first, u = group
-        weights = cast(pick(params["blocks"], u), config)
+        weights = cast(pick(params["blocks"], u), config, "blocks/")
         for use in range(in_a_row):
             carry = layer(carry, weights, first + use)
         return carry, None

@@ -1,9 +1,9 @@
 """The stack: `init`, `hidden`, `apply` and `loss`, one scan over the layer plan for every strategy."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,31 +11,30 @@ from jax.sharding import PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.block import Block, rms_norm, rope_table
+from mobilellm_jax.model.block import Block, initial, rms_norm, rope_table
 from mobilellm_jax.model.ops.cross_entropy import cross_entropy, head_logits
 from mobilellm_jax.model.parameterization import multipliers
 from mobilellm_jax.model.remat import REMAT_POLICIES
+from mobilellm_jax.parameters import Parameter, parameter
 
 Params = dict[str, Any]
 
 
 def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
-    """Returns float32 parameters: matrices from N(0, init_std) times their multiplier, norm gains 1."""
+    """Float32 parameters: matrices from N(0, init_std) times their multiplier, norm gains 1."""
     embedding_key, head_key, blocks_key = jax.random.split(key, 3)
-    normal = nn.initializers.normal(config.init_std)
-    vocab_by_width = (config.vocab_size, config.width)
     x_BTD, rope = jnp.zeros((1, 1, config.width)), rope_table(jnp.zeros((1, 1), int), config)
 
     def init_block(block_key: PRNGKeyArray) -> Params:
         return dict(Block(config).init(block_key, x_BTD, rope)["params"])
 
     params: Params = {
-        "embedding": normal(embedding_key, vocab_by_width),
+        "embedding": initial(parameter("embedding"), embedding_key, config),
         "blocks": jax.vmap(init_block)(jax.random.split(blocks_key, config.depth)),
-        "final_norm": {"gain": jnp.ones(config.width)},
+        "final_norm": {"gain": initial(parameter("final_norm/gain"), key, config)},
     }
     if not config.share_embedding:
-        params["head"] = normal(head_key, vocab_by_width)
+        params["head"] = initial(parameter("head"), head_key, config)
     return params
 
 
@@ -53,7 +52,7 @@ def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) ->
     remat = partial(jax.checkpoint, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
 
     def apply_block(weights: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        y_BTD, _ = block.apply({"params": cast(weights, config)}, x_BTD, rope)
+        y_BTD, _ = block.apply({"params": cast(weights, config, "blocks/")}, x_BTD, rope)
         return constrain(y_BTD, ("data", "fsdp"))
 
     x_BTD = embed(params, tokens_BT, config)
@@ -85,9 +84,23 @@ def _unstack(blocks: Params) -> list[Params]:
     return [tree.unflatten(block) for block in zip(*map(jnp.unstack, leaves), strict=True)]
 
 
-def cast(weights: Params, config: ModelConfig) -> Params:
-    """Returns a block with its matrices in the compute dtype; norm gains stay float32."""
-    return jax.tree.map(lambda w: w.astype(config.compute_dtype) if w.ndim > 1 else w, weights)
+def map_parameters(function: Callable[[Parameter, Any], Any], tree: Any, prefix: str = "") -> Any:
+    """Maps function(row, leaf) over parameters; a `prefix` is what the paths of a part of them lack.
+
+    Raises:
+      UserError: a path has no row in `parameters.py`.
+    """
+
+    def at(path: Any, leaf: Any) -> Any:
+        return function(parameter(prefix + jax.tree_util.keystr(path, simple=True, separator="/")), leaf)
+
+    return jax.tree_util.tree_map_with_path(at, tree)
+
+
+def cast(params: Params, config: ModelConfig, prefix: str = "") -> Params:
+    """Casts matrices and embeddings to the compute dtype; gains stay float32."""
+    dtype = config.compute_dtype
+    return map_parameters(lambda of, w: w if of.is_gain else w.astype(dtype), params, prefix)
 
 
 def embed(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
