@@ -3,10 +3,11 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.ops.attention import mean_keys
-from mobilellm_jax.parameters import declared, parameter
+from mobilellm_jax.parameters import Parameter, declared
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -49,12 +50,9 @@ def parameters(config: ModelConfig) -> Parameters:
     return Parameters(counts["embedding"], counts["head"], counts["matrix"], counts["gain"])
 
 
-def _block(config: ModelConfig) -> tuple[int, int]:
-    """The weights that one layer reads: in matrices, and in gains."""
-    of_block = [p for p in declared(config) if p.stack]
-    weights = {p.path: math.prod(p.unstacked_shape(config)) for p in of_block}
-    gains = sum(weights[p.path] for p in of_block if p.is_gain)
-    return sum(weights.values()) - gains, gains
+def _once(config: ModelConfig, chosen: Callable[[Parameter], bool]) -> int:
+    """The numbers in the chosen parameters, of a stack those of one block or layer."""
+    return sum(math.prod(p.unstacked_shape(config)) for p in declared(config) if chosen(p))
 
 
 def forward_flops_per_token(config: ModelConfig, length: int) -> float:
@@ -87,8 +85,7 @@ def executed_train_flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def _forward_flops(config: ModelConfig, keys: float) -> float:
-    matrices, _ = _block(config)
-    layer = matrices + 2 * config.num_heads * config.head_dim * keys
+    layer = _once(config, lambda p: p.kind == "matrix") + 2 * config.num_heads * config.head_dim * keys
     return 2 * (config.effective_depth * layer + config.width * config.vocab_size)
 
 
@@ -110,7 +107,7 @@ def kv_cache_bytes_per_token(config: ModelConfig) -> int:
 
 
 def decode_bytes_per_token(config: ModelConfig) -> int:
-    """Returns the weight bytes that generating one token reads, with all weights in the compute dtype.
+    """Weight bytes that generating one token reads, with all weights in the compute dtype.
 
     The blocks in the order of the plan, the final norm, the head, and one row of the embedding. A block that
     is used several times in a row is read once, one that comes back later is read again: the paper's reason
@@ -118,10 +115,11 @@ def decode_bytes_per_token(config: ModelConfig) -> int:
     (section 2.3). Left out: the key/value cache, and activations.
     """
     reads = sum(1 for _ in itertools.groupby(config.plan))
-    rest = sum(math.prod(p.shape(config)) for p in declared(config) if not p.stack and p.kind != "embedding")
-    head = math.prod(parameter("embedding").shape(config))  # of the same size, whichever matrix it is
-    weights = reads * sum(_block(config)) + rest + head + config.width
-    return weights * _BYTES[config.compute_dtype]
+    blocks = reads * _once(config, lambda p: p.stack == "U")
+    layers = config.effective_depth * _once(config, lambda p: p.stack == "L")
+    final_norm = _once(config, lambda p: p.is_gain and not p.stack)
+    head = _once(config, lambda p: p.path == "embedding")  # of the same size, whichever matrix it is
+    return (blocks + layers + final_norm + head + config.width) * _BYTES[config.compute_dtype]
 
 
 def optimizer_bytes(config: ModelConfig) -> int:

@@ -38,8 +38,26 @@ def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
     return params
 
 
+def apply(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T V"]:
+    """Float32 logits of the token after each position."""
+    return logits(params, hidden(params, tokens_BT, config))
+
+
+def loss(
+    params: Params, tokens_BT: Int[Array, "B T"], targets_BT: Int[Array, "B T"], config: ModelConfig
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The summed cross-entropy in nats, and the number of targets it is summed over.
+
+    Negative targets are ignored. The logits of at most `loss_chunk` positions exist at one time.
+    """
+    x_BTD = hidden(params, tokens_BT, config)
+    with jax.named_scope("loss"):
+        nats = cross_entropy(x_BTD, head_matrix(params), targets_BT, config.loss_chunk)
+        return nats, jnp.sum(targets_BT >= 0)
+
+
 def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
-    """Returns what the head turns into logits: the normalised output of the last layer, in the compute dtype.
+    """The normalised output of the last layer, in the compute dtype, which the head turns into logits.
 
     One loop over the layer plan, compiled once however long it is; or, with a `scan_unroll` of no fewer than
     the layers, no loop, which takes longer to compile and less time to run on a GPU.
@@ -70,18 +88,49 @@ def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) ->
     return final_norm(params, x_BTD, config)
 
 
+def embed(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
+    with jax.named_scope("embedding"):
+        embedding_VD = constrain(params["embedding"], "tensor")
+        return constrain(embedding_VD[tokens_BT].astype(config.compute_dtype), ("data", "fsdp"))
+
+
+def final_norm(params: Params, x_BTD: Float[Array, "B T D"], config: ModelConfig) -> Float[Array, "B T D"]:
+    with jax.named_scope("final_norm"):
+        x_BTD = rms_norm(x_BTD, params["final_norm"]["gain"], config.norm_epsilon)
+        return multipliers(config).logits * x_BTD  # here once, instead of in every place that makes logits
+
+
+def logits(params: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Float32 logits from the output of `hidden` or `extend`."""
+    with jax.named_scope("head"):
+        return head_logits(x_BTD, head_matrix(params))
+
+
+def head_matrix(params: Params) -> Float[Array, "V D"]:
+    return params.get("head", params["embedding"])
+
+
+# --- weights and meshes ---------------------------------------------------------------------------------
+
+
 def pick(blocks: Params, u: Int[Array, ""]) -> Params:
-    """Returns block u of the stack."""
+    """Block u of the stack."""
     return jax.tree.map(lambda w_U: lax.dynamic_index_in_dim(w_U, u, keepdims=False), blocks)
 
 
 def _unstack(blocks: Params) -> list[Params]:
-    """Returns all blocks of the stack.
+    """All blocks of the stack.
 
     Their gradients are put together once, where those of so many picks would be added up as whole stacks.
     """
     leaves, tree = jax.tree.flatten(blocks)
     return [tree.unflatten(block) for block in zip(*map(jnp.unstack, leaves), strict=True)]
+
+
+def cast(params: Params, config: ModelConfig, prefix: str = "") -> Params:
+    """Casts matrices and embeddings to the compute dtype; gains stay float32."""
+    dtype = config.compute_dtype
+    return map_parameters(lambda of, w: w if of.is_gain else w.astype(dtype), params, prefix)
 
 
 def map_parameters(function: Callable[[Parameter, Any], Any], tree: Any, prefix: str = "") -> Any:
@@ -97,24 +146,6 @@ def map_parameters(function: Callable[[Parameter, Any], Any], tree: Any, prefix:
     return jax.tree_util.tree_map_with_path(at, tree)
 
 
-def cast(params: Params, config: ModelConfig, prefix: str = "") -> Params:
-    """Casts matrices and embeddings to the compute dtype; gains stay float32."""
-    dtype = config.compute_dtype
-    return map_parameters(lambda of, w: w if of.is_gain else w.astype(dtype), params, prefix)
-
-
-def embed(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
-    with jax.named_scope("embedding"):
-        embedding_VD = constrain(params["embedding"], "tensor")
-        return constrain(embedding_VD[tokens_BT].astype(config.compute_dtype), ("data", "fsdp"))
-
-
-def final_norm(params: Params, x_BTD: Float[Array, "B T D"], config: ModelConfig) -> Float[Array, "B T D"]:
-    with jax.named_scope("final_norm"):
-        x_BTD = rms_norm(x_BTD, params["final_norm"]["gain"], config.norm_epsilon)
-        return multipliers(config).logits * x_BTD  # here once, instead of in every place that makes logits
-
-
 def constrain(x: Any, *axes: Any) -> Any:
     """Splits an array over these axes, and no others, of the mesh in use (`partition.in_use`), if any.
 
@@ -122,31 +153,3 @@ def constrain(x: Any, *axes: Any) -> Any:
     computes all rows of the batch.
     """
     return x if get_abstract_mesh().empty else lax.with_sharding_constraint(x, PartitionSpec(*axes))
-
-
-def apply(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T V"]:
-    """Returns float32 logits of the token after each position."""
-    return logits(params, hidden(params, tokens_BT, config))
-
-
-def logits(params: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """Returns the float32 logits that `hidden` or `extend` lead to."""
-    with jax.named_scope("head"):
-        return head_logits(x_BTD, head_matrix(params))
-
-
-def head_matrix(params: Params) -> Float[Array, "V D"]:
-    return params.get("head", params["embedding"])
-
-
-def loss(
-    params: Params, tokens_BT: Int[Array, "B T"], targets_BT: Int[Array, "B T"], config: ModelConfig
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Returns the summed cross-entropy in nats, and the number of targets it is summed over.
-
-    Negative targets are ignored. The logits of at most `loss_chunk` positions exist at one time.
-    """
-    x_BTD = hidden(params, tokens_BT, config)
-    with jax.named_scope("loss"):
-        nats = cross_entropy(x_BTD, head_matrix(params), targets_BT, config.loss_chunk)
-        return nats, jnp.sum(targets_BT >= 0)

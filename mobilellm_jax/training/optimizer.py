@@ -40,7 +40,7 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.Gradien
     """Clipping by the global norm, Adam or Muon, and decoupled decay of matrices, in this order.
 
     Its updates are for a learning rate of 1, still to be subtracted: the learning rate is an argument of
-    `train.train_step`, so that runs which differ in it share one compiled program.
+    `step.train_step`, so that runs which differ in it share one compiled program.
     """
     m = multipliers(model)
     update = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
@@ -52,9 +52,8 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.Gradien
         _scale(blocks=1 / m.epsilon_blocks, others=1 / m.epsilon_others),
         update,
         _scale(matrices=m.learning_rate),
-        optax.add_decayed_weights(
-            config.weight_decay, mask=is_decayed
-        ),  # learning rate x decay: never scaled
+        # After the multiplier: learning rate x decay is never scaled.
+        optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
     )
 
 
