@@ -3,11 +3,10 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.ops.attention import mean_keys
-from mobilellm_jax.parameters import Parameter, declared
+from mobilellm_jax.parameters import declared
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -50,11 +49,6 @@ def parameters(config: ModelConfig) -> Parameters:
     return Parameters(counts["embedding"], counts["head"], counts["matrix"], counts["gain"])
 
 
-def _once(config: ModelConfig, chosen: Callable[[Parameter], bool]) -> int:
-    """The numbers in the chosen parameters, of a stack those of one block or layer."""
-    return sum(math.prod(p.unstacked_shape(config)) for p in declared(config) if chosen(p))
-
-
 def forward_flops_per_token(config: ModelConfig, length: int) -> float:
     """Returns the FLOPs of matrix products per token of a forward pass over sequences of `length` tokens.
 
@@ -85,7 +79,8 @@ def executed_train_flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def _forward_flops(config: ModelConfig, keys: float) -> float:
-    layer = _once(config, lambda p: p.kind == "matrix") + 2 * config.num_heads * config.head_dim * keys
+    matrices = sum(math.prod(p.unstacked_shape(config)) for p in declared(config) if p.kind == "matrix")
+    layer = matrices + 2 * config.num_heads * config.head_dim * keys
     return 2 * (config.effective_depth * layer + config.width * config.vocab_size)
 
 
@@ -115,11 +110,12 @@ def decode_bytes_per_token(config: ModelConfig) -> int:
     (section 2.3). Left out: the key/value cache, and activations.
     """
     reads = sum(1 for _ in itertools.groupby(config.plan))
-    blocks = reads * _once(config, lambda p: p.stack == "U")
-    layers = config.effective_depth * _once(config, lambda p: p.stack == "L")
-    final_norm = _once(config, lambda p: p.is_gain and not p.stack)
-    head = _once(config, lambda p: p.path == "embedding")  # of the same size, whichever matrix it is
-    return (blocks + layers + final_norm + head + config.width) * _BYTES[config.compute_dtype]
+    times = {"U": reads, "L": config.effective_depth, "": 1}
+    numbers = config.width  # the row of the embedding
+    for p in declared(config):
+        if p.path != "head":  # of the size of the embedding, and read instead of it
+            numbers += times[p.stack] * math.prod(p.unstacked_shape(config))
+    return numbers * _BYTES[config.compute_dtype]
 
 
 def optimizer_bytes(config: ModelConfig) -> int:
