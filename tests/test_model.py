@@ -345,7 +345,7 @@ def test_bfloat16_keeps_parameters_and_gradients_in_float32(remat):
 
 def test_norm_gains_stay_in_float32():
     config = tiny_model(compute_dtype="bfloat16")
-    block = cast(jax.tree.map(lambda w_U: w_U[0], random_params(config)["blocks"]), config)
+    block = cast(jax.tree.map(lambda w_U: w_U[0], random_params(config)["blocks"]), config, "blocks/")
     for path, leaf in jax.tree_util.tree_leaves_with_path(block):
         assert leaf.dtype == ("float32" if path[-1].key == "gain" else "bfloat16"), path
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import random_params, shapes, tiny_config, tiny_model
 
-from mobilellm_jax.training.optimizer import is_matrix, learning_rate_schedule, make_optimizer, muon_axes
+from mobilellm_jax.training.optimizer import is_decayed, learning_rate_schedule, make_optimizer, muon_axes
 
 # 110 steps, 10 of warm-up, peak 2, final 10 %; "wsd" decays over the last 20 % = 22 steps.
 SCHEDULE = {"learning_rate": 2.0, "warmup_steps": 10, "final_fraction": 0.1, "decay_fraction": 0.2}
@@ -52,7 +52,7 @@ def test_schedule_at_its_limits(schedule, warmup_steps, decay_fraction):
 @pytest.mark.parametrize("share_embedding", [True, False])
 def test_decay_applies_to_matrices_only(share_embedding):
     """Gains of the blocks are stacked and so have two axes, but are not matrices."""
-    flags = is_matrix(shapes(tiny_model(share_embedding=share_embedding)))
+    flags = is_decayed(shapes(tiny_model(share_embedding=share_embedding)))
     decayed = {jax.tree_util.keystr(p) for p, flag in jax.tree_util.tree_leaves_with_path(flags) if not flag}
     assert decayed == {
         "['blocks']['attention_norm']['gain']",

@@ -66,7 +66,9 @@ def test_table_fits_every_parameter(overrides):
 
 
 def test_unknown_parameter_is_refused():
-    with pytest.raises(UserError, match=r"'blocks/router'.*PARAMETER_AXES; add a row"):
+    with pytest.raises(
+        UserError, match=r"'blocks/router': has no row in mobilellm_jax/parameters.py; add one"
+    ):
         partition.shardings({"blocks": {"router": jnp.zeros((2, 3))}}, make_mesh(1, 1, 1))
     with pytest.raises(UserError, match="'my_embedding'"):  # the end of a name is not the end of a path
         partition.parameter_spec("my_embedding", 2)

@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
+import math
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.ops.attention import mean_keys
+from mobilellm_jax.parameters import declared
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -16,7 +18,7 @@ class Parameters:
     Attributes:
       embedding: V D.
       head: V D, or 0 where the head is the embedding.
-      attention, ffn: matrices of all distinct blocks.
+      attention, ffn: matrices of all distinct blocks; those outside of attention count as ffn.
       norms: RMSNorm gains of all distinct blocks and of the final norm; the paper leaves these out.
     """
 
@@ -41,24 +43,13 @@ class Parameters:
         return self.total - self.norms
 
 
-def _block_matrices(config: ModelConfig) -> tuple[int, int]:
-    """Returns the weights in the matrices of one block: attention, feed-forward."""
-    attention = 2 * config.width * config.head_dim * (config.num_heads + config.num_kv_heads)
-    ffn = (3 if config.ffn_kind == "swiglu" else 2) * config.width * config.ffn_width
-    return attention, ffn
-
-
 def parameters(config: ModelConfig) -> Parameters:
-    """Returns the parameter counts of a model."""
-    attention, ffn = _block_matrices(config)
-    embedding = config.vocab_size * config.width
-    return Parameters(
-        embedding=embedding,
-        head=0 if config.share_embedding else embedding,
-        attention=config.depth * attention,
-        ffn=config.depth * ffn,
-        norms=(2 * config.depth + 1) * config.width,
-    )
+    counts = {field.name: 0 for field in dataclasses.fields(Parameters)}
+    for p in declared(config):
+        of_block = "attention" if p.path.startswith("blocks/attention/") else "ffn"
+        part = "norms" if p.is_gain else p.path if p.path in counts else of_block
+        counts[part] += math.prod(p.shape(config))
+    return Parameters(**counts)
 
 
 def forward_flops_per_token(config: ModelConfig, length: int) -> float:
@@ -91,8 +82,8 @@ def executed_train_flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def _forward_flops(config: ModelConfig, keys: float) -> float:
-    attention, ffn = _block_matrices(config)
-    layer = attention + ffn + 2 * config.num_heads * config.head_dim * keys
+    matrices = sum(math.prod(p.unstacked_shape(config)) for p in declared(config) if p.kind == "matrix")
+    layer = matrices + 2 * config.num_heads * config.head_dim * keys
     return 2 * (config.effective_depth * layer + config.width * config.vocab_size)
 
 
@@ -114,21 +105,24 @@ def kv_cache_bytes_per_token(config: ModelConfig) -> int:
 
 
 def decode_bytes_per_token(config: ModelConfig) -> int:
-    """Returns the weight bytes that generating one token reads, with all weights in the compute dtype.
+    """Weight bytes that generating one token reads, with all weights in the compute dtype.
 
     The blocks in the order of the plan, the final norm, the head, and one row of the embedding. A block that
     is used several times in a row is read once, one that comes back later is read again: the paper's reason
     for `immediate` is that one block fits the fast memory (SRAM) of a phone and the whole stack does not
     (section 2.3). Left out: the key/value cache, and activations.
     """
-    attention, ffn = _block_matrices(config)
     reads = sum(1 for _ in itertools.groupby(config.plan))
-    weights = reads * (attention + ffn + 2 * config.width) + (config.vocab_size + 2) * config.width
-    return weights * _BYTES[config.compute_dtype]
+    times = {"U": reads, "L": config.effective_depth, "": 1}
+    numbers = config.width  # the row of the embedding
+    for p in declared(config):
+        if p.path != "head":  # of the size of the embedding, and read instead of it
+            numbers += times[p.stack] * math.prod(p.unstacked_shape(config))
+    return numbers * _BYTES[config.compute_dtype]
 
 
 def optimizer_bytes(config: ModelConfig) -> int:
-    """Returns what AdamW holds in training: parameters, gradients and two moments, all float32."""
+    """What AdamW holds in training: parameters, gradients and two moments, all float32."""
     return 4 * 4 * parameters(config).total
 
 

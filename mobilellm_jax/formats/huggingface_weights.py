@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -25,6 +24,7 @@ from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats.huggingface_config import read_object
 from mobilellm_jax.model.parameterization import multipliers
+from mobilellm_jax.parameters import Parameter, declared, nest, parameter, sizes
 from mobilellm_jax.sharing import LayerPlan
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
@@ -35,67 +35,54 @@ _HOW_TO_CONVERT = (
 
 # --- which tensor is where ------------------------------------------------------------------------------
 
-_TOP = {
-    "model.embed_tokens.weight": "embedding",
-    "model.norm.weight": "final_norm/gain",
-    "lm_head.weight": "head",
-}
-_LAYER = {
-    "input_layernorm": "attention_norm/gain",
-    "self_attn.q_proj": "attention/query",
-    "self_attn.k_proj": "attention/key",
-    "self_attn.v_proj": "attention/value",
-    "self_attn.o_proj": "attention/output",
-    "post_attention_layernorm": "ffn_norm/gain",
-    "mlp.gate_proj": "ffn/gate",
-    "mlp.up_proj": "ffn/up",
-    "mlp.down_proj": "ffn/down",
-}
+_HEAD = parameter("head").hugging_face
 
 
 class Place(NamedTuple):
     """Where a tensor is in our parameters.
 
     Attributes:
+      parameter: the row of the table.
+      at: its index in the stack; None outside.
       shape: its shape in the file.
-      path: names on the way to the leaf.
-      block: u, its index in the stack of blocks; None outside.
     """
 
+    parameter: Parameter
+    at: int | None
     shape: tuple[int, ...]
-    path: tuple[str, ...]
-    block: int | None
 
     def leaf(self, params: model.Params) -> np.ndarray:
-        """Returns the view of `params` that holds the tensor, in our layout."""
+        """The view of `params` that holds the tensor, in our layout."""
         array: Any = params
-        for name in self.path:
+        for name in self.parameter.path.split("/"):
             array = array[name]
-        return array if self.block is None else array[self.block]
+        return array if self.at is None else array[self.at]
+
+    def read(self, tensor: np.ndarray, leaf: np.ndarray) -> np.ndarray:
+        """A tensor of the file in our layout, which is that of `leaf`."""
+        return (tensor.T if self.parameter.kind == "matrix" else tensor).reshape(leaf.shape)
+
+    def write(self, leaf: np.ndarray) -> np.ndarray:
+        """The inverse of `read`."""
+        return leaf.reshape(self.shape[::-1]).T if self.parameter.kind == "matrix" else leaf
 
 
 def places(config: ModelConfig, layers: LayerPlan) -> dict[str, Place]:
-    """Returns the place of every tensor in the file, by name; `layers` says which block each layer is."""
-    D, F, H = config.width, config.ffn_width, config.head_dim
-    query, key_value = config.num_heads * H, config.num_kv_heads * H
-    shapes = {
-        "self_attn.q_proj": (query, D),
-        "self_attn.k_proj": (key_value, D),
-        "self_attn.v_proj": (key_value, D),
-        "self_attn.o_proj": (D, query),
-        "mlp.gate_proj": (F, D),
-        "mlp.up_proj": (F, D),
-        "mlp.down_proj": (D, F),
-    }
-    found = {}
-    for name, path in _TOP.items():
-        if path != "head" or not config.share_embedding:
-            shape = (D,) if path == "final_norm/gain" else (config.vocab_size, D)
-            found[name] = Place(shape, tuple(path.split("/")), None)
+    """The place of every tensor in the file, by name; `layers` says which block each layer is."""
+
+    def place(of: Parameter, index: int | None) -> Place:
+        if of.kind != "matrix":
+            return Place(of, index, of.unstacked_shape(config))
+        outputs, inputs = (math.prod(sizes(letters, config)) for letters in (of.outputs, of.inputs))
+        return Place(of, index, (outputs, inputs))
+
+    rows = declared(config)
+    found = {of.hugging_face: place(of, None) for of in rows if not of.stack}
     for layer, block in enumerate(layers):
-        for name, path in _LAYER.items():
-            place = Place(shapes.get(name, (D,)), ("blocks", *path.split("/")), block)
-            found[f"model.layers.{layer}.{name}.weight"] = place
+        for of in rows:
+            if of.stack:
+                index = block if of.stack == "U" else layer
+                found[of.hugging_face.format(layer=layer)] = place(of, index)
     return found
 
 
@@ -115,19 +102,18 @@ def read_params(folder: Path, config: ModelConfig, layers: LayerPlan) -> model.P
         another shape or dtype, or layers that are not equal and should be.
     """
     wanted = places(config, layers)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
     with contextlib.ExitStack() as stack:
         tensors = _open(folder, stack)
         spare = _check_names(folder, tensors, wanted, config)
         for name, place in wanted.items():
             _check_tensor(folder, name, tensors[name].get_slice(name), place.shape)
-        params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+        params = nest({of.path: np.empty(of.shape(config), np.float32) for of in declared(config)})
         first: dict[tuple[Any, ...], str] = {}
         for name, place in wanted.items():
             leaf = place.leaf(params)
             tensor = tensors[name].get_tensor(name).astype(np.float32, copy=False)
-            tensor = (tensor if place.block is None else tensor.T).reshape(leaf.shape)
-            same = first.setdefault((place.path, place.block), name)
+            tensor = place.read(tensor, leaf)
+            same = first.setdefault((place.parameter.path, place.at), name)
             if same == name:
                 leaf[...] = tensor
             elif not _same_bits(leaf, tensor):
@@ -184,14 +170,13 @@ def _check_names(
     """Returns the names of tensors that are no parameters, but follow from them or from the config."""
     missing = [name for name in wanted if name not in tensors]
     if missing:
-        hint = "; config.json does not tie the head to the embedding" if missing == ["lm_head.weight"] else ""
+        hint = "; config.json does not tie the head to the embedding" if missing == [_HEAD] else ""
         raise UserError(f"{folder}: {_some(missing)} missing{hint}")
     spare = [name for name in tensors if name not in wanted]
     unknown = [
         name
         for name in spare
-        if not name.endswith("rotary_emb.inv_freq")
-        and not (name == "lm_head.weight" and config.share_embedding)
+        if not name.endswith("rotary_emb.inv_freq") and not (name == _HEAD and config.share_embedding)
     ]
     if unknown:
         raise UserError(f"{folder}: {_some(unknown)} not part of a Llama with this config.json")
@@ -218,7 +203,7 @@ def _check_spare(
     folder: Path, name: str, value: np.ndarray, params: model.Params, config: ModelConfig
 ) -> None:
     """Checks that a tensor that is no parameter says what the parameters or the config say."""
-    if name == "lm_head.weight":
+    if name == _HEAD:
         same = value.shape == params["embedding"].shape
         same = same and _same_bits(value.astype(np.float32), params["embedding"])
         what = "the embedding, which config.json ties it to"
@@ -268,15 +253,7 @@ def write_params(path: Path, params: model.Params, config: ModelConfig, dtype: s
 def _tensors(params: model.Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Yields float32 tensors in the layout of the file, with the multipliers in them."""
     m = multipliers(config)
-    # Tied to the embedding, the head cannot be scaled; the norm before it can, to the same effect.
-    scales = {
-        ("final_norm", "gain"): m.logits,
-        ("blocks", "attention", "output"): m.residual,
-        ("blocks", "ffn", "down"): m.residual,
-    }
     for name, place in places(config, config.plan).items():
-        tensor = place.leaf(params)
-        if place.block is not None:
-            tensor = tensor.reshape(place.shape[::-1]).T
-        scale = scales.get(place.path, 1.0)
+        tensor = place.write(place.leaf(params))
+        scale = getattr(m, place.parameter.multiplier) if place.parameter.multiplier else 1.0
         yield name, tensor if scale == 1.0 else (tensor.astype(np.float64) * scale).astype(np.float32)

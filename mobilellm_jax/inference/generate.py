@@ -19,6 +19,7 @@ from mobilellm_jax import validation as rules
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data import Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.stack import cast
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ class Generator:
         """Takes float32 parameters; `context` is the largest length of a prompt and what comes after it."""
         rules.check_rule("context", context, rules.POSITIVE_INT)
         self.config, self.sampling, self.context = config, sampling, context
-        self._params = jax.device_put(_in_compute_dtype(params, config))
+        self._params = jax.device_put(cast(params, config))  # once, not at every step
         self._programs: dict[tuple[int, int, int], tuple[Any, Any]] = {}
 
     def start(
@@ -205,15 +206,6 @@ def check_prompts(
 def _round_up(length: int) -> int:
     """Returns a power of 2, so that few programs serve prompts of all lengths."""
     return max(16, 1 << (length - 1).bit_length())
-
-
-def _in_compute_dtype(params: model.Params, config: ModelConfig) -> model.Params:
-    """Casts the matrices once, as the model would at every step."""
-
-    def cast(path: Any, w: Any) -> Any:
-        return w if path[-1].key == "gain" else w.astype(config.compute_dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 class TextStream:

@@ -5,13 +5,10 @@ Letters in tensor names and einsums:
   N query heads   K key/value heads   G = N / K queries per key/value head   H head size
   U distinct blocks   L layers applied (the length of the layer plan)
 
-Parameters, all float32; the leading axis U of `blocks` stacks the blocks:
-  embedding V D                                 final_norm/gain D                 head V D (if not shared)
-  blocks/attention_norm/gain U D                blocks/ffn_norm/gain U D
-  blocks/attention/query U D N H                blocks/attention/{key, value} U D K H
-  blocks/attention/output U N H D               blocks/ffn/{gate, up} U D F       blocks/ffn/down U F D
+The parameters are declared in `parameters.py`: float32, nested dictionaries; the leading axis U of `blocks`
+stacks the blocks.
 
-Reverse mode only: `kernels.linear`, `kernels.swiglu`, `attention.attend_causally` and `cross_entropy` have
+Reverse mode only: `linear`, `swiglu`, `attend_causally` and `cross_entropy` (in `ops/`) have
 their gradients written out (`jax.custom_vjp`), for speed and memory. So `jax.jvp`, `jax.jacfwd` and
 `jax.hessian` of `apply`, `hidden`, `loss` and `extend` fail: "can't apply forward-mode autodiff (jvp) to a
 custom_vjp function". Reverse over reverse works, as for the product of the Hessian and a vector.

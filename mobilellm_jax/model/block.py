@@ -1,4 +1,7 @@
-"""The transformer block, in Flax: where to try an idea."""
+"""The transformer block, in Flax: where to try an idea.
+
+A new parameter is a row in `parameters.py` and a `weight` here.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,34 +10,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.ops.attention import attend_causally
 from mobilellm_jax.model.ops.linear import linear, swiglu
 from mobilellm_jax.model.parameterization import multipliers
+from mobilellm_jax.parameters import Parameter, parameter
 
 Rope = tuple[Float[Array, "#B T 1 h"], Float[Array, "#B T 1 h"]]  # cosines and sines, h = H / 2
-
-
-def rms_norm(
-    x_BTD: Float[Array, "B T D"], gain_D: Float[Array, "D"], epsilon: float
-) -> Float[Array, "B T D"]:
-    """Root-mean-square normalisation (Zhang and Sennrich 2019), computed in float32."""
-    y_BTD = x_BTD.astype(jnp.float32)
-    y_BTD = y_BTD * lax.rsqrt(jnp.mean(y_BTD**2, axis=-1, keepdims=True) + epsilon)
-    return (y_BTD * gain_D[None, None, :]).astype(x_BTD.dtype)
-
-
-class RMSNorm(nn.Module):
-    """`rms_norm` with a gain that starts at 1."""
-
-    epsilon: float
-
-    @nn.compact
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return rms_norm(x_BTD, self.param("gain", nn.initializers.ones, x_BTD.shape[-1:]), self.epsilon)
-
 
 # From queries, keys and values to the attention's output, and to whatever it has to remember.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -43,6 +28,28 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 def attend_in_training(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> tuple[Array, None]:
     """Attends to the same and to earlier positions; remembers nothing."""
     return attend_causally(q_BTNH, k_BTKH, v_BTKH), None
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block without biases. Sharing a layer shares the whole block, norms included.
+
+    Called, it computes the block's output, and what `attend` has to remember.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend = attend_in_training
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        c, scale = self.config, multipliers(self.config).residual
+        with jax.named_scope("attention"):
+            y_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
+            y_BTD, memory = Attention(c, name="attention")(y_BTD, rope, attend)
+            x_BTD = x_BTD + scale * y_BTD
+        with jax.named_scope("ffn"):
+            y_BTD = RMSNorm(c, name="ffn_norm")(x_BTD)
+            return x_BTD + scale * FeedForward(c, name="ffn")(y_BTD), memory
 
 
 class Attention(nn.Module):
@@ -54,17 +61,11 @@ class Attention(nn.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend
     ) -> tuple[Float[Array, "B T D"], Any]:
-        c = self.config
-        normal = nn.initializers.normal(c.init_std * multipliers(c).init_std)
-        w_DNH = self.param("query", normal, (c.width, c.num_heads, c.head_dim))
-        q_BTNH = linear("BTD,DNH->BTNH", x_BTD, w_DNH)
-        w_DKH = self.param("key", normal, (c.width, c.num_kv_heads, c.head_dim))
-        k_BSKH = linear("BSD,DKH->BSKH", x_BTD, w_DKH)
-        w_DKH = self.param("value", normal, (c.width, c.num_kv_heads, c.head_dim))
-        v_BSKH = linear("BSD,DKH->BSKH", x_BTD, w_DKH)
+        q_BTNH = project(self, "query", "BTD,DNH->BTNH", x_BTD)
+        k_BSKH = project(self, "key", "BSD,DKH->BSKH", x_BTD)
+        v_BSKH = project(self, "value", "BSD,DKH->BSKH", x_BTD)
         out_BTNH, memory = attend(rotate(q_BTNH, rope), rotate(k_BSKH, rope), v_BSKH)
-        w_NHD = self.param("output", normal, (c.num_heads, c.head_dim, c.width))
-        return linear("BTNH,NHD->BTD", out_BTNH, w_NHD), memory
+        return project(self, "output", "BTNH,NHD->BTD", out_BTNH), memory
 
 
 class FeedForward(nn.Module):
@@ -74,43 +75,35 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        c = self.config
-        normal = nn.initializers.normal(c.init_std * multipliers(c).init_std)
-        up_DF = self.param("up", normal, (c.width, c.ffn_width))
-        y_BTF = linear("BTD,DF->BTF", x_BTD, up_DF)
-        if c.ffn_kind == "swiglu":
-            gate_DF = self.param("gate", normal, (c.width, c.ffn_width))
-            y_BTF = swiglu(linear("BTD,DF->BTF", x_BTD, gate_DF), y_BTF)
+        y_BTF = project(self, "up", "BTD,DF->BTF", x_BTD)
+        if self.config.ffn_kind == "swiglu":
+            y_BTF = swiglu(project(self, "gate", "BTD,DF->BTF", x_BTD), y_BTF)
         else:
-            y_BTF = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}[c.ffn_kind](y_BTF)
-        down_FD = self.param("down", normal, (c.ffn_width, c.width))
-        return linear("BTF,FD->BTD", y_BTF, down_FD)
+            y_BTF = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}[self.config.ffn_kind](y_BTF)
+        return project(self, "down", "BTF,FD->BTD", y_BTF)
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block without biases. Sharing a layer shares the whole block, norms included.
-
-    Returns its output, and what `attend` has to remember.
-    """
+class RMSNorm(nn.Module):
+    """`rms_norm` with a gain that starts at 1."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend = attend_in_training
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        epsilon, scale = self.config.norm_epsilon, multipliers(self.config).residual
-        with jax.named_scope("attention"):
-            y_BTD = RMSNorm(epsilon, name="attention_norm")(x_BTD)
-            y_BTD, memory = Attention(self.config, name="attention")(y_BTD, rope, attend)
-            x_BTD = x_BTD + scale * y_BTD
-        with jax.named_scope("ffn"):
-            y_BTD = RMSNorm(epsilon, name="ffn_norm")(x_BTD)
-            return x_BTD + scale * FeedForward(self.config, name="ffn")(y_BTD), memory
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return rms_norm(x_BTD, weight(self, "gain"), self.config.norm_epsilon)
+
+
+def rms_norm(
+    x_BTD: Float[Array, "B T D"], gain_D: Float[Array, "D"], epsilon: float
+) -> Float[Array, "B T D"]:
+    """Root-mean-square normalisation (Zhang and Sennrich 2019), computed in float32."""
+    y_BTD = x_BTD.astype(jnp.float32)
+    y_BTD = y_BTD * lax.rsqrt(jnp.mean(y_BTD**2, axis=-1, keepdims=True) + epsilon)
+    return (y_BTD * gain_D[None, None, :]).astype(x_BTD.dtype)
 
 
 def rope_table(position_BT: Int[Array, "B T"], config: ModelConfig) -> Rope:
-    """Returns cosines and sines of the rotary angles t * base^(-2i / H) (Su et al. 2021)."""
+    """Cosines and sines of the rotary angles t * base^(-2i / H) (Su et al. 2021)."""
     exponent_h = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequency_h = config.rope_base**-exponent_h
     angle_BT1h = position_BT.astype(jnp.float32)[:, :, None, None] * frequency_h[None, None, None, :]
@@ -123,3 +116,27 @@ def rotate(x_BTNH: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H
     a_BTNh, b_BTNh = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = (a_BTNh * cos_BT1h - b_BTNh * sin_BT1h, b_BTNh * cos_BT1h + a_BTNh * sin_BT1h)
     return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
+
+
+# --- parameters, by their rows in parameters.py ---------------------------------------------------------
+
+
+def project(
+    module: Attention | FeedForward, name: str, product: str, x: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Multiplies x with a weight, as the einsum says; the product gets the weight's name, for `remat.py`."""
+    return checkpoint_name(linear(product, x, weight(module, name)), name)
+
+
+def weight(module: Attention | FeedForward | RMSNorm, name: str) -> Float[Array, "..."]:
+    """The parameter "blocks/<path of the module>/<name>" of the block that is applied."""
+    config, of = module.config, parameter("/".join(["blocks", *module.path, name]))
+    return module.param(name, lambda key: initial(of, key, config))
+
+
+def initial(of: Parameter, key: PRNGKeyArray, config: ModelConfig) -> Float[Array, "..."]:
+    """A parameter, or its part in one block, before training: 1 for a gain, else from N(0, init_std)."""
+    if of.is_gain:
+        return jnp.ones(of.unstacked_shape(config))
+    scale = multipliers(config).init_std if of.kind == "matrix" else 1.0
+    return nn.initializers.normal(config.init_std * scale)(key, of.unstacked_shape(config))

@@ -32,7 +32,7 @@ class Cache(NamedTuple):
 
 
 def empty_cache(padding_B: Int[Array, "B"], slots: int, config: ModelConfig) -> Cache:
-    """Returns a cache for `slots` tokens, padding included."""
+    """A cache for `slots` tokens, padding included."""
     shape = (config.effective_depth, *padding_B.shape, slots, config.num_kv_heads, config.head_dim)
     keys, values = (jnp.zeros(shape, config.compute_dtype) for _ in range(2))
     return Cache(keys, values, padding_B, jnp.zeros((), jnp.int32))
@@ -41,9 +41,9 @@ def empty_cache(padding_B: Int[Array, "B"], slots: int, config: ModelConfig) -> 
 def extend(
     params: Params, tokens_BT: Int[Array, "B T"], cache: Cache, config: ModelConfig
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Returns what `hidden` returns at the next T tokens of each row, and the cache with them in it.
+    """`hidden` at the next T tokens of each row, and the cache with their keys and values in it.
 
-    The caller sees to it that they fit: beyond the last slot they would overwrite what is there. What stands
+    The caller makes sure that they fit: beyond the last slot they would overwrite what is there. The output
     at padding has no meaning.
     """
     T = tokens_BT.shape[1]
@@ -72,7 +72,7 @@ def extend(
     def layers(carry: Any, group: Any) -> tuple[Any, None]:
         """Applies one block as often as it comes in a row; fetching it once is what `immediate` is for."""
         first, u = group
-        weights = cast(pick(params["blocks"], u), config)
+        weights = cast(pick(params["blocks"], u), config, "blocks/")
         for use in range(in_a_row):
             carry = layer(carry, weights, first + use)
         return carry, None

@@ -1,9 +1,9 @@
 """The stack: `init`, `hidden`, `apply` and `loss`, one scan over the layer plan for every strategy."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,36 +11,53 @@ from jax.sharding import PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.block import Block, rms_norm, rope_table
+from mobilellm_jax.model.block import Block, initial, rms_norm, rope_table
 from mobilellm_jax.model.ops.cross_entropy import cross_entropy, head_logits
 from mobilellm_jax.model.parameterization import multipliers
 from mobilellm_jax.model.remat import REMAT_POLICIES
+from mobilellm_jax.parameters import Parameter, parameter
 
 Params = dict[str, Any]
 
 
 def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
-    """Returns float32 parameters: matrices from N(0, init_std) times their multiplier, norm gains 1."""
+    """Float32 parameters: matrices from N(0, init_std) times their multiplier, norm gains 1."""
     embedding_key, head_key, blocks_key = jax.random.split(key, 3)
-    normal = nn.initializers.normal(config.init_std)
-    vocab_by_width = (config.vocab_size, config.width)
     x_BTD, rope = jnp.zeros((1, 1, config.width)), rope_table(jnp.zeros((1, 1), int), config)
 
     def init_block(block_key: PRNGKeyArray) -> Params:
         return dict(Block(config).init(block_key, x_BTD, rope)["params"])
 
     params: Params = {
-        "embedding": normal(embedding_key, vocab_by_width),
+        "embedding": initial(parameter("embedding"), embedding_key, config),
         "blocks": jax.vmap(init_block)(jax.random.split(blocks_key, config.depth)),
-        "final_norm": {"gain": jnp.ones(config.width)},
+        "final_norm": {"gain": initial(parameter("final_norm/gain"), key, config)},
     }
     if not config.share_embedding:
-        params["head"] = normal(head_key, vocab_by_width)
+        params["head"] = initial(parameter("head"), head_key, config)
     return params
 
 
+def apply(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T V"]:
+    """Float32 logits of the token after each position."""
+    return logits(params, hidden(params, tokens_BT, config))
+
+
+def loss(
+    params: Params, tokens_BT: Int[Array, "B T"], targets_BT: Int[Array, "B T"], config: ModelConfig
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The summed cross-entropy in nats, and the number of targets it is summed over.
+
+    Negative targets are ignored. The logits of at most `loss_chunk` positions exist at one time.
+    """
+    x_BTD = hidden(params, tokens_BT, config)
+    with jax.named_scope("loss"):
+        nats = cross_entropy(x_BTD, head_matrix(params), targets_BT, config.loss_chunk)
+        return nats, jnp.sum(targets_BT >= 0)
+
+
 def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
-    """Returns what the head turns into logits: the normalised output of the last layer, in the compute dtype.
+    """The normalised output of the last layer, in the compute dtype, which the head turns into logits.
 
     One loop over the layer plan, compiled once however long it is; or, with a `scan_unroll` of no fewer than
     the layers, no loop, which takes longer to compile and less time to run on a GPU.
@@ -53,7 +70,7 @@ def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) ->
     remat = partial(jax.checkpoint, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
 
     def apply_block(weights: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        y_BTD, _ = block.apply({"params": cast(weights, config)}, x_BTD, rope)
+        y_BTD, _ = block.apply({"params": cast(weights, config, "blocks/")}, x_BTD, rope)
         return constrain(y_BTD, ("data", "fsdp"))
 
     x_BTD = embed(params, tokens_BT, config)
@@ -71,25 +88,6 @@ def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) ->
     return final_norm(params, x_BTD, config)
 
 
-def pick(blocks: Params, u: Int[Array, ""]) -> Params:
-    """Returns block u of the stack."""
-    return jax.tree.map(lambda w_U: lax.dynamic_index_in_dim(w_U, u, keepdims=False), blocks)
-
-
-def _unstack(blocks: Params) -> list[Params]:
-    """Returns all blocks of the stack.
-
-    Their gradients are put together once, where those of so many picks would be added up as whole stacks.
-    """
-    leaves, tree = jax.tree.flatten(blocks)
-    return [tree.unflatten(block) for block in zip(*map(jnp.unstack, leaves), strict=True)]
-
-
-def cast(weights: Params, config: ModelConfig) -> Params:
-    """Returns a block with its matrices in the compute dtype; norm gains stay float32."""
-    return jax.tree.map(lambda w: w.astype(config.compute_dtype) if w.ndim > 1 else w, weights)
-
-
 def embed(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
     with jax.named_scope("embedding"):
         embedding_VD = constrain(params["embedding"], "tensor")
@@ -102,22 +100,8 @@ def final_norm(params: Params, x_BTD: Float[Array, "B T D"], config: ModelConfig
         return multipliers(config).logits * x_BTD  # here once, instead of in every place that makes logits
 
 
-def constrain(x: Any, *axes: Any) -> Any:
-    """Splits an array over these axes, and no others, of the mesh in use (`partition.in_use`), if any.
-
-    Left alone, the compiler splits activations the way `fsdp` splits weights, along D, and every device
-    computes all rows of the batch.
-    """
-    return x if get_abstract_mesh().empty else lax.with_sharding_constraint(x, PartitionSpec(*axes))
-
-
-def apply(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T V"]:
-    """Returns float32 logits of the token after each position."""
-    return logits(params, hidden(params, tokens_BT, config))
-
-
 def logits(params: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """Returns the float32 logits that `hidden` or `extend` lead to."""
+    """Float32 logits from the output of `hidden` or `extend`."""
     with jax.named_scope("head"):
         return head_logits(x_BTD, head_matrix(params))
 
@@ -126,14 +110,46 @@ def head_matrix(params: Params) -> Float[Array, "V D"]:
     return params.get("head", params["embedding"])
 
 
-def loss(
-    params: Params, tokens_BT: Int[Array, "B T"], targets_BT: Int[Array, "B T"], config: ModelConfig
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Returns the summed cross-entropy in nats, and the number of targets it is summed over.
+# --- weights and meshes ---------------------------------------------------------------------------------
 
-    Negative targets are ignored. The logits of at most `loss_chunk` positions exist at one time.
+
+def pick(blocks: Params, u: Int[Array, ""]) -> Params:
+    """Block u of the stack."""
+    return jax.tree.map(lambda w_U: lax.dynamic_index_in_dim(w_U, u, keepdims=False), blocks)
+
+
+def _unstack(blocks: Params) -> list[Params]:
+    """All blocks of the stack.
+
+    Their gradients are put together once, where those of so many picks would be added up as whole stacks.
     """
-    x_BTD = hidden(params, tokens_BT, config)
-    with jax.named_scope("loss"):
-        nats = cross_entropy(x_BTD, head_matrix(params), targets_BT, config.loss_chunk)
-        return nats, jnp.sum(targets_BT >= 0)
+    leaves, tree = jax.tree.flatten(blocks)
+    return [tree.unflatten(block) for block in zip(*map(jnp.unstack, leaves), strict=True)]
+
+
+def cast(params: Params, config: ModelConfig, prefix: str = "") -> Params:
+    """Casts matrices and embeddings to the compute dtype; gains stay float32."""
+    dtype = config.compute_dtype
+    return map_parameters(lambda of, w: w if of.is_gain else w.astype(dtype), params, prefix)
+
+
+def map_parameters(function: Callable[[Parameter, Any], Any], tree: Any, prefix: str = "") -> Any:
+    """Maps function(row, leaf) over parameters; a `prefix` is what the paths of a part of them lack.
+
+    Raises:
+      UserError: a path has no row in `parameters.py`.
+    """
+
+    def at(path: Any, leaf: Any) -> Any:
+        return function(parameter(prefix + jax.tree_util.keystr(path, simple=True, separator="/")), leaf)
+
+    return jax.tree_util.tree_map_with_path(at, tree)
+
+
+def constrain(x: Any, *axes: Any) -> Any:
+    """Splits an array over these axes, and no others, of the mesh in use (`partition.in_use`), if any.
+
+    Left alone, the compiler splits activations the way `fsdp` splits weights, along D, and every device
+    computes all rows of the batch.
+    """
+    return x if get_abstract_mesh().empty else lax.with_sharding_constraint(x, PartitionSpec(*axes))

@@ -1,4 +1,4 @@
-"""Where every array lives on the device mesh: one table, and the shardings made from it.
+"""Where every array lives on the device mesh: shardings made from `parameters.AXES`.
 
 The mesh has three axes. `data` holds copies of the model, `fsdp` splits parameters and optimizer state,
 `tensor` splits heads, feed-forward width and vocabulary; the batch is split over `data` and `fsdp`. One
@@ -13,29 +13,14 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
+from mobilellm_jax import parameters
 from mobilellm_jax.config import Config, MeshConfig
 from mobilellm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))  # rows of a batch; their tokens are not split
 
-# Parameter -> mesh axis of each of its array axes (letters as in model/__init__.py). A parameter that is not
-# listed is refused: add a row for it.
-PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
-    "embedding": ("tensor", "fsdp"),  # V D
-    "head": ("tensor", "fsdp"),  # V D
-    "final_norm/gain": (None,),  # D
-    "blocks/attention_norm/gain": (None, None),  # U D
-    "blocks/ffn_norm/gain": (None, None),  # U D
-    "blocks/attention/query": (None, "fsdp", "tensor", None),  # U D N H
-    "blocks/attention/key": (None, "fsdp", "tensor", None),  # U D K H
-    "blocks/attention/value": (None, "fsdp", "tensor", None),  # U D K H
-    "blocks/attention/output": (None, "tensor", None, "fsdp"),  # U N H D
-    "blocks/ffn/gate": (None, "fsdp", "tensor"),  # U D F
-    "blocks/ffn/up": (None, "fsdp", "tensor"),  # U D F
-    "blocks/ffn/down": (None, "tensor", "fsdp"),  # U F D
-    "ns_coeffs": (None,),  # constants that optax keeps in the state of Muon
-}
+_CONSTANTS = {"ns_coeffs"}  # that optax keeps in the state of Muon
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
@@ -79,10 +64,10 @@ def check_divisible(config: Config, mesh: Mesh | AbstractMesh) -> None:
     requirements = [
         ("train.batch_size / train.accumulation_steps", micro_batch, "mesh.data x mesh.fsdp", rows),
         ("train.eval_batch_size", config.train.eval_batch_size, "mesh.data x mesh.fsdp", rows),
-        ("model.width", m.width, "mesh.fsdp", mesh.shape["fsdp"]),
         *(
-            (f"model.{name}", getattr(m, name), "mesh.tensor", mesh.shape["tensor"])
-            for name in ("num_heads", "num_kv_heads", "ffn_width", "vocab_size")
+            (f"model.{axis.size}", getattr(m, axis.size), f"mesh.{axis.mesh}", mesh.shape[axis.mesh])
+            for axis in parameters.AXES.values()
+            if axis.mesh
         ),
     ]
     for field, size, axis, ways in requirements:
@@ -94,23 +79,23 @@ def check_divisible(config: Config, mesh: Mesh | AbstractMesh) -> None:
 
 
 def parameter_spec(path: str, ndim: int) -> PartitionSpec:
-    """Returns the partition of an array by the end of its path.
+    """The partition of a parameter, or of optimizer state, by the end of its path.
 
     Optimizer moments end in the path of their parameter and are split like it; counters have no axes.
 
     Raises:
-      UserError: a path that the table does not have.
+      UserError: the path ends in that of no parameter.
     """
-    if ndim == 0:
+    names = path.split("/")
+    if ndim == 0 or names[-1] in _CONSTANTS:
         return PartitionSpec()
-    for name, axes in PARAMETER_AXES.items():
-        if path == name or path.endswith("/" + name):
-            return PartitionSpec(*axes)
-    raise UserError(f"partition: parameter {path!r} is not in PARAMETER_AXES; add a row with its mesh axes")
+    ends = ("/".join(names[i:]) for i in range(len(names)))
+    name = next((end for end in ends if end in parameters.PARAMETERS), path)
+    return PartitionSpec(*parameters.parameter(name).mesh_axes)
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Returns a tree of `NamedSharding` for parameters, optimizer state or a whole train state."""
+    """A tree of `NamedSharding` for parameters, optimizer state or a whole train state."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

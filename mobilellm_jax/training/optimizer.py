@@ -8,6 +8,8 @@ import optax.contrib
 
 from mobilellm_jax.config import ModelConfig, OptimizerConfig
 from mobilellm_jax.model.parameterization import multipliers
+from mobilellm_jax.model.stack import map_parameters
+from mobilellm_jax.parameters import Parameter
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -29,19 +31,16 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup])
 
 
-def is_matrix(params: Any) -> Any:
-    """Returns a tree of booleans: True for matrices, False for norm gains.
-
-    By name, since stacked norm gains have two axes.
-    """
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "gain", params)
+def is_decayed(params: Any) -> Any:
+    """A tree of booleans: True for matrices and embeddings, False for gains."""
+    return map_parameters(lambda parameter, _: not parameter.is_gain, params)
 
 
 def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
-    """Returns clipping by the global norm, Adam or Muon, and decoupled decay of matrices, in this order.
+    """Clipping by the global norm, Adam or Muon, and decoupled decay of matrices, in this order.
 
     Its updates are for a learning rate of 1, still to be subtracted: the learning rate is an argument of
-    `train.train_step`, so that runs which differ in it share one compiled program.
+    `step.train_step`, so that runs which differ in it share one compiled program.
     """
     m = multipliers(model)
     update = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
@@ -53,49 +52,41 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.Gradien
         _scale(blocks=1 / m.epsilon_blocks, others=1 / m.epsilon_others),
         update,
         _scale(matrices=m.learning_rate),
-        optax.add_decayed_weights(config.weight_decay, mask=is_matrix),  # learning rate x decay: never scaled
+        # After the multiplier: learning rate x decay is never scaled.
+        optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
     )
 
 
 def _scale(blocks: float = 1.0, others: float = 1.0, matrices: float = 1.0) -> optax.GradientTransformation:
-    """Multiplies what belongs to `blocks` and to `others`, and besides the `matrices` of the blocks."""
+    """Multiplies what is stacked by `blocks`, what is not by `others`, and matrices by `matrices` besides."""
 
-    def update(updates: Any, _: Any) -> Any:
-        def scale(path: Any, u: jax.Array) -> jax.Array:
-            if path[0].key != "blocks":
-                return others * u
-            return blocks * (1.0 if path[-1].key == "gain" else matrices) * u
+    def scale(parameter: Parameter, u: jax.Array) -> jax.Array:
+        part = blocks if parameter.stack else others
+        return part * (matrices if parameter.kind == "matrix" else 1.0) * u
 
-        return jax.tree_util.tree_map_with_path(scale, updates)
-
-    return optax.stateless(update)
-
-
-# Axes of the stacked weights that Muon takes for rows and columns of one matrix; axis 0, the blocks, is left
-# out, so that every block has its own update.
-_MUON_AXES = {
-    **dict.fromkeys(["query", "key", "value"], ((1,), (2, 3))),  # U D N H
-    "output": ((1, 2), (3,)),  # U N H D
-    **dict.fromkeys(["gate", "up", "down"], ((1,), (2,))),
-}
+    return optax.stateless(lambda updates, _: map_parameters(scale, updates))
 
 
 def muon_axes(params: Any) -> Any:
-    """Returns the `MuonDimensionNumbers` of every matrix of the blocks, and None for what Adam updates.
+    """The `MuonDimensionNumbers` of every matrix, and None for what Adam updates.
 
+    The leading axis, the stack, is in neither rows nor columns, so that every block has its own update.
     Without them, `optax.contrib.muon` leaves everything that has three axes to Adam, and takes stacked norm
     gains and the embedding, which have two, for matrices.
     """
 
-    def axes(path: Any, _: Any) -> Any:
-        of_matrix = path[0].key == "blocks" and _MUON_AXES.get(path[-1].key)
-        return optax.contrib.MuonDimensionNumbers(*of_matrix) if of_matrix else None
+    def axes(parameter: Parameter, _: Any) -> Any:
+        if parameter.kind != "matrix":
+            return None
+        first, end = len(parameter.stack), len(parameter.axes)
+        columns = end - len(parameter.outputs)
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, columns)), tuple(range(columns, end)))
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+    return map_parameters(axes, params)
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Returns Muon (Jordan 2024) for the matrices of the blocks, Adam with Nesterov momentum for the rest.
+    """Muon (Jordan 2024) for the matrices of the blocks, Adam with Nesterov momentum for the rest.
 
     Muon's updates are scaled to the root mean square 0.2 that Adam's have in practice, so that learning rate
     and weight decay mean the same for both (Liu et al. 2025, arXiv 2502.16982).

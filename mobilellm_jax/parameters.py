@@ -1,0 +1,172 @@
+"""What every parameter is, declared once: path, axes, kind, name in Hugging Face's Llama.
+
+Shapes, counts, shardings, casts, weight decay, learning rates and exported tensors are maps over this table:
+a new parameter is a row here, and its use in `model/block.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.errors import UserError
+
+Kind = Literal["embedding", "matrix", "gain"]
+
+
+class Axis(NamedTuple):
+    size: str  # a field of ModelConfig
+    mesh: str | None  # the mesh axis that splits it
+
+
+# Letter of an array axis -> its size, and what splits it. Stacks are whole on every device: split, a block
+# would move for every layer.
+AXES = {
+    "U": Axis("depth", None),  # stack over distinct blocks
+    "L": Axis("effective_depth", None),  # stack over layers applied
+    "D": Axis("width", "fsdp"),
+    "N": Axis("num_heads", "tensor"),
+    "K": Axis("num_kv_heads", "tensor"),
+    "H": Axis("head_dim", None),
+    "F": Axis("ffn_width", "tensor"),
+    "V": Axis("vocab_size", "tensor"),
+}
+_STACKS = "UL"
+
+Condition = Callable[[ModelConfig], bool]
+
+
+def _always(config: ModelConfig) -> bool:
+    return True
+
+
+def _untied(config: ModelConfig) -> bool:
+    return not config.share_embedding
+
+
+def _gated(config: ModelConfig) -> bool:
+    return config.ffn_kind == "swiglu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter, float32 in training.
+
+    Attributes:
+      path: names on the way to the array in the tree of parameters.
+      letters: its axes, as in `AXES`; of a matrix with an arrow from inputs to outputs, "U D -> N H".
+      kind: "embedding" and "matrix" are cast to the compute dtype and decayed. A "matrix" multiplies
+        activations in every layer: Muon orthogonalises it, muP scales its initialisation and learning rate.
+        A "gain" stays float32 and whole on every device, and is not decayed.
+      hugging_face: name of the tensor in a Llama of Hugging Face, with {layer} where it is stacked. A matrix
+        is stored [outputs, inputs] there, everything else as here.
+      multiplier: the field of `parameterization.Multipliers` that an exported tensor takes in.
+      condition: whether a model has it.
+    """
+
+    path: str
+    letters: str
+    kind: Kind
+    hugging_face: str
+    multiplier: str | None = None
+    condition: Condition = _always
+
+    @cached_property
+    def axes(self) -> str:
+        return self.letters.replace("->", "").replace(" ", "")
+
+    @cached_property
+    def stack(self) -> str:
+        """The letter of the leading axis that stacks blocks or layers, or ""."""
+        return self.axes[0] if self.axes[0] in _STACKS else ""
+
+    @cached_property
+    def inputs(self) -> str:
+        return self.letters.partition("->")[0].replace(" ", "").removeprefix(self.stack)
+
+    @cached_property
+    def outputs(self) -> str:
+        return self.letters.partition("->")[2].replace(" ", "")
+
+    @property
+    def is_gain(self) -> bool:
+        """Neither cast nor decayed. Not told by the number of axes: a stacked gain has two."""
+        return self.kind == "gain"
+
+    @cached_property
+    def mesh_axes(self) -> tuple[str | None, ...]:
+        """The mesh axis that splits each axis; of several with the same one, the first is split."""
+        axes = [None if self.is_gain else AXES[letter].mesh for letter in self.axes]
+        return tuple(None if axis in axes[:i] else axis for i, axis in enumerate(axes))
+
+    def shape(self, config: ModelConfig) -> tuple[int, ...]:
+        return sizes(self.axes, config)
+
+    def unstacked_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """The shape in one block."""
+        return sizes(self.axes.removeprefix(self.stack), config)
+
+
+def _in_block(
+    path: str,
+    letters: str,
+    kind: Kind,
+    hugging_face: str,
+    multiplier: str | None = None,
+    condition: Condition = _always,
+) -> Parameter:
+    there = f"model.layers.{{layer}}.{hugging_face}.weight"
+    return Parameter(f"blocks/{path}", letters, kind, there, multiplier, condition)
+
+
+PARAMETERS = {
+    parameter.path: parameter
+    for parameter in (
+        Parameter("embedding", "V D", "embedding", "model.embed_tokens.weight"),
+        # Tied to the embedding, the head cannot be scaled; the norm before it can, to the same effect.
+        Parameter("final_norm/gain", "D", "gain", "model.norm.weight", multiplier="logits"),
+        Parameter("head", "V D", "embedding", "lm_head.weight", condition=_untied),
+        _in_block("attention_norm/gain", "U D", "gain", "input_layernorm"),
+        _in_block("attention/query", "U D -> N H", "matrix", "self_attn.q_proj"),
+        _in_block("attention/key", "U D -> K H", "matrix", "self_attn.k_proj"),
+        _in_block("attention/value", "U D -> K H", "matrix", "self_attn.v_proj"),
+        _in_block("attention/output", "U N H -> D", "matrix", "self_attn.o_proj", multiplier="residual"),
+        _in_block("ffn_norm/gain", "U D", "gain", "post_attention_layernorm"),
+        _in_block("ffn/gate", "U D -> F", "matrix", "mlp.gate_proj", condition=_gated),
+        _in_block("ffn/up", "U D -> F", "matrix", "mlp.up_proj"),
+        _in_block("ffn/down", "U F -> D", "matrix", "mlp.down_proj", multiplier="residual"),
+    )
+}
+
+
+def parameter(path: str) -> Parameter:
+    """The row of a path.
+
+    Raises:
+      UserError: the table has none.
+    """
+    if path not in PARAMETERS:
+        raise UserError(f"parameter {path!r}: has no row in mobilellm_jax/parameters.py; add one")
+    return PARAMETERS[path]
+
+
+def declared(config: ModelConfig) -> list[Parameter]:
+    """The parameters that a model has."""
+    return [parameter for parameter in PARAMETERS.values() if parameter.condition(config)]
+
+
+def sizes(letters: str, config: ModelConfig) -> tuple[int, ...]:
+    return tuple(getattr(config, AXES[letter].size) for letter in letters)
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """{"blocks/ffn/up": x} as nested dictionaries, the form that parameters have in the model."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *branches, name = path.split("/")
+        branch = tree
+        for key in branches:
+            branch = branch.setdefault(key, {})
+        branch[name] = leaf
+    return tree
