@@ -15,7 +15,6 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from jax.sharding import AbstractMesh, AxisType
 
@@ -142,8 +141,7 @@ def _device_bytes(tree: Any) -> int:
 
 
 def _traced(config: Config, mesh: Any) -> Any:
-    programs = make_programs(config, mesh)
-    return programs.step.trace(programs.state, programs.rows, jax.ShapeDtypeStruct((), jnp.float32))
+    return make_programs(config, mesh).trace_step()
 
 
 def lowers_for(config: Config, mesh: AbstractMesh) -> tuple[str, ...]:

@@ -148,6 +148,16 @@ def test_files_can_be_read_in_one_sitting(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
 
+TRAINING = [path for path in LIBRARY if path.parent.name == "training"]
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=name_of)
+def test_functions_of_training_fit_on_a_screen(path):
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    assert [f.name for f in functions if f.end_lineno - f.lineno >= 60] == []
+
+
 TOOLS = {
     "format": ["ruff", "format", "--check"],
     "lint": ["ruff", "check"],

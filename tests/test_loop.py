@@ -21,9 +21,9 @@ from conftest import BATCH, assert_trees_close, init, tiny_config
 from mobilellm_jax import data, model
 from mobilellm_jax.config import MeshConfig
 from mobilellm_jax.parallel import partition
-from mobilellm_jax.storage import checkpoint, metrics
+from mobilellm_jax.storage import checkpoint
 from mobilellm_jax.storage.checkpoint import Checkpoints
-from mobilellm_jax.training import loop, memory
+from mobilellm_jax.training import loop, memory, progress
 from mobilellm_jax.training.held_out import evaluate_held_out
 from mobilellm_jax.training.loop import train
 from mobilellm_jax.training.optimizer import learning_rate_schedule
@@ -118,7 +118,7 @@ def now(monkeypatch):
     monkeypatch.setattr(jax, "make_array_from_process_local_data", place)
     monkeypatch.setattr(loop, "evaluate_held_out", taking(100.0, evaluate_held_out))
     monkeypatch.setattr(Checkpoints, "save", taking(1000.0, Checkpoints.save))
-    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(perf_counter=read, time=time.time))
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(perf_counter=read, time=time.time))
     return now
 
 

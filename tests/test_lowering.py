@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
@@ -70,8 +68,7 @@ def programs() -> list[Any]:
 def test_the_train_step_lowers(config):
     mesh = largest_mesh(config)
     partition.check_divisible(config, mesh)
-    step = make_programs(config, mesh)
-    traced = step.step.trace(step.state, step.rows, jax.ShapeDtypeStruct((), jnp.float32))
+    traced = make_programs(config, mesh).trace_step()
     lowered = traced.lower(lowering_platforms=("tpu", "cuda")).as_text()
     assert "stablehlo.while" in lowered  # one loop over the layer plan, whatever its length
     assert "sharding" in lowered

@@ -13,9 +13,8 @@ from mobilellm_jax.training.programs import make_programs
 
 
 def compiled(config):
-    programs = make_programs(config, partition.make_mesh(config.mesh, jax.devices()[:1]))
-    rate = jax.ShapeDtypeStruct((), "float32")
-    return programs.step.lower(programs.state, programs.rows, rate).compile()
+    mesh = partition.make_mesh(config.mesh, jax.devices()[:1])
+    return make_programs(config, mesh).trace_step().lower().compile()
 
 
 def test_a_step_that_does_not_fit_says_what_it_needs_and_what_to_lower(monkeypatch):

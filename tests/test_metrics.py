@@ -2,14 +2,12 @@
 
 import json
 import os
-import types
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage import metrics
-from mobilellm_jax.storage.metrics import Clock, MetricsLog
+from mobilellm_jax.storage.metrics import MetricsLog
 
 
 def write_steps(log: MetricsLog, steps: range) -> None:
@@ -126,18 +124,3 @@ def test_a_full_disk_is_told_and_nothing_waits_for_it(tmp_path):
     with pytest.raises(UserError, match="No space left"):
         log.close()
     log.close()
-
-
-def test_the_clock_counts_from_an_earlier_sitting_on_and_stands_still_while_paused(monkeypatch):
-    now = [5.0]
-    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
-    clock = Clock(step=10, total=100.0)
-    now[0] += 2
-    assert clock.total == 102
-    assert clock.rate(step=11, tokens_per_step=8) == 4
-    now[0] += 1
-    with clock.paused():
-        now[0] += 1000
-    now[0] += 3
-    assert clock.total == 106
-    assert clock.rate(step=13, tokens_per_step=8) == 4  # of the steps since the last call

@@ -228,8 +228,7 @@ def test_train_step_lowers_for_tpu_and_cuda():
     mesh = AbstractMesh((4, 2, 1), partition.AXES, axis_types=(AxisType.Auto,) * 3)
     partition.check_divisible(config, mesh)
     programs = make_programs(config, mesh)
-    traced = programs.step.trace(programs.state, programs.rows, jax.ShapeDtypeStruct((), jnp.float32))
-    text = traced.lower(lowering_platforms=("tpu", "cuda")).as_text()
+    text = programs.trace_step().lower(lowering_platforms=("tpu", "cuda")).as_text()
     assert '"data"=4, "fsdp"=2, "tensor"=1' in text
     assert "sdy.sharding_constraint" in text  # the step runs with the mesh in use
     donated = text.count("jax.buffer_donor") + text.count("tf.aliasing_output")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -25,8 +26,8 @@ from mobilellm_jax.parallel import partition
 from mobilellm_jax.runs.directory import open_tokenizer, read_config
 from mobilellm_jax.runs.run import measured_fields
 from mobilellm_jax.storage.checkpoint import Checkpoints
-from mobilellm_jax.storage.metrics import Clock
-from mobilellm_jax.training import loop
+from mobilellm_jax.training import loop, progress
+from mobilellm_jax.training.held_out import Scores
 from mobilellm_jax.training.loop import train
 from mobilellm_jax.training.optimizer import learning_rate_schedule
 from mobilellm_jax.training.programs import make_programs
@@ -200,8 +201,8 @@ def test_a_resumed_run_counts_the_time_of_all_its_steps(tmp_path, corpus, monkey
         run_loop(config, tmp_path / "run", "step 6/12  held-out loss")
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     (saved,) = [line for line in map(json.loads, text.splitlines()) if line["step"] == 7]
-    clocks, clock = [], Clock
-    monkeypatch.setattr(loop, "Clock", lambda *start: clocks.append(start) or clock(*start))
+    clocks, clock = [], progress.Clock
+    monkeypatch.setattr(progress, "Clock", lambda *start: clocks.append(start) or clock(*start))
     for leftover in ("9", "8.orbax-checkpoint-tmp-1"):
         (tmp_path / "run" / "checkpoints" / leftover).mkdir()
     outcome, _ = run_loop(config, tmp_path / "run")
@@ -236,7 +237,7 @@ small = {"model.depth": 2, "model.width": 48, "model.num_heads": 3}
 config = from_config_dict(base.update(base.get_config(), small))
 programs = training_programs.make_programs(config, partition.make_mesh(config.mesh))
 rows = np.random.default_rng(0).integers(0, 2048, programs.rows.shape, np.int32)
-lowered = programs.step.lower(programs.state, programs.rows, jax.ShapeDtypeStruct((), np.float32))
+lowered = programs.trace_step().lower()
 ends = []
 for options in ({}, {"xla_backend_optimization_level": 3}):
     step, state = lowered.compile(compiler_options=options), programs.init(jax.random.key(0))
@@ -279,7 +280,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path, corpus):
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(loop, "evaluate_held_out", lambda *_: (float("inf"), None))
+    monkeypatch.setattr(loop, "evaluate_held_out", lambda *_: Scores(math.inf, None, None))
     outcome, _ = run_loop(tiny_config(**corpus), tmp_path / "run")
     assert (outcome.status, outcome.steps) == ("diverged", 4)
     assert outcome.evaluations[-1]["loss"] is None

@@ -8,7 +8,6 @@ its arguments.
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from experiments.benchmarks import measure as m
 from experiments.benchmarks.shapes import config_of
@@ -31,12 +30,10 @@ def measure(quick: bool) -> list[m.Line]:
 
     def compile_step(name: str, fields: dict[str, object]) -> Callable[[], None]:
         config = config_of("12 x 128", 8, 128, quick, scan_unroll=1, **fields)
-        rate = jax.ShapeDtypeStruct((), jnp.float32)
 
         def call() -> None:
             jax.clear_caches()
-            programs = make_programs(config, check(config))
-            compiled = programs.step.lower(programs.state, programs.rows, rate).compile()
+            compiled = make_programs(config, check(config)).trace_step().lower().compile()
             analysis = compiled.memory_analysis()
             memory[name] = analysis.temp_size_in_bytes / 1e6 if analysis else float("nan")
 

@@ -23,7 +23,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs.run import agreed_record, check, enable_compilation_cache, failed_fields, run
 from mobilellm_jax.storage.files import AnyPath, reason
-from mobilellm_jax.training.loop import duration
+from mobilellm_jax.training.progress import duration
 
 # For the expected time only, measured on the tiny studies on 2 CPU cores: the share of the matrix rate that
 # training reaches, and the seconds that a point (process, compilation) and a run (evaluation, saving) cost.

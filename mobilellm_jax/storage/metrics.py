@@ -145,26 +145,3 @@ def _read(path: AnyPath) -> list[dict[str, Any]]:
             if number < len(lines) or b"}" in text or text.endswith(b"\n"):
                 raise UserError(f"{path}, line {number}: damaged, as the log of this run is") from None
     return parsed
-
-
-class Clock:
-    """Seconds spent in training steps, without evaluation and checkpoints."""
-
-    def __init__(self, step: int, total: float):
-        self._before, self._start = total, time.perf_counter()
-        self._last = step, total
-
-    @property
-    def total(self) -> float:
-        return self._before + time.perf_counter() - self._start
-
-    def rate(self, step: int, tokens_per_step: int) -> float:
-        """Returns tokens per second since the last call, or since the start."""
-        (last_step, last_total), self._last = self._last, (step, self.total)
-        return (step - last_step) * tokens_per_step / (self.total - last_total)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - start

@@ -1,9 +1,9 @@
-"""Held-out scores: loss in nats per token and, where the data have right answers, the share of wrong rows."""
+"""Held-out scores: loss, bits per byte of text and, where the data have right answers, the wrong rows."""
 
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,26 +13,35 @@ from mobilellm_jax.config import Config
 from mobilellm_jax.training.programs import Programs
 
 
+class Scores(NamedTuple):
+    """Loss in nats per token, the same in bits per byte (None without text), share of wrong rows (tasks)."""
+
+    loss: float
+    bits_per_byte: float | None
+    error: float | None
+
+
 def evaluate_held_out(
     programs: Programs,
     params: model.Params,
     prepared: data.PreparedData | data.TaskData,
     config: Config,
     share: dict[str, int],
-) -> tuple[float, float | None]:
-    """Returns the held-out loss in nats per token, and for tasks the fraction of rows with a wrong answer.
-
-    `share` is that of this process in the rows, see `partition.process_share`.
-    """
+) -> Scores:
+    """Scores the held-out rows; `share` is that of this process in them, see `partition.process_share`."""
     t = config.train
     batches = data.eval_batches(prepared, batch_size=t.eval_batch_size, rows=t.eval_rows, **share)
-    return evaluate_batches(programs, params, batches)
+    loss, error = evaluate_batches(programs, params, batches)
+    # By the tokens per byte of all held-out text, also where `eval_rows` takes a part of it.
+    bytes_per_token = prepared.bytes_per_token("valid")
+    bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
+    return Scores(loss, bits, error)
 
 
 def evaluate_batches(
     programs: Programs, params: model.Params, batches: Iterator[np.ndarray]
 ) -> tuple[float, float | None]:
-    """Returns the loss in nats per token, and for tasks the share of rows with a wrong answer.
+    """Computes the loss in nats per token, and for tasks the share of rows with a wrong answer.
 
     Batches are this process's part of rows of the shape of `programs.eval_rows`.
     """
@@ -41,7 +50,7 @@ def evaluate_batches(
 
 
 def scores(sums: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
-    """Returns the loss in nats per token, and the share of rows with a wrong answer (None for text)."""
+    """Loss in nats per token, and the share of rows with a wrong answer (None for text), of `eval_step`s."""
     total = {name: math.fsum(float(batch[name]) for batch in sums) for name in sums[0]}
     error = total["wrong"] / total["rows"] if "rows" in total else None
     return total["nats"] / total["targets"], error

@@ -3,37 +3,28 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from mobilellm_jax import data
 from mobilellm_jax.config import Config, OptimizerConfig
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition, processes
 from mobilellm_jax.storage.checkpoint import Checkpoints
-from mobilellm_jax.storage.files import AnyPath, is_bucket
-from mobilellm_jax.storage.metrics import Clock, MetricsLog
+from mobilellm_jax.storage.files import AnyPath
 from mobilellm_jax.training import memory
 from mobilellm_jax.training.held_out import evaluate_held_out
 from mobilellm_jax.training.optimizer import learning_rate_schedule
-from mobilellm_jax.training.programs import compile_key, compile_programs
+from mobilellm_jax.training.programs import Programs, compile_key, compile_programs
+from mobilellm_jax.training.progress import Diverged, Progress, every
 from mobilellm_jax.training.signals import noted_signals, stopped
-
-
-class _Diverged(Exception):
-    """The loss is not finite at `step`."""
-
-    def __init__(self, what: str, step: int):
-        super().__init__(f"the {what} is not finite at step {step}; the last good step is {step - 1}")
-        self.step = step
+from mobilellm_jax.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +53,27 @@ class Outcome:
     wall_s: float
 
 
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The parts of a run that stay the same while its state changes.
+
+    Attributes:
+      share: the share of this process in a batch, see `partition.process_share`.
+      batches: of training rows, from the step to start with.
+      learning_rates: of every step, float32 [steps].
+    """
+
+    config: Config
+    prepared: data.PreparedData | data.TaskData
+    programs: Programs
+    checkpoints: Checkpoints
+    share: dict[str, int]
+    batches: Iterator[np.ndarray]
+    learning_rates: np.ndarray
+    stops: processes.StopVote
+    progress: Progress
+
+
 def train(
     config: Config,
     prepared: data.PreparedData | data.TaskData,
@@ -79,10 +91,50 @@ def train(
         cannot be written any more.
     """
     wall_start = time.perf_counter()
-    t = config.train
     programs = compile_programs(compile_key(config), mesh)
-    memory.check_fits(programs.step, config)
+    memory.check_fits(programs.compiled_step, config)
     compile_s = time.perf_counter() - wall_start
+    run, state = _start(config, prepared, programs, mesh, workdir, say)
+    progress = run.progress
+    status, error = "finished", None
+    signals: Sequence[str] = ()
+    try:
+        # In this order, so that a signal still waits for the last save.
+        with noted_signals() as signals, contextlib.closing(run.checkpoints):
+            _take_steps(run, state, signals)
+    except Diverged as divergence:
+        # At the first one: an update with such a gradient leaves no parameter finite to go on with.
+        status, error = "diverged", str(divergence)
+    except UserError:
+        with contextlib.suppress(UserError):  # the first trouble is the one to tell
+            progress.close()
+        raise
+    finally:
+        progress.close()
+    if run.stops.cast(bool(signals)):  # too late for this run, but not for those that would follow
+        raise stopped(signals, f"after step {progress.step:,}, the last")
+    return Outcome(
+        status=status,
+        error=error,
+        steps=progress.step,
+        evaluations=progress.evaluations,
+        train_curve=progress.train_curve,
+        train_s=progress.train_s,
+        compile_s=compile_s,
+        wall_s=time.perf_counter() - wall_start,
+    )
+
+
+def _start(
+    config: Config,
+    prepared: data.PreparedData | data.TaskData,
+    programs: Programs,
+    mesh: Mesh,
+    workdir: AnyPath,
+    say: Callable[[str], None],
+) -> tuple[_Run, TrainState]:
+    """Restores the newest intact checkpoint, or initializes the state; prepares the rest of a run."""
+    t = config.train
     checkpoints = Checkpoints(workdir / "checkpoints")
     restored = checkpoints.restore_latest(programs.state)
     if restored is None:
@@ -91,104 +143,59 @@ def train(
         start, state = restored
         say(f"resuming after step {start:,}")
     checkpoints.delete_after(start)
-    if is_bucket(workdir):
-        say("no TensorBoard events in a bucket; metrics.jsonl has their numbers, up to the last checkpoint")
-    log = MetricsLog(workdir, start, write=jax.process_index() == 0)
-    learning_rates = _learning_rates(config.optimizer, t.steps)
     share = partition.process_share(mesh)
-    batches = data.train_batches(
-        prepared, batch_size=t.batch_size, seed=t.data_seed, start_step=start, **share
+    run = _Run(
+        config=config,
+        prepared=prepared,
+        programs=programs,
+        checkpoints=checkpoints,
+        share=share,
+        batches=data.train_batches(
+            prepared, batch_size=t.batch_size, seed=t.data_seed, start_step=start, **share
+        ),
+        learning_rates=_learning_rates(config.optimizer, t.steps),
+        stops=processes.StopVote(mesh),
+        progress=Progress(config, workdir, start, say),  # the last: it starts the clock
     )
-    stops = processes.StopVote(mesh)
-    tokens_per_step = t.batch_size * config.data.sequence_length
-    bytes_per_token = prepared.bytes_per_token("valid")
-    clock = Clock(start, log.train_s)
-    train_s = clock.total  # up to the last step whose metrics were read
+    return run, state
 
-    def read(step: int, metrics: dict[str, Array]) -> None:
-        """Waits for the metrics of a step and logs them where due."""
-        nonlocal train_s
-        loss, train_s = float(metrics["loss"]), clock.total
-        diverged = not math.isfinite(loss)
-        if step % t.log_every == 0 or step == t.steps or diverged:
-            speed = clock.rate(step, tokens_per_step)
-            log.train(step, loss, float(metrics["grad_norm"]), float(learning_rates[step - 1]), train_s)
-            left = duration((t.steps - step) * tokens_per_step / speed)
-            say(f"step {step:,}/{t.steps:,}  loss {loss:.4f}  {speed:,.0f} tokens/s  {left} left")
-        if diverged:
-            raise _Diverged("loss", step)
 
-    def evaluate(step: int) -> float:
-        loss, wrong = evaluate_held_out(programs, state.params, prepared, config, share)
-        # By the tokens per byte of all held-out text, also where `eval_rows` takes a part of it.
-        bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
-        log.evaluation(step, loss, bits, wrong)
-        more = f"  {bits:.4f} bits/byte" if bits else "" if wrong is None else f"  {wrong:.1%} wrong"
-        say(f"step {step:,}/{t.steps:,}  held-out loss {loss:.4f}{more}")
-        if not math.isfinite(loss):
-            raise _Diverged("held-out loss", step)
-        return loss
+def _take_steps(run: _Run, state: TrainState, signals: Sequence[str]) -> None:
+    """Takes all steps that are left, evaluates and saves where due.
 
-    status, error, step = "finished", None, start
-    pending: tuple[int, dict[str, Array]] | None = None  # metrics that the device may still be computing
-    signals: Sequence[str] = ()
-    try:
-        # In this order, so that a signal still waits for the last save.
-        with noted_signals() as signals, contextlib.closing(checkpoints):
-            for step in range(start + 1, t.steps + 1):
-                vote = stops.cast(bool(signals))  # before the step, to be counted when that is done
-                rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(batches))
-                state, metrics = programs.step(state, rows, learning_rates[step - 1])
-                if pending is not None:
-                    read(*pending)  # while the device works on this step
-                pending = (step, metrics)
-                stop = bool(vote) and step < t.steps
-                evaluate_now = step % t.eval_every == 0 or step == t.steps
-                save_now = step % t.checkpoint_every == 0 or step == t.steps or stop
-                if evaluate_now or save_now:
-                    read(*pending)
-                    pending = None
-                    with clock.paused():
-                        loss = evaluate(step) if evaluate_now else None
-                        if save_now:
-                            log.save(step, train_s)
-                            log.flush()
-                            checkpoints.save(step, state, loss)
-                if stop:
-                    raise stopped(signals, f"after step {step:,}; a checkpoint was saved")
-                checkpoints.poll()
-    except _Diverged as divergence:
-        # At the first one: an update with such a gradient leaves no parameter finite to go on with.
-        status, error, step = "diverged", str(divergence), divergence.step
-    except UserError:
-        with contextlib.suppress(UserError):  # the first trouble is the one to tell
-            log.close()
-        raise
-    finally:
-        log.close()
-    if stops.cast(bool(signals)):  # too late for this run, but not for those that would follow
-        raise stopped(signals, f"after step {step:,}, the last")
-    return Outcome(
-        status=status,
-        error=error,
-        steps=step,
-        evaluations=log.evaluations,
-        train_curve=log.train_curve,
-        train_s=train_s,
-        compile_s=compile_s,
-        wall_s=time.perf_counter() - wall_start,
-    )
+    Raises:
+      Diverged: a loss is not finite.
+      Interrupted, Preempted: this or another process noted a signal; a checkpoint was saved.
+    """
+    t, programs, progress = run.config.train, run.programs, run.progress
+    for step in range(progress.step + 1, t.steps + 1):
+        vote = run.stops.cast(bool(signals))  # before the step, to be counted when that is done
+        rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(run.batches))
+        learning_rate = run.learning_rates[step - 1]
+        state, metrics = programs.step(state, rows, learning_rate)
+        progress.stepped(step, float(learning_rate), metrics)
+        is_last = step == t.steps
+        stop = bool(vote) and not is_last
+        evaluate_now = is_last or every(t.eval_every, step)
+        save_now = is_last or stop or every(t.checkpoint_every, step)
+        if evaluate_now or save_now:
+            progress.catch_up()
+            with progress.paused():
+                loss = None
+                if evaluate_now:
+                    scores = evaluate_held_out(programs, state.params, run.prepared, run.config, run.share)
+                    progress.evaluated(scores)
+                    loss = scores.loss
+                if save_now:
+                    progress.before_save()
+                    run.checkpoints.save(step, state, loss)
+        if stop:
+            raise stopped(signals, f"after step {step:,}; a checkpoint was saved")
+        run.checkpoints.poll()
 
 
 @functools.lru_cache(maxsize=1)  # runs that differ in seeds share it; its program takes 0.1 s to compile
 def _learning_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
-    """Returns the learning rate of every step, float32 [steps]."""
+    """The learning rate of every step, float32 [steps]."""
     schedule = learning_rate_schedule(config, steps)
     return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(steps)), np.float32)
-
-
-def duration(seconds: float) -> str:
-    """Returns seconds as h:mm:ss or m:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -6,23 +6,45 @@ Runs share them where the fields of their configs agree that programs depend on,
 import dataclasses
 import functools
 import os
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.stages import Compiled, Lowered, Traced
+from jax.typing import ArrayLike
+from jaxtyping import Array, PRNGKeyArray
 
 from mobilellm_jax import model
 from mobilellm_jax.config import COMPILED, Config, flatten, to_dict
 from mobilellm_jax.parallel import partition
-from mobilellm_jax.training.step import TrainState, eval_step, init_state, train_step
+from mobilellm_jax.training.step import Metrics, TrainState, eval_step, init_state, train_step
 
 _LEVEL = "xla_backend_optimization_level"  # of LLVM
 
 
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
+
+
+@runtime_checkable
+class Program(Protocol[P, R_co]):
+    """A function that runs on the devices; its arguments and its result have a sharding."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+@runtime_checkable
+class Jitted(Program[P, R_co], Protocol[P, R_co]):
+    """A program that is compiled at its first call; to trace or lower it before, shapes are enough."""
+
+    def trace(self, *args: Any) -> Traced: ...
+    def lower(self, *args: Any) -> Lowered: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """`init_state`, `train_step` and `eval_step` with their shardings pinned, ready to compile or to run.
+    """`init_state`, `train_step` and `eval_step` of a config, with their shardings pinned.
 
     Attributes:
       init: key -> state.
@@ -32,16 +54,35 @@ class Programs:
       rows, eval_rows: the same, of a training and an evaluation batch.
     """
 
-    init: Any
-    step: Any
-    evaluate: Any
+    init: Program[[PRNGKeyArray], TrainState]
+    step: Program[[TrainState, Array, ArrayLike], tuple[TrainState, Metrics]]
+    evaluate: Program[[model.Params, Array], Metrics]
     state: TrainState
     rows: jax.ShapeDtypeStruct
     eval_rows: jax.ShapeDtypeStruct
 
 
-def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> Programs:
-    """Returns the programs of a run. Nothing is compiled; the mesh may be abstract."""
+@dataclasses.dataclass(frozen=True)
+class JittedPrograms(Programs):
+    """Programs that are compiled when they are called first."""
+
+    init: Jitted[[PRNGKeyArray], TrainState]
+    step: Jitted[[TrainState, Array, ArrayLike], tuple[TrainState, Metrics]]
+    evaluate: Jitted[[model.Params, Array], Metrics]
+
+    def trace_step(self) -> Traced:
+        return self.step.trace(self.state, self.rows, jax.ShapeDtypeStruct((), jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledPrograms(Programs):
+    """Compiled programs; `compiled_step` is `step`, as what tells the memory that it needs."""
+
+    compiled_step: Compiled
+
+
+def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> JittedPrograms:
+    """Compiles nothing; the mesh may be abstract."""
     m, o, t = config.model, config.optimizer, config.train
     shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), m, o))
     shardings = partition.shardings(shapes, mesh)
@@ -53,15 +94,15 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> Programs:
     def rows(size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, config.data.sequence_length + 1), jnp.int32, sharding=batch)
 
-    def step(state: TrainState, rows: jax.Array, learning_rate: jax.Array) -> Any:
+    def step(state: TrainState, rows: Array, learning_rate: Array) -> tuple[TrainState, Metrics]:
         with partition.in_use(mesh):
             return train_step(state, rows, learning_rate, m, o, t.accumulation_steps)
 
-    def evaluate(params: model.Params, rows: jax.Array) -> Any:
+    def evaluate(params: model.Params, rows: Array) -> Metrics:
         with partition.in_use(mesh):
             return eval_step(params, rows, m, config.data.is_task)
 
-    return Programs(
+    return JittedPrograms(
         init=jax.jit(
             lambda key: init_state(key, m, o),
             out_shardings=shardings,
@@ -88,7 +129,7 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> Programs:
 
 
 def _fast_to_compile() -> dict[str, int] | None:
-    """Returns the compiler's options for a step on a CPU, unless XLA_FLAGS has a level for all programs.
+    """Compiler options of a step on a CPU, unless XLA_FLAGS has a level for all programs.
 
     Levels 1 to 3 give the same bits at the same speed, but 3, the default, takes a third longer to compile.
     """
@@ -116,13 +157,16 @@ def compile_key(config: Config) -> CompileKey:
 
 
 @functools.lru_cache(maxsize=1)  # the runs of one point follow each other
-def compile_programs(key: CompileKey, mesh: Mesh) -> Programs:
+def compile_programs(key: CompileKey, mesh: Mesh) -> CompiledPrograms:
     """Compiles the programs of a run; equal keys on one mesh share them."""
     programs = make_programs(key.config, mesh)
-    learning_rate = jax.ShapeDtypeStruct((), jnp.float32)
-    return dataclasses.replace(
-        programs,
+    step = programs.trace_step().lower().compile()
+    return CompiledPrograms(
         init=programs.init.lower(jax.random.key(0)).compile(),
-        step=programs.step.lower(programs.state, programs.rows, learning_rate).compile(),
+        step=step,
         evaluate=programs.evaluate.lower(programs.state.params, programs.eval_rows).compile(),
+        state=programs.state,
+        rows=programs.rows,
+        eval_rows=programs.eval_rows,
+        compiled_step=step,
     )

@@ -12,6 +12,8 @@ from mobilellm_jax.config import ModelConfig, OptimizerConfig
 from mobilellm_jax.data.rows import inputs_and_targets
 from mobilellm_jax.training.optimizer import make_optimizer
 
+Metrics = dict[str, Float[Array, ""]]
+
 
 class TrainState(NamedTuple):
     """All that a step changes. With the seeds in the config it determines the rest of the run."""
@@ -22,7 +24,6 @@ class TrainState(NamedTuple):
 
 
 def init_state(key: PRNGKeyArray, model_config: ModelConfig, optimizer: OptimizerConfig) -> TrainState:
-    """Returns the state before the first step."""
     params = model.init(key, model_config)
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optimizer, model_config).init(params))
 
@@ -30,7 +31,7 @@ def init_state(key: PRNGKeyArray, model_config: ModelConfig, optimizer: Optimize
 def gradients(
     params: model.Params, rows_AMS: Int[Array, "A M S"], config: ModelConfig
 ) -> tuple[Float[Array, ""], model.Params]:
-    """Returns the mean loss in nats per token and its gradient over A micro-batches of M rows, S = T + 1."""
+    """Mean loss in nats per token and its gradient over A micro-batches of M rows, S = T + 1."""
 
     def nats_and_count(params: model.Params, rows_MS: Int[Array, "M S"]) -> Any:
         return model.loss(params, *inputs_and_targets(rows_MS), config)
@@ -54,8 +55,8 @@ def train_step(
     model_config: ModelConfig,
     optimizer: OptimizerConfig,
     accumulation_steps: int,
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """Returns the state after one optimizer step on B rows of S = T + 1 tokens, and its metrics.
+) -> tuple[TrainState, Metrics]:
+    """Takes one optimizer step on B rows of S = T + 1 tokens.
 
     Metrics: `loss` in nats per token before the step, `grad_norm` before clipping.
     """
@@ -73,8 +74,8 @@ def train_step(
 
 def eval_step(
     params: model.Params, rows_BS: Int[Array, "B S"], config: ModelConfig, answers: bool
-) -> dict[str, Array]:
-    """Returns sums over a batch of held-out rows: `nats` of loss, and `targets` they are over.
+) -> Metrics:
+    """Sums over a batch of held-out rows: `nats` of loss, and `targets` they are over.
 
     With `answers` also the number of `rows` that have targets, and how many are `wrong`: at one target or
     more, another token is more probable. This takes a second forward pass, and logits of all positions.

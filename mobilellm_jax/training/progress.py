@@ -1,0 +1,136 @@
+"""How far a run is: its clock, its log, and the lines that it prints."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+
+from mobilellm_jax.config import Config
+from mobilellm_jax.storage.files import AnyPath, is_bucket
+from mobilellm_jax.storage.metrics import MetricsLog
+from mobilellm_jax.training.held_out import Scores
+from mobilellm_jax.training.step import Metrics
+
+
+class Diverged(Exception):
+    """A loss is not finite."""
+
+    def __init__(self, what: str, step: int):
+        super().__init__(f"the {what} is not finite at step {step}; the last good step is {step - 1}")
+
+
+def every(n: int, step: int) -> bool:
+    """Whether something that happens every `n` steps happens after `step`, counted from 1."""
+    return step % n == 0
+
+
+class Progress:
+    """Reads, logs and prints the metrics of a run.
+
+    The metrics of a step are read one step later, while the device works on that.
+
+    Attributes:
+      step: the last step whose metrics were read.
+      train_s: seconds in training steps up to that step, over all sittings.
+      evaluations, train_curve: those of `MetricsLog`.
+    """
+
+    def __init__(self, config: Config, workdir: AnyPath, start: int, say: Callable[[str], None]):
+        """Opens the log of `workdir` as it was after step `start`, and starts the clock."""
+        if is_bucket(workdir):
+            say("no TensorBoard events in a bucket; metrics.jsonl has them, up to the last checkpoint")
+        self._log = MetricsLog(workdir, start, write=jax.process_index() == 0)
+        self._train, self._say = config.train, say
+        self._tokens_per_step = config.train.batch_size * config.data.sequence_length
+        self._pending: tuple[int, float, Metrics] | None = None
+        self.evaluations, self.train_curve = self._log.evaluations, self._log.train_curve
+        self._clock = Clock(start, self._log.train_s)
+        self.step, self.train_s = start, self._clock.total
+
+    def stepped(self, step: int, learning_rate: float, metrics: Metrics) -> None:
+        """Takes the metrics of a step that was just dispatched, and reads those of the step before.
+
+        Raises:
+          Diverged: the loss of the step before is not finite.
+        """
+        self.catch_up()
+        self._pending = step, learning_rate, metrics
+
+    def catch_up(self) -> None:
+        """Waits for the last step, and reads its metrics.
+
+        Raises:
+          Diverged: its loss is not finite.
+        """
+        if self._pending is None:
+            return
+        (self.step, learning_rate, metrics), self._pending = self._pending, None
+        loss, self.train_s = float(metrics["loss"]), self._clock.total
+        diverged = not math.isfinite(loss)
+        if every(self._train.log_every, self.step) or self.step == self._train.steps or diverged:
+            speed = self._clock.rate(self.step, self._tokens_per_step)
+            self._log.train(self.step, loss, float(metrics["grad_norm"]), learning_rate, self.train_s)
+            left = duration((self._train.steps - self.step) * self._tokens_per_step / speed)
+            self._tell(f"loss {loss:.4f}  {speed:,.0f} tokens/s  {left} left")
+        if diverged:
+            raise Diverged("loss", self.step)
+
+    def evaluated(self, scores: Scores) -> None:
+        """Logs the held-out scores after the last step.
+
+        Raises:
+          Diverged: the held-out loss is not finite.
+        """
+        loss, bits, error = scores
+        self._log.evaluation(self.step, loss, bits, error)
+        more = f"  {bits:.4f} bits/byte" if bits else "" if error is None else f"  {error:.1%} wrong"
+        self._tell(f"held-out loss {loss:.4f}{more}")
+        if not math.isfinite(loss):
+            raise Diverged("held-out loss", self.step)
+
+    def before_save(self) -> None:
+        """Writes the log to disk, so that a checkpoint never knows more than the log."""
+        self._log.save(self.step, self.train_s)
+        self._log.flush()
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """Stops the clock meanwhile."""
+        return self._clock.paused()
+
+    def close(self) -> None:
+        self._log.close()
+
+    def _tell(self, line: str) -> None:
+        self._say(f"step {self.step:,}/{self._train.steps:,}  {line}")
+
+
+class Clock:
+    """Seconds spent in training steps, without evaluation and checkpoints."""
+
+    def __init__(self, step: int, total: float):
+        self._before, self._start = total, time.perf_counter()
+        self._last = step, total
+
+    @property
+    def total(self) -> float:
+        return self._before + time.perf_counter() - self._start
+
+    def rate(self, step: int, tokens_per_step: int) -> float:
+        """Tokens per second since the last call, or since the start."""
+        (last_step, last_total), self._last = self._last, (step, self.total)
+        return (step - last_step) * tokens_per_step / (self.total - last_total)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
