@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from conftest import apply, random_params, tiny_model
 
-from mobilellm_jax.data.rows import inputs_and_targets
 from mobilellm_jax.training.held_out import scores
 from mobilellm_jax.training.step import eval_step
 
@@ -21,20 +20,6 @@ def make_rows(config):
     hidden[:5, -1] = False
     hidden[-1] = True
     return np.where(hidden, ~rows, rows)
-
-
-def test_inputs_and_targets_of_text_are_the_tokens():
-    rows = np.array([[3, 0, 7, 5]], np.int32)
-    tokens, targets = inputs_and_targets(jax.numpy.array(rows))
-    np.testing.assert_array_equal(tokens, [[3, 0, 7]])
-    np.testing.assert_array_equal(targets, [[0, 7, 5]])
-
-
-def test_a_complement_is_an_input_and_no_target():
-    rows = np.array([[~3, 0, ~7, 5, -1, -1]], np.int32)
-    tokens, targets = inputs_and_targets(jax.numpy.array(rows))
-    np.testing.assert_array_equal(tokens, [[3, 0, 7, 5, 0]])
-    np.testing.assert_array_equal(targets >= 0, [[True, False, True, False, False]])
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from mobilellm_jax.data.prepared import PreparedData
+from mobilellm_jax.data.rows import PADDING
 from mobilellm_jax.data.tasks import TaskData
 from mobilellm_jax.errors import UserError
-
-PADDING = -1  # the loss leaves negative targets out
 
 
 def train_batches(
@@ -72,7 +71,7 @@ def eval_batches(
 
     Args:
       prepared: the rows.
-      batch_size: B, rows of all processes together. The last batch is filled up with rows of -1.
+      batch_size: B, rows of all processes together. The last batch is filled up with rows of `PADDING`.
       rows: the first `rows` of one shuffled order, the same for every run; 0, or more than there are, takes
         all rows, in the order stored. Of a task, the first `rows` of its held-out stream.
       process_index: this process, from 0.

@@ -1,9 +1,32 @@
-"""The meaning of a row of token ids: inputs, targets, and which positions are no target."""
+"""What a row is: token ids, some of which are no target.
 
-import jax.numpy as jnp
-from jaxtyping import Array, Int
+A row of T + 1 ids is T inputs and, shifted by one, T targets. An id that the model reads but does not predict
+(a question, a prompt, padding) is stored as its bitwise complement `~token`, which is negative: -1 is token
+0, not a target. The loss leaves negative targets out.
+"""
+
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+PADDING = ~0  # token 0, no target: after the last token of a row, and in rows that fill up a batch
+
+T = TypeVar("T", int, np.ndarray)
 
 
-def inputs_and_targets(rows_BS: Int[Array, "B S"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """Splits rows of S = T + 1 tokens. A negative one is no target; as input it stands for its complement."""
-    return jnp.where(rows_BS < 0, ~rows_BS, rows_BS)[:, :-1], rows_BS[:, 1:]
+def no_target(tokens: T) -> T:
+    """Marks token ids as input only."""
+    return ~tokens
+
+
+def is_target(tokens: Int[Any, "*shape"]) -> Bool[Any, "*shape"]:
+    return tokens >= 0
+
+
+def inputs_and_targets(rows_BS: Int[Any, "B S"]) -> tuple[Int[Any, "B T"], Int[Any, "B T"]]:
+    """Splits rows of S = T + 1 ids, numpy's or jax's, into what the model reads and what it is to predict."""
+    import jax.numpy as jnp  # here, as preparing data does without jax
+
+    inputs_BS = jnp.where(is_target(rows_BS), rows_BS, ~rows_BS)
+    return inputs_BS[:, :-1], rows_BS[:, 1:]

@@ -5,8 +5,7 @@ defaults. Nothing is prepared on disk, and rows repeat only by chance: batch n o
 counter-based Philox generator at counter n, so the state of the data is the step alone. Held-out rows come
 from a key of their own, the same for all runs.
 
-Only answers are targets. A token that is input only is stored as its bitwise complement, ~token, which is
-negative; `evaluate.inputs_and_targets` undoes it. In the examples below, ".a" is input only, "=b" an answer.
+Only answers are targets, see `rows.no_target`. In the examples below, ".a" is input only, "=b" an answer.
 In training and evaluation, the right answers before a position are among its inputs, so that a row counts as
 right exactly when greedy decoding would have found all its answers.
 """
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from mobilellm_jax.config import TASKS, DataConfig
+from mobilellm_jax.data.rows import PADDING, no_target
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.validation import check
 
@@ -47,7 +47,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def rows(self, random_BR: np.ndarray) -> np.ndarray:
-        """Returns rows [B, T + 1] from uint64 [B, R]; tokens that are input only as their complement."""
+        """Makes rows [B, T + 1] of uint64 [B, R]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,11 +112,11 @@ class KHop(Task):
         def on_cycle(place_BQ: np.ndarray) -> np.ndarray:
             return np.take_along_axis(cycle_BN, place_BQ % n, axis=1)
 
-        parts = [~(n + 1 + n * on_cycle(order_BN) + on_cycle(order_BN + 1))]
+        parts = [no_target(n + 1 + n * on_cycle(order_BN) + on_cycle(order_BN + 1))]
         for k, asked_BN in zip(self._sections, asked, strict=True):
             place_BQ = asked_BN[:, : self.queries]
-            pairs_BQ2 = np.stack([~on_cycle(place_BQ), on_cycle(place_BQ + k)], axis=2)
-            parts += [np.full((len(place_BQ), k), ~n), pairs_BQ2.reshape(len(place_BQ), -1)]
+            pairs_BQ2 = np.stack([no_target(on_cycle(place_BQ)), on_cycle(place_BQ + k)], axis=2)
+            parts += [np.full((len(place_BQ), k), no_target(n)), pairs_BQ2.reshape(len(place_BQ), -1)]
         return np.concatenate(parts, axis=1)
 
 
@@ -164,7 +164,7 @@ class Addition(Task):
         sign_BR1[:, -1] = 11
         problem_BRD = np.concatenate([_digits(number_BR, self.digits), sign_BR1], axis=2)
         answer_BD = _digits(number_BR.sum(axis=1), self._sum_digits)
-        return np.concatenate([~problem_BRD.reshape(len(number_BR), -1), answer_BD], axis=1)
+        return np.concatenate([no_target(problem_BRD.reshape(len(number_BR), -1)), answer_BD], axis=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,8 +213,8 @@ class Recall(Task):
         value_BP = _integers(random_BR[:, n : n + pairs], n)
         asked_BQ = _permutations(random_BR[:, n + pairs :])[:, : self.queries]
         key_BQ, value_BQ = (np.take_along_axis(x_BP, asked_BQ, axis=1) for x_BP in (key_BP, value_BP))
-        pairs_BQ2 = np.stack([~key_BQ, n + value_BQ], axis=2)
-        told_BP = ~(2 * n + n * key_BP + value_BP)
+        pairs_BQ2 = np.stack([no_target(key_BQ), n + value_BQ], axis=2)
+        told_BP = no_target(2 * n + n * key_BP + value_BP)
         return np.concatenate([told_BP, pairs_BQ2.reshape(len(told_BP), -1)], axis=1)
 
 
@@ -267,7 +267,7 @@ class TaskData:
         # of all that numpy draws, raw numbers are promised never to change
         rows = task.rows(generator.random_raw(count * task.draws).reshape(count, task.draws))
         padding = self.sequence_length + 1 - rows.shape[1]
-        return np.pad(rows.astype(np.int32), ((0, 0), (0, padding)), constant_values=-1)
+        return np.pad(rows.astype(np.int32), ((0, 0), (0, padding)), constant_values=PADDING)
 
 
 def open_task(data: DataConfig) -> TaskData:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from mobilellm_jax.data import tokenizers
-from mobilellm_jax.data.pipeline import PADDING, padded_batches
+from mobilellm_jax.data.pipeline import padded_batches
+from mobilellm_jax.data.rows import PADDING
 from mobilellm_jax.data.sources import open_source
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
@@ -16,7 +17,7 @@ _KINDS = ("bundled", "files", "tfds")
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Letters: R rows of S = T + 1 tokens; the last row is filled up with -1.
+    """Letters: R rows of S = T + 1 tokens; the last row is filled up with `PADDING`.
 
     Attributes:
       rows_RS: int32; the packing is `prepare.PACKING`, except that nothing is dropped.

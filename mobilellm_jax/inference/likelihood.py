@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mobilellm_jax import model
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.data.rows import PADDING, is_target
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition
 
@@ -30,7 +31,6 @@ _CPU_BATCH_TOKENS = 1 << 10
 _LENGTHS = sorted(base << k for base in (16, 24) for k in range(20))  # T; at most a third is padding
 _CONTINUATIONS = [4**k for k in range(1, 12)]  # C
 _POWERS = [1 << k for k in range(24)]  # J, and rows of the last batch on each device
-_NO_TARGET = -1
 
 
 class Request(NamedTuple):
@@ -61,7 +61,7 @@ def likelihood_step(
       params: the model's.
       tokens_BT: what it reads; anything may stand after the last token of a row.
       first_B: position that predicts the first token of the continuations.
-      targets_BCJ: their tokens; negative ones are left out.
+      targets_BCJ: their tokens; those that `rows.is_target` denies are left out.
       config: the model's.
     """
     x_BTD = model.hidden(params, tokens_BT, config)
@@ -73,7 +73,7 @@ def likelihood_step(
         log_p_BV = jax.nn.log_softmax(model.logits(params, x_BD[:, None, :])[:, 0])
         log_p_BJ = jnp.take_along_axis(log_p_BV, jnp.maximum(target_BJ, 0), axis=1)
         is_best_BJ = jnp.argmax(log_p_BV, axis=1)[:, None] == target_BJ
-        return jnp.where(target_BJ < 0, 0.0, log_p_BJ), is_best_BJ | (target_BJ < 0)
+        return jnp.where(is_target(target_BJ), log_p_BJ, 0.0), is_best_BJ | ~is_target(target_BJ)
 
     # At most loss_chunk positions have their logits at one time.
     by_position = (x_BCD.swapaxes(0, 1), targets_BCJ.swapaxes(0, 1))
@@ -183,7 +183,7 @@ def _batches(
         C = max(_shape(row, max_length)[1] for row in batch)
         J = _at_least(max(len(row.requests) for row in batch), _POWERS)
         tokens_BT, first_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
-        targets_BCJ = np.full((B, C, J), _NO_TARGET, np.int32)
+        targets_BCJ = np.full((B, C, J), PADDING, np.int32)
         for b, row in enumerate(batch):
             tokens_BT[b, : len(row.tokens)] = row.tokens
             first_B[b] = len(row.tokens) - row.length

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mobilellm_jax import model
 from mobilellm_jax.config import ModelConfig, OptimizerConfig
-from mobilellm_jax.data.rows import inputs_and_targets
+from mobilellm_jax.data.rows import inputs_and_targets, is_target
 from mobilellm_jax.training.optimizer import make_optimizer
 
 Metrics = dict[str, Float[Array, ""]]
@@ -85,7 +85,7 @@ def eval_step(
     if not answers:
         return {"nats": nats, "targets": targets}
     guesses_BT = jnp.argmax(model.apply(params, tokens_BT, config), axis=-1)
-    is_target_BT = targets_BT >= 0
+    is_target_BT = is_target(targets_BT)
     wrong = jnp.sum(jnp.any(is_target_BT & (guesses_BT != targets_BT), axis=1))
     rows = jnp.sum(jnp.any(is_target_BT, axis=1))
     return {"nats": nats, "targets": targets, "wrong": wrong, "rows": rows}
