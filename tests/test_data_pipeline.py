@@ -44,7 +44,7 @@ ROWS = 150  # grain's shuffle is slow for few rows: 2 ms a row at 27 rows, 0.04 
 
 
 def take(prepared, steps, **options):
-    batches = data.train_batches(prepared, **{"batch_size": 24, "seed": 0, **options})
+    batches = prepared.train_batches(**{"batch_size": 24, "seed": 0, **options})
     return [numbers(batch) for batch in itertools.islice(batches, steps)]
 
 
@@ -54,9 +54,9 @@ def prepared(tmp_path_factory):
 
 
 def test_batches_are_int32_rows(prepared):
-    batch = next(data.train_batches(prepared, batch_size=6, seed=0))
+    batch = next(prepared.train_batches(batch_size=6, seed=0))
     assert (batch.shape, batch.dtype) == ((6, LENGTH + 1), np.int32)
-    batch = next(data.eval_batches(prepared, batch_size=6))
+    batch = next(prepared.eval_batches(batch_size=6))
     assert (batch.shape, batch.dtype) == ((6, LENGTH + 1), np.int32)
 
 
@@ -107,7 +107,7 @@ def test_number_of_processes_does_not_change_the_rows_of_a_step(prepared, count)
 
 
 def evaluate(prepared, **options):
-    return [numbers(batch, 1000) for batch in data.eval_batches(prepared, **{"batch_size": 4, **options})]
+    return [numbers(batch, 1000) for batch in prepared.eval_batches(**{"batch_size": 4, **options})]
 
 
 def test_eval_takes_all_rows_in_order_and_fills_the_last_batch(prepared):
@@ -149,11 +149,11 @@ def test_batch_size_must_divide_by_the_number_of_processes(prepared):
     with pytest.raises(
         UserError, match=r"^train\.batch_size: 6 does not divide by the number of processes, 4$"
     ):
-        data.train_batches(prepared, seed=0, **options)
+        prepared.train_batches(seed=0, **options)
     with pytest.raises(
         UserError, match=r"^train\.eval_batch_size: 6 does not divide by the number of processes, 4$"
     ):
-        data.eval_batches(prepared, **options)
+        prepared.eval_batches(**options)
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
@@ -173,8 +173,8 @@ def test_damaged_rows_are_noticed(tmp_path, split, damage):
 
     def read():
         if split == "train":
-            return list(itertools.islice(data.train_batches(prepared, batch_size=500, seed=0), 4))
-        return list(data.eval_batches(prepared, batch_size=500))
+            return list(itertools.islice(prepared.train_batches(batch_size=500, seed=0), 4))
+        return list(prepared.eval_batches(batch_size=500))
 
     with pytest.raises(
         UserError, match=rf"^{path}: damaged .*; delete the directory {prepared.directory} and"

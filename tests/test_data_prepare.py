@@ -24,7 +24,8 @@ from test_data_tokenizers import UNICODE, sentencepiece_model, text_of
 
 from mobilellm_jax import data
 from mobilellm_jax.config import DataConfig
-from mobilellm_jax.data import pipeline, tokenizers
+from mobilellm_jax.data import prepared as prepared_module
+from mobilellm_jax.data import tokenizers
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.sealed import seal, unseal
 
@@ -51,7 +52,7 @@ def write_jsonl(path: Path, values: list[Any], field: str = "text") -> Path:
 
 def rows(prepared: data.PreparedData, split: str) -> list[list[int]]:
     count = prepared.num_rows(split)
-    return pipeline._Rows(prepared, split).read(np.arange(count)).tolist()
+    return prepared_module._Rows(prepared, split).read(np.arange(count)).tolist()
 
 
 def reference_rows(documents: list[list[int]], length: int) -> list[list[int]]:

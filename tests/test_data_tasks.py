@@ -32,7 +32,7 @@ def make(spec, **overrides):
 
 
 def take(prepared, steps, **options):
-    batches = data.train_batches(prepared, **{"batch_size": 6, "seed": 3, **options})
+    batches = prepared.train_batches(**{"batch_size": 6, "seed": 3, **options})
     return np.stack(list(itertools.islice(batches, steps)))
 
 
@@ -113,7 +113,7 @@ HASHES = {KHOP: ("65bf", "1b43"), ADDITION: ("02db", "81ba"), RECALL: ("ccd8", "
 @pytest.mark.parametrize("spec", SPECS)
 def test_rows_stay_the_same(spec):
     prepared = make(spec)
-    batches = [*take(prepared, 1, start_step=5), *data.eval_batches(prepared, batch_size=8, rows=8)]
+    batches = [*take(prepared, 1, start_step=5), *prepared.eval_batches(batch_size=8, rows=8)]
     hashes = (hashlib.sha256(batch.astype("<i4").tobytes()).hexdigest()[:4] for batch in batches)
     assert tuple(hashes) == HASHES[spec]
 
@@ -137,25 +137,25 @@ def test_processes_share_the_rows_of_one(processes):
 
 def test_nothing_repeats_and_held_out_rows_are_no_training_rows():
     prepared = make("recall:pairs=8,symbols=12,queries=4", **{"data.sequence_length": 15})
-    (held_out,) = data.eval_batches(prepared, batch_size=600, rows=600)
+    (held_out,) = prepared.eval_batches(batch_size=600, rows=600)
     rows = [held_out, *(take(prepared, 100, seed=seed).reshape(-1, 16) for seed in (0, 1, 2))]
     assert len(np.unique(np.concatenate(rows), axis=0)) == 600 + 3 * 600
 
 
 def test_held_out_rows_are_the_same_for_every_run():
     prepared = make(ADDITION)
-    (more,) = data.eval_batches(prepared, batch_size=20, rows=20)
-    batches = list(data.eval_batches(prepared, batch_size=8, rows=11))
+    (more,) = prepared.eval_batches(batch_size=20, rows=20)
+    batches = list(prepared.eval_batches(batch_size=8, rows=11))
     np.testing.assert_array_equal(np.concatenate(batches)[:11], more[:11])
     assert (np.concatenate(batches)[11:] == -1).all()
-    (part,) = data.eval_batches(prepared, batch_size=20, rows=20, process_index=1, process_count=2)
+    (part,) = prepared.eval_batches(batch_size=20, rows=20, process_index=1, process_count=2)
     np.testing.assert_array_equal(part, more[1::2])
 
 
 def test_the_held_out_task_may_have_other_numbers():
     other = KHOP.replace("hops=3,min_hops=2", "hops=3,min_hops=3")
     prepared = make(KHOP, **{"data.valid_source": other})
-    (batch,) = data.eval_batches(prepared, batch_size=8, rows=8)
+    (batch,) = prepared.eval_batches(batch_size=8, rows=8)
     assert ((batch == ~7).sum(axis=1) == 3).all()
     np.testing.assert_array_equal(take(prepared, 2), take(make(KHOP), 2))
 

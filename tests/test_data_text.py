@@ -47,7 +47,7 @@ def test_rows_are_those_of_the_held_out_split(folder):
         tiny_config().data, **fields, sequence_length=7, cache_dir=str(folder / "cache")
     )
     prepared = data.prepare(config, 258)
-    there = np.concatenate(list(data.eval_batches(prepared, batch_size=8)))
+    there = np.concatenate(list(prepared.eval_batches(batch_size=8)))
     text = read_text(spec, "text", BytesTokenizer(), 7, add_bos=True)
     rows = prepared.num_rows("valid")
     assert len(text.rows_RS) == rows + 1  # what preparing drops

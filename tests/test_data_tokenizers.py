@@ -9,7 +9,7 @@ import sentencepiece
 import tokenizers as library
 
 from mobilellm_jax.data import tokenizers
-from mobilellm_jax.data.tokenizers import open_tokenizer, pieces, train_bpe
+from mobilellm_jax.data.tokenizers import of_spec, open_tokenizer, pieces, train_bpe
 from mobilellm_jax.errors import UserError
 
 UNICODE = "Grüße, 世界! 👩‍🚀\r\n\ttabs  and   spaces \x01 e\u0301"
@@ -191,7 +191,7 @@ def test_pieces_lose_nothing(text):
 @pytest.mark.parametrize("size", ["257", "0", "-300", "1e3", "", "many", "²"])
 def test_bad_bpe_size(size):
     with pytest.raises(UserError, match=rf"^data\.tokenizer: 'bpe:{size}' is not valid.* at least 258"):
-        open_tokenizer(f"bpe:{size}")
+        of_spec(f"bpe:{size}")
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])

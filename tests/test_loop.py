@@ -89,8 +89,8 @@ def plain_loop(config, prepared):
         optax.adamw(rates, o.beta1, o.beta2, o.epsilon, weight_decay=o.weight_decay, mask=mask),
     )
     state, update = optimizer.init(params), jax.jit(optimizer.update)
-    batches = data.train_batches(prepared, batch_size=t.batch_size, seed=DATA_SEED)
-    held_out = np.concatenate(list(data.eval_batches(prepared, batch_size=1, rows=t.eval_rows)))
+    batches = prepared.train_batches(batch_size=t.batch_size, seed=DATA_SEED)
+    held_out = np.concatenate(list(prepared.eval_batches(batch_size=1, rows=t.eval_rows)))
     for _ in range(t.steps):
         (loss, _), grads = naive_loss(params, next(batches), config.model)
         updates, state = update(grads, state, params)

@@ -33,8 +33,8 @@ def measure(quick: bool) -> list[m.Line]:
 def _lines(name: str, config: Config, steps: int, quick: bool) -> list[m.Line]:
     prepared, trainer = data.prepare(config.data, config.model.vocab_size), Trainer(config)
     size, length = config.train.batch_size, config.data.sequence_length
-    batches = data.train_batches(prepared, batch_size=size, seed=0, **trainer.share)
-    alone, same = data.train_batches(prepared, batch_size=_ROWS, seed=1), trainer.random_batches()
+    batches = prepared.train_batches(batch_size=size, seed=0, **trainer.share)
+    alone, same = prepared.train_batches(batch_size=_ROWS, seed=1), trainer.random_batches()
     waited: list[float] = []
     sides = {
         "data": lambda: waited.append(trainer.train(batches, steps)),

@@ -93,7 +93,7 @@ def damaged_data(straight: Run, number: int, rng: random.Random) -> Iterator[boo
 
     def read() -> list[bytes]:
         there = data.open_prepared(prepared.directory)
-        batches = data.train_batches(there, batch_size=64, seed=0)
+        batches = there.train_batches(batch_size=64, seed=0)
         count = -(-there.num_rows("train") // 64)
         return [next(batches).tobytes() for _ in range(count)]
 

@@ -5,6 +5,7 @@ Its name is a hash of everything that determines the rows.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,26 +24,24 @@ from tqdm import tqdm
 
 from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data import splits, tokenizers
-from mobilellm_jax.data.prepared import FORMAT_VERSION, SPLITS, PreparedData, open_prepared
+from mobilellm_jax.data.card import CUTS, DataCard
+from mobilellm_jax.data.pipeline import Dataset
+from mobilellm_jax.data.prepared import SPLITS, open_prepared
 from mobilellm_jax.data.sources import OnRead, Source, open_source
 from mobilellm_jax.data.splits import Item
-from mobilellm_jax.data.tasks import TaskData, open_task
-from mobilellm_jax.data.tokenizers import CARD_FILE, Tokenizer
+from mobilellm_jax.data.tasks import open_task
+from mobilellm_jax.data.tokenizers import CARD_FILE, Tokenizer, UntrainedBPE
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import local_directory
 from mobilellm_jax.storage.sealed import seal
 
-PACKING = (
-    "documents, each BOS + ids + EOS where the tokenizer has them, joined into one stream; row i holds "
-    "stream[i T : i T + T + 1], so neighbours share one token and every token but the first is predicted "
-    "once; the remainder is dropped"
-)
-ATTENTION = "to all earlier tokens of the row, across the borders of documents"
+# What makes token ids of the source: None where it holds token ids.
+TokenSource = Tokenizer | UntrainedBPE | None
 _BATCH = 2 << 20  # characters, or ids, taken at a time
 _SHARD = 1 << 30  # bytes of rows in a file
 
 
-def prepare(data: DataConfig, vocab_size: int) -> PreparedData | TaskData:
+def prepare(data: DataConfig, vocab_size: int) -> Dataset:
     """Makes the rows for `data` at first use and finds them again later; tasks leave nothing on disk.
 
     Safe to interrupt and to call from several processes at once: one works, the others wait.
@@ -59,54 +58,52 @@ def prepare(data: DataConfig, vocab_size: int) -> PreparedData | TaskData:
         task = open_task(data)
         _check_vocab_size(vocab_size, task.train.vocab_size, f"data.source={data.source!r}")
         return task
-    has_text = not data.source.startswith("tokens:")
-    tokenizer = tokenizers.open_tokenizer(data.tokenizer) if has_text else None
-    needed = vocab_size  # token ids say what they need only when they are read
-    if has_text:
-        needed = tokenizer.vocab_size if tokenizer else tokenizers.bpe_size(data.tokenizer)
-        _check_vocab_size(vocab_size, needed, f"data.tokenizer={data.tokenizer!r}")
+    tokens = None if data.source.startswith("tokens:") else tokenizers.of_spec(data.tokenizer)
+    if tokens:  # else the ids say what they need, but only when they are read
+        _check_vocab_size(vocab_size, tokens.vocab_size, f"data.tokenizer={data.tokenizer!r}")
     source = open_source(data.source, data.text_field)
     valid = data.valid_source
     held_out = open_source(valid, data.text_field, "data.valid_source") if valid else None
     if held_out:
         splits.check_apart(data, source.files & held_out.files)
-    is_bundled = "bundled" in (data.source, valid)
-    card = {
-        "format": FORMAT_VERSION,
-        "source": source.name,
-        "source_sha256": source.sha256,
-        "valid_source": held_out.name if held_out else None,
-        "valid_source_sha256": held_out.sha256 if held_out else None,
-        "valid_fraction": None if held_out else data.valid_fraction,
-        "text_field": data.text_field,
-        "python_version": platform.python_version() if is_bundled else None,
-        **tokenizers.tokenizer_card(tokenizer),
-        "tokenizer": (tokenizer.spec if tokenizer else data.tokenizer) if has_text else None,
-        "packing": PACKING,
-        "sequence_length": data.sequence_length,
-        "dtype": "<u2" if needed <= 1 << 16 else "<u4",
-    }
-    # Facts that name the directory only where they are not what they always were: earlier ones stay valid.
-    split = splits.BY_SOURCE if held_out else splits.BY_PLACE if source.is_one_text else splits.BY_HASH
-    unusual = {} if split == splits.BY_HASH else {"split": split}
-    if tokenizer and tokenizers.adds_space(tokenizer):
-        unusual["cuts"] = "long texts are encoded in pieces that begin at a single space"
-    identity = json.dumps({**card, **unusual, "python_version": None}, sort_keys=True)
-    card = {**card, "split": split, "attention": ATTENTION, **unusual}
-    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    card = _card(data, source, held_out, tokens, tokens.vocab_size if tokens else vocab_size)
     cache_dir = local_directory("config.data.cache_dir", data.cache_dir).expanduser()
-    directory = cache_dir / f"{source.name.partition(':')[0]}-{key}"
+    directory = cache_dir / card.directory_name()
     try:
         if not directory.exists():
             cache_dir.mkdir(parents=True, exist_ok=True)
             with _locked(cache_dir / f"{directory.name}.lock"):
                 if not directory.exists():  # else another process made it while this one waited
-                    _make(directory, card, source, held_out, tokenizer, vocab_size)
+                    _make(directory, card, source, held_out, tokens, vocab_size)
     except OSError as error:
         raise UserError(f"data.cache_dir: {cache_dir}: {error.strerror or error}") from None
     prepared = open_prepared(directory)
     _check_vocab_size(vocab_size, prepared.card["vocab_size"], f"data.source={data.source!r}")
     return prepared
+
+
+def _card(
+    data: DataConfig, source: Source, held_out: Source | None, tokens: TokenSource, ids: int
+) -> DataCard:
+    """The card before anything is read; token ids are below `ids`."""
+    split = splits.BY_SOURCE if held_out else splits.BY_PLACE if source.is_one_text else splits.BY_HASH
+    adds_space = isinstance(tokens, Tokenizer) and tokenizers.adds_space(tokens)
+    is_bundled = "bundled" in (data.source, data.valid_source)
+    card = DataCard(
+        source=source.name,
+        source_sha256=source.sha256,
+        valid_source=held_out.name if held_out else None,
+        valid_source_sha256=held_out.sha256 if held_out else None,
+        valid_fraction=None if held_out else data.valid_fraction,
+        text_field=data.text_field,
+        python_version=platform.python_version() if is_bundled else None,
+        tokenizer=None,
+        sequence_length=data.sequence_length,
+        dtype="<u2" if ids <= 1 << 16 else "<u4",
+        split=split,
+        cuts=CUTS if adds_space else None,
+    )
+    return card.with_tokenizer(tokens)
 
 
 def _check_vocab_size(vocab_size: int, needed: int, what: str) -> None:
@@ -132,10 +129,10 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _make(
     directory: Path,
-    card: dict[str, Any],
+    card: DataCard,
     source: Source,
     held_out: Source | None,
-    tokenizer: Tokenizer | None,
+    tokens: TokenSource,
     vocab_size: int,
 ) -> None:
     """Writes `directory`. Only the holder of its lock calls this, so what others left behind is dead."""
@@ -144,34 +141,44 @@ def _make(
     work = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
     work.mkdir()
     try:
-        if tokenizer is None and card["tokenizer"]:
-            with _progress(f"training {card['tokenizer']}", [source]) as on_read:
-                documents = splits.split_documents(source, None, card["valid_fraction"], on_read)
-                texts = (str(item.document) for item in documents if item.split == "train")
-                tokenizer = tokenizers.train_bpe(card["tokenizer"], texts)
-            card = {**card, **tokenizers.tokenizer_card(tokenizer)}
+        tokenizer = _trained(tokens, source, card.valid_fraction)
+        card = card.with_tokenizer(tokenizer)
         shared = splits.Shared(held_out)
-        with _progress(f"packing {card['source']}", [s for s in (source, held_out) if s]) as on_read:
-            documents = splits.split_documents(source, held_out, card["valid_fraction"], on_read)
+        with _progress(f"packing {card.source}", [s for s in (source, held_out) if s]) as on_read:
+            documents = splits.split_documents(source, held_out, card.valid_fraction, on_read)
             packers = _pack(work, card, shared.noted(documents), tokenizer)
-        if card["split"] != splits.BY_PLACE:  # its parts are no documents
-            card = {**card, "held_out_documents_in_train": shared.count}
         if tokenizer is None:
-            card = {**card, "vocab_size": 1 + max(packer.max_id for packer in packers.values())}
-            _check_vocab_size(vocab_size, card["vocab_size"], f"the token ids of {card['source']!r}")
+            card = dataclasses.replace(card, vocab_size=1 + max(packer.max_id for packer in packers.values()))
+            _check_vocab_size(vocab_size, card.vocab_size or 0, f"the token ids of {card.source!r}")
         _check_rows(packers, card)
         files = []
         if tokenizer and (name := tokenizers.tokenizer_file(tokenizer.spec)):
             (work / name).write_bytes(tokenizer.file_bytes)
             files.append({"file": name, "bytes": len(tokenizer.file_bytes)})
-        card = {**card, "files": files, "splits": {name: packer.card() for name, packer in packers.items()}}
-        (work / CARD_FILE).write_text(json.dumps(seal(card), indent=1) + "\n")
+        card = dataclasses.replace(
+            card,
+            # the parts of a single text are no documents
+            held_out_documents_in_train=None if card.split == splits.BY_PLACE else shared.count,
+            files=files,
+            splits={name: packer.card() for name, packer in packers.items()},
+        )
+        (work / CARD_FILE).write_text(json.dumps(seal(card.to_json()), indent=1) + "\n")
         for path in [*work.iterdir(), work]:
             _sync(path)
         work.rename(directory)
         _sync(directory.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)  # gone already if all went well
+
+
+def _trained(tokens: TokenSource, source: Source, valid_fraction: float | None) -> Tokenizer | None:
+    """The tokenizer, trained on the training split if need be; None for token ids."""
+    if not isinstance(tokens, UntrainedBPE):
+        return tokens
+    with _progress(f"training {tokens.spec}", [source]) as on_read:
+        documents = splits.split_documents(source, None, valid_fraction, on_read)
+        texts = (str(item.document) for item in documents if item.split == "train")
+        return tokenizers.train_bpe(tokens.spec, texts)
 
 
 def _sync(path: Path) -> None:
@@ -196,12 +203,12 @@ def _progress(what: str, sources: list[Source]) -> Iterator[OnRead]:
 
 
 def _pack(
-    directory: Path, card: dict[str, Any], items: Iterable[Item], tokenizer: Tokenizer | None
+    directory: Path, card: DataCard, items: Iterable[Item], tokenizer: Tokenizer | None
 ) -> dict[str, "_Packer"]:
     """Writes the rows of both splits; tokenises in batches of a bounded size, whatever the documents'."""
     packers = {split: _Packer(directory, split, card) for split in SPLITS}
     drop_space = tokenizer is not None and tokenizers.adds_space(tokenizer)
-    bos, eos = ([] if i is None else [i] for i in (card["bos_id"], card["eos_id"]))
+    bos, eos = ([] if i is None else [i] for i in (card.bos_id, card.eos_id))
     batch: list[tuple[_Packer, Any, list[int], list[int]]] = []
     waiting = 0
 
@@ -231,29 +238,29 @@ def _pack(
     return packers
 
 
-def _check_rows(packers: dict[str, "_Packer"], card: dict[str, Any]) -> None:
+def _check_rows(packers: dict[str, "_Packer"], card: DataCard) -> None:
     total = sum(packer.documents for packer in packers.values())
     for split, packer in packers.items():
-        if card["split"] == splits.BY_HASH and packer.documents == 0:
+        if card.split == splits.BY_HASH and packer.documents == 0:
             raise UserError(
-                f"data.valid_fraction: {card['valid_fraction']} leaves the {split} split without a document "
+                f"data.valid_fraction: {card.valid_fraction} leaves the {split} split without a document "
                 f"({total} in all, each falls on one side by its hash); change it, or name a held-out source "
                 "in data.valid_source"
             )
         if packer.rows == 0:
-            name = card["valid_source"] if split == "valid" and card["valid_source"] else card["source"]
+            name = card.valid_source if split == "valid" and card.valid_source else card.source
             raise UserError(
                 f"{name}: too little text: the {split} split has {packer.tokens} tokens and one row needs "
-                f"{card['sequence_length'] + 1} (data.sequence_length + 1)"
+                f"{card.sequence_length + 1} (data.sequence_length + 1)"
             )
 
 
 class _Packer:
     """Cuts a stream of token ids into overlapping rows and writes them to the shards of one split."""
 
-    def __init__(self, directory: Path, split: str, card: dict[str, Any]) -> None:
-        self._directory, self._split, self._has_text = directory, split, card["tokenizer"] is not None
-        self._length, self._dtype = card["sequence_length"], np.dtype(card["dtype"])
+    def __init__(self, directory: Path, split: str, card: DataCard) -> None:
+        self._directory, self._split, self._has_text = directory, split, card.tokenizer is not None
+        self._length, self._dtype = card.sequence_length, np.dtype(card.dtype)
         self._pending: list[np.ndarray] = []
         self._writer: Any = None
         self._shards: list[dict[str, Any]] = []

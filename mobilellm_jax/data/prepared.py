@@ -2,20 +2,26 @@
 
 import dataclasses
 import os
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mobilellm_jax.data.tokenizers import CARD_FILE
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+
+from mobilellm_jax.data.card import FORMAT_VERSION
+from mobilellm_jax.data.pipeline import local_batch_size, padded_batches
+from mobilellm_jax.data.tokenizers import CARD_FILE, Tokenizer, load_tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.sealed import parse, unseal
 
-FORMAT_VERSION = 2  # raise it when the same input would give other rows, or another card
 SPLITS = ("train", "valid")
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
-    """Rows on disk.
+    """Rows on disk, a `pipeline.Dataset`.
 
     Attributes:
       directory: where they are; its name says what they are made of.
@@ -31,13 +37,51 @@ class PreparedData:
         return self.card["sequence_length"]
 
     def num_rows(self, split: str) -> int:
-        """Returns the number of rows of "train" or "valid"."""
         return self.card["splits"][split]["rows"]
 
     def bytes_per_token(self, split: str) -> float | None:
-        """Returns bytes of text per token predicted; None where rows come from token ids without text."""
+        """None where rows come from token ids without text."""
         size, tokens = (self.card["splits"][split][name] for name in ("text_bytes", "tokens"))
         return None if size is None else size / (tokens - 1)  # nothing predicts the first token
+
+    def tokenizer(self) -> Tokenizer | None:
+        return load_tokenizer(self.directory) if self.card["tokenizer"] else None
+
+    def train_batches(
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Iterator[np.ndarray]:
+        """`Dataset.train_batches`, shuffled anew in every epoch.
+
+        Batches run over the border of two epochs, so a split of fewer rows than B is fine too.
+        """
+        local = local_batch_size("train.batch_size", batch_size, process_count)
+        import grain  # here, because it imports jax, which preparing data does without
+
+        rows = _Rows(self, "train")
+        # Not without end: of endless data in batches of one row, grain cannot say the length, and fails.
+        order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat(2**50 // len(rows))
+        # Numbers are batched before the rows are read: reading rows one by one is ten times slower.
+        batches = order[process_index::process_count].batch(local).map(rows.read)
+        iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+        iterator.set_state({"next_index": start_step})
+        return iterator
+
+    def eval_batches(
+        self, *, batch_size: int, rows: int = 0, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[np.ndarray]:
+        local_batch_size("train.eval_batch_size", batch_size, process_count)
+        source = _Rows(self, "valid")
+        order = np.arange(len(source))
+        if 0 < rows < len(source):
+            generator = random.Random(0)  # of all generators, only random() is promised never to change
+            order = np.argsort([generator.random() for _ in order], kind="stable")[:rows]
+        return padded_batches(source.read, order, batch_size, process_index, process_count)
 
 
 def open_prepared(directory: str | os.PathLike[str]) -> PreparedData:
@@ -72,3 +116,37 @@ def open_prepared(directory: str | os.PathLike[str]) -> PreparedData:
             state = "missing" if found is None else f"{found} bytes, not the {size} of the data card"
             raise UserError(f"{path}: {state}; {again}")
     return PreparedData(directory, card)
+
+
+class _Rows:
+    """Random access to the rows of a split, from one thread at a time."""
+
+    def __init__(self, prepared: PreparedData, split: str) -> None:
+        shards = prepared.card["splits"][split]["shards"]
+        self.width = prepared.sequence_length + 1
+        self._dtype = np.dtype(prepared.card["dtype"])
+        self._paths = [prepared.directory / shard["file"] for shard in shards]
+        self._ends = np.cumsum([shard["rows"] for shard in shards])
+        # no read-ahead: it is for reading in order
+        self._readers: list[Any] = [ArrayRecordReader(str(p), "readahead_buffer_size:0") for p in self._paths]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Returns int32 [n, T + 1] for [n] row numbers."""
+        batch = np.empty((len(indices), self.width), np.int32)
+        shard_of = np.searchsorted(self._ends, indices, side="right")
+        for shard in np.unique(shard_of):
+            (places,) = np.nonzero(shard_of == shard)
+            first = self._ends[shard - 1] if shard else 0
+            try:
+                records = self._readers[shard].read((np.asarray(indices)[places] - first).tolist())
+                batch[places] = np.frombuffer(b"".join(records), self._dtype).reshape(-1, self.width)
+            except (RuntimeError, ValueError) as error:
+                raise _damaged(self._paths[shard], error) from None
+        return batch
+
+
+def _damaged(path: Any, error: Exception) -> UserError:
+    return UserError(f"{path}: damaged ({error}); delete the directory {path.parent} and prepare again")

@@ -13,13 +13,16 @@ right exactly when greedy decoding would have found all its answers.
 import abc
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from mobilellm_jax.config import TASKS, DataConfig
+from mobilellm_jax.data.pipeline import local_batch_size, padded_batches
 from mobilellm_jax.data.rows import PADDING, no_target
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.validation import check
@@ -240,7 +243,7 @@ def _digits(numbers: np.ndarray, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """The splits of a run on a task; stands where text has `PreparedData`.
+    """The splits of a run on a task, a `pipeline.Dataset`: rows never repeat, but by chance.
 
     Attributes:
       train, valid: the task of each split; they differ where extrapolation is asked for.
@@ -257,7 +260,31 @@ class TaskData:
         return self.card["sequence_length"]
 
     def bytes_per_token(self, split: str) -> None:
-        """Returns None: there is no text."""
+        """None: there is no text."""
+
+    def tokenizer(self) -> None:
+        """None: there is no text."""
+
+    def train_batches(
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Iterator[np.ndarray]:
+        local_batch_size("train.batch_size", batch_size, process_count)
+        # Every process draws all rows, and keeps its own: 0.1 ms for 32 rows, 2.5 ms for 1,024.
+        batches = (self.rows("train", batch_size, seed, step) for step in itertools.count(start_step))
+        return (batch[process_index::process_count] for batch in batches)
+
+    def eval_batches(
+        self, *, batch_size: int, rows: int = 0, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[np.ndarray]:
+        local_batch_size("train.eval_batch_size", batch_size, process_count)
+        drawn = self.rows("valid", rows, 0, 0)
+        return padded_batches(drawn.__getitem__, np.arange(rows), batch_size, process_index, process_count)
 
     def rows(self, split: str, count: int, seed: int, number: int) -> np.ndarray:
         """Returns int32 [count, T + 1]: batch `number` of the stream that `seed` stands for in a split."""

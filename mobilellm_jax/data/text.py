@@ -20,7 +20,7 @@ class Text:
     """Letters: R rows of S = T + 1 tokens; the last row is filled up with `PADDING`.
 
     Attributes:
-      rows_RS: int32; the packing is `prepare.PACKING`, except that nothing is dropped.
+      rows_RS: int32; the packing is `card.PACKING`, except that nothing is dropped.
       documents, text_bytes: size of the text.
       tokens: that are predicted: all but the first, EOS and BOS, if any, of documents included.
     """

@@ -4,6 +4,7 @@ Specs: "bytes", "bpe:<vocabulary size>" (trained on the corpus), "sentencepiece:
 "huggingface:<tokenizer.json>". Saved beside the prepared rows, a tokenizer comes back with `load_tokenizer`.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -119,18 +120,44 @@ class HuggingFaceTokenizer:
         )
 
 
-def open_tokenizer(spec: str) -> Tokenizer | None:
-    """Returns the tokenizer, or None for "bpe:<size>", which `train_bpe` makes from text.
+@dataclasses.dataclass(frozen=True)
+class UntrainedBPE:
+    """A tokenizer still to be made of the text to train on, "bpe:<vocabulary size>".
 
     Raises:
-      UserError: a file is missing or not what the spec says, or the size of a BPE vocabulary is not valid.
+      UserError: the size is not valid.
+    """
+
+    spec: str
+
+    def __post_init__(self) -> None:
+        size = self.spec.partition(":")[2]
+        if not (size.isascii() and size.isdecimal() and int(size) >= _BPE_MIN_SIZE):
+            raise UserError(
+                f"data.tokenizer: {self.spec!r} is not valid; expected bpe:<vocabulary size>, an integer of "
+                f"at least {_BPE_MIN_SIZE} (256 bytes, {' and '.join(_BPE_SPECIAL)})"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """The size asked for; of little text it will be less."""
+        return int(self.spec.partition(":")[2])
+
+
+def of_spec(spec: str) -> Tokenizer | UntrainedBPE:
+    """What `data.tokenizer` stands for; raises UserError as the two do."""
+    return UntrainedBPE(spec) if spec.startswith("bpe:") else open_tokenizer(spec)
+
+
+def open_tokenizer(spec: str) -> Tokenizer:
+    """Opens a tokenizer that is there: "bytes", "sentencepiece:<file>" or "huggingface:<file>".
+
+    Raises:
+      UserError: the file is missing or not what the spec says.
     """
     kind, _, rest = spec.partition(":")
     if kind == "bytes":
         return BytesTokenizer()
-    if kind == "bpe":
-        bpe_size(spec)
-        return None
     path = Path(rest).expanduser()
     try:
         file_bytes = path.read_bytes()
@@ -144,17 +171,6 @@ def open_tokenizer(spec: str) -> Tokenizer | None:
         raise UserError(f"data.tokenizer: {spec!r}: {error}") from None
 
 
-def bpe_size(spec: str) -> int:
-    """Returns the vocabulary size of a "bpe:<size>" spec; raises UserError if it is not valid."""
-    size = spec.partition(":")[2]
-    if not (size.isascii() and size.isdecimal() and int(size) >= _BPE_MIN_SIZE):
-        raise UserError(
-            f"data.tokenizer: {spec!r} is not valid; expected bpe:<vocabulary size>, an integer of at least "
-            f"{_BPE_MIN_SIZE} (256 bytes, {' and '.join(_BPE_SPECIAL)})"
-        )
-    return int(size)
-
-
 def train_bpe(spec: str, texts: Iterable[str]) -> Tokenizer:
     """Trains byte-level BPE; `texts` is read once, as a stream.
 
@@ -164,7 +180,7 @@ def train_bpe(spec: str, texts: Iterable[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=bpe_size(spec),
+        vocab_size=UntrainedBPE(spec).vocab_size,
         min_frequency=2,
         show_progress=False,
         special_tokens=_BPE_SPECIAL,
@@ -174,11 +190,16 @@ def train_bpe(spec: str, texts: Iterable[str]) -> Tokenizer:
     return HuggingFaceTokenizer(spec, tokenizer.to_str().encode(), bos_id=0, eos_id=1)
 
 
-def tokenizer_card(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Returns what the data card says of a tokenizer; all None for token ids that came without one."""
-    names = ("spec", "sha256", "vocab_size", "bos_id", "eos_id")
-    values = {name: getattr(tokenizer, name) if tokenizer else None for name in names}
-    return {"tokenizer": values.pop("spec"), "tokenizer_sha256": values.pop("sha256"), **values}
+def tokenizer_card(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What data cards say of a tokenizer."""
+    t = tokenizer
+    return {
+        "tokenizer": t.spec,
+        "tokenizer_sha256": t.sha256,
+        "vocab_size": t.vocab_size,
+        "bos_id": t.bos_id,
+        "eos_id": t.eos_id,
+    }
 
 
 def tokenizer_file(spec: str | None) -> str | None:

@@ -105,7 +105,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def process_share(mesh: Mesh) -> dict[str, int]:
-    """Returns process_index and process_count for `data.train_batches`: which rows this process reads.
+    """Returns process_index and process_count for `Dataset.train_batches`: which rows this process reads.
 
     Processes whose devices hold the same rows, as those that `tensor` connects, read the same.
 

@@ -93,8 +93,8 @@ def run(
     warning = processes.of_first(lambda: claim_data(workdir, card))
     for line in filter(None, (warning, *data_notes(card))):
         say(line)
-    if isinstance(prepared, data.PreparedData) and card["tokenizer"] and jax.process_index() == 0:
-        data.save_tokenizer(data.load_tokenizer(prepared.directory), workdir / TOKENIZER)
+    if jax.process_index() == 0 and (tokenizer := prepared.tokenizer()):
+        data.save_tokenizer(tokenizer, workdir / TOKENIZER)
     outcome = train(config, prepared, mesh, workdir, say)
     return describe(**measured_fields(config, card, outcome))
 

@@ -24,13 +24,13 @@ class Scores(NamedTuple):
 def evaluate_held_out(
     programs: Programs,
     params: model.Params,
-    prepared: data.PreparedData | data.TaskData,
+    prepared: data.Dataset,
     config: Config,
     share: dict[str, int],
 ) -> Scores:
     """Scores the held-out rows; `share` is that of this process in them, see `partition.process_share`."""
     t = config.train
-    batches = data.eval_batches(prepared, batch_size=t.eval_batch_size, rows=t.eval_rows, **share)
+    batches = prepared.eval_batches(batch_size=t.eval_batch_size, rows=t.eval_rows, **share)
     loss, error = evaluate_batches(programs, params, batches)
     # By the tokens per byte of all held-out text, also where `eval_rows` takes a part of it.
     bytes_per_token = prepared.bytes_per_token("valid")

@@ -64,7 +64,7 @@ class _Run:
     """
 
     config: Config
-    prepared: data.PreparedData | data.TaskData
+    prepared: data.Dataset
     programs: Programs
     checkpoints: Checkpoints
     share: dict[str, int]
@@ -76,7 +76,7 @@ class _Run:
 
 def train(
     config: Config,
-    prepared: data.PreparedData | data.TaskData,
+    prepared: data.Dataset,
     mesh: Mesh,
     workdir: AnyPath,
     say: Callable[[str], None],
@@ -127,7 +127,7 @@ def train(
 
 def _start(
     config: Config,
-    prepared: data.PreparedData | data.TaskData,
+    prepared: data.Dataset,
     programs: Programs,
     mesh: Mesh,
     workdir: AnyPath,
@@ -150,9 +150,7 @@ def _start(
         programs=programs,
         checkpoints=checkpoints,
         share=share,
-        batches=data.train_batches(
-            prepared, batch_size=t.batch_size, seed=t.data_seed, start_step=start, **share
-        ),
+        batches=prepared.train_batches(batch_size=t.batch_size, seed=t.data_seed, start_step=start, **share),
         learning_rates=_learning_rates(config.optimizer, t.steps),
         stops=processes.StopVote(mesh),
         progress=Progress(config, workdir, start, say),  # the last: it starts the clock
