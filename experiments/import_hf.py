@@ -19,6 +19,7 @@ from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats import huggingface
 from mobilellm_jax.formats.huggingface_config import model_fields, read_object
+from mobilellm_jax.runs.directory import TOKENIZER
 from mobilellm_jax.storage.files import local_directory
 
 _SOURCE = flags.DEFINE_string("source", None, "folder with config.json and safetensors, or <owner>/<name>")
@@ -35,13 +36,12 @@ def main() -> int:
         raise UserError("--workdir: say which directory to make, such as --workdir=runs/smollm2")
     how = (_SHARING.value, _NUM_REPEATS.value)
     folder = fetch(_SOURCE.value, how)
-    config = huggingface.import_run(
-        folder, local_directory("workdir", _WORKDIR.value), base.get_config(), *how
-    )
-    m, has_text = config.model, config.data.source.startswith("files:")
+    workdir = local_directory("workdir", _WORKDIR.value)
+    config = huggingface.import_run(folder, workdir, base.get_config(), *how)
+    m, has_tokenizer = config.model, (workdir / TOKENIZER).exists()
     print(
         f"imported {accounting.parameters(m).total:,} parameters, {m.depth} blocks of width {m.width} in "
-        f"{m.effective_depth} layers; tokenizer: {config.data.tokenizer if has_text else 'none'}; "
+        f"{m.effective_depth} layers; tokenizer: {config.data.tokenizer if has_tokenizer else 'none'}; "
         f"see {_WORKDIR.value}"
     )
     return 0

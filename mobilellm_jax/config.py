@@ -139,7 +139,7 @@ class DataConfig:
 
     source: str = science(
         "'bundled', 'files:<glob>', 'tokens:<glob>' (jsonl of {'token_ids': [...]}), 'tfds:<name>', or a "
-        "synthetic task, 'khop:...', 'addition:...' or 'recall:...' with its numbers (`data/tasks.py`)",
+        "synthetic task such as 'khop:...' (`data/tasks.py`); of imported weights 'imported', not known",
         compiled=False,
         decisive=True,
         shown=True,
@@ -187,12 +187,12 @@ class DataConfig:
         )
         kinds = [v.partition(":")[0] for v in (self.source, self.valid_source)]
         valid = "'bundled' or one of " + ", ".join(f"'{kind}:...'" for kind in list(_SOURCES)[1:])
-        for name, kind in zip(("source", "valid_source"), kinds, strict=True):
+        for name, kind, other in zip(("source", "valid_source"), kinds, ("imported", ""), strict=True):
             value = getattr(self, name)
             ok = kind in _SOURCES and (kind == value) == (kind == "bundled")
-            rules.check(ok or (name == "valid_source" and not value), f"data.{name}", value, valid)
+            rules.check(ok or value == other, f"data.{name}", value, valid)
         if self.valid_source:
-            wanted, there = (_SOURCES[kind] for kind in kinds)
+            wanted, there = (_SOURCES.get(kind, "none") for kind in kinds)
             rules.check(
                 wanted == there, "data.valid_source", self.valid_source, f"{wanted}, like data.source"
             )

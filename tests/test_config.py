@@ -43,8 +43,8 @@ OUT_OF_RANGE = {
     "model.remat": UNKNOWN,
     "model.scan_unroll": POSITIVE_INT,
     "model.loss_chunk": POSITIVE_INT,
-    "data.source": [*UNKNOWN, "file:x"],
-    "data.valid_source": ["sideways", "tokens:x"],
+    "data.source": [*UNKNOWN, "file:x", "imported:x", ""],
+    "data.valid_source": ["sideways", "tokens:x", "imported"],
     "data.valid_fraction": [0.0, 1.0, -0.1, NAN],
     "data.text_field": [""],
     "data.tokenizer": [*UNKNOWN, "bpe"],
@@ -200,6 +200,10 @@ def test_missing_field(path):
         (
             {"data.source": "tokens:x", "data.valid_source": "files:x"},
             ["data.valid_source: 'files:x'", "token ids, like data.source"],
+        ),
+        (
+            {"data.source": "imported", "data.valid_source": "files:x"},
+            ["data.valid_source: 'files:x'", "none, like data.source"],
         ),
     ],
 )

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from conftest import SHARING, apply, assert_trees_close, random_params, tiny_con
 
 from configs import base
 from mobilellm_jax.config import to_dict
-from mobilellm_jax.data import save_tokenizer
+from mobilellm_jax.data import prepare, save_tokenizer
 from mobilellm_jax.data.tokenizers import BytesTokenizer, train_bpe
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats import huggingface
@@ -28,6 +29,7 @@ from mobilellm_jax.formats.huggingface_config import check_exportable, model_fie
 from mobilellm_jax.formats.huggingface_weights import INDEX, WEIGHTS, read_params, write_params
 from mobilellm_jax.runs.directory import IMPORTED, TOKENIZER, claim_workdir, open_run, open_tokenizer
 from mobilellm_jax.storage.checkpoint import Checkpoints
+from mobilellm_jax.storage.sealed import seal, unseal
 
 STORIES = Path(__file__).parents[2] / "shared/data/weights/stories260K"
 HF = {
@@ -560,6 +562,22 @@ def test_directories_are_made_whole_and_never_written_over(folder, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["hf", "run"]
 
 
+@pytest.mark.parametrize("source", ["imported", "files:unknown", "tokens:unknown"])
+def test_what_imported_weights_were_trained_on_is_not_known(folder, tmp_path, source):
+    """Imports of earlier versions say so in two other ways."""
+    config = import_(folder, tmp_path / "run")
+    assert config.data.source == "imported"
+    path = tmp_path / "run/config.json"
+    values = unseal(json.loads(path.read_text()))
+    values["data"]["source"] = source
+    path.write_text(json.dumps(seal(values)))
+    assert open_run(tmp_path / "run")[0].data.source == source
+    with pytest.raises(
+        UserError, match=r"data\.source: '(imported' is of weights whose data|.*unknown' matches)"
+    ):
+        prepare(open_run(tmp_path / "run")[0].data, 1 << 16)
+
+
 def test_imported_weights_are_not_trained_on(folder, tmp_path):
     import_(folder, tmp_path / "run")
     config, _ = open_run(tmp_path / "run")
@@ -638,7 +656,7 @@ def test_an_id_on_the_hub_is_downloaded(folder, tmp_path, import_from_hub):
     (folder / "pytorch_model.bin").write_bytes(b"a pickle that nobody needs")
     result = call("org/name")
     assert result.returncode == 0, result.stderr
-    assert "imported" in result.stdout
+    assert re.search("^imported .*; tokenizer: none; ", result.stdout)
     config, params = open_run(tmp_path / "run")
     expected = read_params(folder, config.model, config.model.plan)
     assert_trees_close(params, expected, tolerance=0)

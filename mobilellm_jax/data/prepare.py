@@ -58,6 +58,8 @@ def prepare(data: DataConfig, vocab_size: int) -> Dataset:
         task = open_task(data)
         _check_vocab_size(vocab_size, task.train.vocab_size, f"data.source={data.source!r}")
         return task
+    if data.source == "imported":
+        raise UserError("data.source: 'imported' is of weights whose data are not known; name other data")
     tokens = None if data.source.startswith("tokens:") else tokenizers.of_spec(data.tokenizer)
     if tokens:  # else the ids say what they need, but only when they are read
         _check_vocab_size(vocab_size, tokens.vocab_size, f"data.tokenizer={data.tokenizer!r}")

@@ -124,10 +124,10 @@ def _copy_tokenizer(folder: Path, vocab_size: int, workdir: Path) -> str | None:
 def _config(
     defaults: ConfigDict, fields: dict[str, Any], context: int, spec: str | None, workdir: Path
 ) -> Config:
-    """Returns the config of an imported run. What it was trained on is not known."""
+    """The config of an imported run. What it was trained on is not known."""
     values = defaults.to_dict()
     values["model"] |= fields
-    values["data"] |= {"sequence_length": context, "source": "files:unknown" if spec else "tokens:unknown"}
+    values["data"] |= {"sequence_length": context, "source": "imported"}
     if spec:
         kind, _, name = spec.partition(":")
         values["data"]["tokenizer"] = f"{kind}:{workdir / TOKENIZER / name}"
