@@ -1,7 +1,6 @@
 """Which configs share compiled programs: those of equal keys have equal programs, and no others do."""
 
 import jax
-import numpy as np
 import pytest
 from conftest import tiny_config
 
@@ -75,10 +74,9 @@ ONE_BY_ONE = {
 def lowered(config: Config) -> list[str]:
     """The text of the three programs of a run on one device."""
     programs = make_programs(config, partition.make_mesh(tiny_config().mesh, jax.devices()[:1]))
-    rate = jax.ShapeDtypeStruct((), np.float32)
     return [
         programs.init.lower(jax.random.key(0)).as_text(),
-        programs.step.lower(programs.state, programs.rows, rate).as_text(),
+        programs.trace_step().lower().as_text(),
         programs.evaluate.lower(programs.state.params, programs.eval_rows).as_text(),
     ]
 
