@@ -1,4 +1,4 @@
-"""The acts: train, sweep, figures. Every module here is a command, `python -m experiments.<name>`."""
+"""The acts: every module here but `cli` is a command, `python -m experiments.<name>`."""
 
 import os
 import sys

@@ -135,8 +135,10 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def run(main: Callable[[], int], default_config: str = "") -> None:
-    """Parses the flags, calls `main` and exits with the status it returns.
+def run(
+    main: Callable[[], int], default_config: str = "", define_flags: Callable[[], object] = lambda: None
+) -> None:
+    """Calls `define_flags`, parses the flags, calls `main` and exits with the status it returns.
 
     A command with a `default_config` gets `--config` and `--config.<field>=<value>`. Errors that a person
     can mend, and interruptions, become one line on stderr.
@@ -145,12 +147,15 @@ def run(main: Callable[[], int], default_config: str = "") -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every save at INFO
     signals.watch()
     try:
+        before = set(flags.FLAGS)
+        define_flags()
         if default_config:
             # The flag below reads sys.argv by itself, and fails with a traceback where this does not.
             sys.argv = config_first(sys.argv, default_config)
             text = "config file, with :preset; its fields are set by --config.<group>.<field>=<value>"
             config_flags.DEFINE_config_file("config", default_config, text, lock_config=True)
-            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # for --help
+        for name in set(flags.FLAGS) - before:  # --help shows them, wherever they are defined
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
         app.run(lambda _: main(), flags_parser=_parse)
     except UserError as error:
         sys.exit(_complain(f"error: {error}", 2))
@@ -175,19 +180,16 @@ def _no_devices(error: Exception) -> str:
 
 
 def run_on_records(show: Callable[[AnyPath], None], folders: str) -> None:
-    """Runs a command whose one flag is --workdir, where records are: `show` gets its value.
+    """Runs a command whose one flag is --workdir, the directory of records: `show` gets its value."""
 
-    The flag is defined here and not on import: other commands import what shows records, and have a --workdir
-    of their own.
-    """
-    workdir = flags.DEFINE_string("workdir", "experiments", f"directory of {folders}")
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["workdir"])  # for --help
+    def define_flags() -> None:
+        flags.DEFINE_string("workdir", "experiments", f"directory of {folders}")
 
     def main() -> int:
-        show(directory("workdir", workdir.value))
+        show(directory("workdir", flags.FLAGS.workdir))
         return 0
 
-    run(main)
+    run(main, define_flags=define_flags)
 
 
 def _complain(message: str, status: int) -> int:

@@ -21,28 +21,32 @@ from mobilellm_jax.formats import huggingface
 from mobilellm_jax.formats.huggingface_config import model_fields, read_object
 from mobilellm_jax.storage.files import local_directory
 
-_SOURCE = flags.DEFINE_string("source", None, "folder with config.json and safetensors, or <owner>/<name>")
-_WORKDIR = flags.DEFINE_string("workdir", None, "run directory to make")
-_SHARING = flags.DEFINE_string("sharing", "", "fold copied layers: a sharing strategy or explicit plan")
-_NUM_REPEATS = flags.DEFINE_integer("num_repeats", 1, "copies of each block, with a strategy", 1)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("source", None, "folder with config.json and safetensors, or <owner>/<name>")
+    flags.DEFINE_string("workdir", None, "run directory to make")
+    flags.DEFINE_string("sharing", "", "fold copied layers: a sharing strategy or explicit plan")
+    flags.DEFINE_integer("num_repeats", 1, "copies of each block, with a strategy", 1)
 
 
 def main() -> int:
     """Imports, and returns the exit status."""
-    if not _SOURCE.value:
+    if not FLAGS.source:
         raise UserError("--source: say what to import, a folder or an id such as HuggingFaceTB/SmolLM2-135M")
-    if not _WORKDIR.value:
+    if not FLAGS.workdir:
         raise UserError("--workdir: say which directory to make, such as --workdir=runs/smollm2")
-    how = (_SHARING.value, _NUM_REPEATS.value)
-    folder = fetch(_SOURCE.value, how)
+    how = (FLAGS.sharing, FLAGS.num_repeats)
+    folder = fetch(FLAGS.source, how)
     config = huggingface.import_run(
-        folder, local_directory("workdir", _WORKDIR.value), base.get_config(), *how
+        folder, local_directory("workdir", FLAGS.workdir), base.get_config(), *how
     )
     m, has_text = config.model, config.data.source.startswith("files:")
     print(
         f"imported {accounting.parameters(m).total:,} parameters, {m.depth} blocks of width {m.width} in "
         f"{m.effective_depth} layers; tokenizer: {config.data.tokenizer if has_text else 'none'}; "
-        f"see {_WORKDIR.value}"
+        f"see {FLAGS.workdir}"
     )
     return 0
 
@@ -70,4 +74,4 @@ def fetch(source: str, how: tuple[str, int]) -> Path:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags=define_flags)

@@ -27,9 +27,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.training.programs import make_programs
 
-_MESH = flags.DEFINE_string(
-    "mesh", "", "sizes of the mesh axes, such as data:64,fsdp:4,tensor:1; those left out are 1"
-)
+FLAGS = flags.FLAGS
 
 PLATFORMS = ("tpu", "cuda")
 _MOST = 4096  # devices; simulating them takes threads and memory
@@ -63,15 +61,21 @@ class Plan:
         return self.parameter_bytes + self.optimizer_bytes + self.gradient_bytes + self.activation_bytes
 
 
+def define_flags() -> None:
+    flags.DEFINE_string(
+        "mesh", "", "sizes of the mesh axes, such as data:64,fsdp:4,tensor:1; those left out are 1"
+    )
+
+
 def main() -> int:
     """Prints the plan, and returns the exit status."""
     config = from_config_dict(cli.one_config())
-    sizes = parse_mesh(_MESH.value)
+    sizes = parse_mesh(FLAGS.mesh)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", math.prod(sizes))
     mesh = abstract_mesh(sizes)
     plan = make_plan(config, mesh)
-    print(f"{cli.config_spec()} on {mesh.size} devices: {_MESH.value}\n")
+    print(f"{cli.config_spec()} on {mesh.size} devices: {FLAGS.mesh}\n")
     print(f"lowers for {' and '.join(lowers_for(config, mesh))}\n")
     print(table(plan, mesh.size), flush=True)
     filled = MeshConfig(**dict(zip(partition.AXES, sizes, strict=True)))
@@ -206,4 +210,4 @@ def _size(count: int) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, default_config="configs/base.py")
+    cli.run(main, default_config="configs/base.py", define_flags=define_flags)

@@ -26,16 +26,21 @@ from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.run import agreed_record, enable_compilation_cache, run
 from mobilellm_jax.storage.files import AnyPath, directory, reason
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if it is not there")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "directory of the run; made if it is not there")
+    hosts.define_flags()
 
 
 def main() -> int:
     """Trains, and returns the exit status."""
-    if not _WORKDIR.value:
+    if not FLAGS.workdir:
         raise UserError("--workdir: say where the run is to be kept, such as --workdir=runs/first")
     config = from_config_dict(cli.one_config())
     hosts.start()
-    workdir = directory("workdir", _WORKDIR.value)
+    workdir = directory("workdir", FLAGS.workdir)
     study, _, preset = cli.config_spec().partition(":")
     describe = functools.partial(
         Record,
@@ -107,4 +112,4 @@ def _alone(workdir: AnyPath) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    cli.run(main, default_config="configs/base.py")
+    cli.run(main, default_config="configs/base.py", define_flags=define_flags)

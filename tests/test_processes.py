@@ -217,8 +217,9 @@ def test_no_cluster_to_join():
     ],
 )
 def test_flags_that_do_not_fit(values, message, monkeypatch):
-    for name, value in zip(("_ADDRESS", "_COUNT", "_INDEX", "_DISTRIBUTED"), (*values, True), strict=True):
-        monkeypatch.setattr(hosts, name, SimpleNamespace(value=value))
+    address, count, index = values
+    given = {"coordinator_address": address, "num_processes": count, "process_id": index}
+    monkeypatch.setattr(hosts, "FLAGS", SimpleNamespace(distributed=True, **given))
     with pytest.raises(UserError, match=message):
         hosts.start()
 

@@ -10,7 +10,7 @@ from experiments.reporting.tables import plain
 from mobilellm_jax.analysis.records import Record, newest
 from mobilellm_jax.storage.files import AnyPath, is_bucket
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def section(drawn: Sequence[tuple[Sequence[Record], Mapping[str, figures.Image]]], workdir: AnyPath) -> str:

@@ -9,7 +9,7 @@ from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent / "paper"
+FOLDER = Path(__file__).parents[1] / "paper"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
 from mobilellm_jax.runs.run import check
 from mobilellm_jax.storage.checkpoint import newest_intact
-from mobilellm_jax.storage.files import AnyPath, local_directory, write_atomically
+from mobilellm_jax.storage.files import AnyPath, write_atomically
 
 RESULTS = "zero_shot.json"
 
@@ -47,23 +47,6 @@ class Questions:
     data_dir: Path | None = None
     limit: int | None = None
     bos: bool | None = None
-
-
-def questions_of(
-    names: Sequence[str], data_dir: str | None, limit: int | None, bos: bool | None = None
-) -> Questions | None:
-    """Returns what the flags of a command ask for; None without --tasks.
-
-    Raises:
-      UserError: there are other flags of --tasks without it.
-    """
-    if names:
-        folder = None if data_dir is None else local_directory("data_dir", data_dir)
-        return Questions(tuple(names), folder, limit, bos)
-    for flag, value in (("data_dir", data_dir), ("limit", limit), ("bos", bos)):
-        if value is not None:
-            raise UserError(f"--{flag}: goes with --tasks, such as --tasks=mobilellm, which is missing")
-    return None
 
 
 def score_tasks(
@@ -177,7 +160,7 @@ def _lacking(
     point: Point, workdir: AnyPath, questions: Questions, known: Mapping[str, str]
 ) -> dict[str, list[str]]:
     found = {}
-    for name in point.run_names:
+    for name in point.run_names():
         path = workdir / "results" / f"{name}.json"
         record = read_record(path) if path.exists() else None
         if record is not None and record.status == "finished":

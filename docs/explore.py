@@ -16,8 +16,8 @@
 # [MobileLLM](https://arxiv.org/abs/2402.14905) printed. On one CPU core all of it takes about a minute;
 # what it writes goes to a temporary folder.
 #
-# Changes are made in its text twin: edit `experiments/explore.py`, then run
-# `jupytext --to ipynb --update experiments/explore.py`.
+# Changes are made in its text twin: edit `docs/explore.py`, then run
+# `jupytext --to ipynb --update docs/explore.py`.
 
 # %% [markdown]
 # ## 1. Install
@@ -44,7 +44,7 @@ if root is None:
 os.chdir(root)
 sys.path.insert(0, str(root))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the models below are too small to gain from a GPU
-try_import = [sys.executable, "-c", "import ipywidgets, mobilellm_jax.train"]
+try_import = [sys.executable, "-c", "import ipywidgets, mobilellm_jax.training.loop"]
 if cloned or subprocess.run(try_import, capture_output=True).returncode != 0:
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", ".", "ipywidgets"], check=True)
 
