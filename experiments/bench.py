@@ -22,7 +22,7 @@ from experiments.benchmarks import measure, shapes
 from experiments.reporting import tables
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.runs import provenance
-from mobilellm_jax.storage.files import AnyPath, directory, write_atomically
+from mobilellm_jax.storage.files import AnyPath, write_atomically
 
 FLAGS = flags.FLAGS
 
@@ -58,7 +58,7 @@ def main() -> int:
             raise UserError(f"--only={part}: there is no such part; {did_you_mean(part, PARTS)}")
     if FLAGS.quick and not FLAGS["workdir"].present:
         raise UserError("--quick: needs a --workdir, as its numbers are not to replace measured ones")
-    bench = directory("workdir", FLAGS.workdir) / "bench"
+    bench = cli.directory("workdir", FLAGS.workdir) / "bench"
     if FLAGS.show:
         print("\n".join(show(bench, FLAGS.only)))
         return 0

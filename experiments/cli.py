@@ -14,11 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from mobilellm_jax.errors import Interrupted, UserError, did_you_mean
-from mobilellm_jax.storage.files import AnyPath, directory
+from mobilellm_jax.storage import quiet
+from mobilellm_jax.storage.files import AnyPath, is_bucket, path_of, reason
 from mobilellm_jax.training import signals
 from mobilellm_jax.training.malloc import keep_freed_memory
 
@@ -112,6 +113,30 @@ def config_first(argv: Sequence[str], default_config: str) -> list[str]:
     return [argv[0], f"--config={spec}", *rest]
 
 
+def directory(flag: str, name: str) -> AnyPath:
+    """The path that a flag names, ~ is home; a bucket has to be there.
+
+    Raises:
+      UserError: the path is an address, but not gs://bucket/folder; gcsfs is not installed; or the bucket
+        does not exist or cannot be read.
+    """
+    path = path_of(os.path.expanduser(name))
+    if not is_bucket(path):
+        return path
+    bucket, _, folder = name.removeprefix("gs://").partition("/")
+    if not name.startswith("gs://") or not bucket or not folder.strip("/"):
+        raise UserError(f"--{flag}={name}: expected a local directory, or gs://bucket/folder")
+    if not importlib.util.find_spec("gcsfs"):
+        raise UserError(f"--{flag}={name}: buckets need gcsfs: python -m pip install -e '.[gcs]'")
+    try:
+        there = path_of(f"gs://{bucket}").exists()
+    except Exception as error:  # of credentials, of the network, of gcsfs: they have no type in common
+        raise UserError(f"--{flag}={name}: cannot read the bucket: {reason(error)}") from None
+    if not there:
+        raise UserError(f"--{flag}={name}: bucket {bucket} does not exist, or you may not read it")
+    return path
+
+
 def check_field(config: ConfigDict, name: str, prefix: str = "") -> None:
     """Checks that a dotted name, shown behind `prefix`, is that of a field; UserError if it is not."""
     group: Any = config
@@ -144,7 +169,7 @@ def run(
     can mend, and interruptions, become one line on stderr.
     """
     keep_freed_memory()
-    logging.set_verbosity(logging.WARNING)  # orbax tells of every save at INFO
+    quiet.settings()
     signals.watch()
     try:
         before = set(flags.FLAGS)

@@ -33,7 +33,6 @@ from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
 from mobilellm_jax.runs.run import check, enable_compilation_cache
-from mobilellm_jax.storage.files import directory
 from mobilellm_jax.training.held_out import evaluate_batches
 from mobilellm_jax.training.programs import make_programs
 
@@ -63,7 +62,7 @@ def main() -> int:
             "--text: say what to score, such as --text='files:corpus/*.txt', or --tasks=mobilellm"
         )
     questions = asked_questions(FLAGS.bos)
-    workdir = directory("workdir", FLAGS.workdir)
+    workdir = cli.directory("workdir", FLAGS.workdir)
     config, params = open_run(workdir)
     tokenizer = open_tokenizer(workdir)
     if tokenizer is None:

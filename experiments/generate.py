@@ -22,7 +22,6 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.generate import Generator, Sampling, TextStream
 from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
 from mobilellm_jax.runs.run import enable_compilation_cache
-from mobilellm_jax.storage.files import directory
 from mobilellm_jax.training import signals
 
 FLAGS = flags.FLAGS
@@ -53,7 +52,7 @@ def main() -> int:
     if not (FLAGS.prompt or FLAGS.prompt_ids or sys.stdin.isatty()):
         raise UserError("--prompt: say what to continue, such as --prompt='Once upon a time'")
     given_ids = [_token_ids(text) for text in FLAGS.prompt_ids]
-    workdir = directory("workdir", FLAGS.workdir)
+    workdir = cli.directory("workdir", FLAGS.workdir)
     config, params = open_run(workdir)
     tokenizer = open_tokenizer(workdir)
     if tokenizer is None and not (FLAGS.print_ids and given_ids and not FLAGS.prompt):

@@ -19,10 +19,10 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from experiments.runner import hosts, scoring
+from experiments.runner import hosts, questions
 from experiments.runner.flags import PASSED_ON, asked_points, asked_questions, define_sweep
-from experiments.runner.points import table
-from experiments.runner.progress import missing_runs
+from experiments.runner.listing import said_to_compare, table
+from experiments.runner.progress import Progress
 from experiments.runner.sweeping import make_workdir
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import local_directory
@@ -56,17 +56,19 @@ def main() -> int:
     if hosts.asked():
         raise UserError("--distributed: not here; each point is a task of its own, on one node")
     extra = dict(_option(text) for text in FLAGS.sbatch)
-    questions, points = asked_questions(), asked_points()
-    known = scoring.load(questions, points) if questions else {}
+    asked, points = asked_questions(), asked_points()
+    known = questions.load(asked, points) if asked else {}
     workdir = local_directory("workdir", FLAGS.workdir)  # submitit keeps its logs there
     executor = _executor(workdir / "slurm", extra)
     make_workdir(workdir)
+    if FLAGS.only:
+        print(said_to_compare(points))
     print(table(points))
-    missing = missing_runs(points, workdir)
+    missing = Progress(points, workdir).missing()
     todo = [
         index
         for index, point in enumerate(points)
-        if missing[point.name] or (questions and scoring.lacking(point, workdir, questions, known))
+        if missing[point.name] or (asked and questions.lacking(point, workdir, asked, known))
     ]
     print(f"\n{len(points) - len(todo)} of {len(points)} points are complete", flush=True)
     command = [sys.executable, "-m", "experiments.sweep", *cli.given(*PASSED_ON)]

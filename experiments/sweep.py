@@ -28,10 +28,9 @@ from absl import flags
 from experiments import cli
 from experiments.runner import devices, hosts
 from experiments.runner.flags import asked_points, asked_questions, define_sweep
-from experiments.runner.points import said_to_compare, table
+from experiments.runner.listing import said_to_compare, table
 from experiments.runner.sweeping import sweep
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage.files import directory
 
 FLAGS = flags.FLAGS
 
@@ -48,7 +47,7 @@ def main() -> int:
     print(table(points))
     if FLAGS.list:
         return 0
-    return sweep(points, directory("workdir", FLAGS.workdir), FLAGS.jobs, groups, questions)
+    return sweep(points, cli.directory("workdir", FLAGS.workdir), FLAGS.jobs, groups, questions)
 
 
 def _groups() -> list[dict[str, str]] | None:

@@ -24,7 +24,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.run import agreed_record, enable_compilation_cache, run
-from mobilellm_jax.storage.files import AnyPath, directory, reason
+from mobilellm_jax.storage.files import AnyPath, reason
 
 FLAGS = flags.FLAGS
 
@@ -40,7 +40,7 @@ def main() -> int:
         raise UserError("--workdir: say where the run is to be kept, such as --workdir=runs/first")
     config = from_config_dict(cli.one_config())
     hosts.start()
-    workdir = directory("workdir", FLAGS.workdir)
+    workdir = cli.directory("workdir", FLAGS.workdir)
     study, _, preset = cli.config_spec().partition(":")
     describe = functools.partial(
         Record,

@@ -4,7 +4,7 @@ import pytest
 from test_results import make_record
 
 from experiments.reporting import claims
-from experiments.runner.points import points_of
+from experiments.runner.studies import points_of
 from mobilellm_jax.analysis.verdicts import verdict
 
 

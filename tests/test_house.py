@@ -123,6 +123,16 @@ def test_commands_do_not_import_each_other():
     assert not wrong
 
 
+@pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS, ids=name_of)
+def test_imports_set_nothing(path):
+    """Neither log levels nor variables; `storage/quiet.py` does so when a command starts."""
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+            assert ast.unparse(statement.value.func).endswith(".defvjp")
+        if isinstance(statement, ast.Assign):
+            assert all(isinstance(target, ast.Name | ast.Tuple) for target in statement.targets)
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
 def test_flags_are_defined_in_functions(path):
     """`cli.run` calls them, so that any two commands can be imported into one process."""

@@ -16,7 +16,7 @@ from experiments.runner.leases import Leases
 
 HOLD = """
 import sys, time
-from experiments import leases
+from experiments.runner import leases
 leases.BEAT_S = float(sys.argv[2])
 print(leases.Leases(sys.argv[1]).take(["a/b"]), flush=True)
 time.sleep(60)
@@ -25,7 +25,7 @@ time.sleep(60)
 # Takes and releases one name again and again; a file made exclusively shows that nobody else holds it.
 CONTEND = """
 import os, sys, time
-from experiments.leases import Leases
+from experiments.runner.leases import Leases
 mine, taken, end = Leases(sys.argv[1]), 0, time.monotonic() + 1.5
 while time.monotonic() < end or not taken:
     if mine.take(["point"]):

@@ -18,7 +18,7 @@ from conftest import SHARING, init, loss_and_gradients, random_batch, random_par
 from test_sweep import write_study
 
 from experiments.runner import hosts, sweeping
-from experiments.runner.points import points_of
+from experiments.runner.studies import points_of
 from mobilellm_jax.analysis.records import read_record, read_records
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition, processes

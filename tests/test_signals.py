@@ -18,7 +18,7 @@ AGAIN = "Run the same command again to resume\n"
 IN_C = """
 import ctypes, sys
 from experiments import cli
-from experiments.leases import Leases
+from experiments.runner.leases import Leases
 
 def main():
     Leases("{}").take(["point"])

@@ -166,7 +166,7 @@ def test_without_the_extra_its_name_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "mobilellm_jax.inference.harness", raising=False)
     with pytest.raises(UserError, match=r"pip install -e '\.\[eval\]'"):
-        import mobilellm_jax.harness  # noqa: F401
+        import mobilellm_jax.inference.harness  # noqa: F401
 
 
 def test_an_imported_tokenizer_says_whether_it_adds_bos(tmp_path):

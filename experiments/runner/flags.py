@@ -4,9 +4,9 @@ from absl import flags
 
 from experiments import cli
 from experiments.runner import hosts
-from experiments.runner.points import Point, points_of
-from experiments.runner.scoring import Questions
-from experiments.runner.sweeping import shard
+from experiments.runner.points import Point
+from experiments.runner.questions import Questions
+from experiments.runner.studies import points_of, shard
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import local_directory
 
