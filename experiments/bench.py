@@ -57,7 +57,7 @@ def main() -> int:
         if part not in PARTS:
             raise UserError(f"--only={part}: there is no such part; {did_you_mean(part, PARTS)}")
     if FLAGS.quick and not FLAGS["workdir"].present:
-        raise UserError("--quick: needs a --workdir, as its numbers are not to replace measured ones")
+        raise UserError("--quick: needs --workdir, so that its numbers do not replace measured ones")
     bench = cli.directory("workdir", FLAGS.workdir) / "bench"
     if FLAGS.show:
         print("\n".join(show(bench, FLAGS.only)))
@@ -67,7 +67,7 @@ def main() -> int:
         if hasattr(module, "MODELS"):
             shapes.chosen(module.MODELS)
         elif shapes.asked():
-            raise UserError(f"--shapes: not for {part}, which has its own; give --only=training,pytorch too")
+            raise UserError(f"--shapes: does not apply to {part}; add --only=training,pytorch")
     for part, module in modules.items():
         missing = getattr(module, "missing", str)()  # a part that needs an extra can say so
         if missing and not FLAGS["only"].present:
@@ -93,25 +93,27 @@ def main() -> int:
 
 
 def show(bench: AnyPath, parts: list[str]) -> list[str]:
-    """Returns the tables of all records of these parts, line by line.
+    """The tables of all records of these parts, line by line.
 
     Raises:
       UserError: there is none, or one that cannot be read.
     """
     paths = sorted(path for part in parts for path in bench.glob(f"*/{part}*.json"))
     if not paths:
-        raise UserError(f"{bench}: nothing was measured yet; leave out --show")
+        raise UserError(f"{bench}: no measurements there; run without --show first")
     lines = []
     for path in paths:
         try:
             lines += table(json.loads(path.read_text()))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a record of this command: {error!r}") from None
+            raise UserError(
+                f"{path}: not a benchmark record ({error!r}); delete it, or measure again"
+            ) from None
     return lines
 
 
 def table(record: dict[str, Any]) -> list[str]:
-    """Returns the table of one record, with the machine above it."""
+    """The table of one record, with the machine above it."""
     lines = [measure.Line.from_json(line) for line in record["lines"]]
     device, versions = record["device"], record["versions"]
     machine = f"{device['count']} x {device['kind']}, {device['cores']} cores"

@@ -25,7 +25,7 @@ from mobilellm_jax.training.malloc import keep_freed_memory
 
 
 def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:
-    """Returns the module, preset and config of "configs/<file>.py:<preset>" (no preset: the file's first).
+    """The module, preset and config of "configs/<file>.py:<preset>" (no preset: the file's first).
 
     Raises:
       UserError: there is no such file, it is no config, or it has no such preset.
@@ -41,7 +41,7 @@ def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise UserError(f"--config={spec}: {path} has no get_config(preset)")
+        raise UserError(f"--config={spec}: {path} has no get_config(preset); it is not a config file")
     try:
         config = module.get_config(*[preset] if preset else [])
     except ValueError as error:
@@ -50,12 +50,12 @@ def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:
 
 
 def config_spec() -> str:
-    """Returns the value of `--config`."""
+    """The value of `--config`."""
     return config_flags.get_config_filename(flags.FLAGS["config"])
 
 
 def one_config() -> ConfigDict:
-    """Returns the config of `--config` with its overrides, for a command about one model.
+    """The config of `--config` with its overrides, for a command about one model.
 
     Raises:
       UserError: the file names several studies, whose configs are in files of their own.
@@ -72,25 +72,25 @@ def one_config() -> ConfigDict:
 
 
 def overrides() -> dict[str, Any]:
-    """Returns the `--config.<field>=<value>` flags of the command line as {"model.width": 64, ...}."""
+    """The `--config.<field>=<value>` flags of the command line as {"model.width": 64, ...}."""
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
 def given(*names: str) -> list[str]:
-    """Returns `--config`, its overrides and the flags of these names that were given, for another command."""
+    """`--config`, its overrides and the flags of these names that were given, for another command."""
     names = ("config", *sorted(name for name in flags.FLAGS if name.startswith("config.")), *names)
     return [flags.FLAGS[name].serialize() for name in names if flags.FLAGS[name].present]
 
 
 def command() -> str:
-    """Returns the command line, as one would type it."""
+    """The command line, as one would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     arguments = [spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]]
     return shlex.join(["python", "-m", *arguments])
 
 
 def config_first(argv: Sequence[str], default_config: str) -> list[str]:
-    """Returns the command line with `--config` in front, which its overrides have to follow.
+    """The command line with `--config` in front, which its overrides have to follow.
 
     Raises:
       UserError: the config cannot be loaded, or an override names a field that it does not have.
@@ -193,13 +193,13 @@ def run(
 
 
 def _no_devices(error: Exception) -> str:
-    """Says in one line that JAX finds no device of the platforms asked for; raises any other error."""
+    """The message where JAX finds no device of the platforms asked for; raises any other error."""
     asked = os.environ.get("JAX_PLATFORMS", "")
     where = traceback.extract_tb(error.__traceback__)[-1].filename
     if not asked or not where.endswith("xla_bridge.py"):
         raise error
     return (
-        f"JAX_PLATFORMS={asked}: JAX finds no such device; unset JAX_PLATFORMS, or install what drives it "
+        f"JAX_PLATFORMS={asked}: JAX finds no such device; unset JAX_PLATFORMS, or install its support "
         "(GPU: pip install -e '.[cuda]', TPU: pip install -e '.[tpu]')"
     )
 

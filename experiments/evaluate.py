@@ -56,10 +56,10 @@ def define_flags() -> None:
 def main() -> int:
     """Evaluates, and returns the exit status."""
     if not FLAGS.workdir:
-        raise UserError("--workdir: say which run, such as --workdir=runs/first")
+        raise UserError("--workdir: missing; name a run, such as --workdir=runs/first")
     if not FLAGS.text and not FLAGS.tasks:
         raise UserError(
-            "--text: say what to score, such as --text='files:corpus/*.txt', or --tasks=mobilellm"
+            "--text: missing; name a text to score, such as --text='files:corpus/*.txt', or --tasks=mobilellm"
         )
     questions = asked_questions(FLAGS.bos)
     workdir = cli.directory("workdir", FLAGS.workdir)
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def _on_this_machine(config: Config) -> Config:
-    """Returns the config with the mesh and the batch of this command, of which only evaluation is used."""
+    """The config with the mesh and batch size of this command."""
     try:
         mesh = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), map(int, FLAGS.mesh), strict=True)))
     except (TypeError, ValueError) as error:

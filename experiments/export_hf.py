@@ -29,9 +29,9 @@ def define_flags() -> None:
 def main() -> int:
     """Exports, and returns the exit status."""
     if not FLAGS.workdir:
-        raise UserError("--workdir: say which run to export, such as --workdir=runs/first")
+        raise UserError("--workdir: missing; name the run to export, such as --workdir=runs/first")
     if not FLAGS.target:
-        raise UserError("--target: say which folder to make, such as --target=exported")
+        raise UserError("--target: missing; name the folder to make, such as --target=exported")
     workdir, target = local_directory("workdir", FLAGS.workdir), local_directory("target", FLAGS.target)
     config = huggingface.export_run(workdir, target, FLAGS.dtype)
     tokenizer = open_tokenizer(workdir)

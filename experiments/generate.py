@@ -47,10 +47,10 @@ def define_flags() -> None:
 def main() -> int:
     """Generates, and returns the exit status."""
     if not FLAGS.workdir:
-        raise UserError("--workdir: say which run, such as --workdir=runs/first")
+        raise UserError("--workdir: missing; name a run, such as --workdir=runs/first")
     sampling = Sampling(temperature=FLAGS.temperature, top_k=FLAGS.top_k, top_p=FLAGS.top_p)
     if not (FLAGS.prompt or FLAGS.prompt_ids or sys.stdin.isatty()):
-        raise UserError("--prompt: say what to continue, such as --prompt='Once upon a time'")
+        raise UserError("--prompt: missing; give a text to continue, such as --prompt='Once upon a time'")
     given_ids = [_token_ids(text) for text in FLAGS.prompt_ids]
     workdir = cli.directory("workdir", FLAGS.workdir)
     config, params = open_run(workdir)

@@ -68,10 +68,10 @@ def main() -> int:
         if not FLAGS[name].value and not (name == "claim" and in_bucket):
             raise UserError(f"--{name}: missing; give the {FLAGS[name].help}")
     if in_bucket and FLAGS.claim:
-        raise UserError(f"--claim={FLAGS.claim}: is for a --workdir under {FLAGS.mount}, not in a bucket")
+        raise UserError(f"--claim={FLAGS.claim}: leave it out; --workdir is in a bucket")
     if not in_bucket and not PurePosixPath(workdir).is_relative_to(FLAGS.mount):
         raise UserError(
-            f"--workdir={workdir}: lies outside of the volume of --claim; expected {FLAGS.mount}/... or gs://..."
+            f"--workdir={workdir}: is outside the volume of --claim; expected {FLAGS.mount}/... or gs://..."
         )
     command = ["python", "-m", f"experiments.{FLAGS.run}", *_arguments(num_hosts, chips)]
     name = FLAGS.name or re.sub(r"[^a-z0-9]+", "-", PurePosixPath(cli.config_spec()).name.lower())
@@ -80,7 +80,7 @@ def main() -> int:
 
 
 def hosts_of(tpu: str, topology: str, chips_per_host: int | None) -> tuple[int, int]:
-    """Returns the number of hosts of a slice, and of chips of each.
+    """The number of hosts of a slice, and of chips of each.
 
     Raises:
       UserError: there is no such topology.
@@ -97,23 +97,23 @@ def hosts_of(tpu: str, topology: str, chips_per_host: int | None) -> tuple[int, 
 
 
 def _arguments(num_hosts: int, chips: int) -> list[str]:
-    """Returns the arguments of the command, after checking that it can run on the slice."""
+    """The arguments of the command; checks that it can run on the slice."""
     passed_on = [*PASSED_ON, "shard", "devices_per_run"]
     for name in ("jobs", "list"):
         if FLAGS[name].present:
-            raise UserError(f"--{name}: is not for a TPU slice")
+            raise UserError(f"--{name}: leave it out; it does not apply to a TPU slice")
     if hosts.asked():
-        raise UserError("--distributed: is set here as the slice needs it")
+        raise UserError("--distributed: leave it out; it is set where the slice has several hosts")
     if FLAGS.run == "train":
         for name in passed_on[1:]:
             if FLAGS[name].present:
-                raise UserError(f"--{name}: is for --run=sweep")
+                raise UserError(f"--{name}: applies to --run=sweep only")
         configs = [from_config_dict(FLAGS.config)]
     else:
         configs = [point.config for point in asked_points()]
     size = FLAGS.devices_per_run
     if size and (num_hosts > 1 or chips % size):
-        raise UserError(f"--devices_per_run={size}: takes a slice of one host whose chips it divides")
+        raise UserError(f"--devices_per_run={size}: needs a slice of one host whose chips it divides")
     for config in configs:
         _check_mesh(config, size or num_hosts * chips)
     arguments = cli.given(*passed_on)
@@ -126,7 +126,7 @@ def _check_mesh(config: Config, devices: int) -> None:
 
 
 def manifest(name: str, command: list[str], num_hosts: int, chips: int) -> dict[str, Any]:
-    """Returns the JobSet.
+    """The JobSet.
 
     Raises:
       UserError: a name that Kubernetes does not take.

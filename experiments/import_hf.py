@@ -34,9 +34,9 @@ def define_flags() -> None:
 def main() -> int:
     """Imports, and returns the exit status."""
     if not FLAGS.source:
-        raise UserError("--source: say what to import, a folder or an id such as HuggingFaceTB/SmolLM2-135M")
+        raise UserError("--source: missing; name a folder, or a hub id such as HuggingFaceTB/SmolLM2-135M")
     if not FLAGS.workdir:
-        raise UserError("--workdir: say which directory to make, such as --workdir=runs/smollm2")
+        raise UserError("--workdir: missing; name the directory to make, such as --workdir=runs/smollm2")
     how = (FLAGS.sharing, FLAGS.num_repeats)
     folder = fetch(FLAGS.source, how)
     config = huggingface.import_run(
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def fetch(source: str, how: tuple[str, int]) -> Path:
-    """Returns the folder that `source` names, after downloading it if it is on the hub.
+    """The folder that `source` names; downloads it if it is an id on the hub.
 
     Raises:
       UserError: it is neither there nor on the hub, or its config.json, which comes first, is not supported.
@@ -61,7 +61,7 @@ def fetch(source: str, how: tuple[str, int]) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise UserError(f"--source={source}: there is no such folder, and it is no hub id, <owner>/<name>")
+        raise UserError(f"--source={source}: no such folder, and not a hub id (<owner>/<name>)")
     try:
         config_folder = snapshot_download(source, allow_patterns=["config.json"])
         model_fields(read_object(Path(config_folder) / "config.json"), *how)
@@ -70,7 +70,7 @@ def fetch(source: str, how: tuple[str, int]) -> Path:
         raise
     except Exception as error:  # the library lets those of several others through
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"--source={source}: there is no such folder, and the hub says: {reason}") from None
+        raise UserError(f"--source={source}: no such folder, and the hub answered: {reason}") from None
 
 
 if __name__ == "__main__":

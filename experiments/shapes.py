@@ -47,7 +47,7 @@ def main() -> int:
     """Prints the shapes, and returns the exit status."""
     budget, target = parse_budget(FLAGS.budget)
     if bool(FLAGS.depth) == bool(FLAGS.width):
-        raise UserError("--depth, --width: give one of them, such as --depth=4,8,16, and not the other")
+        raise UserError("--depth, --width: give exactly one of them, such as --depth=4,8,16")
     config = from_config_dict(cli.one_config())
     length, rows = config.data.sequence_length, config.train.batch_size // config.train.accumulation_steps
     spread = FLAGS.tolerance
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def parse_budget(text: str | None) -> tuple[str, float]:
-    """Returns name and value of "<name>:<value>"; the value may have "_" and one of the units k, M, B and G.
+    """Name and value of "<name>:<value>"; the value may have "_" and one of the units k, M, B and G.
 
     Raises:
       UserError: it has another form, there is no such budget, or the value is not positive.
@@ -95,7 +95,7 @@ def _integers(flag: str, words: Sequence[str]) -> list[int]:
 
 
 def table(shapes: Sequence[Shape], costs: Sequence[dict[str, int | float]]) -> str:
-    """Returns fields, budgets and mismatch, a column for each shape."""
+    """Fields, budgets and mismatch, a column for each shape."""
     rows = [[name, *(f"{shape.fields[name]:,}" for shape in shapes)] for name in shapes[0].fields]
     rows += [[name, *(f"{cost[name]:,.0f}" for cost in costs)] for name in costs[0]]
     rows.append(["mismatch to the target", *(f"{shape.mismatch:+.2%}" for shape in shapes)])
@@ -104,7 +104,7 @@ def table(shapes: Sequence[Shape], costs: Sequence[dict[str, int | float]]) -> s
 
 
 def paste(shapes: Sequence[Shape]) -> str:
-    """Returns the points of these shapes for the `sweep` of a config."""
+    """The points of these shapes for the `sweep` of a config."""
     rows = {name: tuple(shape.fields[name] for shape in shapes) for name in shapes[0].fields}
     lines = [f"    model__{name}={values}," for name, values in rows.items()]
     return "\n".join(["yield from base.zipped(", *lines, ")"])

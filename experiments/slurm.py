@@ -52,9 +52,9 @@ def main() -> int:
     """Submits what is missing, and returns the exit status."""
     for name in ("jobs", "shard", "devices_per_run", "list"):
         if FLAGS[name].present:
-            raise UserError(f"--{name}: not here; each point is a task of its own")
+            raise UserError(f"--{name}: leave it out; on Slurm each point is a task of its own")
     if hosts.asked():
-        raise UserError("--distributed: not here; each point is a task of its own, on one node")
+        raise UserError("--distributed: leave it out; on Slurm each point is a task of its own, on one node")
     extra = dict(_option(text) for text in FLAGS.sbatch)
     asked, points = asked_questions(), asked_points()
     known = questions.load(asked, points) if asked else {}
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def _option(text: str) -> tuple[str, Any]:
-    """Returns an option of sbatch from "name=value", or from "name" one that takes no value."""
+    """An option of sbatch from "name=value", or from "name" one that takes no value."""
     name, equals, value = text.strip().lstrip("-").partition("=")
     if not name or name in ("array", "signal"):
         raise UserError(f"--sbatch={text}: expected name=value; array and signal are set already")
@@ -86,7 +86,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _executor(folder: Path, extra: dict[str, Any]) -> Any:
-    """Returns submitit's executor with what the flags say.
+    """Submitit's executor, set up by the flags.
 
     Raises:
       UserError: submitit or Slurm is missing.
@@ -100,8 +100,8 @@ def _executor(folder: Path, extra: dict[str, Any]) -> Any:
         executor = submitit.AutoExecutor(folder / "%j", cluster=FLAGS.cluster, **timeouts)
     except RuntimeError:
         raise UserError(
-            "--cluster=slurm: there is no srun here; start this on a node of the cluster, or try "
-            "--cluster=local on this machine"
+            "--cluster=slurm: srun was not found; run this on a node of the cluster, or use --cluster=local "
+            "on this machine"
         ) from None
     executor.update_parameters(
         name="mobilellm",

@@ -17,6 +17,8 @@ checkpoint used. Exit status 1 where a count is not full, or one kind of moment 
 or signals. On the CPU, unless JAX_PLATFORMS says otherwise.
 """
 
+import collections
+import itertools
 import os
 import random
 import signal
@@ -27,8 +29,7 @@ from absl import flags
 from experiments import cli
 from experiments.soaks import ends
 from experiments.soaks.damage import damaged_checkpoints, damaged_data, damaged_words
-from experiments.soaks.runs import TINY, Run
-from experiments.soaks.trials import count
+from experiments.soaks.runs import TINY, SoakRun, Trials
 from mobilellm_jax.training.signals import scratch_directory
 
 FLAGS = flags.FLAGS
@@ -51,22 +52,34 @@ def main() -> int:
                 f"{rng.randrange(10**6):b} and {rng.choice(('one', 'two', 'three'))}." for _ in range(30)
             ]
             (folder / f"{i}.txt").write_text(f"Document {i}. {' '.join(words)}")
-        straight = Run(folder, folder / "straight")
+        straight = SoakRun(folder, folder / "straight")
         _, start_s, training_s = straight.finish()
         times = start_s, training_s / TINY["train.steps"], rng
         killed = ends.runs(straight, FLAGS.kills, *times, [signal.SIGKILL], ends.KILLED)
         signalled = ends.runs(straight, FLAGS.signals, *times, ends.SIGNALS, ends.SIGNALLED)
         others = ends.commands(straight, FLAGS.signals // 4, start_s, rng)
-        counts = [
-            count("kills, then the same as without", killed),
-            count("signals, one line and the status at once, then the same as without", signalled),
-            count("signals to sweeps and plan, all processes ended, no lease left", others),
+        parts = [
+            ("kills, then the same as without", killed),
+            ("signals, one line and the status at once, then the same as without", signalled),
+            ("signals to sweeps and plan, all processes ended, no lease left", others),
         ]
-        if FLAGS.flips:
-            counts += damaged_checkpoints(straight, FLAGS.flips, rng)
-            counts += damaged_data(straight, FLAGS.flips, rng)
-            counts += damaged_words(straight, FLAGS.flips, rng)
+        damaged = (damaged_checkpoints, damaged_data, damaged_words) if FLAGS.flips else ()
+        damages = itertools.chain.from_iterable(damage(straight, FLAGS.flips, rng) for damage in damaged)
+        counts = [count(what, trials) for what, trials in itertools.chain(parts, damages)]
     return 0 if all(counts) else 1
+
+
+def count(what: str, trials: Trials) -> bool:
+    """Runs the trials and prints how many succeeded, which did not, and how many of each kind there were."""
+    good, kinds = [], collections.Counter[str]()
+    for ok, kind in trials:
+        good.append(ok)
+        kinds[kind] += 1
+        if not ok:
+            print(f"  NOT: {what}: {kind}", flush=True)
+    listed = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+    print(f"{what}: {sum(good)} of {len(good)} ({listed})", flush=True)
+    return all(good)
 
 
 if __name__ == "__main__":

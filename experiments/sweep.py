@@ -51,14 +51,14 @@ def main() -> int:
 
 
 def _groups() -> list[dict[str, str]] | None:
-    """Returns the environments of the processes that --devices_per_run asks for; None if it is not given."""
+    """The environments of the processes that --devices_per_run asks for; None if it is not given."""
     size = FLAGS.devices_per_run
     if size is None:
         return None
     if FLAGS.jobs is not None or hosts.asked():
         raise UserError(
-            f"--devices_per_run={size}: goes neither with --jobs nor with --distributed: it starts as many "
-            "processes as this host has groups of devices, and each run has one of them"
+            f"--devices_per_run={size}: cannot be combined with --jobs or --distributed; it starts one "
+            "process for each group of devices of this host"
         )
     groups = devices.groups(*devices.of_host(), size, os.environ)
     devices.stay_off(size)

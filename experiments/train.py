@@ -37,7 +37,7 @@ def define_flags() -> None:
 def main() -> int:
     """Trains, and returns the exit status."""
     if not FLAGS.workdir:
-        raise UserError("--workdir: say where the run is to be kept, such as --workdir=runs/first")
+        raise UserError("--workdir: missing; name the directory of the run, such as --workdir=runs/first")
     config = from_config_dict(cli.one_config())
     hosts.start()
     workdir = cli.directory("workdir", FLAGS.workdir)
@@ -98,8 +98,8 @@ def _alone(workdir: AnyPath) -> Iterator[None]:
         worker = leases.take_unless_alive("run")
         if worker:
             raise UserError(
-                f"--workdir={workdir}: another training is at work there: {worker} (host, process id). "
-                "Wait for it, or use another --workdir"
+                f"--workdir={workdir}: another training is running there: {worker} (host, process id); "
+                "wait for it, or use another --workdir"
             )
         mine.append(leases)
 

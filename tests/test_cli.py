@@ -47,7 +47,7 @@ def test_the_config_goes_in_front_of_its_overrides():
         (["sweep", "--config.model.width=wide"], "invalid literal for int() with base 10: 'wide'"),
         (["sweep", "--confg=x"], "Unknown command line flag 'confg'. Did you mean: config"),
         (["train", "extra", "--workdir=x"], "unexpected argument 'extra'"),
-        (["train"], "--workdir: say where"),
+        (["train"], "--workdir: missing; name the directory"),
         (
             ["train", "--config=configs/tour.py:tiny", "--workdir=x"],
             "--config=configs/tour.py:tiny: names 2 studies, and this command takes one config; use "

@@ -195,7 +195,7 @@ def test_a_start_on_one_host_only_says_so_and_ends():
         ((status, output, errors),) = ends(started)
     assert (status, output) == (2, "")
     assert errors.startswith(
-        "error: after 1 s the other processes have not come. Run the same command on every"
+        "error: timed out after 1 s waiting for the other hosts. Run the same command on every"
     )
     assert "--worker=all --command='python -m experiments.train --config=configs/base.py" in errors
     assert not Path("x y").exists()
@@ -211,7 +211,7 @@ def test_no_cluster_to_join():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ((None, 2, None), "give all three of them, or none"),
+        ((None, 2, None), "give all three, or none"),
         (("here", 2, 0), "--coordinator_address=here: expected host:port"),
         (("host:1", 2, 2), "--process_id=2: expected 0 to 1"),
     ],

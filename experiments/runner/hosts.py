@@ -34,7 +34,7 @@ def define_flags() -> None:
 
 
 def asked() -> bool:
-    """Returns whether the flags ask for several processes."""
+    """Whether the flags ask for several processes."""
     one = (FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
     return FLAGS.distributed or any(value is not None for value in one)
 
@@ -50,14 +50,12 @@ def start() -> None:
     if not asked():
         return
     if any(given) and not all(given):
-        raise UserError(
-            "--coordinator_address, --num_processes, --process_id: give all three of them, or none"
-        )
+        raise UserError("--coordinator_address, --num_processes, --process_id: give all three, or none")
     if address is not None and not re.fullmatch(r".+:\d{1,5}", address):
         raise UserError(f"--coordinator_address={address}: expected host:port, such as 10.0.0.2:1234")
     if count is not None and index is not None and index >= count:
         raise UserError(f"--process_id={index}: expected 0 to {count - 1}, as --num_processes={count}")
-    advice = "Run the same command on every host, and give it longer with --start_timeout=<seconds>. "
+    advice = "Run the same command on every host, or allow more time with --start_timeout=<seconds>. "
     if all(given):
         advice += "Each has a --process_id of its own"
     else:

@@ -183,7 +183,7 @@ def do_point(point: Point, workdir: AnyPath) -> None:
 
 
 def _do(run_: Run, workdir: AnyPath) -> Record:
-    """Returns the record of a run, making it if it is not there; an error in it goes no further."""
+    """The record of a run, which is done if it has none; an error in it becomes a failed record."""
     path, directory = record_path(workdir, run_), workdir / "runs" / run_.name
     if (record := agreed_record(path, run_.config)) is not None:
         return record
@@ -256,7 +256,7 @@ def _report(points: Sequence[Point], workdir: AnyPath) -> int:
 
 
 def expected_seconds(runs: Sequence[tuple[Point, int]]) -> float:
-    """Returns about how long so many runs of these points take one after the other, on all cores.
+    """Estimated seconds of so many runs of these points, one after the other on all cores.
 
     From the rate of matrix products, measured here.
     """
