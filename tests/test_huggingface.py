@@ -573,7 +573,8 @@ def test_what_imported_weights_were_trained_on_is_not_known(folder, tmp_path, so
     path.write_text(json.dumps(seal(values)))
     assert open_run(tmp_path / "run")[0].data.source == source
     with pytest.raises(
-        UserError, match=r"data\.source: '(imported' is of weights whose data|.*unknown' matches)"
+        UserError,
+        match=r"data\.source: '(imported' marks weights with unknown training data|.*unknown' matches)",
     ):
         prepare(open_run(tmp_path / "run")[0].data, 1 << 16)
 

@@ -250,7 +250,7 @@ def test_a_run_keeps_its_tokenizer(workdir):
     assert (restored.sha256, restored.bos_id, restored.eos_id) == (tokenizer.sha256, 0, 1)
     assert restored.encode_batch(["some words"]) == tokenizer.encode_batch(["some words"])
     (workdir / TOKENIZER / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupt tokenizer"):
         open_tokenizer(workdir)
 
 
