@@ -219,9 +219,9 @@ def test_a_run_is_opened_without_a_change_to_it(workdir):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model.ffn_width", 40, r"blocks/ffn/down has the shape \(2, 32, 24\) there, and \(2, 40, 24\) by"),
-        ("model.share_embedding", False, r"head has the shape None there, and \(48, 24\)"),
-        ("model.ffn_kind", "relu", r"blocks/ffn/gate has the shape \(2, 24, 32\) there, and None"),
+        ("model.ffn_width", 40, r"blocks/ffn/down has shape \(2, 32, 24\), but \(2, 40, 24\) by"),
+        ("model.share_embedding", False, r"head has shape None, but \(48, 24\)"),
+        ("model.ffn_kind", "relu", r"blocks/ffn/gate has shape \(2, 24, 32\), but None"),
     ],
 )
 def test_parameters_of_another_config_are_refused(workdir, field, value, message):
