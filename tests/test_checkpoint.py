@@ -198,10 +198,12 @@ def test_a_disk_that_is_full_or_read_only_is_told_and_what_was_saved_stays(small
     checkpoints.save(1, {"a": jnp.asarray(numbers)}, None)
     checkpoints.save(2, {"a": jnp.asarray(numbers + 1)}, None)
     checkpoints.save(3, {"a": jnp.asarray(numbers + 2)}, None)
-    with pytest.raises(UserError, match=r"step 3 .*: No space left on device; saved before, and kept: 1, 2$"):
+    with pytest.raises(
+        UserError, match=r"step 3 .*: No space left on device; earlier checkpoints kept: 1, 2$"
+    ):
         checkpoints.finish()
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(UserError, match=r"step 4 .*: Read-only file system; saved before, and kept: 1, 2$"):
+    with pytest.raises(UserError, match=r"step 4 .*: Read-only file system; earlier checkpoints kept: 1, 2$"):
         checkpoints.save(4, {"a": jnp.asarray(numbers)}, None)
     checkpoints.close()
     checkpoints = Checkpoints(directory)

@@ -147,11 +147,12 @@ def test_rows_from_many_shards(tmp_path, monkeypatch):
 def test_batch_size_must_divide_by_the_number_of_processes(prepared):
     options = {"batch_size": 6, "process_count": 4}
     with pytest.raises(
-        UserError, match=r"^train\.batch_size: 6 does not divide by the number of processes, 4$"
+        UserError, match=r"^train\.batch_size: 6 is not divisible by the 4 processes; use a multiple of 4$"
     ):
         prepared.train_batches(seed=0, **options)
     with pytest.raises(
-        UserError, match=r"^train\.eval_batch_size: 6 does not divide by the number of processes, 4$"
+        UserError,
+        match=r"^train\.eval_batch_size: 6 is not divisible by the 4 processes; use a multiple of 4$",
     ):
         prepared.eval_batches(**options)
 
@@ -177,6 +178,6 @@ def test_damaged_rows_are_noticed(tmp_path, split, damage):
         return list(prepared.eval_batches(batch_size=500))
 
     with pytest.raises(
-        UserError, match=rf"^{path}: damaged .*; delete the directory {prepared.directory} and"
+        UserError, match=rf"^{path}: corrupt rows .*; delete the directory {prepared.directory} and"
     ):
         read()

@@ -170,7 +170,7 @@ def test_token_ids(tmp_path, vocab_size, itemsize):
     assert prepared.card["splits"]["train"]["text_bytes"] is None
     names = ("tokenizer", "tokenizer_sha256", "bos_id", "eos_id")
     assert [prepared.card[name] for name in names] == [None] * 4
-    with pytest.raises(UserError, match="prepared from token ids; there is no tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer, as its data were prepared from token ids"):
         data.load_tokenizer(prepared.directory)
     for _ in range(2):  # the second time the rows are there
         with pytest.raises(
@@ -283,8 +283,10 @@ def test_damaged_directory_is_refused(corpus, name, damage):
         path.unlink()
     else:
         os.truncate(path, path.stat().st_size - 1)
-    what = "missing" if damage == "missing" else r"\d+ bytes, not the \d+ of the data card"
-    message = rf"^{path}: {what}; delete the directory {prepared.directory} and prepare again$"
+    what = "missing" if damage == "missing" else r"\d+ bytes, expected \d+ by the data card"
+    message = (
+        rf"^{path}: {what}; delete the directory {prepared.directory} and run again to prepare the data anew$"
+    )
     for again in (
         lambda: data.prepare(config(corpus, tokenizer="bpe:258"), 258),
         lambda: data.open_prepared(path.parent),
@@ -297,12 +299,12 @@ def test_damaged_directory_is_refused(corpus, name, damage):
     ("content", "message"),
     [
         (None, "No such file or directory"),
-        (b'{"format": 1, "spl', "not a data card"),
-        (b"\xff", "not a data card"),
-        (b"[]", "not a data card"),
-        (b"{}", "not a data card"),
-        (b'{"format": 2}', "not a data card: not a JSON object with a sha256"),
-        (b'{"format": 0}', "format 0, not 2"),
+        (b'{"format": 1, "spl', "corrupt data card"),
+        (b"\xff", "corrupt data card"),
+        (b"[]", "corrupt data card"),
+        (b"{}", "corrupt data card"),
+        (b'{"format": 2}', "corrupt data card: not a JSON object with a sha256"),
+        (b'{"format": 0}', "prepared in format 0, expected 2"),
     ],
 )
 def test_damaged_card_is_refused(corpus, content, message):
@@ -310,9 +312,7 @@ def test_damaged_card_is_refused(corpus, content, message):
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(
-        UserError, match=rf"{message}.*; delete the directory {path.parent} and prepare again"
-    ):
+    with pytest.raises(UserError, match=rf"{message}.*; delete the directory {path.parent} and run again"):
         data.prepare(config(corpus), 258)
 
 
@@ -321,7 +321,7 @@ def test_a_bit_flipped_in_the_card_is_noticed(corpus):
     content, rng = path.read_bytes(), random.Random(0)
     for bit in rng.sample(range(8 * len(content)), 300):
         path.write_bytes(flipped(content, bit))
-        with pytest.raises(UserError, match=f"^{path.parent}.* and prepare again$"):
+        with pytest.raises(UserError, match=f"^{path.parent}.* and run again to prepare the data anew$"):
             data.open_prepared(path.parent)
 
 
@@ -331,7 +331,7 @@ def test_a_card_names_no_file_outside_its_directory(corpus, name):
     card = unseal(json.loads(path.read_text()))
     card["splits"]["train"]["shards"][0]["file"] = name
     path.write_text(json.dumps(seal(card)))
-    with pytest.raises(UserError, match=f"'{name}' is not the name of a file in it"):
+    with pytest.raises(UserError, match=f"'{name}' is not a plain file name"):
         data.open_prepared(path.parent)
 
 
@@ -339,9 +339,9 @@ def test_exchanged_tokenizer_is_refused(corpus):
     directory = data.prepare(config(corpus, tokenizer="bpe:260"), 260).directory
     other = tokenizers.train_bpe("bpe:260", ["zz zz"])
     (directory / "tokenizer.json").write_bytes(other.file_bytes)
-    with pytest.raises(UserError, match=r"tokenizer\.json is not the one that the rows were made with"):
+    with pytest.raises(UserError, match=r"tokenizer\.json does not match its checksum in card\.json"):
         data.load_tokenizer(directory)
-    with pytest.raises(UserError, match="no tokenizer here: No such file"):
+    with pytest.raises(UserError, match="cannot read the tokenizer: No such file"):
         data.load_tokenizer(corpus)
 
 
@@ -422,7 +422,7 @@ def test_too_little_text(tmp_path, texts, overrides, message):
 def test_bad_input_leaves_nothing_behind(corpus):
     with open(corpus / "train.jsonl", "a") as file:
         file.write("broken")
-    with pytest.raises(UserError, match=r"train\.jsonl, line 16: not JSON"):
+    with pytest.raises(UserError, match=r"train\.jsonl, line 16: invalid JSON"):
         data.prepare(config(corpus, tokenizer="bpe:300"), 300)
     assert [path.suffix for path in (corpus / "cache").iterdir()] == [".lock"]
 
@@ -431,7 +431,8 @@ def test_bad_input_leaves_nothing_behind(corpus):
 def test_cache_dir_that_is_a_file(corpus, below):
     (corpus / "file").write_text("x")
     with pytest.raises(
-        UserError, match=rf"^data\.cache_dir: {corpus}/file{below}: (Not a directory|File exists)"
+        UserError,
+        match=rf"^data\.cache_dir: .* in {corpus}/file{below}: (Not a directory|File exists)",
     ):
         data.prepare(config(corpus, cache_dir=f"{corpus}/file{below}"), 258)
 
@@ -493,7 +494,7 @@ def test_two_processes_at_once(corpus, start):
     second = start(config(corpus), "")
     assert second.stdout is not None
     assert second.stderr is not None
-    assert "Another process prepares this data; waiting for it" in second.stderr.readline()
+    assert "Waiting for another process that is preparing the same data" in second.stderr.readline()
     out1, err1 = first.communicate(timeout=60)
     out2, err2 = second.stdout.read(), second.stderr.read()
     assert out2 == out1.splitlines(keepends=True)[-1]
@@ -525,7 +526,7 @@ def test_full_disk(tmp_path, start, size):
     sources = {"source": f"files:{tmp_path}/big.txt", "valid_source": f"files:{tmp_path}/small.txt"}
     process = start(config(tmp_path, **sources, sequence_length=1000), "full")
     out, err = process.communicate(timeout=60)
-    assert out.startswith(f"UserError: data.cache_dir: {tmp_path}/cache: "), err
+    assert out.startswith(f"UserError: data.cache_dir: cannot prepare data in {tmp_path}/cache: "), err
     assert "File too large" in out
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 

@@ -124,30 +124,35 @@ BAD_FILES = [
         jsonl({"text": "x"}) + b'{"text": "' + LATIN + b'"}',
         "a.jsonl: not UTF-8 at byte 26",
     ),
-    ("files", "a.jsonl", b"\n\n", "a.jsonl: the file holds no rows"),
-    ("files", "a.jsonl", b'{"text": "x"}\n\n{"text": \n', "a.jsonl, line 3: not JSON"),
-    ("files", "a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not JSON"),
+    ("files", "a.jsonl", b"\n\n", "a.jsonl: the file has no rows"),
+    ("files", "a.jsonl", b'{"text": "x"}\n\n{"text": \n', "a.jsonl, line 3: invalid JSON"),
+    ("files", "a.jsonl", b"[" * 100_000, "a.jsonl, line 1: invalid JSON"),
     (
         "files",
         "a.jsonl",
         jsonl({"id": 1, "body": "x"}),
         "line 1: no field 'text'; the row has the fields id, body",
     ),
-    ("files", "a.jsonl", jsonl(["text"]), "line 1: the row is not an object"),
-    ("files", "a.jsonl", jsonl({"text": "x"}, {"text": None}), "line 2: 'text' is NoneType, not a string"),
-    ("files", "a.jsonl", b'{"text": "\\ud800"}', "line 1: 'text' holds half of a surrogate pair"),
+    ("files", "a.jsonl", jsonl(["text"]), "line 1: expected a JSON object"),
+    (
+        "files",
+        "a.jsonl",
+        jsonl({"text": "x"}, {"text": None}),
+        "line 2: 'text' is of type NoneType; expected a string",
+    ),
+    ("files", "a.jsonl", b'{"text": "\\ud800"}', "line 1: 'text' contains half of a surrogate pair"),
     ("tokens", "a.jsonl", jsonl({"text": "x"}), "line 1: no field 'token_ids'; the row has the fields text"),
     (
         "tokens",
         "a.jsonl",
         jsonl({"token_ids": [1, -2]}),
-        "line 1: 'token_ids' holds -2; token ids are from 0",
+        "line 1: 'token_ids' contains -2; expected token ids from 0",
     ),
     (
         "tokens",
         "a.jsonl",
         jsonl({"token_ids": [1, 2**31]}),
-        "holds 2147483648; token ids are from 0 to 2147483647",
+        "contains 2147483648; expected token ids from 0 to 2147483647",
     ),
     ("tokens", "a.jsonl", jsonl({"token_ids": [1, 2.0]}), "'token_ids' is not a list of integers"),
     ("tokens", "a.jsonl", jsonl({"token_ids": [1, True]}), "'token_ids' is not a list of integers"),
@@ -241,7 +246,7 @@ def test_bundled_takes_docstrings_in_the_order_written(tmp_path):
     assert open_bundled(tmp_path).sha256 != source.sha256
     (tmp_path / "pydoc_data/topics.py").unlink()
     with pytest.raises(
-        UserError, match=r"^data\.source: 'bundled' needs the sources of Python's standard library"
+        UserError, match=r"^data\.source: 'bundled' needs the standard library's \.py files in"
     ):
         open_bundled(tmp_path)
 
@@ -340,19 +345,19 @@ def needs_network(split):
 @pytest.mark.parametrize(
     ("generate", "suffix", "field", "message"),
     [
-        (examples, "/nope", "text", r"can't be had: ValueError: Unknown split 'nope'.*'test'"),
-        (examples, "", "body", r"no field 'body' \(data.text_field\); the examples have text"),
+        (examples, "/nope", "text", r"cannot be loaded: ValueError: Unknown split 'nope'.*'test'"),
+        (examples, "", "body", r"no field 'body' \(data.text_field\); the fields are text"),
         (
             needs_tensorflow,
             "",
             "text",
-            "can't be built without the package 'tensorflow'.*`pip install tensorflow`",
+            "cannot be built without the package 'tensorflow'.*`pip install tensorflow`",
         ),
         (
             needs_network,
             "",
             "text",
-            "can't be had: ConnectionError: Name or service not known .*TFDS_DATA_DIR",
+            "cannot be loaded: ConnectionError: Name or service not known; .*TFDS_DATA_DIR",
         ),
     ],
 )

@@ -131,7 +131,7 @@ def test_processes_share_the_rows_of_one(processes):
     for i in range(processes):
         split[:, i::processes] = take(prepared, 2, process_index=i, process_count=processes)
     np.testing.assert_array_equal(split, whole)
-    with pytest.raises(UserError, match=r"train\.batch_size: 6 does not divide"):
+    with pytest.raises(UserError, match=r"train\.batch_size: 6 is not divisible by the 4 processes"):
         take(prepared, 1, process_count=4)
 
 
@@ -179,7 +179,7 @@ BAD = [
     ({"data.source": "khop:"}, "data.source: 'khop:' is not valid; expected 'khop:hops=<integer>,min_hops="),
     ({"data.source": "khop:hops=3"}, "data.source: 'khop:hops=3' lacks min_hops, symbols, queries; expected"),
     ({"data.source": f"{KHOP},hops=2"}, f"data.source: '{KHOP},hops=2' is not valid; expected"),
-    ({"data.source": f"{RECALL},pear=2"}, "no such number: pear; did you mean pairs?"),
+    ({"data.source": f"{RECALL},pear=2"}, "has no parameter 'pear'; did you mean pairs?"),
     ({"data.source": KHOP.replace("=3", "=x")}, "is not valid; expected"),
     ({"data.source": KHOP.replace("symbols=7", "symbols=6")}, "symbols: 6 is not valid; expected more than"),
     (
@@ -203,7 +203,7 @@ BAD = [
     ),
     (
         {"data.valid_source": KHOP.replace("symbols=7", "symbols=8")},
-        "symbols=8,queries=2' has 73 token ids; expected the 57 of data.source='khop:",
+        "symbols=8,queries=2' has 73 token ids; expected 57, as in data.source='khop:",
     ),
     ({"data.valid_source": "khop:hops=3"}, "data.valid_source: 'khop:hops=3' lacks min_hops"),
     ({"data.valid_source": RECALL}, f"data.valid_source: '{RECALL}' is not valid; expected khop, like"),

@@ -71,5 +71,5 @@ def test_bad_texts_are_named(spec, message):
 
 def test_a_text_without_a_token_to_predict_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": ""}\n')
-    with pytest.raises(UserError, match=r"holds 0 token\(s\); there is none to predict"):
+    with pytest.raises(UserError, match=r"has 0 token\(s\); expected at least 2"):
         read_text(f"files:{tmp_path}/x.jsonl", "text", BytesTokenizer(), 4, add_bos=True)

@@ -206,7 +206,7 @@ def test_bad_tokenizer_file(tmp_path, kind, content):
         path.write_bytes(content)
     reason = {"sentencepiece": "not a SentencePiece model", "huggingface": "not a tokenizer.json"}[kind]
     if content in (None, "folder"):
-        reason = "No such file or directory" if content is None else "Is a directory"
+        reason = f"cannot read {path}: {'No such file or directory' if content is None else 'Is a directory'}"
     with pytest.raises(UserError, match=rf"^data\.tokenizer: '{kind}:{path}': {reason}"):
         open_tokenizer(f"{kind}:{path}")
 

@@ -156,8 +156,8 @@ def test_draws_follow_from_seed_and_place():
     ("prompts", "most", "message"),
     [
         ([[1], []], 3, "prompt 2: is empty"),
-        ([[1, 48]], 3, r"prompt 1: there is no token 48; the vocabulary has 0 to 47"),
-        ([[-1]], 3, "prompt 1: there is no token -1"),
+        ([[1, 48]], 3, r"prompt 1: token 48 is not valid; expected 0 to 47"),
+        ([[-1]], 3, "prompt 1: token -1 is not valid"),
         ([[1], [1] * 20], 5, r"prompt 2: its 20 tokens and max_new_tokens=5 .* context of 24"),
         ([[1] * 24], None, r"prompt 1: its 24 tokens and max_new_tokens=1"),
         ([[1]], 0, "max_new_tokens: 0 is not valid"),
@@ -216,7 +216,7 @@ def test_the_smallest_temperatures_take_the_most_probable(temperature):
         ({"temperature": -1.0}, "temperature: -1.0 is not valid; expected a number of at least 0"),
         ({"top_k": -1}, "top_k: -1 is not valid"),
         ({"top_p": 0.0}, "top_p: 0.0 is not valid; expected a number above 0"),
-        ({"temperature": 0.0, "top_k": 5}, "temperature: with 0 .* top_k=5 .* have no meaning"),
+        ({"temperature": 0.0, "top_k": 5}, "temperature: 0 always .* top_k=5 .* have no effect"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -176,7 +176,7 @@ def test_baselines_count_the_questions(data_dir, adapter):
     ("names", "message"),
     [
         (["piqaa"], "there is no task 'piqaa'; did you mean piqa"),
-        (["blimp"], "no format of local files is known for the task 'blimp'"),
+        (["blimp"], "the task 'blimp' cannot be read from local files"),
         (["piqa"], r"there is no file piqa\*\.jsonl for piqa"),
         (["mobilellm"], "there is no file for any of arc_easy, arc_challenge, boolq, piqa"),
     ],

@@ -365,7 +365,7 @@ def test_a_trained_bpe_and_bytes_get_a_tokenizer_json(tmp_path):
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(folder, tmp_path):
     (folder / "tokenizer.json").write_bytes(train_bpe("bpe:300", [TEXT] * 3).file_bytes)
     with pytest.raises(
-        UserError, match=r"tokenizer\.json: has ids up to \d+, and config\.json says vocab_size=48"
+        UserError, match=r"tokenizer\.json: has ids up to \d+, but config\.json has vocab_size=48"
     ):
         import_(folder, tmp_path / "run")
 
@@ -393,7 +393,10 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(folder, tmp_path):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e2}}, "rope_parameters="),
         ({"rope_parameters": {"full_attention": {"rope_theta": 5e2}}}, "rope_parameters="),
         ({"rope_parameters": {"rope_theta": 5e2, "partial_rotary_factor": 0.5}}, "rope_parameters="),
-        ({"rope_parameters": {"rope_theta": 1e6}}, r"rope_theta has several values, 500\.0 and 1000000\.0"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6}},
+            r"rope_theta has conflicting values: 500\.0 and 1000000\.0",
+        ),
         ({"rope_theta": "1e4"}, "rope_theta='1e4' is not valid; expected a positive number"),
         ({"rms_norm_eps": None}, "rms_norm_eps=None is not valid"),
         ({"hidden_size": 0}, "hidden_size=0 is not valid; expected an integer of at least 1"),
@@ -421,7 +424,7 @@ def test_a_config_that_is_another_model_is_refused(tmp_path, changes, message):
     ("flag", "message"),
     [
         ({"sharing": "immediate", "num_repeats": 3}, "num_repeats=3: does not divide num_hidden_layers=4"),
-        ({"sharing": "0 1 0"}, "'0 1 0': a plan of 3 layers, and config.json says num_hidden_layers=4"),
+        ({"sharing": "0 1 0"}, "'0 1 0': the plan has 3 layers, but config.json has num_hidden_layers=4"),
         ({"sharing": "imediate", "num_repeats": 2}, "unknown strategy 'imediate'; did you mean immediate"),
         ({"num_repeats": 2}, "num_repeats: 2 has no meaning"),
         ({"sharing": "0 2 0 2"}, "must use every block"),
@@ -484,31 +487,34 @@ FREQUENCY = 500.0 ** -(np.arange(0, 10, 2) / 10)
         ),
         (
             change(**{QUERY: np.ones((24, 40), np.float32)}),
-            r"q_proj.* has the shape \(24, 40\), .* \(40, 24\)",
+            r"q_proj.* has shape \(24, 40\), but \(40, 24\)",
         ),
-        (change(**{NORM: np.ones(24)}), r"model\.norm\.weight is of type F64; valid: F32, BF16, F16"),
-        (change(lm_head=np.ones((48, 24), np.float32)), r"lm_head\.weight disagrees with the embedding"),
-        (cut, r"model\.safetensors: not a whole safetensors file"),
+        (
+            change(**{NORM: np.ones(24)}),
+            r"model\.norm\.weight is of type F64; expected one of F32, BF16, F16",
+        ),
+        (change(lm_head=np.ones((48, 24), np.float32)), r"lm_head\.weight differs from the embedding"),
+        (cut, r"model\.safetensors: truncated or not a safetensors file"),
         (
             use_pickle,
-            r"neither .* \(there is pytorch_model\.bin\); only safetensors are read.*save_pretrained",
+            r"neither .* \(found pytorch_model\.bin\); only safetensors are read.*save_pretrained",
         ),
-        (use_index("{"), "not readable JSON"),
-        (use_index("[]"), "not a JSON object"),
-        (use_index("{}"), "has no weight_map"),
+        (use_index("{"), "cannot be read as JSON"),
+        (use_index("[]"), "expected a JSON object"),
+        (use_index("{}"), "weight_map is missing"),
         (
             use_index(weight_map("../a.safetensors")),
             r"'\.\./a\.safetensors' is not the name of a safetensors file",
         ),
         (use_index(weight_map("/a.safetensors")), "is not the name of"),
         (use_index(weight_map("a.bin")), r"'a\.bin' is not the name of a safetensors file"),
-        (use_index(weight_map("b.safetensors")), r"b\.safetensors: is missing, and named in"),
+        (use_index(weight_map("b.safetensors")), r"b\.safetensors: is missing, but listed in"),
         (
             use_index(json.dumps({"weight_map": {"x": "a.safetensors"}})),
-            r"holds .*, which .* says is elsewhere",
+            r"contains .*, which .* lists in another file",
         ),
         (lambda folder: (folder / "config.json").unlink(), r"config\.json: is missing"),
-        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: not a JSON object"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: expected a JSON object"),
     ],
 )
 def test_a_damaged_folder_is_refused(folder, tmp_path, damage, message):
@@ -527,7 +533,7 @@ def test_what_follows_from_the_rest_may_be_there_twice(folder):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = FREQUENCY.astype(ml_dtypes.bfloat16)
     safetensors.numpy.save_file(tensors, folder / WEIGHTS)
     assert_trees_close(read_params(folder, m, m.plan), expected, tolerance=0)
-    with pytest.raises(UserError, match=r"inv_freq disagrees with the rope_theta"):
+    with pytest.raises(UserError, match=r"inv_freq differs from the rope_theta"):
         read_params(folder, tiny_model(rope_base=400.0), (0, 1))
 
 
@@ -537,7 +543,7 @@ def test_an_untied_model_needs_its_head(folder):
 
 
 def test_models_that_are_no_llama_are_not_exported(tmp_path):
-    with pytest.raises(UserError, match=r"model\.ffn_kind: 'relu' has no form as a Llama"):
+    with pytest.raises(UserError, match=r"model\.ffn_kind: 'relu' cannot be exported as a Llama"):
         check_exportable(tiny_model(ffn_kind="relu"))
     with pytest.raises(UserError, match=r"model\.num_heads: 4 does not divide model\.width=30"):
         check_exportable(tiny_model(width=30))
@@ -551,9 +557,9 @@ def test_models_that_are_no_llama_are_not_exported(tmp_path):
 def test_directories_are_made_whole_and_never_written_over(folder, tmp_path):
     (tmp_path / "run").mkdir()  # empty: may be used
     import_(folder, tmp_path / "run")
-    with pytest.raises(UserError, match=r"--workdir=.*run: is there already"):
+    with pytest.raises(UserError, match=r"--workdir=.*run: already exists"):
         import_(folder, tmp_path / "run")
-    with pytest.raises(UserError, match=r"--target=.*run: is there already"):
+    with pytest.raises(UserError, match=r"--target=.*run: already exists"):
         huggingface.export_run(tmp_path / "run", tmp_path / "run", "float32")
     with pytest.raises(UserError, match=r"hf/config\.json: not the config of a run"):
         huggingface.export_run(tmp_path / "hf", tmp_path / "out", "float32")
@@ -573,7 +579,8 @@ def test_what_imported_weights_were_trained_on_is_not_known(folder, tmp_path, so
     path.write_text(json.dumps(seal(values)))
     assert open_run(tmp_path / "run")[0].data.source == source
     with pytest.raises(
-        UserError, match=r"data\.source: '(imported' is of weights whose data|.*unknown' matches)"
+        UserError,
+        match=r"data\.source: '(imported' marks weights with unknown training data|.*unknown' matches)",
     ):
         prepare(open_run(tmp_path / "run")[0].data, 1 << 16)
 

@@ -91,7 +91,7 @@ def test_requests_that_read_the_same_share_a_row_and_shapes_are_few():
         (Request([], [1]), "request 0: the context is empty"),
         (
             Request([1], [1] * 41),
-            "request 0: a continuation of 41 tokens does not fit the model's context of 40",
+            "request 0: the continuation of 41 tokens is longer than the context of 40",
         ),
     ],
 )

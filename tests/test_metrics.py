@@ -55,7 +55,7 @@ def test_a_damaged_line_is_named(tmp_path):
     write_steps(MetricsLog(tmp_path, 0), range(1, 4))
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text().replace('{"kind"', "{kind", 1))
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: damaged"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 1 is corrupt"):
         MetricsLog(tmp_path, 3)
 
 
@@ -77,7 +77,7 @@ def test_damage_that_may_be_json_is_named(tmp_path, old, new, last):
     changed = new.join(content.rsplit(old, 1)) if last else content.replace(old, new, 1)
     assert changed != content
     path.write_bytes(changed)
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line \d: damaged"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line \d is corrupt"):
         MetricsLog(tmp_path, 3)
 
 
@@ -109,7 +109,7 @@ def test_tensorboard_events_hold_the_same_numbers(tmp_path):
 
 
 def test_a_log_that_is_gone_is_not_begun_anew(tmp_path):
-    with pytest.raises(UserError, match=r"metrics\.jsonl: No such file"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot read the log .*: No such file"):
         MetricsLog(tmp_path, 3)
 
 

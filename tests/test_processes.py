@@ -204,7 +204,7 @@ def test_a_start_on_one_host_only_says_so_and_ends():
 def test_no_cluster_to_join():
     ((status, _, errors),) = run_all([["-m", "experiments.train", "--workdir=x", "--distributed"]])
     assert status == 2
-    assert errors.startswith("error: --distributed: no cluster was found")
+    assert errors.startswith("error: --distributed: cannot join a cluster (")
     assert errors.count("\n") == 1
 
 

@@ -219,9 +219,9 @@ def test_a_run_is_opened_without_a_change_to_it(workdir):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model.ffn_width", 40, r"blocks/ffn/down has the shape \(2, 32, 24\) there, and \(2, 40, 24\) by"),
-        ("model.share_embedding", False, r"head has the shape None there, and \(48, 24\)"),
-        ("model.ffn_kind", "relu", r"blocks/ffn/gate has the shape \(2, 24, 32\) there, and None"),
+        ("model.ffn_width", 40, r"blocks/ffn/down has shape \(2, 32, 24\), but \(2, 40, 24\) by"),
+        ("model.share_embedding", False, r"head has shape None, but \(48, 24\)"),
+        ("model.ffn_kind", "relu", r"blocks/ffn/gate has shape \(2, 24, 32\), but None"),
     ],
 )
 def test_parameters_of_another_config_are_refused(workdir, field, value, message):
@@ -250,7 +250,7 @@ def test_a_run_keeps_its_tokenizer(workdir):
     assert (restored.sha256, restored.bos_id, restored.eos_id) == (tokenizer.sha256, 0, 1)
     assert restored.encode_batch(["some words"]) == tokenizer.encode_batch(["some words"])
     (workdir / TOKENIZER / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupt tokenizer"):
         open_tokenizer(workdir)
 
 

@@ -380,7 +380,7 @@ def test_a_full_disk_stops_the_run_and_with_room_it_goes_on_the_same(tmp_path, c
     stopped = start(small_disk / "run")
     assert stopped.returncode == 2
     assert re.fullmatch(
-        r"error: .*: No space left on device(; saved before, and kept: .*)?\n", stopped.stderr
+        r"error: .*: No space left on device(; earlier checkpoints kept: .*)?\n", stopped.stderr
     ), stopped.stderr
     padding.unlink()
     going_on = start(small_disk / "run")

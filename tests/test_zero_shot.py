@@ -97,7 +97,7 @@ def test_the_sentence_to_complete_stands_alone(context, last):
     [
         ("piqa", {"gold": None}, "'gold': None is not valid; expected the index of the right choice, from 0"),
         ("piqa", {"gold": True}, "'gold': True is not valid"),
-        ("piqa", {"gold": 2}, "'gold': 2 is not valid; there are 2 choices"),
+        ("piqa", {"gold": 2}, "'gold': 2 is not valid; expected less than the 2 choices"),
         (
             "piqa",
             {"choices": ["a"]},
@@ -150,7 +150,7 @@ def test_files_are_found_compressed_and_only_if_there_is_one(tmp_path):
     with pytest.raises(UserError, match="nowhere: there is no such folder"):
         local_tasks.find_file("openbookqa", tmp_path / "nowhere")
     with pytest.raises(
-        UserError, match="no format of local files is known for the task 'mmlu', only for arc_easy, "
+        UserError, match="the task 'mmlu' cannot be read from local files; expected one of arc_easy, "
     ):
         local_tasks.find_file("mmlu", tmp_path)
 

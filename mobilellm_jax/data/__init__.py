@@ -1,7 +1,7 @@
 """From a source of text to batches of token ids.
 
 `prepare` tokenises a source once and packs it into fixed-length rows on disk, or opens a synthetic task,
-whose rows are drawn as they are needed. Both are a `Dataset`: batches to train on and to evaluate. The
+whose rows are drawn as they are needed. Both are a `Dataset`: batches for training and evaluation. The
 position of a run in its data is one integer, the step.
 """
 

@@ -1,4 +1,4 @@
-"""The data card: what prepared rows are made of, and what came of it."""
+"""The data card: the JSON record of the inputs, hashes and sizes of prepared rows."""
 
 import dataclasses
 import hashlib
@@ -22,11 +22,11 @@ _ADDED = ("cuts", "held_out_documents_in_train", "files", "splits")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataCard:
-    """Facts about rows on disk, in the order and by the names of the JSON; records of runs keep them.
+    """The card of rows on disk, in the field order of its JSON; run records copy it.
 
     Attributes:
-      source, valid_source: as `Source.name`; the hashes are of their files.
-      python_version: where the bundled text is that of the running Python.
+      source, valid_source: as `Source.name`; the hashes cover their files.
+      python_version: of the running Python, where it supplies the bundled text; else None.
       tokenizer: the spec without directories; None for token ids.
       tokenizer_sha256, vocab_size, bos_id, eos_id: None until a tokenizer is trained, or token ids are read.
       split: one of the sentences in `splits`.
@@ -59,7 +59,7 @@ class DataCard:
     splits: dict[str, dict[str, Any]] | None = None
 
     def with_tokenizer(self, tokens: Tokenizer | UntrainedBPE | None) -> "DataCard":
-        """Fills in what the tokenizer says of itself."""
+        """Fills in the fields that depend on the tokenizer."""
         if tokens is None:
             return self
         if isinstance(tokens, UntrainedBPE):
@@ -67,10 +67,10 @@ class DataCard:
         return dataclasses.replace(self, **tokenizer_card(tokens))
 
     def directory_name(self) -> str:
-        """Kind of the source, and a hash of everything that determines the rows.
+        """<kind of source>-<hash of all fields that determine the rows>.
 
-        Facts that the card has had from the start always count; those that came later only where they are not
-        what they always were, so that directories of earlier versions are found.
+        Fields of the first version are always hashed, later ones only where they differ from its behaviour,
+        so that directories prepared by earlier versions are still found.
         """
         later = ("attention", "held_out_documents_in_train", "files", "splits")
         counts = {name: value for name, value in self.to_json().items() if name not in later}

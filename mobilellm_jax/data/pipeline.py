@@ -1,4 +1,4 @@
-"""Batches of rows: what a run needs of its data, whatever they are.
+"""The interface of all training data: batches of rows.
 
 Letters: B rows in a batch, T tokens that a row predicts; a batch is int32 [B, T + 1], see `rows`. With
 several processes each gets B / process_count rows, and together they get the rows that one process would.
@@ -45,12 +45,12 @@ class Dataset(Protocol):
         Args:
           batch_size: B, rows of all processes together.
           seed: of the order; 0 to 2**32 - 1.
-          start_step: batches to leave out: the whole state of an interrupted run.
+          start_step: batches to skip; the only state that resuming needs.
           process_index: this process, from 0.
           process_count: number of processes.
 
         Raises:
-          UserError: B does not divide by `process_count`, or a file is damaged.
+          UserError: B is not divisible by `process_count`, or a file is corrupt.
         """
         ...
 
@@ -67,7 +67,7 @@ class Dataset(Protocol):
           process_count: number of processes.
 
         Raises:
-          UserError: B does not divide by `process_count`, or a file is damaged.
+          UserError: B is not divisible by `process_count`, or a file is corrupt.
         """
         ...
 
@@ -79,7 +79,7 @@ def padded_batches(
     process_index: int,
     process_count: int,
 ) -> Iterator[np.ndarray]:
-    """Yields int32 [B / process_count, T + 1] from the rows that `read` returns for numbers in `order`."""
+    """Yields int32 [B / process_count, T + 1]: the rows numbered in `order`, the last batch padded."""
     for start in range(0, len(order), batch_size):
         rows = read(order[start : start + batch_size][process_index::process_count])
         batch = np.full((batch_size // process_count, rows.shape[1]), PADDING, np.int32)
@@ -89,5 +89,8 @@ def padded_batches(
 
 def local_batch_size(field: str, batch_size: int, process_count: int) -> int:
     if batch_size % process_count:
-        raise UserError(f"{field}: {batch_size} does not divide by the number of processes, {process_count}")
+        raise UserError(
+            f"{field}: {batch_size} is not divisible by the {process_count} processes; use a multiple of "
+            f"{process_count}"
+        )
     return batch_size // process_count

@@ -1,6 +1,6 @@
 """Prepare once: tokenise a source and pack it into fixed-length rows on disk.
 
-A prepared directory is written beside its final name, synced, and renamed: it is there whole or not at all.
+A prepared directory is written beside its final name, synced, and renamed, so that it is complete or absent.
 Its name is a hash of everything that determines the rows.
 """
 
@@ -35,33 +35,33 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import local_directory
 from mobilellm_jax.storage.sealed import seal
 
-# What makes token ids of the source: None where it holds token ids.
+# None where the source is token ids already.
 TokenSource = Tokenizer | UntrainedBPE | None
 _BATCH = 2 << 20  # characters, or ids, taken at a time
 _SHARD = 1 << 30  # bytes of rows in a file
 
 
 def prepare(data: DataConfig, vocab_size: int) -> Dataset:
-    """Makes the rows for `data` at first use and finds them again later; tasks leave nothing on disk.
+    """Opens the rows of `data`, preparing them on disk at first use; tasks need no files.
 
-    Safe to interrupt and to call from several processes at once: one works, the others wait.
+    Safe to interrupt, and to call from several processes at once: one prepares, the others wait.
 
     Args:
       data: the source, the tokenizer, the split and the length of the rows.
-      vocab_size: the model's vocabulary; must hold every token id.
+      vocab_size: the model's; above every token id.
 
     Raises:
       UserError: bad input, text too short for a row, held-out text that is trained on as well, a vocabulary
-        that does not fit, or disk trouble.
+        that is too small, or a failed write.
     """
     if data.is_task:
         task = open_task(data)
         _check_vocab_size(vocab_size, task.train.vocab_size, f"data.source={data.source!r}")
         return task
     if data.source == "imported":
-        raise UserError("data.source: 'imported' is of weights whose data are not known; name other data")
+        raise UserError("data.source: 'imported' marks weights with unknown training data; set data.source")
     tokens = None if data.source.startswith("tokens:") else tokenizers.of_spec(data.tokenizer)
-    if tokens:  # else the ids say what they need, but only when they are read
+    if tokens:  # the largest of given token ids is known only once they are read
         _check_vocab_size(vocab_size, tokens.vocab_size, f"data.tokenizer={data.tokenizer!r}")
     source = open_source(data.source, data.text_field)
     valid = data.valid_source
@@ -78,7 +78,9 @@ def prepare(data: DataConfig, vocab_size: int) -> Dataset:
                 if not directory.exists():  # else another process made it while this one waited
                     _make(directory, card, source, held_out, tokens, vocab_size)
     except OSError as error:
-        raise UserError(f"data.cache_dir: {cache_dir}: {error.strerror or error}") from None
+        raise UserError(
+            f"data.cache_dir: cannot prepare data in {cache_dir}: {error.strerror or error}"
+        ) from None
     prepared = open_prepared(directory)
     _check_vocab_size(vocab_size, prepared.card["vocab_size"], f"data.source={data.source!r}")
     return prepared
@@ -87,7 +89,7 @@ def prepare(data: DataConfig, vocab_size: int) -> Dataset:
 def _card(
     data: DataConfig, source: Source, held_out: Source | None, tokens: TokenSource, ids: int
 ) -> DataCard:
-    """The card before anything is read; token ids are below `ids`."""
+    """The card before the source is read; token ids are below `ids`."""
     split = splits.BY_SOURCE if held_out else splits.BY_PLACE if source.is_one_text else splits.BY_HASH
     adds_space = isinstance(tokens, Tokenizer) and tokenizers.adds_space(tokens)
     is_bundled = "bundled" in (data.source, data.valid_source)
@@ -121,7 +123,7 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        logging.warning("Another process prepares this data; waiting for it (lock: %s).", path)
+        logging.warning("Waiting for another process that is preparing the same data (lock: %s).", path)
         lock.acquire()
     try:
         yield
@@ -137,7 +139,7 @@ def _make(
     tokens: TokenSource,
     vocab_size: int,
 ) -> None:
-    """Writes `directory`. Only the holder of its lock calls this, so what others left behind is dead."""
+    """Writes `directory`; the caller has its lock, so temporary directories are left by killed processes."""
     for leftover in directory.parent.glob(f"{directory.name}.tmp-*"):
         shutil.rmtree(leftover)
     work = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
@@ -159,7 +161,7 @@ def _make(
             files.append({"file": name, "bytes": len(tokenizer.file_bytes)})
         card = dataclasses.replace(
             card,
-            # the parts of a single text are no documents
+            # the parts of a single text are not documents
             held_out_documents_in_train=None if card.split == splits.BY_PLACE else shared.count,
             files=files,
             splits={name: packer.card() for name, packer in packers.items()},
@@ -170,11 +172,11 @@ def _make(
         work.rename(directory)
         _sync(directory.parent)
     finally:
-        shutil.rmtree(work, ignore_errors=True)  # gone already if all went well
+        shutil.rmtree(work, ignore_errors=True)  # already renamed unless an error occurred
 
 
 def _trained(tokens: TokenSource, source: Source, valid_fraction: float | None) -> Tokenizer | None:
-    """The tokenizer, trained on the training split if need be; None for token ids."""
+    """Trains an `UntrainedBPE` on the training split; passes others on."""
     if not isinstance(tokens, UntrainedBPE):
         return tokens
     with _progress(f"training {tokens.spec}", [source]) as on_read:
@@ -207,7 +209,7 @@ def _progress(what: str, sources: list[Source]) -> Iterator[OnRead]:
 def _pack(
     directory: Path, card: DataCard, items: Iterable[Item], tokenizer: Tokenizer | None
 ) -> dict[str, "_Packer"]:
-    """Writes the rows of both splits; tokenises in batches of a bounded size, whatever the documents'."""
+    """Writes the rows of both splits, tokenising in batches of bounded size whatever the documents' sizes."""
     packers = {split: _Packer(directory, split, card) for split in SPLITS}
     drop_space = tokenizer is not None and tokenizers.adds_space(tokenizer)
     bos, eos = ([] if i is None else [i] for i in (card.bos_id, card.eos_id))
@@ -246,14 +248,13 @@ def _check_rows(packers: dict[str, "_Packer"], card: DataCard) -> None:
         if card.split == splits.BY_HASH and packer.documents == 0:
             raise UserError(
                 f"data.valid_fraction: {card.valid_fraction} leaves the {split} split without a document "
-                f"({total} in all, each falls on one side by its hash); change it, or name a held-out source "
-                "in data.valid_source"
+                f"({total} in all, assigned by hash); change the fraction or set data.valid_source"
             )
         if packer.rows == 0:
             name = card.valid_source if split == "valid" and card.valid_source else card.source
             raise UserError(
                 f"{name}: too little text: the {split} split has {packer.tokens} tokens and one row needs "
-                f"{card.sequence_length + 1} (data.sequence_length + 1)"
+                f"{card.sequence_length + 1}; use more text or a shorter data.sequence_length"
             )
 
 
@@ -278,11 +279,11 @@ class _Packer:
     def add(self, ids: list[int]) -> None:
         self.tokens += len(ids)
         self.max_id = max(self.max_id, max(ids, default=-1))
-        if self.max_id <= np.iinfo(self._dtype).max:  # else the model's vocabulary is too small anyway
+        if self.max_id <= np.iinfo(self._dtype).max:  # larger ids are refused in `_make`
             self._pending.append(np.array(ids, self._dtype))
 
     def write_rows(self) -> None:
-        """Writes the rows that are complete."""
+        """Writes all complete rows."""
         if not self._pending:
             return
         stream = np.concatenate(self._pending)
@@ -330,7 +331,7 @@ class _Packer:
         self._writer = None
 
     def card(self) -> dict[str, Any]:
-        """Returns the split's entry in the data card."""
+        """The split's entry in the data card."""
         return {
             "documents": self.documents,
             "documents_sha256": self._documents_hash.hexdigest(),  # of the documents' own hashes, in order

@@ -1,4 +1,4 @@
-"""Rows on disk: a prepared directory, which is whole or refused."""
+"""Reads prepared directories; an incomplete one is refused."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ class PreparedData:
     """Rows on disk, a `pipeline.Dataset`.
 
     Attributes:
-      directory: where they are; its name says what they are made of.
+      directory: named by `DataCard.directory_name`.
       card: the data card, ready for JSON and free of absolute paths: source, hashes, tokenizer, sizes.
     """
 
@@ -56,15 +56,15 @@ class PreparedData:
         process_index: int = 0,
         process_count: int = 1,
     ) -> Iterator[np.ndarray]:
-        """`Dataset.train_batches`, shuffled anew in every epoch.
+        """`Dataset.train_batches`, reshuffled in every epoch.
 
-        Batches run over the border of two epochs, so a split of fewer rows than B is fine too.
+        Batches cross the border of two epochs, so a split may have fewer rows than B.
         """
         local = local_batch_size("train.batch_size", batch_size, process_count)
         import grain  # here, because it imports jax, which preparing data does without
 
         rows = _Rows(self, "train")
-        # Not without end: of endless data in batches of one row, grain cannot say the length, and fails.
+        # Not endless: grain fails to compute the length of endless data in batches of one row.
         order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat(2**50 // len(rows))
         # Numbers are batched before the rows are read: reading rows one by one is ten times slower.
         batches = order[process_index::process_count].batch(local).map(rows.read)
@@ -79,41 +79,43 @@ class PreparedData:
         source = _Rows(self, "valid")
         order = np.arange(len(source))
         if 0 < rows < len(source):
-            generator = random.Random(0)  # of all generators, only random() is promised never to change
+            generator = random.Random(0)  # Python guarantees the sequence of random() alone
             order = np.argsort([generator.random() for _ in order], kind="stable")[:rows]
         return padded_batches(source.read, order, batch_size, process_index, process_count)
 
 
 def open_prepared(directory: str | os.PathLike[str]) -> PreparedData:
-    """Opens a prepared directory and checks that its files are there, whole.
+    """Opens a prepared directory after checking its card and the sizes of its files.
 
-    Of rows only the sizes: each has a checksum, which array_record looks at when it reads them.
+    Rows are checked when they are read: array_record stores a checksum of each.
 
     Raises:
-      UserError: a file is missing or of the wrong size, or the card is damaged; the message names it.
+      UserError: a file is missing or of the wrong size, or the card is corrupt; the message names it.
     """
     directory = Path(directory)
-    again = f"delete the directory {directory} and prepare again"
+    again = f"delete the directory {directory} and run again to prepare the data anew"
     try:
         card = parse((directory / CARD_FILE).read_bytes())
         if card["format"] != FORMAT_VERSION:
-            raise UserError(f"{directory}: format {card['format']}, not {FORMAT_VERSION}; {again}")
+            raise UserError(
+                f"{directory}: prepared in format {card['format']}, expected {FORMAT_VERSION}; {again}"
+            )
         card = unseal(card)
         files = [*card["files"], *(shard for split in SPLITS for shard in card["splits"][split]["shards"])]
         sizes = {entry["file"]: entry["bytes"] for entry in files}
     except OSError as error:
-        raise UserError(f"{directory / CARD_FILE}: {error.strerror}; {again}") from None
+        raise UserError(f"{directory / CARD_FILE}: cannot be read: {error.strerror}; {again}") from None
     except UserError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{directory / CARD_FILE}: not a data card: {error}; {again}") from None
+        raise UserError(f"{directory / CARD_FILE}: corrupt data card: {error}; {again}") from None
     for name, size in sizes.items():
         if name in ("", "..") or os.path.basename(name) != name:
-            raise UserError(f"{directory / CARD_FILE}: {name!r} is not the name of a file in it; {again}")
+            raise UserError(f"{directory / CARD_FILE}: {name!r} is not a plain file name; {again}")
         path = directory / name
         found = path.stat().st_size if path.is_file() else None
         if found != size:
-            state = "missing" if found is None else f"{found} bytes, not the {size} of the data card"
+            state = "missing" if found is None else f"{found} bytes, expected {size} by the data card"
             raise UserError(f"{path}: {state}; {again}")
     return PreparedData(directory, card)
 
@@ -127,14 +129,14 @@ class _Rows:
         self._dtype = np.dtype(prepared.card["dtype"])
         self._paths = [prepared.directory / shard["file"] for shard in shards]
         self._ends = np.cumsum([shard["rows"] for shard in shards])
-        # no read-ahead: it is for reading in order
+        # read-ahead only helps sequential reads
         self._readers: list[Any] = [ArrayRecordReader(str(p), "readahead_buffer_size:0") for p in self._paths]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Returns int32 [n, T + 1] for [n] row numbers."""
+        """Rows int32 [n, T + 1] by their numbers [n]."""
         batch = np.empty((len(indices), self.width), np.int32)
         shard_of = np.searchsorted(self._ends, indices, side="right")
         for shard in np.unique(shard_of):
@@ -149,4 +151,5 @@ class _Rows:
 
 
 def _damaged(path: Any, error: Exception) -> UserError:
-    return UserError(f"{path}: damaged ({error}); delete the directory {path.parent} and prepare again")
+    again = f"delete the directory {path.parent} and run again to prepare the data anew"
+    return UserError(f"{path}: corrupt rows ({error}); {again}")

@@ -1,7 +1,7 @@
-"""Sources of documents: what a spec such as "bundled" or "files:<glob>" stands for.
+"""Sources of documents, named by specs such as "bundled" or "files:<glob>".
 
-A source is opened first, which hashes its files, and read later, one document at a time. A document is a
-string, or a list of token ids from a "tokens:" source. Nothing that is read is imported, unpickled or run.
+Opening a source hashes its files; documents are read later, one at a time. A document is a string, or a list
+of token ids from a "tokens:" source. Input is never imported, unpickled or executed.
 """
 
 import ast
@@ -60,10 +60,10 @@ class Source:
 
 
 def open_source(spec: str, text_field: str, field: str = "data.source") -> Source:
-    """Opens what `spec` stands for; `field` names it in errors.
+    """Opens the source `spec`; errors begin with `field`.
 
     Raises:
-      UserError: a file is missing, empty or not readable, or a TFDS dataset can't be had.
+      UserError: a file is missing, empty or not readable, or a TFDS dataset cannot be loaded.
     """
     kind, _, rest = spec.partition(":")
     if kind == "bundled":
@@ -162,12 +162,12 @@ def _readable(path: str) -> Iterator[None]:
         kind = os.path.splitext(path)[1]
         raise UserError(f"{path}: truncated or not a valid {kind} file ({error})") from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
 def _open(path: str, on_read: OnRead) -> Iterator[io.BufferedIOBase]:
-    """Opens a file for reading its decompressed bytes; notices a file that changes meanwhile."""
+    """Opens a file for reading its decompressed bytes; UserError if it changes meanwhile."""
     with _readable(path):
         before = os.stat(path)
         with io.BufferedReader(_CountedFile(path, on_read), _BLOCK) as raw:
@@ -237,22 +237,22 @@ def read_rows(path: str, on_read: OnRead) -> Iterator[tuple[int, dict[str, Any]]
             try:
                 row = parse(text)
             except ValueError as error:
-                raise UserError(f"{path}, line {number}: not JSON: {error}") from None
+                raise UserError(f"{path}, line {number}: invalid JSON: {error}") from None
             if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: the row is not an object")
+                raise UserError(f"{path}, line {number}: expected a JSON object")
             rows += 1
             yield number, row
     if not rows:
-        raise UserError(f"{path}: the file holds no rows")
+        raise UserError(f"{path}: the file has no rows")
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"is {type(value).__name__}, not a string")
+        raise ValueError(f"is of type {type(value).__name__}; expected a string")
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; UTF-8 and the tokenizers can't
-        raise ValueError("holds half of a surrogate pair, which is not Unicode text") from None
+        raise ValueError("contains half of a surrogate pair, which is not valid Unicode text") from None
     return value
 
 
@@ -262,13 +262,13 @@ def _token_ids(value: Any) -> list[int]:
         raise ValueError("is not a list of integers")
     if value and not 0 <= min(value) <= max(value) <= _MAX_TOKEN_ID:
         bad = min(value) if min(value) < 0 else max(value)
-        raise ValueError(f"holds {bad}; token ids are from 0 to {_MAX_TOKEN_ID}")
+        raise ValueError(f"contains {bad}; expected token ids from 0 to {_MAX_TOKEN_ID}")
     return value
 
 
 # The text that every CPython ships.
 
-# Folders that some distributions leave out or package apart: the same version then reads the same text.
+# Left out or packaged separately by some distributions; without them, one version always gives one text.
 _NOT_BUNDLED = (
     *("test", "tests", "site-packages", "dist-packages", "__pycache__"),
     *("distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo"),
@@ -286,7 +286,7 @@ def _open_bundled(stdlib: Path) -> Source:
                 path = Path(folder, name)
                 paths[str(path)] = path.relative_to(stdlib).as_posix()
     if "pydoc_data/topics.py" not in paths.values():
-        raise UserError(f"data.source: 'bundled' needs the sources of Python's standard library in {stdlib}")
+        raise UserError(f"data.source: 'bundled' needs the standard library's .py files in {stdlib}")
 
     def read(on_read: OnRead) -> Iterator[Document]:
         for path, name in paths.items():
@@ -299,7 +299,7 @@ def _open_bundled(stdlib: Path) -> Source:
 
 @functools.cache  # 2 MB in all, and parsing is slow: training a tokenizer and packing are two readings
 def _docstrings(path: str, name: str) -> tuple[str, ...]:
-    """Returns the documents of one module: its docstrings in one, or each topic of `pydoc_data.topics`."""
+    """The documents of one module: all its docstrings as one, or each topic of `pydoc_data.topics`."""
     with _readable(path), open(path, "rb") as file:
         source = file.read()
     with warnings.catch_warnings():
@@ -345,7 +345,7 @@ def _open_tfds(spec: str, text_field: str, field: str) -> Source:
     except ImportError as error:
         package = (error.name or "tensorflow").partition(".")[0]
         raise UserError(
-            f"{what} can't be built without the package {package!r}: {_first_line(error)}; "
+            f"{what}: cannot be built without the package {package!r}: {_first_line(error)}; run "
             f"`pip install {package}` (needed only until the dataset is prepared)"
         ) from None
     except Exception as error:  # TFDS raises whatever its downloads, builders and file systems raise
@@ -354,12 +354,12 @@ def _open_tfds(spec: str, text_field: str, field: str) -> Source:
             hint = f"did you mean {' or '.join(near)}?" if near else "see tensorflow.org/datasets/catalog"
             raise UserError(f"{what}: TFDS has no such dataset; {hint}") from None
         raise UserError(
-            f"{what} can't be had: {type(error).__name__}: {_first_line(error)} (the first use needs the "
-            "network, or a prepared copy in the directory that TFDS_DATA_DIR names)"
+            f"{what}: cannot be loaded: {type(error).__name__}: {_first_line(error)}; the first use needs "
+            "the network, or a prepared copy in the directory TFDS_DATA_DIR"
         ) from None
     if text_field not in fields:
         raise UserError(
-            f"{what}: no field {text_field!r} (data.text_field); the examples have {', '.join(fields)}"
+            f"{what}: no field {text_field!r} (data.text_field); the fields are {', '.join(fields)}"
         )
     size = sum(os.path.getsize(path) for path in files)
 
@@ -381,7 +381,7 @@ def _tfds_name_and_split(tfds: Any, spec: str) -> tuple[str, str]:
     name, *rest = spec.split("/")
     dataset = name.partition(":")[0]
     if dataset not in _tfds_builders(tfds):
-        # TFDS stops registering builders at the first that fails, as those of images do without TensorFlow
+        # TFDS stops registering builders at the first that fails to import: image datasets need TensorFlow
         for group in _TFDS_TEXT:
             with contextlib.suppress(ImportError):
                 importlib.import_module(f"tensorflow_datasets.{group}")
@@ -393,7 +393,7 @@ def _tfds_name_and_split(tfds: Any, spec: str) -> tuple[str, str]:
 
 
 def _tfds_builders(tfds: Any) -> list[str]:
-    return tfds.list_builders(with_community_datasets=False)  # those of the community are asked for online
+    return tfds.list_builders(with_community_datasets=False)  # community datasets need a network request
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Which text is trained on and which is held out, and whether the two are apart."""
+"""The split of documents into training and held-out text, and checks that the two do not overlap."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data.sources import Document, OnRead, Source
 from mobilellm_jax.errors import UserError
 
-# How the held-out split is made, as the data card says it.
+# Values of `DataCard.split`.
 BY_HASH = "by document: its own hash decides, so that exact duplicates fall on one side"
 BY_SOURCE = "valid_source, whole; documents that are also trained on are counted, shared passages are not"
 BY_PLACE = "the end of the one text, from the paragraph, else line, else word nearest to valid_fraction"
@@ -47,7 +47,7 @@ def check_apart(data: DataConfig, shared: frozenset[str]) -> None:
 def split_documents(
     source: Source, held_out: Source | None, valid_fraction: float | None, on_read: OnRead
 ) -> Iterator[Item]:
-    """Yields every document with its split; empty documents are left out.
+    """Yields every document with its split; empty documents are skipped.
 
     With a fraction, a document's own hash decides: duplicates fall on one side, and a document keeps its side
     when others are added. A text that is the only document is cut in two instead.
@@ -75,7 +75,7 @@ def _item(document: Document, split: str) -> Item:
 
 
 def _cut(text: str, valid_fraction: float) -> int:
-    """Where the held-out end begins: at the border nearest to `valid_fraction`.
+    """The index where the held-out end begins: the border nearest to `valid_fraction`.
 
     A border that would halve the smaller part is too far away; the next kind of border is tried then.
     """
@@ -91,7 +91,7 @@ def _cut(text: str, valid_fraction: float) -> int:
 
 
 class Shared:
-    """Counts the held-out documents that are also trained on, letter for letter."""
+    """Counts held-out documents with an exact duplicate in the training split."""
 
     def __init__(self, held_out: Source | None) -> None:
         documents = held_out.read(lambda count: None) if held_out else ()
@@ -99,7 +99,7 @@ class Shared:
         self._found: set[bytes] = set()
 
     def noted(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yields the items, and remembers those of training that are held out as well."""
+        """Passes the items on, recording training documents that are also held out."""
         for item in items:
             if item.split == "train" and item.sha256 in self._held_out:
                 self._found.add(item.sha256)

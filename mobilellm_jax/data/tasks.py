@@ -1,7 +1,7 @@
 """Synthetic tasks: short problems, drawn anew for every batch, that some depths can solve and others cannot.
 
-A source such as "khop:hops=4,min_hops=1,symbols=9,queries=3" names a task and all its numbers; there are no
-defaults. Nothing is prepared on disk, and rows repeat only by chance: batch n of a run comes from numpy's
+A source such as "khop:hops=4,min_hops=1,symbols=9,queries=3" names a task and all its parameters; none has
+a default. Nothing is prepared on disk, and rows repeat only by chance: batch n of a run comes from NumPy's
 counter-based Philox generator at counter n, so the state of the data is the step alone. Held-out rows come
 from a key of their own, the same for all runs.
 
@@ -31,7 +31,7 @@ FORMAT_VERSION = 1  # raise it when the same spec would give other rows
 
 
 class Task(abc.ABC):
-    """A rule that turns random numbers into rows."""
+    """A function from random numbers to rows."""
 
     @property
     @abc.abstractmethod
@@ -46,11 +46,11 @@ class Task(abc.ABC):
     @property
     @abc.abstractmethod
     def draws(self) -> int:
-        """R, random numbers that a row is made of."""
+        """R, random numbers drawn for a row."""
 
     @abc.abstractmethod
     def rows(self, random_BR: np.ndarray) -> np.ndarray:
-        """Makes rows [B, T + 1] of uint64 [B, R]."""
+        """Rows [B, T + 1] from random uint64 [B, R]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,8 +184,8 @@ class Recall(Task):
 
     Attributes:
       pairs: pairs in a row.
-      symbols: keys, and values, that there are: token ids 0 to symbols - 1, and the next `symbols`; the pair
-        key>value is 2 symbols + symbols key + value, counting values from 0.
+      symbols: number of distinct keys, token ids 0 to symbols - 1, and of distinct values, the next ids; the
+        pair key>value is 2 symbols + symbols key + value, counting values from 0.
       queries: pairs asked for, each at most once.
     """
 
@@ -229,12 +229,12 @@ def _permutations(random_BN: np.ndarray) -> np.ndarray:
 
 
 def _integers(random: np.ndarray, below: int) -> np.ndarray:
-    """Returns int64 from 0 up to `below`; at 10**15, one is more probable than another by 5e-5 at most."""
+    """Maps random uint64 to int64 in [0, below); at 10**15, probabilities differ by a factor of 1 + 6e-5."""
     return (random % np.uint64(below)).astype(np.int64)
 
 
 def _digits(numbers: np.ndarray, count: int) -> np.ndarray:
-    """Returns [..., count], the least significant digit first."""
+    """Decimal digits [..., count], least significant first."""
     return numbers[..., None] // 10 ** np.arange(count) % 10
 
 
@@ -243,10 +243,10 @@ def _digits(numbers: np.ndarray, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """The splits of a run on a task, a `pipeline.Dataset`: rows never repeat, but by chance.
+    """The rows of a task, a `pipeline.Dataset`; they repeat only by chance.
 
     Attributes:
-      train, valid: the task of each split; they differ where extrapolation is asked for.
+      train, valid: the task of each split; they differ in studies of extrapolation.
       card: the data card, ready for JSON.
     """
 
@@ -260,10 +260,10 @@ class TaskData:
         return self.card["sequence_length"]
 
     def bytes_per_token(self, split: str) -> None:
-        """None: there is no text."""
+        """None, as tasks have no text."""
 
     def tokenizer(self) -> None:
-        """None: there is no text."""
+        """None, as tasks have no text."""
 
     def train_batches(
         self,
@@ -287,18 +287,18 @@ class TaskData:
         return padded_batches(drawn.__getitem__, np.arange(rows), batch_size, process_index, process_count)
 
     def rows(self, split: str, count: int, seed: int, number: int) -> np.ndarray:
-        """Returns int32 [count, T + 1]: batch `number` of the stream that `seed` stands for in a split."""
+        """Batch `number`, int32 [count, T + 1], of the random stream of `seed` in a split."""
         task = self.train if split == "train" else self.valid
         # `number` is in the highest word of the counter, so that no two batches overlap.
         generator = np.random.Philox(key=[seed, split != "train"], counter=[0, 0, 0, number])
-        # of all that numpy draws, raw numbers are promised never to change
+        # NumPy guarantees the sequence of raw numbers alone
         rows = task.rows(generator.random_raw(count * task.draws).reshape(count, task.draws))
         padding = self.sequence_length + 1 - rows.shape[1]
         return np.pad(rows.astype(np.int32), ((0, 0), (0, padding)), constant_values=PADDING)
 
 
 def open_task(data: DataConfig) -> TaskData:
-    """Returns the task that `data.source` names, with the one of `data.valid_source`, if any, held out.
+    """Opens the task of `data.source`; held-out rows are those of `data.valid_source`, where it is set.
 
     Raises:
       UserError: a spec is not valid, its rows do not fit `data.sequence_length`, or the vocabularies differ.
@@ -316,8 +316,8 @@ def open_task(data: DataConfig) -> TaskData:
     train, valid = tasks["source"], tasks.get("valid_source", tasks["source"])
     if train.vocab_size != valid.vocab_size:
         raise UserError(
-            f"data.valid_source: {data.valid_source!r} has {valid.vocab_size} token ids; expected the "
-            f"{train.vocab_size} of data.source={data.source!r}"
+            f"data.valid_source: {data.valid_source!r} has {valid.vocab_size} token ids; expected "
+            f"{train.vocab_size}, as in data.source={data.source!r}"
         )
     kind = data.source.partition(":")[0]
     card = {
@@ -345,7 +345,9 @@ def _parse(spec: str, field: str) -> Task:
         if match is None or match[1] in values:
             raise UserError(f"{field}: {spec!r} is not valid; expected {shape!r}")
         if match[1] not in names:
-            raise UserError(f"{field}: {spec!r}: no such number: {match[1]}; {did_you_mean(match[1], names)}")
+            raise UserError(
+                f"{field}: {spec!r} has no parameter {match[1]!r}; {did_you_mean(match[1], names)}"
+            )
         values[match[1]] = int(match[2])
     if missing := [name for name in names if name not in values]:
         raise UserError(f"{field}: {spec!r} lacks {', '.join(missing)}; expected {shape!r}")

@@ -1,4 +1,4 @@
-"""Any text as rows of token ids in memory, to be read once: packed like held-out rows, to the last token."""
+"""Text as rows of token ids in memory, packed like held-out rows but with no remainder dropped."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ _KINDS = ("bundled", "files", "tfds")
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Letters: R rows of S = T + 1 tokens; the last row is filled up with `PADDING`.
+    """Letters: R rows of S = T + 1 tokens; the last row is padded with `PADDING`.
 
     Attributes:
       rows_RS: int32; the packing is `card.PACKING`, except that nothing is dropped.
       documents, text_bytes: size of the text.
-      tokens: that are predicted: all but the first, EOS and BOS, if any, of documents included.
+      tokens: predicted tokens: all but the first, with EOS and BOS of documents, if any.
     """
 
     rows_RS: np.ndarray
@@ -37,12 +37,12 @@ class Text:
 
 
 def read_text(spec: str, text_field: str, tokenizer: Tokenizer, sequence_length: int, add_bos: bool) -> Text:
-    """Reads the text of a source, whole, into rows that predict `sequence_length` tokens.
+    """Reads all text of a source into rows that predict `sequence_length` tokens.
 
     `add_bos` begins every document with BOS, where the tokenizer has one.
 
     Raises:
-      UserError: the source is none of text, cannot be read, or holds no text.
+      UserError: the source is not text, cannot be read, or is empty.
     """
     kind = spec.partition(":")[0]
     if kind not in _KINDS or (kind == spec) != (kind == "bundled"):
@@ -60,7 +60,7 @@ def read_text(spec: str, text_field: str, tokenizer: Tokenizer, sequence_length:
     stream = np.concatenate([np.empty(0, np.int32), *parts])
     tokens = len(stream) - 1
     if tokens < 1:
-        raise UserError(f"--text: {spec!r} holds {len(stream)} token(s); there is none to predict")
+        raise UserError(f"--text: {spec!r} has {len(stream)} token(s); expected at least 2")
     starts_R = np.arange(0, tokens, sequence_length)
     stream = np.pad(stream, (0, sequence_length), constant_values=PADDING)
     rows_RS = stream[starts_R[:, None] + np.arange(sequence_length + 1)[None, :]]

@@ -1,7 +1,7 @@
 """Tokenizers: text to token ids and back, behind one small interface.
 
 Specs: "bytes", "bpe:<vocabulary size>" (trained on the corpus), "sentencepiece:<file.model>" and
-"huggingface:<tokenizer.json>". Saved beside the prepared rows, a tokenizer comes back with `load_tokenizer`.
+"huggingface:<tokenizer.json>". `load_tokenizer` opens the copy saved beside prepared rows.
 """
 
 import dataclasses
@@ -24,21 +24,21 @@ CARD_FILE = "card.json"
 _FILES = {"bpe": "tokenizer.json", "huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 _BPE_SPECIAL = ["<bos>", "<eos>"]
 _BPE_MIN_SIZE = 256 + len(_BPE_SPECIAL)
-# Beginning and end of text in tokenizer.json files without the tokenizer_config.json that says it.
+# Usual names of BOS and EOS, for a tokenizer.json without a tokenizer_config.json.
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>")
 _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>")
 
 
 @runtime_checkable  # the tests check every annotation
 class Tokenizer(Protocol):
-    """What every tokenizer offers.
+    """The interface of all tokenizers.
 
     Attributes:
       spec: the spec, with directories left out.
       sha256: hash of all that determines its ids.
       vocab_size: one more than the largest id.
-      bos_id, eos_id: ids that mark where a document begins and ends; None where it has none.
-      file_bytes: what to save to get it back; empty for "bytes".
+      bos_id, eos_id: ids of the begin and end marks of a document; None where it has none.
+      file_bytes: content of its file; empty for "bytes".
     """
 
     spec: str
@@ -49,11 +49,11 @@ class Tokenizer(Protocol):
     file_bytes: bytes
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Returns the ids of each text, in parallel, without BOS and EOS; text never yields these two."""
+        """Ids of each text, encoded in parallel, without BOS and EOS, which text never encodes to."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns text; BOS, EOS and ids outside the vocabulary yield nothing."""
+        """The text of `ids`; BOS, EOS and ids outside the vocabulary are skipped."""
         ...
 
 
@@ -122,7 +122,7 @@ class HuggingFaceTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class UntrainedBPE:
-    """A tokenizer still to be made of the text to train on, "bpe:<vocabulary size>".
+    """A tokenizer not yet trained on the training text, "bpe:<vocabulary size>".
 
     Raises:
       UserError: the size is not valid.
@@ -140,20 +140,20 @@ class UntrainedBPE:
 
     @property
     def vocab_size(self) -> int:
-        """The size asked for; of little text it will be less."""
+        """The requested size; training on little text gives fewer ids."""
         return int(self.spec.partition(":")[2])
 
 
 def of_spec(spec: str) -> Tokenizer | UntrainedBPE:
-    """What `data.tokenizer` stands for; raises UserError as the two do."""
+    """The tokenizer of a `data.tokenizer` spec; UserError as in `UntrainedBPE` and `open_tokenizer`."""
     return UntrainedBPE(spec) if spec.startswith("bpe:") else open_tokenizer(spec)
 
 
 def open_tokenizer(spec: str) -> Tokenizer:
-    """Opens a tokenizer that is there: "bytes", "sentencepiece:<file>" or "huggingface:<file>".
+    """Opens an existing tokenizer: "bytes", "sentencepiece:<file>" or "huggingface:<file>".
 
     Raises:
-      UserError: the file is missing or not what the spec says.
+      UserError: the file is missing or of another kind.
     """
     kind, _, rest = spec.partition(":")
     if kind == "bytes":
@@ -166,7 +166,7 @@ def open_tokenizer(spec: str) -> Tokenizer:
             return SentencePieceTokenizer(name, file_bytes)
         return HuggingFaceTokenizer(name, file_bytes, *_find_special(path, file_bytes))
     except OSError as error:
-        raise UserError(f"data.tokenizer: {spec!r}: {error.strerror}: {path}") from None
+        raise UserError(f"data.tokenizer: {spec!r}: cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"data.tokenizer: {spec!r}: {error}") from None
 
@@ -174,7 +174,7 @@ def open_tokenizer(spec: str) -> Tokenizer:
 def train_bpe(spec: str, texts: Iterable[str]) -> Tokenizer:
     """Trains byte-level BPE; `texts` is read once, as a stream.
 
-    The vocabulary is smaller than asked for when the texts hold no further pair that occurs twice.
+    The vocabulary is smaller than requested when no further pair occurs twice in the texts.
     """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -191,7 +191,7 @@ def train_bpe(spec: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def tokenizer_card(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What data cards say of a tokenizer."""
+    """The fields of a data card that describe a tokenizer."""
     t = tokenizer
     return {
         "tokenizer": t.spec,
@@ -203,12 +203,12 @@ def tokenizer_card(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def tokenizer_file(spec: str | None) -> str | None:
-    """Returns the name of the file that a prepared directory keeps for a tokenizer, if any."""
+    """The name of the tokenizer's file in a prepared directory; None for "bytes" and token ids."""
     return _FILES.get((spec or "").partition(":")[0])
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: AnyPath) -> None:
-    """Writes a tokenizer into `directory`, making it, for `load_tokenizer`; so a run keeps its own."""
+    """Creates `directory` with a copy of a tokenizer, for `load_tokenizer`."""
     directory.mkdir(parents=True, exist_ok=True)
     name = tokenizer_file(tokenizer.spec)
     if name is not None:
@@ -217,17 +217,17 @@ def save_tokenizer(tokenizer: Tokenizer, directory: AnyPath) -> None:
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Returns the tokenizer in a prepared directory, or in one that `save_tokenizer` wrote.
+    """Opens the tokenizer in a prepared directory, or in one that `save_tokenizer` wrote.
 
     Raises:
-      UserError: the directory is neither, was prepared from token ids, or its tokenizer is damaged.
+      UserError: the directory is neither, was prepared from token ids, or its tokenizer is corrupt.
     """
     directory = path_of(directory)
     try:
         card = parse((directory / CARD_FILE).read_bytes())
         spec = card["tokenizer"]
         if spec is None:
-            raise UserError(f"{directory}: prepared from token ids; there is no tokenizer")
+            raise UserError(f"{directory}: has no tokenizer, as its data were prepared from token ids")
         name = tokenizer_file(spec)
         file_bytes = (directory / name).read_bytes() if name else b""
         if name is None:
@@ -237,13 +237,18 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         else:
             tokenizer = HuggingFaceTokenizer(spec, file_bytes, card["bos_id"], card["eos_id"])
         if tokenizer.sha256 != card["tokenizer_sha256"]:
-            raise ValueError(f"{name} is not the one that the rows were made with")
+            raise ValueError(f"{name} does not match its checksum in {CARD_FILE}")
     except OSError as error:
-        raise UserError(f"{directory}: no tokenizer here: {reason(error)}: {error.filename}") from None
+        raise UserError(
+            f"{directory}: cannot read the tokenizer: {reason(error)}: {error.filename}"
+        ) from None
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{directory}: damaged: {error}; delete the directory and prepare again") from None
+        raise UserError(
+            f"{directory}: corrupt tokenizer: {error}; restore it or, if the directory is prepared data, "
+            "delete the directory and run again"
+        ) from None
     return tokenizer
 
 
@@ -252,15 +257,15 @@ _PIECE = 1 << 14  # characters
 
 
 def pieces(text: str, drop_space: bool = False, size: int = _PIECE) -> Iterator[str]:
-    """Cuts a text into pieces of mostly `size` to 2 `size` characters, which give the ids of the whole.
+    """Cuts a text into pieces of mostly `size` to 2 `size` characters, whose joined ids are the text's.
 
     Tokenizers need a hundred times the memory of the text they are given, and SentencePiece is twice as fast
     on pieces. A cut is made at a single space, where tokens begin too; where there is none, anywhere. A
-    tokenizer that adds a space would add one at such a cut: its piece goes on to the next single space.
+    tokenizer that adds a space would add one there, so its piece extends to the next single space.
 
     Args:
       text: any text.
-      drop_space: leave the space out instead of leaving it to the second piece; see `adds_space`.
+      drop_space: drop the space at a cut, instead of beginning the second piece with it; see `adds_space`.
       size: least length of all pieces but the last.
     """
     start = 0
@@ -286,7 +291,7 @@ def adds_bos(tokenizer: Tokenizer, directory: AnyPath) -> bool:
         return _from_json(tokenizer.file_bytes).encode("").ids[:1] == [tokenizer.bos_id]
     path = directory / "tokenizer_config.json"
     settings = parse(path.read_text()) if path.exists() else {}
-    return settings.get("add_bos_token", True)  # SentencePiece: Llama's, which does unless told not to
+    return settings.get("add_bos_token", True)  # SentencePiece: Llama's default
 
 
 def _from_json(file_bytes: bytes) -> tokenizers.Tokenizer:
@@ -297,7 +302,7 @@ def _from_json(file_bytes: bytes) -> tokenizers.Tokenizer:
 
 
 def _find_special(path: Path, file_bytes: bytes) -> tuple[int | None, int | None]:
-    """Returns the ids of BOS and EOS, from tokenizer_config.json beside the file or else by usual names."""
+    """Ids of BOS and EOS, from tokenizer_config.json beside the file, else by their usual names."""
     tokenizer = _from_json(file_bytes)
     config_path = path.with_name("tokenizer_config.json")
     names: list[Sequence[str]] = [_BOS_NAMES, _EOS_NAMES]

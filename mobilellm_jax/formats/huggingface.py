@@ -1,6 +1,6 @@
-"""Hugging Face folders in and out: a checkpoint of the Llama architecture becomes a run directory, and back.
+"""Conversion between Hugging Face folders of the Llama architecture and run directories.
 
-Tensors are in `huggingface_weights.py`, config.json is in `huggingface_config.py`. PyTorch is not needed.
+`huggingface_weights.py` converts tensors, `huggingface_config.py` config.json. PyTorch is not needed.
 """
 
 import contextlib
@@ -45,19 +45,19 @@ FILES = ("config.json", WEIGHTS, INDEX, "*.safetensors", *_SPECS, *_BESIDE)  # t
 def import_run(
     folder: Path, workdir: Path, defaults: ConfigDict, sharing: str = "", num_repeats: int = 1
 ) -> Config:
-    """Makes a run directory of a folder with config.json and safetensors, and returns its config.
+    """Creates a run directory from a folder with config.json and safetensors; returns the run's config.
 
-    It has weights, as float32, but no optimizer state: it can be opened, but not trained on.
+    The run has float32 weights but no optimizer state: it can be opened, but training cannot be resumed.
 
     Args:
-      folder: what to import; a tokenizer.json or tokenizer.model in it is taken along.
-      workdir: the directory to make.
-      defaults: of all fields that the folder does not determine.
-      sharing: folds layers that are copies back into blocks, by this strategy or explicit plan; "" does not.
+      folder: the model to import; a tokenizer.json or tokenizer.model in it is copied.
+      workdir: the directory to create.
+      defaults: values of all fields that the folder does not determine.
+      sharing: strategy or explicit plan that folds identical layers back into blocks; "" folds none.
       num_repeats: layers made of each block, with a strategy.
 
     Raises:
-      UserError: the folder is damaged or holds another architecture, or `workdir` is there or not writable.
+      UserError: the folder is corrupt or of another architecture, or `workdir` exists or is not writable.
     """
     with _new_directory("workdir", workdir) as directory:
         hf = read_object(folder / "config.json")
@@ -74,15 +74,15 @@ def import_run(
 
 
 def export_run(workdir: Path, target: Path, dtype: str) -> Config:
-    """Makes a folder that transformers loads, of a run, trained or imported, and returns the run's config.
+    """Exports a trained or imported run to a folder that transformers loads; returns the run's config.
 
     Args:
       workdir: the run.
-      target: the folder to make.
+      target: the folder to create.
       dtype: of the weights, one of `huggingface_weights.DTYPES`.
 
     Raises:
-      UserError: there is no intact run, it is not a Llama, or `target` is there or not writable.
+      UserError: there is no intact run, it is not a Llama, or `target` exists or is not writable.
     """
     with _new_directory("target", target) as directory:
         config, params = open_run(workdir)
@@ -100,10 +100,10 @@ def export_run(workdir: Path, target: Path, dtype: str) -> Config:
 
 
 def _copy_tokenizer(folder: Path, vocab_size: int, workdir: Path) -> str | None:
-    """Copies the tokenizer, if there is one, and returns the kind and name of its file.
+    """Copies the tokenizer and returns the kind and name of its file; None if there is none.
 
     Raises:
-      UserError: it cannot be read, or has ids that the model does not have.
+      UserError: it cannot be read, or has ids outside the vocabulary of the model.
     """
     specs = [f"{kind}:{folder / name}" for name, kind in _SPECS.items() if (folder / name).is_file()]
     tokenizer = open_tokenizer(specs[0]) if specs else None
@@ -111,8 +111,8 @@ def _copy_tokenizer(folder: Path, vocab_size: int, workdir: Path) -> str | None:
         return None
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{specs[0]}: has ids up to {tokenizer.vocab_size - 1}, and config.json says "
-            f"vocab_size={vocab_size}"
+            f"{specs[0]}: has ids up to {tokenizer.vocab_size - 1}, but config.json has "
+            f"vocab_size={vocab_size}; use the tokenizer of this model"
         )
     save_tokenizer(tokenizer, workdir / TOKENIZER)
     for beside in _BESIDE:
@@ -124,7 +124,7 @@ def _copy_tokenizer(folder: Path, vocab_size: int, workdir: Path) -> str | None:
 def _config(
     defaults: ConfigDict, fields: dict[str, Any], context: int, spec: str | None, workdir: Path
 ) -> Config:
-    """The config of an imported run. What it was trained on is not known."""
+    """The config of an imported run, whose training data are unknown."""
     values = defaults.to_dict()
     values["model"] |= fields
     values["data"] |= {"sequence_length": context, "source": "imported"}
@@ -139,9 +139,9 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _write_tokenizer(target: Path, tokenizer: Tokenizer, workdir: Path) -> None:
-    """Writes the files of a run's tokenizer, with which `AutoTokenizer` gives the ids that the model expects.
+    """Writes the files with which `AutoTokenizer` gives the ids that the model expects.
 
-    What import found is written as it was. Of a trained run, a text begins with BOS, as in training.
+    Imported files are copied unchanged. For a trained run, texts begin with BOS, as in training.
     """
     for path in (workdir / TOKENIZER).iterdir():
         if path.name != CARD_FILE:
@@ -158,9 +158,9 @@ def _write_tokenizer(target: Path, tokenizer: Tokenizer, workdir: Path) -> None:
     path = target / "tokenizer_config.json"
     if not path.exists():
         bos, eos = (None if i is None else piece(i) for i in special)
-        # Of SentencePiece, the class named after Llama makes other tokens of several spaces in a row, and so
-        # does this one without `legacy` (measured with transformers 5.24). Only there does `add_bos_token`
-        # decide; elsewhere tokenizer.json does.
+        # With SentencePiece, LlamaTokenizer gives other tokens for several spaces in a row, and so does this
+        # class without `legacy` (measured with transformers 5.24). `add_bos_token` has an effect with
+        # SentencePiece alone; elsewhere tokenizer.json decides.
         values = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "legacy": True,
@@ -172,7 +172,7 @@ def _write_tokenizer(target: Path, tokenizer: Tokenizer, workdir: Path) -> None:
 
 
 def _put_before(tokenizer: tokenizers.Tokenizer, bos_id: int | None) -> None:
-    """Makes a tokenizer put BOS, where there is one, and nothing else around a text, however long."""
+    """Sets a tokenizer to add BOS, if any, and nothing else, with no truncation or padding."""
     bos = [] if bos_id is None else [tokenizer.id_to_token(bos_id)]
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=[*bos, "$A"], pair=[*bos, "$A", "$B:1"], special_tokens=[(token, bos_id) for token in bos]
@@ -182,8 +182,8 @@ def _put_before(tokenizer: tokenizers.Tokenizer, bos_id: int | None) -> None:
 
 
 def _bytes_tokenizer() -> str:
-    """Returns a tokenizer.json with the ids of `BytesTokenizer`."""
-    # In byte-level BPE a character stands for a byte: itself if it can be seen, else the next from 256 on.
+    """A tokenizer.json with the ids of `BytesTokenizer`."""
+    # In byte-level BPE a character stands for a byte: itself if printable, else the next from 256 on.
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unseen = {byte: 256 + i for i, byte in enumerate(b for b in range(256) if b not in seen)}
     vocabulary = {chr(unseen.get(byte, byte)): byte for byte in range(256)}
@@ -196,20 +196,20 @@ def _bytes_tokenizer() -> str:
 
 @contextlib.contextmanager
 def _new_directory(flag: str, path: Path) -> Iterator[Path]:
-    """Yields a directory that takes the name of `path`, the value of `flag`, in the end, if nothing fails.
+    """Yields a temporary directory that is renamed to `path`, the value of `flag`, unless an error occurs.
 
     Raises:
-      UserError: the path is there and not empty, or cannot be written.
+      UserError: the path exists and is not an empty directory, or cannot be written.
     """
     final = path.absolute()
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
         if final.exists() and (not final.is_dir() or any(final.iterdir())):
-            raise UserError(f"--{flag}={path}: is there already; use another, or delete what is there")
+            raise UserError(f"--{flag}={path}: already exists; use another directory, or delete it")
         temporary.mkdir(parents=True)
         yield temporary
         temporary.rename(final)
     except OSError as error:
         raise UserError(f"--{flag}={path}: cannot write there ({error.strerror or error})") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
+        shutil.rmtree(temporary, ignore_errors=True)  # already renamed unless an error occurred

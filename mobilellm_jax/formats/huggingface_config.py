@@ -1,4 +1,4 @@
-"""config.json of Hugging Face's Llama, in and out. What our model does not compute is refused by name."""
+"""Import and export of config.json of Hugging Face's Llama. Unsupported settings are refused by name."""
 
 import sys
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from mobilellm_jax.sharing import STRATEGIES, layer_plan
 from mobilellm_jax.storage.sealed import parse
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mobilellm": "MobileLLMForCausalLM"}  # by model_type
-_ONLY = {  # fields that would make another model: the values with which it is ours (None: absent or null)
+_ONLY = {  # the only supported values of these fields (None: absent or null)
     "hidden_act": ("silu", None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -24,32 +24,32 @@ _ROPE_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file.
+    """Reads a JSON object.
 
     Raises:
-      UserError: there is no such file, or it holds something else.
+      UserError: the file is missing or is not a JSON object.
     """
     try:
         values = parse(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: is missing") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable JSON: {error}") from None
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
+        raise UserError(f"{path}: expected a JSON object")
     return values
 
 
 def model_fields(hf: Mapping[str, Any], sharing: str = "", num_repeats: int = 1) -> dict[str, Any]:
-    """Returns the fields of `ModelConfig` that a config.json determines.
+    """The fields of `ModelConfig` that a config.json determines.
 
     Args:
       hf: config.json; `share_embedding` and `layer_sharing` are options of the official MobileLLM.
-      sharing: folds layers that are copies back into blocks, by this strategy or explicit plan; "" does not.
+      sharing: strategy or explicit plan that folds identical layers back into blocks; "" folds none.
       num_repeats: layers made of each block, with a strategy.
 
     Raises:
-      UserError: another architecture, a field that is missing or not supported, or a plan that does not fit.
+      UserError: another architecture, a missing or unsupported field, or a plan that does not fit.
     """
     kind, there = hf.get("model_type"), hf.get("architectures")
     known = _ARCHITECTURES.get(kind) if isinstance(kind, str) else None
@@ -69,8 +69,8 @@ def model_fields(hf: Mapping[str, Any], sharing: str = "", num_repeats: int = 1)
     kv_heads = heads if hf.get("num_key_value_heads") is None else _integer(hf, "num_key_value_heads")
     if hf.get("head_dim") is None and width % heads:
         raise UserError(
-            f"config.json: num_attention_heads={heads} does not divide hidden_size={width}, and there is no "
-            "head_dim"
+            f"config.json: num_attention_heads={heads} does not divide hidden_size={width}, and head_dim is "
+            "missing"
         )
     return {
         "vocab_size": _integer(hf, "vocab_size"),
@@ -89,26 +89,28 @@ def model_fields(hf: Mapping[str, Any], sharing: str = "", num_repeats: int = 1)
 
 
 def context_length(hf: Mapping[str, Any]) -> int:
-    """Returns the number of positions that the model was trained on."""
+    """Number of positions that the model was trained on."""
     return _integer(hf, "max_position_embeddings")
 
 
 def check_exportable(config: ModelConfig) -> None:
-    """Raises UserError if the model has no form as a Hugging Face Llama."""
+    """Raises UserError if the model cannot be expressed as a Hugging Face Llama."""
     if config.ffn_kind != "swiglu":
-        raise UserError(f"model.ffn_kind: {config.ffn_kind!r} has no form as a Llama; only 'swiglu' has")
+        raise UserError(
+            f"model.ffn_kind: {config.ffn_kind!r} cannot be exported as a Llama; only 'swiglu' can"
+        )
     if config.width % config.num_heads:
         raise UserError(
-            f"model.num_heads: {config.num_heads} does not divide model.width={config.width}, which "
-            "transformers asks of a Llama whatever its head size"
+            f"model.num_heads: {config.num_heads} does not divide model.width={config.width}, as "
+            "transformers requires of a Llama; this run cannot be exported"
         )
 
 
 def export_config(config: Config, dtype: str, special: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns config.json.
+    """The content of config.json.
 
     Args:
-      config: the run; its sequence length is the context that the model was trained on.
+      config: of the run; its sequence length is the training context.
       dtype: of the weights, "float32", "bfloat16" or "float16".
       special: `bos_token_id` and `eos_token_id`.
     """
@@ -138,11 +140,11 @@ def export_config(config: Config, dtype: str, special: Mapping[str, Any]) -> dic
 
 def _sharing_fields(hf: Mapping[str, Any], sharing: str, num_repeats: int) -> dict[str, Any]:
     layers = _integer(hf, "num_hidden_layers")
-    if _flag(hf, "layer_sharing"):  # there num_hidden_layers counts blocks, and each is applied twice
+    if _flag(hf, "layer_sharing"):  # num_hidden_layers then counts blocks, each applied twice
         if sharing:
             raise UserError(
                 f"--sharing={sharing}: layer_sharing in config.json is 'immediate' with 2 repeats already, "
-                "and leaves no copies to fold; leave the flag out"
+                "so there are no copies to fold; omit the flag"
             )
         return {"depth": layers, "sharing": "immediate", "num_repeats": 2}
     sharing = sharing or "none"
@@ -150,19 +152,19 @@ def _sharing_fields(hf: Mapping[str, Any], sharing: str, num_repeats: int) -> di
         if layers % num_repeats:
             raise UserError(f"--num_repeats={num_repeats}: does not divide num_hidden_layers={layers}")
         depth = layers // num_repeats
-    else:  # an explicit plan; `layer_plan` refuses what is neither
+    else:  # an explicit plan; `layer_plan` refuses anything else
         depth = 1 + max((int(word) for word in sharing.split() if word.isdecimal()), default=0)
     plan = layer_plan(sharing, depth, num_repeats)
     if len(plan) != layers:
         raise UserError(
-            f"--sharing={sharing!r}: a plan of {len(plan)} layers, and config.json says "
-            f"num_hidden_layers={layers}"
+            f"--sharing={sharing!r}: the plan has {len(plan)} layers, but config.json has "
+            f"num_hidden_layers={layers}; use a plan of {layers} layers"
         )
     return {"depth": depth, "sharing": sharing, "num_repeats": num_repeats}
 
 
 def _rope_base(hf: Mapping[str, Any]) -> float:
-    """Returns the base from `rope_theta`, or from `rope_parameters`, which newer files have."""
+    """The RoPE base from `rope_theta`, or from `rope_parameters` in newer files."""
     bases = set() if hf.get("rope_theta") is None else {_number(hf, "rope_theta")}
     for name in ("rope_scaling", "rope_parameters"):
         values = {} if hf.get(name) is None else hf[name]
@@ -174,7 +176,7 @@ def _rope_base(hf: Mapping[str, Any]) -> float:
             bases.add(_number(values, "rope_theta"))
     if len(bases) > 1:
         raise UserError(
-            f"config.json: rope_theta has several values, {' and '.join(map(str, sorted(bases)))}"
+            f"config.json: rope_theta has conflicting values: {' and '.join(map(str, sorted(bases)))}"
         )
     return bases.pop() if bases else 10_000.0  # as in transformers, for files older than the field
 

@@ -1,11 +1,11 @@
-"""Weights of Hugging Face's Llama, in and out, as safetensors; config.json is in `huggingface_config.py`.
+"""Import and export of the weights of Hugging Face's Llama as safetensors.
 
 A linear layer there is stored [out, in], here [in, out] with heads as axes of their own; blocks are stacked
 here. Both pair the dimensions i and i + H/2 of a head in RoPE, so weights only change their layout, and a
 round trip is bit-exact. Letters as in `model/__init__.py`.
 
-Layer sharing has no form there: an exported model has one layer for each layer *applied*, in plan order; told
-the plan, import folds them back. The multipliers of muP and CompleteP go into the weights.
+Llama has no layer sharing: an exported model has one layer for each layer *applied*, in plan order; given the
+plan, import folds them back. The multipliers of muP and CompleteP are multiplied into the weights.
 """
 
 import contextlib
@@ -29,21 +29,21 @@ from mobilellm_jax.sharing import LayerPlan
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 _HOW_TO_CONVERT = (
-    "only safetensors are read, as unpickling a .bin or .pt file runs whatever code is in it; convert it "
-    "where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new), in transformers"
+    "only safetensors are read, as unpickling a .bin or .pt file can run any code; if you trust it, convert "
+    "it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new), in transformers"
 )
 
-# --- which tensor is where ------------------------------------------------------------------------------
+# --- location of tensors ------------------------------------------------------------------------------
 
 _HEAD = parameter("head").hugging_face
 
 
 class Place(NamedTuple):
-    """Where a tensor is in our parameters.
+    """The location of a tensor in our parameters.
 
     Attributes:
-      parameter: the row of the table.
-      at: its index in the stack; None outside.
+      parameter: its declaration.
+      at: its index in the stack; None for parameters that are not stacked.
       shape: its shape in the file.
     """
 
@@ -52,7 +52,7 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
     def leaf(self, params: model.Params) -> np.ndarray:
-        """The view of `params` that holds the tensor, in our layout."""
+        """The view of `params` for this tensor, in our layout."""
         array: Any = params
         for name in self.parameter.path.split("/"):
             array = array[name]
@@ -68,7 +68,7 @@ class Place(NamedTuple):
 
 
 def places(config: ModelConfig, layers: LayerPlan) -> dict[str, Place]:
-    """The place of every tensor in the file, by name; `layers` says which block each layer is."""
+    """The place of every tensor in the file, by name; `layers` is the block of each layer."""
 
     def place(of: Parameter, index: int | None) -> Place:
         if of.kind != "matrix":
@@ -86,20 +86,20 @@ def places(config: ModelConfig, layers: LayerPlan) -> dict[str, Place]:
     return found
 
 
-# --- in -------------------------------------------------------------------------------------------------
+# --- import -------------------------------------------------------------------------------------------------
 
 
 def read_params(folder: Path, config: ModelConfig, layers: LayerPlan) -> model.Params:
-    """Returns the weights in a folder as float32 parameters in NumPy, which is exact.
+    """Reads the weights in a folder as float32 NumPy parameters; the conversion is exact.
 
-    Layers that are the same block must be equal, bit for bit.
+    Layers of the same block must be bit-identical.
 
     All names, shapes and dtypes are checked before the first is read; then tensors are read one by one, so
     that no more than the model and one tensor are in memory.
 
     Raises:
-      UserError: no safetensors, a file that is missing or damaged, a tensor that is missing, unknown, or of
-        another shape or dtype, or layers that are not equal and should be.
+      UserError: no safetensors, a file that is missing or corrupt, a tensor that is missing, unknown, or of
+        another shape or dtype, or layers of one block that differ.
     """
     wanted = places(config, layers)
     with contextlib.ExitStack() as stack:
@@ -118,8 +118,8 @@ def read_params(folder: Path, config: ModelConfig, layers: LayerPlan) -> model.P
                 leaf[...] = tensor
             elif not _same_bits(leaf, tensor):
                 raise UserError(
-                    f"{folder}: {name} differs from {same}, and by the plan {' '.join(map(str, layers))} "
-                    "they are one block"
+                    f"{folder}: {name} differs from {same}, but by the plan {' '.join(map(str, layers))} "
+                    "they are one block; change or omit --sharing"
                 )
         for name in spare:
             _check_spare(folder, name, tensors[name].get_tensor(name), params, config)
@@ -132,7 +132,7 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Returns the open file of every tensor, by the tensor's name."""
+    """Opens the safetensors files; the file of every tensor, by the tensor's name."""
     index = folder / INDEX
     said: dict[str, Any] | None = None
     if (folder / WEIGHTS).is_file():
@@ -140,26 +140,26 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     elif index.is_file():
         said = read_object(index).get("weight_map")
         if not isinstance(said, dict) or not all(isinstance(name, str) for name in said.values()):
-            raise UserError(f"{index}: has no weight_map from tensors to files")
+            raise UserError(f"{index}: weight_map is missing, or is not a mapping from tensors to files")
         names = sorted(set(said.values()))
     else:
         pickles = sorted(p.name for kind in ("bin", "pt", "pth") for p in folder.glob(f"*.{kind}"))
-        there = f" (there is {pickles[0]})" if pickles else ""
-        raise UserError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there{there}; {_HOW_TO_CONVERT}")
+        there = f" (found {pickles[0]})" if pickles else ""
+        raise UserError(f"{folder}: has neither {WEIGHTS} nor {INDEX}{there}; {_HOW_TO_CONVERT}")
     tensors: dict[str, Any] = {}
     for name in names:
-        # A path could lead out of the folder. Links are followed: the hub's cache is made of them.
+        # A path could lead out of the folder. Links are followed: the hub's cache consists of them.
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{index}: {name!r} is not the name of a safetensors file in the folder")
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: is missing, and named in {INDEX}")
+            raise UserError(f"{folder / name}: is missing, but listed in {INDEX}")
         try:
             file = stack.enter_context(safe_open(folder / name, framework="np"))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / name}: not a whole safetensors file ({error})") from None
+            raise UserError(f"{folder / name}: truncated or not a safetensors file ({error})") from None
         for tensor in file.keys():  # noqa: SIM118, not a mapping
             if tensor in tensors or (said is not None and said.get(tensor) != name):
-                raise UserError(f"{folder / name}: holds {tensor}, which {INDEX} says is elsewhere")
+                raise UserError(f"{folder / name}: contains {tensor}, which {INDEX} lists in another file")
             tensors[tensor] = file
     return tensors
 
@@ -167,7 +167,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
 def _check_names(
     folder: Path, tensors: Mapping[str, Any], wanted: Mapping[str, Place], config: ModelConfig
 ) -> list[str]:
-    """Returns the names of tensors that are no parameters, but follow from them or from the config."""
+    """Checks the names; gives those of redundant tensors (tied head, rotary frequencies)."""
     missing = [name for name in wanted if name not in tensors]
     if missing:
         hint = "; config.json does not tie the head to the embedding" if missing == [_HEAD] else ""
@@ -190,19 +190,17 @@ def _some(names: Sequence[str]) -> str:
 
 def _check_tensor(folder: Path, name: str, tensor: Any, shape: tuple[int, ...]) -> None:
     if tuple(tensor.get_shape()) != shape:
-        raise UserError(
-            f"{folder}: {name} has the shape {tuple(tensor.get_shape())}, and by config.json {shape}"
-        )
+        raise UserError(f"{folder}: {name} has shape {tuple(tensor.get_shape())}, but {shape} by config.json")
     if tensor.get_dtype() not in _DTYPES.values():
         raise UserError(
-            f"{folder}: {name} is of type {tensor.get_dtype()}; valid: {', '.join(_DTYPES.values())}"
+            f"{folder}: {name} is of type {tensor.get_dtype()}; expected one of {', '.join(_DTYPES.values())}"
         )
 
 
 def _check_spare(
     folder: Path, name: str, value: np.ndarray, params: model.Params, config: ModelConfig
 ) -> None:
-    """Checks that a tensor that is no parameter says what the parameters or the config say."""
+    """Checks a redundant tensor against the parameters or the config."""
     if name == _HEAD:
         same = value.shape == params["embedding"].shape
         same = same and _same_bits(value.astype(np.float32), params["embedding"])
@@ -213,10 +211,10 @@ def _check_spare(
         same = same and np.allclose(value.astype(np.float64), frequency_h, rtol=0.01)  # bfloat16 has 3 digits
         what = "the rope_theta of config.json"
     if not same:
-        raise UserError(f"{folder}: {name} disagrees with {what}")
+        raise UserError(f"{folder}: {name} differs from {what}")
 
 
-# --- out ------------------------------------------------------------------------------------------------
+# --- export ------------------------------------------------------------------------------------------------
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DTYPES = tuple(_DTYPES)
@@ -225,15 +223,15 @@ DTYPES = tuple(_DTYPES)
 def write_params(path: Path, params: model.Params, config: ModelConfig, dtype: str) -> None:
     """Writes the weights as one safetensors file, tensor by tensor.
 
-    float32 is exact, but for the multipliers of muP and CompleteP: a weight times one that is no power of two
-    is rounded once more.
+    float32 is exact, except for the multipliers of muP and CompleteP: a product with one that is not a power
+    of two is rounded.
 
     Raises:
       UserError: a weight is too large for `dtype`.
     """
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     wanted = places(config, config.plan)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers asks for
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
     end = 0
     for name, place in wanted.items():
         start, end = end, end + math.prod(place.shape) * kind.itemsize
@@ -246,12 +244,14 @@ def write_params(path: Path, params: model.Params, config: ModelConfig, dtype: s
             with np.errstate(over="ignore"):
                 cast = tensor.astype(kind)
             if np.isinf(cast.astype(np.float32)).any() and not np.isinf(tensor).any():
-                raise UserError(f"--dtype={dtype}: {name} has weights that are too large for it")
+                raise UserError(
+                    f"--dtype={dtype}: {name} has weights that are too large for it; use --dtype=float32"
+                )
             file.write(np.ascontiguousarray(cast).tobytes())
 
 
 def _tensors(params: model.Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields float32 tensors in the layout of the file, with the multipliers in them."""
+    """Yields names and float32 tensors in the layout of the file, with multipliers applied."""
     m = multipliers(config)
     for name, place in places(config, config.plan).items():
         tensor = place.write(place.leaf(params))

@@ -1,7 +1,7 @@
-"""Text from a model: the prompts are read at once (prefill), then a compiled step adds one token to each.
+"""Text generation: prompts are read at once (prefill), then a compiled step adds one token to each.
 
-Prompts of different lengths are padded at their beginning, see `model.Cache`: what comes of a prompt does not
-depend on the prompts beside it. Letters as in model/__init__.py.
+Shorter prompts of a batch are padded on the left, see `model.Cache`: the text generated for a prompt does not
+depend on the others. Letters as in model/__init__.py.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from mobilellm_jax.model.stack import cast
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is chosen from its logits. Hashable: a static argument of jitted functions.
+    """Settings for drawing a token from its logits. Hashable: a static argument of jitted functions.
 
     Attributes:
-      temperature: what logits are divided by; 0 takes the most probable token.
+      temperature: divisor of the logits; 0 takes the most probable token.
       top_k: only the k most probable tokens may be chosen; 0 means all.
       top_p: of these, the fewest most probable ones that together have this share of the probability.
     """
@@ -41,19 +41,19 @@ class Sampling:
         rules.check_all(self, {"temperature": rules.NOT_NEGATIVE, "top_k": rules.COUNT, "top_p": top_p})
         if self.temperature == 0 and (self.top_k, self.top_p) != (0, 1.0):
             raise UserError(
-                f"temperature: with 0 the most probable token is taken, so top_k={self.top_k} and "
-                f"top_p={self.top_p} have no meaning; use a temperature above 0, or top_k=0 and top_p=1"
+                f"temperature: 0 always takes the most probable token, so top_k={self.top_k} and "
+                f"top_p={self.top_p} have no effect; use a temperature above 0, or top_k=0 and top_p=1"
             )
 
 
 def choose(
     logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"], sampling: Sampling
 ) -> tuple[Int[Array, "B"], Key[Array, "B"]]:
-    """Returns the next token of each row, and the keys for the one after. Ties with the last are kept."""
+    """Draws the next token of each row; also gives the next keys. Ties with the last candidate are kept."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1), keys_B
-    # The largest becomes 0, so that no temperature makes several infinite. Smaller ones than float32 holds
-    # would be 0; the smallest that it holds draws no other token than they would.
+    # The largest logit becomes 0, so that no temperature makes several infinite. A temperature below the
+    # smallest normal float32 would become 0; clamped to it, it draws the same tokens.
     temperature = max(sampling.temperature, float(jnp.finfo(jnp.float32).tiny))
     logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature
     if sampling.top_k:
@@ -71,7 +71,7 @@ def choose(
 
 
 class State(NamedTuple):
-    """All that a step changes: what was read, the tokens to read next, and the keys of the choices after."""
+    """The state of generation: the cache, the tokens to read next, and the random keys of later draws."""
 
     cache: model.Cache
     tokens_B: Int[Array, "B"]
@@ -94,7 +94,7 @@ def prefill(
 def decode(
     params: model.Params, state: State, config: ModelConfig, sampling: Sampling
 ) -> tuple[State, Int[Array, "B"]]:
-    """Reads one token more of each row; returns the state and the tokens after them."""
+    """Reads one more token of each row; returns the state and the token after each."""
     return _read(params, state.tokens_B[:, None], state.cache, state.keys_B, config, sampling)
 
 
@@ -106,10 +106,10 @@ def _read(params: model.Params, tokens_BT: Any, cache: Any, keys_B: Any, config:
 
 
 class Generator:
-    """A model on its device, with the programs that were compiled for it."""
+    """A model on its device, with its compiled programs."""
 
     def __init__(self, params: model.Params, config: ModelConfig, sampling: Sampling, context: int) -> None:
-        """Takes float32 parameters; `context` is the largest length of a prompt and what comes after it."""
+        """Takes float32 parameters; `context` limits the length of a prompt with its continuation."""
         rules.check_rule("context", context, rules.POSITIVE_INT)
         self.config, self.sampling, self.context = config, sampling, context
         self._params = jax.device_put(cast(params, config))  # once, not at every step
@@ -123,20 +123,20 @@ class Generator:
         seed: int,
         place: int = 0,
     ) -> Iterator[list[int | None]]:
-        """Checks, compiles, and returns an iterator over steps: the next token of each prompt.
+        """Checks the prompts, compiles, and returns an iterator over steps: the next token of each prompt.
 
-        It is None once a prompt's text has ended, which it does with `eos_id`. The choices for a prompt
-        follow from the seed and from its place among the prompts.
+        A token is None after the `eos_id` of its prompt. Draws for a prompt depend on the seed and on its
+        place among the prompts.
 
         Args:
           prompts: token ids.
           max_new_tokens: steps at most; None takes as many as the context has room for.
           eos_id: the token that ends a text, if any.
-          seed: of the choices.
+          seed: of the draws.
           place: of the first prompt; a prompt at place n draws as the one at n of a batch that begins at 0.
 
         Raises:
-          UserError: a prompt is empty, holds an unknown token, or is too long for the context.
+          UserError: a prompt is empty, has an unknown token, or is too long for the context.
         """
         check_prompts(prompts, max_new_tokens, self.config.vocab_size, self.context)
         longest = max(map(len, prompts))
@@ -180,40 +180,39 @@ class Generator:
 def check_prompts(
     prompts: Sequence[Sequence[int]], max_new_tokens: int | None, vocab_size: int, context: int
 ) -> None:
-    """Checks that the model can read the prompts and that there is room for what comes after them.
+    """Checks that prompts are valid and that prompts and new tokens fit in the context.
 
     Raises:
-      UserError: it cannot, or there is none; the message names the prompt, counted from 1.
+      UserError: they do not; the message names the prompt, counted from 1.
     """
     least = 1 if max_new_tokens is None else max_new_tokens
     rules.check_rule("max_new_tokens", least, rules.POSITIVE_INT)
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) == 0:
-            raise UserError(f"prompt {number}: is empty; the model needs a token to begin with")
+            raise UserError(f"prompt {number}: is empty; expected at least one token")
         for token in prompt:
             if not 0 <= token < vocab_size:
                 raise UserError(
-                    f"prompt {number}: there is no token {token}; the vocabulary has 0 to {vocab_size - 1}"
+                    f"prompt {number}: token {token} is not valid; expected 0 to {vocab_size - 1}"
                 )
         if len(prompt) + least > context:
             raise UserError(
-                f"prompt {number}: its {len(prompt)} tokens and max_new_tokens={least} after them do not fit "
-                f"in the context of {context}; shorten them, or set --context: by default it is the length "
-                "that the model was trained on"
+                f"prompt {number}: its {len(prompt)} tokens and max_new_tokens={least} do not fit "
+                f"in the context of {context}; shorten them, or raise --context (by default as in training)"
             )
 
 
 def _round_up(length: int) -> int:
-    """Returns a power of 2, so that few programs serve prompts of all lengths."""
+    """Rounds up to a power of 2, at least 16, so that few compiled programs serve all lengths."""
     return max(16, 1 << (length - 1).bit_length())
 
 
 class TextStream:
-    """Token ids to text, piece by piece; the pieces together are the text of all the ids.
+    """Incremental decoding of token ids; the pieces joined are the text of all ids.
 
-    A token may end within a character, and its text may depend on the tokens before it (SentencePiece leaves
-    out the space before the first word, or all of them). A piece is what the text of a few ids, with a word
-    among them, gains by another one, once it ends with a whole character.
+    A token may end within a character, and its text may depend on the tokens before it (SentencePiece drops
+    the space before the first word, or all of them). A piece is therefore a difference: the text of the last
+    few ids, with a word among them, extended by new ids up to a complete character, minus their text before.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -222,10 +221,10 @@ class TextStream:
         self._start = self._done = 0
 
     def add(self, token: int) -> str:
-        """Returns the text that this id completes; "" where it completes none."""
+        """The text that this id completes; "" where it completes none."""
         self._ids.append(token)
         piece = self._rest()
-        if not piece or piece.endswith("\ufffd"):  # what half a character is decoded to
+        if not piece or piece.endswith("\ufffd"):  # decoded from an incomplete character
             return ""
         if self._tokenizer.decode(self._ids[self._done :]).strip():
             self._start = self._done
@@ -233,7 +232,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """Returns what is left: half a character, shown as one that is not known."""
+        """The remaining text: an incomplete character, shown as U+FFFD."""
         piece = self._rest()
         self._start = self._done = len(self._ids)
         return piece

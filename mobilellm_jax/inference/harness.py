@@ -1,4 +1,4 @@
-"""Our models in EleutherAI's lm-evaluation-harness: the adapter, and running its tasks on a model.
+"""The adapter of our models to EleutherAI's lm-evaluation-harness, and the evaluation of its tasks.
 
 Needs the extra `eval`: import this module only where tasks are run.
 """
@@ -36,19 +36,19 @@ try:
         make_disjoint_window,
     )
 except ImportError as error:
-    raise UserError(f"tasks need lm-evaluation-harness: pip install -e '.[eval]' ({error})") from None
+    raise UserError(f"lm-evaluation-harness is missing: run pip install -e '.[eval]' ({error})") from None
 
 _PROMPTS = 32  # generated from at one time
-_NEW_TOKENS = 256  # generated at most where the task does not say, as in lm-eval's other models
+_NEW_TOKENS = 256  # the default of lm-eval's other models for tasks without a limit
 _BOTH = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
 
 
 class Adapter(TemplateLM):
-    """What lm-eval asks of a model: `loglikelihood`, `loglikelihood_rolling` and `generate_until`.
+    """The model interface of lm-eval: `loglikelihood`, `loglikelihood_rolling` and `generate_until`.
 
     Attributes:
-      max_length: tokens that the model reads at most: the sequence length it was trained with.
-      shortened: requests so far whose beginning was left out, because they are longer.
+      max_length: most tokens that the model reads: its training sequence length.
+      shortened: number of requests so far that were longer and lost their first tokens.
     """
 
     def __init__(
@@ -65,26 +65,27 @@ class Adapter(TemplateLM):
         self._encode = functools.lru_cache(1024)(lambda text: tokenizer.encode_batch([text])[0])
 
     @property
-    def eot_token_id(self) -> Any:  # lm-eval wants an int, and uses it where there is no prefix_token_id
+    def eot_token_id(self) -> Any:  # declared int in lm-eval, which uses it where there is no prefix_token_id
         """EOS, or None."""
         return self._tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What is read before the first token of a text without context: BOS, or else EOS."""
+        """The token read before a text without context: BOS, else EOS."""
         token = self._tokenizer.eos_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id
         if token is None:
             raise UserError(
-                f"the tokenizer {self._tokenizer.spec!r} has neither BOS nor EOS to begin a text with"
+                f"tokenizer {self._tokenizer.spec!r}: has neither BOS nor EOS, one of "
+                "which has to begin a text without context; use a model whose tokenizer has one"
             )
         return token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Returns token ids, BOS first unless `add_special_tokens` is False."""
+        """Token ids, BOS first unless `add_special_tokens` is False."""
         return ([] if add_special_tokens is False else self._bos) + self._encode(string)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Returns the log likelihood of each continuation in nats, and whether greedy decoding gives it."""
+        """Log likelihood of each continuation in nats, and whether greedy decoding gives it."""
         return super().loglikelihood(requests, disable_tqdm=True)  # encoding needs no bar
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
@@ -95,7 +96,7 @@ class Adapter(TemplateLM):
         )
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Returns the log likelihood of each text in nats; a long one is read window by window."""
+        """Log likelihood of each text in nats; a long one is read in windows."""
         pairs, texts = [], []
         for number, request in enumerate(requests):
             windows = get_rolling_token_windows(
@@ -113,7 +114,7 @@ class Adapter(TemplateLM):
         return totals
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Returns for each prompt the text up to the first of its stop strings, or to EOS."""
+        """Generates text for each prompt up to the first of its stop strings, or to EOS."""
         groups = collections.defaultdict(list)
         for number, request in enumerate(requests):
             context, asked = request.args
@@ -124,8 +125,8 @@ class Adapter(TemplateLM):
             room = self.max_length - settings["max_gen_toks"]
             if room < 1:
                 raise UserError(
-                    f"max_gen_toks: {settings['max_gen_toks']} new tokens leave no room for a prompt in a "
-                    f"context of {self.max_length}"
+                    f"max_gen_toks: {settings['max_gen_toks']} new tokens leave no room for a prompt in the "
+                    f"context of {self.max_length}; use fewer"
                 )
             self.shortened += len(ids) > room
             groups[repr(sorted(settings.items()))].append((ids[-room:], number, settings))
@@ -133,7 +134,7 @@ class Adapter(TemplateLM):
         for group in groups.values():
             group.sort(key=lambda entry: len(entry[0]), reverse=True)
             settings = group[0][2]
-            draws = settings if settings["temperature"] > 0 else {}  # else top_k and top_p have no meaning
+            draws = settings if settings["temperature"] > 0 else {}  # else top_k and top_p have no effect
             sampling = Sampling(
                 temperature=settings["temperature"],
                 top_k=draws.get("top_k") or 0,
@@ -170,7 +171,7 @@ class Adapter(TemplateLM):
 
 
 def _up_to(text: str, until: list[str]) -> str:
-    """Returns a text up to the first of the strings `until` that it has; an empty one does not count."""
+    """Truncates a text at the first of the strings `until` in it; empty strings are ignored."""
     return functools.reduce(lambda text, stop: text.partition(stop)[0] if stop else text, until, text)
 
 
@@ -179,16 +180,16 @@ def _up_to(text: str, until: list[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """What came of one task. Shares are from 0 to 1.
+    """Results of one task. Shares are from 0 to 1.
 
     Attributes:
       task: its name in lm-eval.
-      items: questions asked.
+      items: number of questions.
       data: file name, or the path on the hub, of the questions.
       metrics: name -> (value, standard error or None).
-      chance: expected share of right answers of a guess; None where there are no choices.
-      majority: share of the place (first, second, ...) that is right most often; None likewise.
-      samples: what lm-eval logs of every question.
+      chance: expected accuracy of a random guess; None where there are no choices.
+      majority: accuracy of always choosing the most frequent position (first, second, ...); None likewise.
+      samples: lm-eval's log of every question.
     """
 
     task: str
@@ -201,15 +202,15 @@ class TaskResult:
 
 
 def load_tasks(names: Sequence[str], data_dir: Path | None) -> tuple[dict[str, Any], list[str]]:
-    """Returns lm-eval's tasks by name, with their data, and the tasks of our groups that were left out.
+    """Loads lm-eval's tasks with their data: tasks by name, and members of our groups that were left out.
 
     Args:
       names: tasks, tags and groups of lm-eval, and groups of ours.
-      data_dir: where local files are; None takes the data from the hub. Of our groups, tasks without a file
-        are left out.
+      data_dir: folder of local files; None downloads the data from the hub. Members of our groups without a
+        file are left out.
 
     Raises:
-      UserError: an unknown task, or its data cannot be had.
+      UserError: an unknown task, or its data cannot be loaded.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default
     datasets.disable_progress_bars()
@@ -244,8 +245,8 @@ def load_tasks(names: Sequence[str], data_dir: Path | None) -> tuple[dict[str, A
                 raise
             reason = str(error).partition("\n")[0]
             raise UserError(
-                f"--tasks: the data of {name} can't be had from the hub: {type(error).__name__}: {reason}; "
-                "--data_dir=<folder> reads local files"
+                f"--tasks: cannot load the data of {name} from the hub: {type(error).__name__}: {reason}; "
+                "use --data_dir=<folder> to read local files"
             ) from None
     if not tasks:
         raise UserError(f"--data_dir={data_dir}: there is no file for any of {', '.join(left_out)}")
@@ -253,7 +254,7 @@ def load_tasks(names: Sequence[str], data_dir: Path | None) -> tuple[dict[str, A
 
 
 def _folders() -> list[str | Path]:
-    """Lists where lm-eval defines the tasks that local files can hold."""
+    """Folders of lm-eval with the definitions of `LOCAL_TASKS`."""
     names = "arc super_glue/boolq piqa siqa hellaswag openbookqa winogrande triviaqa race"
     root = resources.files(lm_eval) / "tasks"
     return [str(root / name) for name in names.split()]
@@ -272,7 +273,7 @@ def _local_data(name: str, path: Path) -> dict[str, Any]:
 
 
 def run_task(lm: Any, name: str, task: Any, limit: int | None) -> TaskResult:
-    """Asks a model of lm-eval, such as an `Adapter`, the first `limit` questions of a task, or all."""
+    """Evaluates an lm-eval model, such as an `Adapter`, on the first `limit` questions of a task, or all."""
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(seed=1234)  # as lm-eval's own command
@@ -290,7 +291,7 @@ def run_task(lm: Any, name: str, task: Any, limit: int | None) -> TaskResult:
 
 
 def _baselines(task: Any, docs: Sequence[Any]) -> tuple[float | None, float | None]:
-    """Returns the share of right answers of a guess, and of the place that is right most often."""
+    """Accuracy of a random guess, and of always choosing the most frequent position; see `TaskResult`."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return None, None
     places: collections.Counter[int] = collections.Counter()

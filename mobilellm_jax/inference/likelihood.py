@@ -1,4 +1,4 @@
-"""How likely a model finds given continuations: many short requests in few compiled shapes, over the mesh.
+"""Log likelihoods of given continuations: many short requests in few compiled shapes, over the mesh.
 
 Letters as in model/__init__.py, and: C positions that a continuation is predicted at; J continuations of one
 row.
@@ -25,7 +25,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition
 
 _BATCH_TOKENS = 1 << 14  # positions in one batch, padding included
-# On a CPU small batches are no slower for each position, and of few requests less is padding. Measured on 2
+# On a CPU small batches are no slower for each position, and a few requests need less padding. Measured on 2
 # cores, 6 blocks 384 wide, 224 requests: 18 s of CPU time with 16,384 positions, 11 with 4,096, 8 with 1,024.
 _CPU_BATCH_TOKENS = 1 << 10
 _LENGTHS = sorted(base << k for base in (16, 24) for k in range(20))  # T; at most a third is padding
@@ -34,14 +34,14 @@ _POWERS = [1 << k for k in range(24)]  # J, and rows of the last batch on each d
 
 
 class Request(NamedTuple):
-    """Token ids of a text that is given, and of one that is to be predicted after it."""
+    """Token ids of a given context and of the continuation to be scored."""
 
     context: list[int]
     continuation: list[int]
 
 
 class _Row(NamedTuple):
-    """What the model reads, and the requests (by number) that are answered at its last positions."""
+    """The tokens of a row, and the requests (by number) that are scored at its last positions."""
 
     tokens: tuple[int, ...]
     length: int  # of each continuation
@@ -55,13 +55,13 @@ def likelihood_step(
     targets_BCJ: Int[Array, "B C J"],
     config: ModelConfig,
 ) -> tuple[Float[Array, "B J"], Bool[Array, "B J"]]:
-    """Returns the log likelihood in nats of each continuation, and whether greedy decoding would give it.
+    """Log likelihood in nats of each continuation, and whether greedy decoding would give it.
 
     Args:
       params: the model's.
-      tokens_BT: what it reads; anything may stand after the last token of a row.
+      tokens_BT: inputs; ids after the last token of a row have no effect.
       first_B: position that predicts the first token of the continuations.
-      targets_BCJ: their tokens; those that `rows.is_target` denies are left out.
+      targets_BCJ: their tokens; those that are not `rows.is_target` are ignored.
       config: the model's.
     """
     x_BTD = model.hidden(params, tokens_BT, config)
@@ -100,24 +100,24 @@ def log_likelihoods(
     max_length: int,
     progress: str = "",
 ) -> list[tuple[float, bool]]:
-    """Returns for each request the log likelihood in nats, and whether greedy decoding would give it.
+    """Log likelihood in nats of each request, and whether greedy decoding would give its continuation.
 
-    Of a request longer than `max_length` + 1 tokens the beginning is left out. In a run over several
-    processes, each of them passes all requests and gets all answers.
+    A request longer than `max_length` + 1 tokens is truncated to its last ones. Collective: every process
+    passes all requests and gets all answers.
 
     Args:
       params: the model's, on the mesh.
-      requests: what to predict; contexts hold at least one token.
+      requests: texts to score; contexts have at least one token.
       config: the model's.
       mesh: where to compute.
-      max_length: tokens that the model reads at most.
-      progress: what the progress bar says; "" shows none.
+      max_length: most tokens that the model reads.
+      progress: label of the progress bar; "" shows none.
 
     Raises:
       UserError: a context is empty, or a continuation longer than `max_length`.
     """
     rows = _rows(requests, max_length)
-    answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # that of an empty continuation
+    answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # the answer for an empty continuation
     bar = tqdm(total=sum(len(row.requests) for row in rows), desc=progress, disable=not progress, leave=False)
 
     def read(batch: Sequence[_Row], out: Any) -> None:
@@ -140,16 +140,16 @@ def log_likelihoods(
 
 
 def _rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
-    """Returns rows in the order in which they are computed: the longest first."""
+    """Rows in order of computation: the longest first."""
     rows: dict[tuple[tuple[int, ...], int], _Row] = {}
     for number, (context, continuation) in enumerate(requests):
         length = len(continuation)
         if not context:
-            raise UserError(f"request {number}: the context is empty; it must hold one token or more")
+            raise UserError(f"request {number}: the context is empty; expected at least one token")
         if length > max_length:
             raise UserError(
-                f"request {number}: a continuation of {length} tokens does not fit the model's context of "
-                f"{max_length}"
+                f"request {number}: the continuation of {length} tokens is longer than the context of "
+                f"{max_length}; shorten it"
             )
         tokens = tuple((context + continuation)[-max_length - 1 : -1])
         if length:
@@ -158,7 +158,7 @@ def _rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
 
 
 def _shape(row: _Row, max_length: int) -> tuple[int, int]:
-    """Returns T and C of the compiled program that a row goes through."""
+    """T and C of the compiled program for a row."""
     length = min(max_length, _at_least(len(row.tokens), _LENGTHS))
     return length, min(length, _at_least(row.length, _CONTINUATIONS))
 
@@ -170,7 +170,7 @@ def _at_least(size: int, sizes: Sequence[int]) -> int:
 def _batches(
     rows: Sequence[_Row], requests: Sequence[Request], mesh: Mesh, max_length: int
 ) -> Iterable[tuple[Sequence[_Row], tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    """Yields rows, and the arrays (tokens_BT, first_B, targets_BCJ) made of them and of padding."""
+    """Yields rows and their padded arrays (tokens_BT, first_B, targets_BCJ)."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     batch_tokens = min(_BATCH_TOKENS, _CPU_BATCH_TOKENS) if is_cpu else _BATCH_TOKENS
@@ -194,5 +194,5 @@ def _batches(
 
 
 def _place(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Splits an array that every process has over the rows of the mesh."""
+    """Shards an array that every process has over the rows of the mesh."""
     return jax.make_array_from_callback(array.shape, partition.batch_sharding(mesh), array.__getitem__)

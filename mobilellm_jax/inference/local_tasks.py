@@ -1,7 +1,7 @@
 """Zero-shot tasks by the names of lm-evaluation-harness, and local files in place of its data sets.
 
-A row of a local file becomes the row that the task's own data set would have, so that lm-eval's definition of
-the task makes the prompt, wherever the row came from.
+Rows of local files are converted to the fields of the task's own data set, so that lm-eval's definition of
+the task builds the prompt from either.
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ _LETTERS = "ABCDEFGHIJ"
 
 @dataclasses.dataclass(frozen=True)
 class LocalTask:
-    """A task that local files can hold.
+    """A task that can be read from a local file.
 
     Attributes:
-      stem: how the name of its file begins.
-      fields: what a row must have; further fields are ignored.
-      as_on_hub: makes of a row what lm-eval's definition of the task reads.
+      stem: prefix of its file name.
+      fields: required fields of a row; others are ignored.
+      as_on_hub: converts a row to the fields that lm-eval's definition of the task reads.
     """
 
     stem: str
@@ -152,19 +152,19 @@ LOCAL_TASKS = {
 
 
 def expand(names: list[str]) -> list[str]:
-    """Returns the names of tasks with our groups taken apart, each name once, in order."""
+    """Replaces our groups by their tasks; each name once, in order."""
     return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
 
 
 def find_file(task: str, data_dir: Path) -> Path | None:
-    """Returns the file of a task in `data_dir`; None where it has none.
+    """The file of a task in `data_dir`; None where it has none.
 
     Raises:
-      UserError: there are several, no folder, or the task is not one that local files can hold.
+      UserError: there are several files, no folder, or the task is not in `LOCAL_TASKS`.
     """
     if task not in LOCAL_TASKS:
         raise UserError(
-            f"--data_dir: no format of local files is known for the task {task!r}, only for "
+            f"--data_dir: the task {task!r} cannot be read from local files; expected one of "
             f"{', '.join(LOCAL_TASKS)}"
         )
     if not data_dir.is_dir():
@@ -173,12 +173,12 @@ def find_file(task: str, data_dir: Path) -> Path | None:
     there = [path for path in sorted(data_dir.glob(f"{stem}*")) if path.name.endswith(EXTENSIONS)]
     if len(there) > 1:
         names = ", ".join(path.name for path in there)
-        raise UserError(f"--data_dir={data_dir}: more than one file for the task {task}: {names}")
+        raise UserError(f"--data_dir={data_dir}: more than one file for the task {task}: {names}; keep one")
     return there[0] if there else None
 
 
 def read_local(task: str, path: Path) -> list[Row]:
-    """Returns the rows of a local file as lm-eval's definition of the task reads them.
+    """Reads a local file as the rows that lm-eval's definition of the task reads.
 
     Raises:
       UserError: the file cannot be read, or a row lacks a field; the message names file, line and field.
@@ -193,7 +193,7 @@ def read_local(task: str, path: Path) -> list[Row]:
 
 
 def _problem_of(row: Any, fields: Mapping[str, Rule]) -> str | None:
-    """Returns what is wrong with a row, if anything."""
+    """The first problem of a row; None if it is valid."""
     if not isinstance(row, dict):
         return f"expected an object with the fields {', '.join(fields)}"
     for name, (is_valid, valid) in fields.items():
@@ -202,5 +202,5 @@ def _problem_of(row: Any, fields: Mapping[str, Rule]) -> str | None:
         if not is_valid(row[name]):
             return f"{name!r}: {row[name]!r:.80} is not valid; expected {valid}"
     if "gold" in fields and row["gold"] >= len(row["choices"]):
-        return f"'gold': {row['gold']} is not valid; there are {len(row['choices'])} choices"
+        return f"'gold': {row['gold']} is not valid; expected less than the {len(row['choices'])} choices"
     return None

@@ -1,6 +1,6 @@
-"""Where every array lives on the device mesh: shardings made from `parameters.AXES`.
+"""Shardings of parameters and batches on the device mesh, from `parameters.AXES`.
 
-The mesh has three axes. `data` holds copies of the model, `fsdp` splits parameters and optimizer state,
+The mesh has three axes. `data` replicates the model, `fsdp` splits parameters and optimizer state,
 `tensor` splits heads, feed-forward width and vocabulary; the batch is split over `data` and `fsdp`. One
 device is the 1 x 1 x 1 mesh: there is no other code path.
 """
@@ -20,11 +20,11 @@ from mobilellm_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))  # rows of a batch; their tokens are not split
 
-_CONSTANTS = {"ns_coeffs"}  # that optax keeps in the state of Muon
+_CONSTANTS = {"ns_coeffs"}  # in optax's state of Muon
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """Returns the sizes of (data, fsdp, tensor), with -1 filled in.
+    """Sizes of (data, fsdp, tensor), with -1 inferred from the number of devices.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -42,14 +42,14 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns a mesh over `devices`, by default all devices of all processes."""
+    """A mesh over `devices`, by default all devices of all processes."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def in_use(mesh: Mesh | AbstractMesh) -> AbstractContextManager[Any]:
-    """Returns a context in which the model splits its activations over `mesh`, see `model.hidden`."""
+    """Context manager in which the model shards its activations over `mesh`, see `model.hidden`."""
     return use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh)
 
 
@@ -57,7 +57,7 @@ def check_divisible(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Checks that the mesh divides the model and the batch.
 
     Raises:
-      UserError: an axis does not divide; the message names the field, and the sizes that would work.
+      UserError: an axis does not divide; the message names the field and the valid sizes.
     """
     m, rows = config.model, mesh.shape["data"] * mesh.shape["fsdp"]
     micro_batch = config.train.batch_size // config.train.accumulation_steps
@@ -79,12 +79,12 @@ def check_divisible(config: Config, mesh: Mesh | AbstractMesh) -> None:
 
 
 def parameter_spec(path: str, ndim: int) -> PartitionSpec:
-    """The partition of a parameter, or of optimizer state, by the end of its path.
+    """The `PartitionSpec` of a parameter, or of optimizer state, by the end of its path.
 
     Optimizer moments end in the path of their parameter and are split like it; counters have no axes.
 
     Raises:
-      UserError: the path ends in that of no parameter.
+      UserError: the path does not end in that of a parameter.
     """
     names = path.split("/")
     if ndim == 0 or names[-1] in _CONSTANTS:
@@ -105,12 +105,12 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def process_share(mesh: Mesh) -> dict[str, int]:
-    """Returns process_index and process_count for `Dataset.train_batches`: which rows this process reads.
+    """The process_index and process_count with which this process calls `Dataset.train_batches`.
 
-    Processes whose devices hold the same rows, as those that `tensor` connects, read the same.
+    Processes whose devices get the same rows, being connected by `tensor`, read the same rows.
 
     Raises:
-      UserError: processes hold rows in common, but not all.
+      UserError: two processes share some of their rows, but not all.
     """
     devices = mesh.devices.reshape(-1, mesh.shape["tensor"])
     return _share([[device.process_index for device in row] for row in devices], jax.process_index())
@@ -125,11 +125,10 @@ def _share(processes_of_row: Sequence[Sequence[int]], process: int) -> dict[str,
     if sum(map(len, shares)) != len(processes_of_row):
         raise UserError(
             f"mesh.tensor: {len(processes_of_row[0])} does not fit {len(rows_of)} processes; "
-            "it has to divide the number of devices of a process, or to be a multiple of it"
+            "it must divide the number of devices per process, or be a multiple of it"
         )
     return {"process_index": shares.index(tuple(rows_of[process])), "process_count": len(shares)}
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Returns the sharding of a batch of rows."""
     return NamedSharding(mesh, BATCH)

@@ -1,7 +1,7 @@
-"""Several processes that work on one run, one for each host or device: how they start and agree.
+"""Start and communication of the processes of one run, one for each host or device.
 
-All run the same program. Process 0 alone writes files and decides what depends on them; the others hear of it
-here. With one process everything in this module returns at once.
+All run the same program. Process 0 alone writes files and broadcasts the decisions that depend on them.
+With one process everything in this module returns at once.
 """
 
 import json
@@ -29,19 +29,19 @@ def start(
     patience_s: float,
     advice: str,
 ) -> None:
-    """Joins the other processes; has to come before anything that uses devices.
+    """Connects to the other processes; must be called before devices are used.
 
-    What is None is found out: on Cloud TPU and GKE, and under Slurm and Open MPI.
+    Arguments that are None are detected on Cloud TPU and GKE, and under Slurm and Open MPI.
 
     Args:
       coordinator_address: "host:port" of process 0.
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
-      patience_s: seconds to wait for the others; then the process says so and ends with status 2.
-      advice: what it says then.
+      num_processes: their number.
+      process_id: index of this process, from 0.
+      patience_s: seconds to wait for the others; then the process prints an error and exits with status 2.
+      advice: end of that error.
 
     Raises:
-      UserError: no cluster was found, or the numbers do not fit.
+      UserError: no cluster was detected, or the numbers do not fit.
     """
 
     def give_up() -> None:
@@ -52,10 +52,10 @@ def start(
         sys.stderr.flush()
         os._exit(2)
 
-    # On CPUs, what does not depend on each other may run at once, in another order in every process, and gloo
-    # then takes one message for another: seen in 1 of about 1,000 steps, between the sums of one program.
+    # On CPUs, independent operations may run concurrently, in another order in each process, and gloo then
+    # confuses their messages: seen in 1 of about 1,000 steps, between the sums of one program.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if jax.__version_info__[:2] == (0, 10):  # an XLA that does not know the flag would not start
+    if jax.__version_info__[:2] == (0, 10):  # an XLA without this flag would not start
         one_by_one = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {one_by_one}"
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself
@@ -67,15 +67,18 @@ def start(
             coordinator_address, num_processes, process_id, initialization_timeout=round(patience_s) + 60
         )
     except (ValueError, TypeError, RuntimeError) as error:  # which one depends on the kind of cluster
-        raise UserError(f"--distributed: no cluster was found, or only a part of it ({error})") from None
+        raise UserError(
+            f"--distributed: cannot join a cluster ({error}); where none is detected, set "
+            "--coordinator_address, --num_processes and --process_id"
+        ) from None
     finally:
         timer.cancel()
 
 
 def of_first(function: Callable[[], T]) -> T:
-    """Calls `function` on process 0 and broadcasts its result, which has to fit into JSON.
+    """Calls `function` on process 0 and broadcasts its result, which must be serialisable as JSON.
 
-    A `UserError` in it is raised in all processes.
+    A `UserError` in `function` is raised in all processes.
     """
     if jax.process_count() == 1:
         return function()
@@ -100,17 +103,20 @@ def check_same(what: str, value: str) -> None:
     """Checks that all processes have the same `value`.
 
     Raises:
-      UserError: in all processes, where one has another.
+      UserError: in all processes, if one has another value.
     """
     differs = of_first(lambda: value) != value
     if jax.process_count() > 1 and multihost_utils.process_allgather(np.bool_(differs)).any():
-        raise UserError(f"{what} differs between the processes; process {jax.process_index()} has {value}")
+        raise UserError(
+            f"{what}: differs between the processes; process {jax.process_index()} has {value}; "
+            f"start all processes with the same {what}"
+        )
 
 
 class StopVote:
-    """Lets all processes stop after the same step, whichever of them was told to.
+    """Stops all processes after the same step when any of them is to stop.
 
-    The votes are summed on the devices, in line with the training steps, so that nobody waits for the others.
+    Votes are combined on the devices, in order with the training steps, so that no process waits for another.
     """
 
     def __init__(self, mesh: Mesh):
@@ -118,7 +124,7 @@ class StopVote:
         self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def cast(self, stop: bool) -> Any:
-        """Returns something whose `bool` is whether any process voted to stop; all processes call this."""
+        """Collective: casts the vote of this process; `bool(result)` is True if any process voted to stop."""
         if jax.process_count() == 1:
             return stop
         shape = (self._by_device.mesh.size,)

@@ -1,8 +1,8 @@
-"""Checkpoints: orbax writes them, a sha256 manifest says whether they are still what was written.
+"""Checkpoints, written by orbax and verified by a manifest of sha256 checksums.
 
-Orbax restores damaged data without an error (measured: 36 of 36 single-bit flips), so every step gets a
-manifest once it is complete, and only a step that agrees with its manifest is restored. A step without one
-was cut short: the manifest is written last and deleted first.
+Orbax restores corrupt data without an error (measured: 36 of 36 single-bit flips), so every step gets a
+manifest once it is complete, and only a step that matches its manifest is restored. A step without one is
+incomplete: the manifest is written last and deleted first.
 """
 
 import concurrent.futures
@@ -35,11 +35,11 @@ class Checkpoints:
     """The checkpoints of one run: the two latest, and the one with the lowest held-out loss."""
 
     def __init__(self, directory: AnyPath):
-        """Opens `directory`, which is made by the first save."""
-        import orbax.checkpoint as ocp  # here: half a second, for what saves and restores alone
+        """Opens `directory`, which the first save creates."""
+        import orbax.checkpoint as ocp  # here: half a second that only saving and restoring need
 
         self._directory = _absolute(directory)
-        # Made in the background, a directory that cannot be made costs a wait of 5 minutes at exit.
+        # Created in the background, a directory that cannot be created costs a wait of 5 minutes at exit.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._saver = ocp.StandardCheckpointer(async_options=options)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -49,7 +49,7 @@ class Checkpoints:
         """Saves `state` in the background; `loss` is its held-out loss in nats per token, where known.
 
         Raises:
-          UserError: this save or the one before cannot be written. What was saved earlier stays as it is.
+          UserError: this save or the previous one failed; earlier checkpoints are kept.
         """
         self.finish()
         with self._explained(step):
@@ -57,7 +57,7 @@ class Checkpoints:
         self._saving = self._thread.submit(self._complete, step, loss)
 
     def poll(self) -> None:
-        """Raises the error of a save that failed, as `save` does; returns at once while it goes on."""
+        """Raises the error of a failed save, as `save` does; does not wait for one in progress."""
         if self._saving is not None and self._saving.done():
             self.finish()
 
@@ -68,19 +68,19 @@ class Checkpoints:
             saving.result()
 
     def restore_latest(self, like: Any) -> tuple[int, Any] | None:
-        """Returns the newest intact step and its state, or None where nothing was saved completely.
+        """Restores the newest intact checkpoint: (step, state), or None where no save was completed.
 
         Args:
           like: a tree of `jax.ShapeDtypeStruct` with shardings: shapes and placement of the state.
 
         Raises:
-          UserError: there are checkpoints, but all of them are damaged.
+          UserError: there are checkpoints, but all of them are corrupt.
         """
         step = self._newest_intact()
         return None if step is None else (step, self._saver.restore(self._path(step), like))
 
     def delete_after(self, step: int) -> None:
-        """Deletes checkpoints later than `step`, after a fall-back to it, and what killed saves left."""
+        """Deletes checkpoints later than `step`, after a fall-back to it, and the files of killed saves."""
         if jax.process_index() == 0:
             for later in self._steps():
                 if later > step:
@@ -98,7 +98,7 @@ class Checkpoints:
             self._saver.close()
 
     def _complete(self, step: int, loss: float | None) -> None:
-        """Waits for orbax, then certifies the step and deletes those that are no longer needed."""
+        """Waits for orbax, then writes the manifest and deletes checkpoints that are no longer needed."""
         with self._explained(step):
             self._saver.wait_until_finished()
             if jax.process_index() == 0:
@@ -109,12 +109,12 @@ class Checkpoints:
         newest, damage = newest_intact(self._directory)
         if newest is not None or not damage:
             return newest
-        # A kill cuts one save short, and that is the newest: alone, it is a run killed in its first save.
+        # One checkpoint alone, without a manifest: the run was killed during its first save.
         steps = self._steps()
         if len(steps) > 1 or (self._path(steps[0]) / MANIFEST).exists():
             raise UserError(
                 f"{self._directory}: no checkpoint is intact ({'; '.join(damage)}); "
-                "delete the directory to train from the start"
+                "restore the files, or delete the directory to train from the start"
             )
         return None
 
@@ -146,14 +146,14 @@ class Checkpoints:
             kept = ", ".join(str(s) for s in sorted(self._steps()) if (self._path(s) / MANIFEST).exists())
             raise UserError(
                 f"{self._directory}: step {step} could not be saved: {_reason(error)}; "
-                f"saved before, and kept: {kept or 'nothing'}"
+                f"earlier checkpoints kept: {kept or 'none'}"
             ) from error
 
 
 def newest_intact(directory: AnyPath) -> tuple[int | None, list[str]]:
-    """Returns the newest step in `directory` that is as it was written, and what is wrong with later ones.
+    """The newest intact step in `directory`, None where there is none, and the problems of later ones.
 
-    The step is None where there is no such one. In a run over several processes all of them call this.
+    Collective: all processes of a run must call it.
     """
     damage = []
     for step in sorted(_steps(directory), reverse=True):
@@ -167,25 +167,25 @@ def newest_intact(directory: AnyPath) -> tuple[int | None, list[str]]:
 
 
 def _absolute(directory: AnyPath) -> AnyPath:
-    """Returns what orbax takes; an absolute path of epath would lose the gs:// in front."""
+    """An absolute path, which orbax requires; `absolute` of an epath would drop its gs://."""
     return directory.absolute() if isinstance(directory, Path) else directory
 
 
 def _steps(directory: AnyPath) -> list[int]:
-    # A file that is named like a step is none of ours. In a bucket there are no directories to ask for.
+    # A file may have the name of a step. A bucket has no directories to test for.
     numbered = [path for path in directory.glob("*") if path.name.isdecimal()]
     return [int(path.name) for path in numbered if is_bucket(path) or path.is_dir()]
 
 
 def load_params(directory: AnyPath, like: Any) -> Any:
-    """Returns the parameters of the newest intact checkpoint, in NumPy; nothing in `directory` is changed.
+    """Reads the parameters of the newest intact checkpoint as NumPy arrays; `directory` is not changed.
 
     Args:
       directory: the checkpoints of a run, which may be in progress.
-      like: a tree of `jax.ShapeDtypeStruct`, the parameters that the run's config asks for.
+      like: a tree of `jax.ShapeDtypeStruct`, the parameters by the run's config.
 
     Raises:
-      UserError: there is no checkpoint, all of them are damaged, or they are of another shape.
+      UserError: there is no checkpoint, all of them are corrupt, or a parameter has another shape.
     """
     step, damage = newest_intact(directory)
     if step is None:
@@ -236,19 +236,20 @@ def _check_same_shapes(path: AnyPath, there: dict[str, Any], wanted: dict[str, A
     for name in sorted(there.keys() | wanted.keys()):
         if there.get(name) != wanted.get(name):
             raise UserError(
-                f"{path}: {name} has the shape {there.get(name)} there, and {wanted.get(name)} by config.json"
+                f"{path}: {name} has shape {there.get(name)}, but {wanted.get(name)} by config.json; "
+                "restore the config.json of this run (None: no such parameter)"
             )
 
 
 def find_damage(path: AnyPath) -> str | None:
-    """Names the first thing wrong with the checkpoint at `path`; None if every file is as it was written.
+    """The first problem of the checkpoint at `path`; None if every file matches the manifest.
 
-    Files that the manifest does not list are no part of it: .DS_Store, .nfs..., what people put there.
+    Files that the manifest does not list are ignored: .DS_Store, .nfs..., additions by hand.
     """
     try:
         expected = _read_manifest(path)["files"]
     except FileNotFoundError:
-        return f"{path.name}/{MANIFEST} is missing: the save was cut short"
+        return f"{path.name}/{MANIFEST} is missing: the save was interrupted"
     except (OSError, ValueError) as error:
         return f"{path.name}/{MANIFEST} is not readable: {error}"
     actual = _hash_files(path, expected)
@@ -270,7 +271,7 @@ def _read_manifest(path: AnyPath) -> dict[str, Any]:
 
 
 def _hash_files(path: AnyPath, names: Container[str] | None = None) -> dict[str, str]:
-    """Computes the sha256 of the files below `path` by name; `names` limits it to these, if given."""
+    """The sha256 of every file below `path`, or of those in `names` alone, by name."""
     hashes = {}
     for file in files_below(path):
         name = file.relative_to(path).as_posix()
@@ -282,7 +283,7 @@ def _hash_files(path: AnyPath, names: Container[str] | None = None) -> dict[str,
 
 
 def _reason(error: Exception) -> str:
-    """Returns what the operating system said, if anything; tensorstore hides it in a long sentence."""
+    """The operating system's message, if any, which tensorstore embeds in a long one."""
     hidden = re.search(r"os_error_code='(\d+)'", str(error))
     cause = error.__context__ if isinstance(error, UserError) else error  # of `write_atomically`
     number = cause.errno if isinstance(cause, OSError) else hidden and int(hidden[1])

@@ -1,7 +1,7 @@
-"""Where runs are kept: a local directory, or a bucket of Google Cloud Storage, gs://bucket/folder.
+"""Storage of runs: a local directory, or a bucket of Google Cloud Storage, gs://bucket/folder.
 
-A local path is a `pathlib.Path`, one in a bucket an `etils.epath.Path`. Buckets have no directories, nothing
-is added to or renamed there, and an object is replaced in one step: what that changes is in this file alone.
+A local path is a `pathlib.Path`, one in a bucket an `etils.epath.Path`. Buckets have no directories;
+objects cannot be renamed or appended to, and are replaced in one step. This file handles the differences.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ AnyPath = Path | epath.Path
 
 
 def path_of(name: str | os.PathLike[str]) -> AnyPath:
-    """The path of a name, local or gs://; nothing is looked at."""
+    """The path of a name, local or gs://; the file system is not accessed."""
     if "://" not in os.fspath(name):
         return Path(name)
     quiet.buckets()
@@ -33,7 +33,7 @@ def is_bucket(path: AnyPath) -> bool:
 
 
 def local_directory(flag: str, name: str) -> Path:
-    """The path that a flag names, ~ is home; UserError where it is not on this machine."""
+    """The local path in a flag, with ~ expanded; UserError for a URL."""
     if "://" in name:
         raise UserError(f"--{flag}={name}: expected a local directory")
     return Path(os.path.expanduser(name))
@@ -43,13 +43,13 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Replaces the file at `path` in one step, creating its directory.
 
     Raises:
-      UserError: it cannot be written; an old file is left as it was.
+      UserError: the write failed; an existing file is kept.
     """
     path = path_of(path)
     if not isinstance(path, Path):
         try:
             path.write_bytes(content)
-        except Exception as error:  # of credentials, of the network, of gcsfs: they have no type in common
+        except Exception as error:  # errors of credentials, network and gcsfs have no type in common
             raise UserError(f"{path}: cannot be written: {reason(error)}") from error
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -68,19 +68,19 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def files_below(directory: AnyPath) -> list[AnyPath]:
-    """Returns all files in `directory` and below, sorted; none where it is not there."""
+    """All files in `directory` and below, sorted; none if it does not exist."""
     if isinstance(directory, Path):
         return sorted(path for path in directory.rglob("*") if path.is_file())
     found = []
     for root, _, names in directory.walk():
-        # Without the scheme by way of gcsfs, with it by way of TensorFlow, which epath prefers.
+        # gcsfs gives no scheme; TensorFlow, which epath prefers, gives one.
         folder = "gs://" + os.fspath(root).removeprefix("gs://")
         found += [epath.Path(folder) / name for name in names if name]
     return sorted(found)
 
 
 def delete(directory: AnyPath) -> None:
-    """Deletes a directory with all that is in it, as far as it is there."""
+    """Deletes a directory with its contents; it may be missing."""
     if isinstance(directory, Path):
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(directory)
@@ -89,23 +89,23 @@ def delete(directory: AnyPath) -> None:
 
 
 class Appender:
-    """A text file that grows. In a bucket it is written anew, whole, by every flush that finds more."""
+    """An append-only text file. In a bucket, every flush with new text rewrites the whole object."""
 
     def __init__(self, path: AnyPath, text: str):
-        """Replaces the file at `path` by one with `text`; UserError or OSError, as in all methods."""
+        """Replaces the content of `path` by `text`; UserError or OSError, as in all methods."""
         write_atomically(path, text.encode())
         self._path, self._text, self._more = path, text, ""
         self.file: IO[str] | None = path.open("a") if isinstance(path, Path) else None
 
     def write(self, text: str) -> None:
-        """Adds text, which is safe once it is flushed."""
+        """Adds text, which is durable after `flush`."""
         if self.file:
             self.file.write(text)
         else:
             self._more += text
 
     def flush(self) -> None:
-        """Hands all text to the disk, or to the bucket."""
+        """Syncs all text to the disk, or writes it to the bucket."""
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -114,7 +114,7 @@ class Appender:
             write_atomically(self._path, self._text.encode())
 
     def close(self) -> None:
-        """Writes what is left, and closes the file."""
+        """Writes pending text and closes the file."""
         if self.file:
             self.file.close()
         else:
@@ -123,7 +123,7 @@ class Appender:
 
 @contextlib.contextmanager
 def on_disk(path: AnyPath) -> Iterator[Path]:
-    """Yields a local file with the content of the one at `path`: itself, or a copy that is deleted later."""
+    """Yields `path` itself if it is local, else a temporary local copy."""
     if isinstance(path, Path):
         yield path
         return
@@ -135,6 +135,6 @@ def on_disk(path: AnyPath) -> Iterator[Path]:
 
 
 def reason(error: BaseException) -> str:
-    """Returns in one line what an error says: that of the operating system, if it is one."""
+    """One line for an error: the operating system's message, if it has one."""
     said = error.strerror if isinstance(error, OSError) else None
     return said or f"{type(error).__name__}: {error}".partition("\n")[0]

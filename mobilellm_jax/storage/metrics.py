@@ -1,7 +1,7 @@
 """The log of a run: `metrics.jsonl`, one JSON object a line, and the same numbers as TensorBoard events.
 
-Every line has a seal; those of earlier versions have none. A log in a bucket has no TensorBoard events, and
-gets its lines when a checkpoint is saved.
+Every line has a checksum, except in logs of earlier versions. A log in a bucket has no TensorBoard events,
+and is written when a checkpoint is saved.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ class MetricsLog:
     """Appends to the log of a run; when resuming, first drops the lines later than the checkpoint.
 
     Attributes:
-      evaluations: {"step", "loss", "bits_per_byte", "error"} of all evaluations up to now, earlier sittings
-        included.
+      evaluations: {"step", "loss", "bits_per_byte", "error"} of all evaluations up to now, those before a
+        resume included.
       train_curve: [step, loss] of all training lines up to now.
       train_s: seconds of training up to the last line.
     """
@@ -36,8 +36,8 @@ class MetricsLog:
         """Opens the log of `workdir`, as it was after `start_step`.
 
         Raises:
-          UserError: a line is not as it was written (the last may be cut short), or the file is gone; and, as
-            in all methods, the log cannot be written.
+          UserError: a line is corrupt (an incomplete last line is dropped), or the file is missing; as in all
+            methods, the log cannot be written.
         """
         self.evaluations: list[dict[str, Any]] = []
         self.train_curve: list[list[Any]] = []
@@ -51,15 +51,15 @@ class MetricsLog:
             with self._explained():
                 self._file = Appender(path, "".join(map(_text, kept)))
         if write and not is_bucket(workdir):
-            # Here and not above: half a second, for runs alone.
+            # Here and not above: half a second that only runs need.
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore  (made by the import)
 
             with self._explained():
                 (workdir / "tensorboard").mkdir(exist_ok=True)
-                # Not SummaryWriter: once its thread meets a full disk, everything waits for it for ever.
+                # Not SummaryWriter, which hangs for ever once its thread meets a full disk.
                 self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
-                restart = SessionLog(status=SessionLog.START)  # TensorBoard drops what it has of later steps
+                restart = SessionLog(status=SessionLog.START)  # TensorBoard drops the events of later steps
                 self._events.write_event(Event(step=start_step + 1, session_log=restart))
 
     def train(self, step: int, loss: float, grad_norm: float, learning_rate: float, train_s: float) -> None:
@@ -72,11 +72,11 @@ class MetricsLog:
         self._add("eval", {"step": step, "loss": loss, "bits_per_byte": bits_per_byte, "error": error})
 
     def save(self, step: int, train_s: float) -> None:
-        """Adds how long the steps took that a checkpoint holds, of which the last may have no line."""
+        """Adds the training time up to a checkpoint, as its last steps may have no line."""
         self._add("save", {"step": step, "train_s": round(train_s, 3)})
 
     def flush(self) -> None:
-        """Hands all lines to the disk, so that a checkpoint never knows more than the log."""
+        """Syncs all lines to the disk, so that the log is never behind a checkpoint."""
         with self._explained():
             for file in (self._file, self._events):
                 if file:
@@ -132,7 +132,8 @@ def _read(path: AnyPath) -> list[dict[str, Any]]:
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
-        raise UserError(f"{path}: {reason(error)}; it is the log up to the checkpoint") from None
+        why = f"cannot read the log that belongs to the last checkpoint: {reason(error)}"
+        raise UserError(f"{path}: {why}; restore the file or use a new --workdir") from None
     parsed = []
     for number, text in enumerate(lines, start=1):
         try:
@@ -141,7 +142,9 @@ def _read(path: AnyPath) -> list[dict[str, Any]]:
                 raise ValueError
             parsed.append(line)
         except (AttributeError, KeyError, TypeError, ValueError):
-            # A killed run may have written half of the last line: then neither object nor line has an end.
+            # A killed run may leave an incomplete last line, without the object's end and a newline.
             if number < len(lines) or b"}" in text or text.endswith(b"\n"):
-                raise UserError(f"{path}, line {number}: damaged, as the log of this run is") from None
+                raise UserError(
+                    f"{path}: line {number} is corrupt; restore the file or use a new --workdir"
+                ) from None
     return parsed

@@ -1,6 +1,6 @@
-"""JSON from files that anything may have happened to: parsed without surprises, and with a seal.
+"""JSON with a checksum, so that corruption is detected on read.
 
-The seal is a hash of all values of an object, so that damage to one of them is noticed.
+The seal of an object is the sha256 of all its other fields.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ SEAL = "sha256"
 
 
 def parse(content: str | bytes) -> Any:
-    """Returns what JSON text stands for; raises ValueError, and nothing else, for what is not JSON."""
+    """Parses JSON; ValueError is the only error for invalid text."""
     try:
         return json.loads(content)
     except RecursionError:
@@ -20,29 +20,29 @@ def parse(content: str | bytes) -> Any:
 
 
 def seal(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `values`, which are of JSON types, with the seal as the last."""
+    """Adds the checksum as the last field; values are of JSON types."""
     return {**values, SEAL: _hash(values)}
 
 
 def unseal(values: Any) -> dict[str, Any]:
-    """Returns the values without their seal.
+    """Verifies and removes the checksum.
 
     Raises:
-      ValueError: they are not what was sealed, or never were.
+      ValueError: the checksum does not match or is missing.
     """
     if not isinstance(values, dict) or SEAL not in values:
         raise ValueError(f"not a JSON object with a {SEAL}")
     rest = {name: value for name, value in values.items() if name != SEAL}
     if values[SEAL] != _hash(rest):
-        raise ValueError(f"changed since it was written: the {SEAL} in it does not agree")
+        raise ValueError(f"changed since it was written ({SEAL} mismatch)")
     return rest
 
 
 def unseal_if_sealed(values: Any) -> Any:
-    """Returns the values without their seal, if they have one; files of earlier versions have none.
+    """Verifies and removes the checksum, if there is one; files of earlier versions have none.
 
     Raises:
-      ValueError: as `unseal`. Damage to the name of the seal shows as a name that nobody knows: look for it.
+      ValueError: as `unseal`. Corruption of the name of the checksum passes: check for unknown fields.
     """
     return unseal(values) if isinstance(values, dict) and SEAL in values else values
 
