@@ -56,7 +56,7 @@ def test_no_statement_where_the_data_allow_none(second, spread):
 
 @pytest.mark.parametrize("losses", [{1e4: [1.0, 2.0]}, {1e4: [1.0, 2.0], 1e5: [1.0]}, {}])
 def test_too_few_sizes_or_seeds(losses):
-    with pytest.raises(UserError, match="two sizes or more, with two seeds or more"):
+    with pytest.raises(UserError, match="two or more sizes with two or more seeds"):
         power_laws.fit(losses)
 
 
