@@ -139,4 +139,4 @@ def test_presets_on_other_data_are_refused(workdir):
         write_record(dataclasses.replace(record, data=other), path)
     done = command(*flags(workdir))
     assert done.returncode == 2
-    assert "differ in source_sha256" in done.stderr
+    assert "different data, source_sha256 is" in done.stderr
