@@ -1,1 +1,1 @@
-"""What to run: one file per study or model."""
+"""Configs: one file per study or model."""

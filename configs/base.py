@@ -18,27 +18,27 @@ Overrides = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """What a study asks, and how it is answered. All fields of the config that are not named here are fixed.
+    """Question and protocol of a study. All fields of the config that are not named here are fixed.
 
     Attributes:
       question: one sentence.
       scientific: fields that the question is about; their values label the points.
-      labels: names of the points, where the values of the scientific fields do not say it.
+      labels: names of the points, if not the values of the scientific fields.
       nuisance: the learning rate, which is tuned for each point so that it does not decide the answer.
-      learning_rates: the grid that the search starts from, rising by one factor; see
-        `mobilellm_jax/tuning.py`. Empty: the rate of the config for all points.
+      learning_rates: initial grid of the search, rising by one factor; see `analysis/tuning.py`. Empty: the
+        rate of the config for all points.
       transferred: that rate was tuned at the base shape, and mup or completep carry it to all points.
-      tuning_seeds: runs of the best rate and its neighbours, where one run may pick the wrong one.
-      matched: the budget that all points have in common, see `accounting.budgets`; "tokens" where the sizes
-        differ on purpose, and all points only see equally many training tokens.
+      tuning_seeds: runs of the best rate and of its neighbours, which a single run may rank wrongly.
+      matched: the budget that all points share, see `accounting.budgets`; "tokens" if the sizes differ on
+        purpose, and only the number of training tokens is equal.
       tolerance: largest difference in it, as a fraction.
-      seeds: runs of each point that count, besides those that look for the learning rate.
+      seeds: comparison runs of each point, in addition to its tuning runs.
       vary: what a seed changes: "init" (parameters), "data" (order of the rows), or both.
       metric: what is compared, lower is better: "loss" (held-out, nats per token) or "error" (of synthetic
         tasks, share of answers that are not exactly right).
       margin: the smallest difference in it that matters.
       baseline: label of the point that the others are compared with; None compares all pairs.
-      pairs: or just these pairs of labels.
+      pairs: compares these pairs of labels only.
       x, x_label: field on the figure's x axis; None draws the points as categories.
       series, series_label: field whose values are drawn as lines over x, with "<value> <label>" as legend;
         None draws one line.
@@ -66,7 +66,7 @@ class Study:
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    """Returns a small model on the bundled text; it has no presets."""
+    """Config of a small model on the bundled text, without presets."""
     check_preset(__file__, preset, ("",))
     config = ConfigDict()
 
@@ -153,9 +153,10 @@ def use_recipe(config: ConfigDict, preset: str) -> None:
 
 
 def protocol(preset: str) -> dict[str, Any]:
-    """Returns the fields of a `Study` that depend on what a run costs.
+    """Fields of a `Study` that depend on the cost of a run.
 
-    `paper*` has one learning rate for all shapes, as the paper; its three seeds are ours, the paper has one.
+    `paper*` has one learning rate for all shapes, as in the paper; its three seeds are ours, the paper has
+    one.
     """
     tiny = preset == "tiny"
     return {
@@ -202,7 +203,7 @@ def use_small_recipe(config: ConfigDict, preset: str) -> None:
 
 
 def product(**fields: Sequence[Any]) -> Iterator[Overrides]:
-    """Yields every combination of values. `__` in a name stands for the dot: model__depth=(2, 4)."""
+    """Yields every combination of values. `__` in a name stands for a dot: model__depth=(2, 4)."""
     for values in _product(*fields.values()):
         yield _dotted(zip(fields, values, strict=True))
 

@@ -4,7 +4,7 @@
   python -m experiments.scaling --workdir=runs/scaling
 
 `laptop` takes about 40 minutes on 2 CPU cores. The second command fits loss against parameters for the
-shallowest and the deepest model of each size, and says where the two would cross.
+shallowest and the deepest model of each size, and estimates where the two cross.
 """
 
 from ml_collections import ConfigDict
@@ -15,12 +15,12 @@ PRESETS = ("laptop",)
 
 
 def get_config(preset: str = "laptop") -> ConfigDict:
-    """Returns the fields there are."""
+    """Fields that can be set on the command line, for all studies."""
     base.check_preset(__file__, preset, PRESETS)
     return base.get_config()
 
 
 def studies(preset: str) -> list[str]:
-    """Returns the studies, in the order in which they run."""
+    """Studies, in the order in which they run."""
     base.check_preset(__file__, preset, PRESETS)
     return [f"configs/depth_vs_width.py:{member}" for member in depth_vs_width.LAPTOP]

@@ -62,7 +62,7 @@ _MATCHED = {
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """Returns what all points have in common."""
+    """Config that all points share."""
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
     if preset in _PAPER:
@@ -80,7 +80,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 
 def study(preset: str) -> base.Study:
-    """Returns what is asked, and how it is answered."""
     paper = preset in _PAPER
     shallowest = next(sweep(preset))
     return base.Study(
@@ -96,7 +95,7 @@ def study(preset: str) -> base.Study:
 
 
 def sweep(preset: str) -> Iterator[base.Overrides]:
-    """Yields the points."""
+    """Yields the overrides of each point."""
     if preset in _PAPER:
         depths, heads, widths = zip(*_PAPER[preset], strict=True)
         yield from base.zipped(model__depth=depths, model__num_heads=heads, model__width=widths)

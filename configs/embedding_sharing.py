@@ -26,7 +26,7 @@ PRESETS = tuple(_SHAPES)
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """Returns what all points have in common."""
+    """Config that all points share."""
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
     base.use_recipe(config, preset)
@@ -35,7 +35,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 
 def study(preset: str) -> base.Study:
-    """Returns what is asked, and how it is answered."""
     more = _SHAPES[preset][1]
     return base.Study(
         question="Does it pay to tie input and output embeddings, and to spend what that saves on depth?",
@@ -49,7 +48,7 @@ def study(preset: str) -> base.Study:
 
 
 def sweep(preset: str) -> Iterator[base.Overrides]:
-    """Yields the points."""
+    """Yields the overrides of each point."""
     depth, more, *_ = _SHAPES[preset]
     yield from base.zipped(
         model__share_embedding=(False, True, True), model__depth=(depth, depth, depth + more)

@@ -38,7 +38,7 @@ PRESETS = tuple(_MODELS)
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """Returns what all points have in common."""
+    """Config that all points share."""
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
     base.use_recipe(config, preset)
@@ -49,7 +49,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 
 def study(preset: str) -> base.Study:
-    """Returns what is asked, and how it is answered."""
     names = list(_MODELS[preset])
     return base.Study(
         question="Which of the shapes that followed MobileLLM learns most from the same tokens?",
@@ -63,7 +62,7 @@ def study(preset: str) -> base.Study:
 
 
 def sweep(preset: str) -> Iterator[base.Overrides]:
-    """Yields the points."""
+    """Yields the overrides of each point."""
     shallower, thinner = _SHRINK[preset]
     depths, heads, kv_heads, widths, ffns = zip(*_MODELS[preset].values(), strict=True)
     yield from base.zipped(

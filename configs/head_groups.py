@@ -29,7 +29,7 @@ PRESETS = tuple(_SHAPES)
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """Returns what all points have in common."""
+    """Config that all points share."""
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
     base.use_recipe(config, preset)
@@ -39,7 +39,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 
 def study(preset: str) -> base.Study:
-    """Returns what is asked, and how it is answered."""
     return base.Study(
         question="How many heads, and how many key/value heads?",
         scientific=("model.num_heads", "model.num_kv_heads"),
@@ -55,7 +54,7 @@ def study(preset: str) -> base.Study:
 
 
 def sweep(preset: str) -> Iterator[base.Overrides]:
-    """Yields the points: all key/value heads that divide the heads in powers of 2."""
+    """Yields the overrides of each point: all key/value heads that divide the heads in powers of 2."""
     for heads in (32, 16, 8):
         groups = [heads // 2**i for i in range(heads.bit_length())]
         yield from base.product(model__num_heads=(heads,), model__num_kv_heads=groups)

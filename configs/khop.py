@@ -28,7 +28,7 @@ PRESETS = tuple(_STEPS)
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """Returns what all points have in common."""
+    """Config that all points share."""
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
     config.model.init_std = 0.2  # about 1 / sqrt(width)
@@ -58,7 +58,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 
 def study(preset: str) -> base.Study:
-    """Returns what is asked, and how it is answered."""
     (_, _, wide, _), (_, _, middle, _), (_, _, thin, _) = _shapes(preset)
     one, two, four = (f"{u} x {width} x none" for u, width in ((1, wide), (2, middle), (4, thin)))
     loop = f"1 x {wide} x immediate"
@@ -79,7 +78,7 @@ def study(preset: str) -> base.Study:
 
 
 def sweep(preset: str) -> Iterator[base.Overrides]:
-    """Yields the points."""
+    """Yields the overrides of each point."""
     wide, middle, thin = _shapes(preset)
     points = [(wide, "none", 1), (middle, "none", 1), (thin, "none", 1), (wide, "immediate", 4)]
     orders = [(middle, sharing, 2) for sharing in ("immediate", "repeat_all", "reverse")]

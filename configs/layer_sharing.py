@@ -27,7 +27,7 @@ PRESETS = tuple(_SHAPES)
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """Returns what all points have in common."""
+    """Config that all points share."""
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
     base.use_recipe(config, preset)
@@ -39,7 +39,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 
 def study(preset: str) -> base.Study:
-    """Returns what is asked, and how it is answered."""
     return base.Study(
         question="Does applying every block twice help, and in which order?",
         scientific=("model.sharing",),
@@ -51,6 +50,6 @@ def study(preset: str) -> base.Study:
 
 
 def sweep(preset: str) -> Iterator[base.Overrides]:
-    """Yields the points."""
+    """Yields the overrides of each point."""
     sharing = ("none", "immediate", "repeat_all", "reverse")
     yield from base.zipped(model__sharing=sharing, model__num_repeats=(1, 2, 2, 2))

@@ -18,7 +18,7 @@ PRESETS = tuple(f"{axis}_{name}" for axis in ("depth", "width") for name in PARA
 
 
 def get_config(preset: str = PRESETS[0]) -> ConfigDict:
-    """Returns what all points have in common."""
+    """Config that all points share."""
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
     base.use_small_recipe(config, "tiny")
@@ -35,7 +35,6 @@ def get_config(preset: str = PRESETS[0]) -> ConfigDict:
 
 
 def study(preset: str) -> base.Study:
-    """Returns what is asked, and how it is answered."""
     axis, _, parameterization = preset.partition("_")
     return base.Study(
         question=f"Does the best learning rate stay where it is as {axis} grows, under {parameterization}?",
@@ -52,7 +51,7 @@ def study(preset: str) -> base.Study:
 
 
 def sweep(preset: str) -> Iterator[base.Overrides]:
-    """Yields the points: head size 16, feed-forward width twice the width."""
+    """Yields the overrides of each point: head size 16, feed-forward width twice the width."""
     if preset.startswith("depth"):
         yield from base.product(
             model__depth=(2, 4, 8, 16, 32), model__width=(64,), model__num_heads=(4,), model__ffn_width=(128,)

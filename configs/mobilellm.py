@@ -31,7 +31,7 @@ PRESETS = (*_MODELS, *_SHRINK)
 
 
 def get_config(preset: str = "125m") -> ConfigDict:
-    """Returns one of the published models, or what the points of a study have in common."""
+    """Config of a published model, or the one that all points of a study share."""
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
     if preset in ("tiny", "small"):
@@ -45,7 +45,6 @@ def get_config(preset: str = "125m") -> ConfigDict:
 
 
 def study(preset: str) -> base.Study:
-    """Returns what is asked, and how it is answered."""
     names = [_name(model) for model in ([preset] if preset in _MODELS else _MODELS)]
     plain = [name for name in names if "LS" not in name]
     twice = [(name, name.replace("-LS", "")) for name in names if "LS" in name]
@@ -62,7 +61,7 @@ def study(preset: str) -> base.Study:
 
 
 def sweep(preset: str) -> Iterator[base.Overrides]:
-    """Yields the points."""
+    """Yields the overrides of each point."""
     if preset in _MODELS:
         yield {}
     else:

@@ -25,13 +25,12 @@ PRESETS = tuple(_QUESTIONS)
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """Returns the baseline of `layer_sharing:tiny`."""
+    """Config of the baseline of `layer_sharing:tiny`."""
     base.check_preset(__file__, preset, PRESETS)
     return layer_sharing.get_config("tiny")
 
 
 def study(preset: str) -> base.Study:
-    """Returns what is asked, and how it is answered."""
     return base.Study(
         question=_QUESTIONS[preset],
         scientific=("train.init_seed",),
@@ -47,5 +46,5 @@ def study(preset: str) -> base.Study:
 
 
 def sweep(preset: str) -> Iterator[base.Overrides]:
-    """Yields the points."""
+    """Yields the overrides of each point."""
     yield from base.zipped(train__init_seed=(0, 500_000) if preset in ("tiny", "tuned") else (0,))

@@ -17,13 +17,12 @@ PRESETS = layer_sharing.PRESETS
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """Returns what all points have in common."""
+    """Config that all points share."""
     base.check_preset(__file__, preset, PRESETS)
     return layer_sharing.get_config(preset)
 
 
 def study(preset: str) -> base.Study:
-    """Returns what is asked, and how it is answered."""
     return base.Study(
         question="How often is every block to be applied?",
         scientific=("model.sharing", "model.num_repeats"),
@@ -38,7 +37,7 @@ def study(preset: str) -> base.Study:
 
 
 def sweep(preset: str) -> Iterator[base.Overrides]:
-    """Yields the points."""
+    """Yields the overrides of each point."""
     yield from base.zipped(
         model__sharing=("none", "immediate", "immediate", "immediate"), model__num_repeats=(1, 2, 3, 4)
     )

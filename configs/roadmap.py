@@ -49,7 +49,7 @@ _STEPS = (
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """Returns what all points have in common."""
+    """Config that all points share."""
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
     base.use_recipe(config, preset)
@@ -57,7 +57,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 
 def study(preset: str) -> base.Study:
-    """Returns what is asked, and how it is answered."""
     return base.Study(
         question="What does each step from the baseline to MobileLLM-LS bring?",
         scientific=(
@@ -77,7 +76,7 @@ def study(preset: str) -> base.Study:
 
 
 def sweep(preset: str) -> Iterator[base.Overrides]:
-    """Yields the points."""
+    """Yields the overrides of each point."""
     relu, swiglu, deep, grouped = _SHAPES[preset]
     depths, heads, kv_heads, widths, ffns = zip(relu, swiglu, deep, deep, grouped, grouped, strict=True)
     yield from base.zipped(

@@ -2,8 +2,8 @@
 
   python -m experiments.sweep
 
-This is what the sweep runs when it is not told otherwise, in about 7 minutes on 2 CPU cores. `get_config` has
-the fields that both studies have, so that `--config.train.steps=500` holds for both.
+This is the default of the sweep and takes about 7 minutes on 2 CPU cores. `get_config` has the fields that
+both studies share, so that `--config.train.steps=500` applies to both.
 """
 
 from ml_collections import ConfigDict
@@ -14,11 +14,11 @@ PRESETS = ("tiny", "small", "paper_125m", "paper_350m")
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """Returns the fields there are."""
+    """Fields that can be set on the command line, for all studies."""
     base.check_preset(__file__, preset, PRESETS)
     return base.get_config()
 
 
 def studies(preset: str) -> list[str]:
-    """Returns the studies, in the order in which they run."""
+    """Studies, in the order in which they run."""
     return [f"configs/depth_vs_width.py:{preset}", f"configs/layer_sharing.py:{preset}"]

@@ -1,7 +1,7 @@
-"""What a run is: frozen, validated dataclasses. `from_config_dict` is the one door into them.
+"""The config of a run: frozen, validated dataclasses, built by `from_config_dict` only.
 
-There are no defaults here: every default value stands in `configs/base.py`, with the reason for it. A field
-is defined with its role, from which follows where it may differ, see `roles.Role`.
+There are no defaults here: every default value is in `configs/base.py`, with the reason for it. The role of a
+field determines where it may differ, see `roles.Role`.
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ class ModelConfig:
                 f"valid: {', '.join(map(str, divisors))}"
             )
         if self.head_dim % 2:
-            raise UserError(f"model.head_dim: {self.head_dim} is odd; RoPE needs an even head size")
+            raise UserError(f"model.head_dim: {self.head_dim} is odd; RoPE rotates pairs, use an even size")
         layer_plan(self.sharing, self.depth, self.num_repeats)  # raises if the plan is not valid
 
     @property
@@ -135,7 +135,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where text comes from and how it becomes rows of token ids. See `data/`."""
+    """Source of the text, and its conversion to rows of token ids. See `data/`."""
 
     source: str = science(
         "'bundled', 'files:<glob>', 'tokens:<glob>' (jsonl of {'token_ids': [...]}), 'tfds:<name>', or a "
@@ -203,7 +203,7 @@ class DataConfig:
 
     @property
     def is_task(self) -> bool:
-        """Whether rows come from a synthetic task, which has right answers but no text."""
+        """True for a synthetic task, which has right answers but no text."""
         return self.source.partition(":")[0] in TASKS
 
 
@@ -283,7 +283,7 @@ class TrainConfig:
         if self.batch_size % self.accumulation_steps:
             raise UserError(
                 f"train.accumulation_steps: {self.accumulation_steps} does not divide "
-                f"train.batch_size={self.batch_size}"
+                f"train.batch_size={self.batch_size}; use a divisor of it"
             )
 
 
@@ -291,7 +291,7 @@ class TrainConfig:
 class MeshConfig:
     """Sizes of the device mesh axes; one may be -1, "all remaining devices". See `parallel/partition.py`.
 
-    Programs depend on the mesh that is made of them.
+    Not `compiled`: programs are keyed by the mesh itself.
     """
 
     data: int = placement("copies of the model, each with its part of the batch", compiled=False)
@@ -324,12 +324,11 @@ class Config:
         # An unfinished warm-up never reaches the learning rate that the record reports.
         rules.check(warmup <= steps, "optimizer.warmup_steps", warmup, f"at most train.steps={steps}")
         if self.data.is_task:
-            rules.check(self.train.eval_rows > 0, "train.eval_rows", 0, "at least 1: a task has no last row")
+            rules.check(self.train.eval_rows > 0, "train.eval_rows", 0, "at least 1: a task never runs out")
         if self.optimizer.name == "muon":  # the table of multipliers is for Adam
             standard = self.model.parameterization == "standard"
-            rules.check(
-                standard, "model.parameterization", self.model.parameterization, "'standard' with muon"
-            )
+            valid = "'standard', the only one for optimizer.name='muon'"
+            rules.check(standard, "model.parameterization", self.model.parameterization, valid)
 
 
 def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
@@ -342,12 +341,12 @@ def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain dictionaries, ready for JSON; `from_config_dict` takes them back."""
+    """Converts to nested plain dictionaries, ready for JSON; inverse of `from_config_dict`."""
     return dataclasses.asdict(config)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model.width": 64, ...} of nested dictionaries."""
+    """Flattens nested dictionaries to dotted names: {"model.width": 64, ...}."""
     flat = {}
     for name, value in tree.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
@@ -358,7 +357,7 @@ def _where(has: Callable[[Role], bool]) -> frozenset[str]:
     return frozenset(name for name, role in ROLES.items() if has(role))
 
 
-# Dotted names, by what follows from the roles.
+# Sets of dotted field names, one for each property of a role.
 ROLES = roles_of(Config)
 RESUMABLE = _where(lambda role: role.resumable)
 COMPILED = _where(lambda role: role.compiled)

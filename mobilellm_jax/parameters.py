@@ -1,7 +1,7 @@
-"""What every parameter is, declared once: path, axes, kind, name in Hugging Face's Llama.
+"""The table of parameters: path, axes, kind and name in Hugging Face's Llama.
 
-Shapes, counts, shardings, casts, weight decay, learning rates and exported tensors are maps over this table:
-a new parameter is a row here, and its use in `model/block.py`.
+Shapes, counts, shardings, casts, weight decay, learning rates and exported tensors are maps over this table.
+To add a parameter, add a row here and use it in `model/block.py`.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ class Axis(NamedTuple):
     mesh: str | None  # the mesh axis that splits it
 
 
-# Letter of an array axis -> its size, and what splits it. Stacks are whole on every device: split, a block
-# would move for every layer.
+# Letter of an array axis -> its size, and the mesh axis that splits it. Stacks are replicated: split, every
+# layer would transfer its block.
 AXES = {
     "U": Axis("depth", None),  # stack over distinct blocks
     "L": Axis("effective_depth", None),  # stack over layers applied
@@ -54,15 +54,15 @@ class Parameter:
     """One parameter, float32 in training.
 
     Attributes:
-      path: names on the way to the array in the tree of parameters.
-      letters: its axes, as in `AXES`; of a matrix with an arrow from inputs to outputs, "U D -> N H".
+      path: slash-separated keys of the array in the parameter tree.
+      letters: its axes, as in `AXES`; a matrix has an arrow from inputs to outputs, "U D -> N H".
       kind: "embedding" and "matrix" are cast to the compute dtype and decayed. A "matrix" multiplies
         activations in every layer: Muon orthogonalises it, muP scales its initialisation and learning rate.
-        A "gain" stays float32 and whole on every device, and is not decayed.
+        A "gain" stays float32, is replicated on every device and is not decayed.
       hugging_face: name of the tensor in a Llama of Hugging Face, with {layer} where it is stacked. A matrix
         is stored [outputs, inputs] there, everything else as here.
-      multiplier: the field of `parameterization.Multipliers` that an exported tensor takes in.
-      condition: whether a model has it.
+      multiplier: the field of `parameterization.Multipliers` that is folded into the exported tensor.
+      condition: True for configs whose model has this parameter.
     """
 
     path: str
@@ -78,7 +78,7 @@ class Parameter:
 
     @cached_property
     def stack(self) -> str:
-        """The letter of the leading axis that stacks blocks or layers, or ""."""
+        """Letter of the leading axis that stacks blocks or layers, or ""."""
         return self.axes[0] if self.axes[0] in _STACKS else ""
 
     @cached_property
@@ -91,12 +91,12 @@ class Parameter:
 
     @property
     def is_gain(self) -> bool:
-        """Neither cast nor decayed. Not told by the number of axes: a stacked gain has two."""
+        """True for a parameter that is neither cast nor decayed. A stacked gain has two axes, as a matrix."""
         return self.kind == "gain"
 
     @cached_property
     def mesh_axes(self) -> tuple[str | None, ...]:
-        """The mesh axis that splits each axis; of several with the same one, the first is split."""
+        """Mesh axis that splits each array axis; where several have the same one, only the first is split."""
         axes = [None if self.is_gain else AXES[letter].mesh for letter in self.axes]
         return tuple(None if axis in axes[:i] else axis for i, axis in enumerate(axes))
 
@@ -104,7 +104,7 @@ class Parameter:
         return sizes(self.axes, config)
 
     def unstacked_shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """The shape in one block."""
+        """Shape without the stack axis."""
         return sizes(self.axes.removeprefix(self.stack), config)
 
 
@@ -141,10 +141,10 @@ PARAMETERS = {
 
 
 def parameter(path: str) -> Parameter:
-    """The row of a path.
+    """Looks up the row of a path.
 
     Raises:
-      UserError: the table has none.
+      UserError: the table has no such row.
     """
     if path not in PARAMETERS:
         raise UserError(f"parameter {path!r}: has no row in mobilellm_jax/parameters.py; add one")
@@ -152,7 +152,7 @@ def parameter(path: str) -> Parameter:
 
 
 def declared(config: ModelConfig) -> list[Parameter]:
-    """The parameters that a model has."""
+    """Parameters of the config's model, in the order of the table."""
     return [parameter for parameter in PARAMETERS.values() if parameter.condition(config)]
 
 
@@ -161,7 +161,7 @@ def sizes(letters: str, config: ModelConfig) -> tuple[int, ...]:
 
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """{"blocks/ffn/up": x} as nested dictionaries, the form that parameters have in the model."""
+    """Converts {"blocks/ffn/up": x} to nested dictionaries, the parameter tree of the model."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *branches, name = path.split("/")

@@ -1,4 +1,4 @@
-"""Roles of config fields: what may differ between two runs, and what follows where it does."""
+"""Roles of config fields: which may differ between two runs, and the consequences where they do."""
 
 import dataclasses
 import functools
@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """Role of a config field, and the facts that the role leaves open.
+    """Role of a config field.
 
     Attributes:
       kind: "science" changes what is learned; "placement", where and how it is computed; "cadence", when
-        something is logged, evaluated or saved; "identity", which run of several equal ones it is.
+        something is logged, evaluated or saved; "identity", which of several equal runs it is.
       doc: meaning of the field.
-      compiled: compiled programs depend on it. True is the safe side: it costs a compilation at worst.
-      decisive: losses that differ in it are never compared.
-      derived: where it is None, it follows from other fields.
-      pinned: a run keeps it when it is resumed, though it is placement.
+      compiled: compiled programs depend on it. True is the safe default: at worst, it costs a compilation.
+      decisive: runs that differ in it are never compared.
+      derived: None stands for a value computed from other fields.
+      pinned: must not change when a run is resumed, although it is placement.
       shown: tables and figures read it from records.
     """
 
@@ -32,12 +32,12 @@ class Role:
 
     @property
     def resumable(self) -> bool:
-        """It may differ when a run is resumed."""
+        """True if the field may change when a run is resumed."""
         return self.kind in ("placement", "cadence") and not self.pinned
 
     @property
     def idle(self) -> bool:
-        """Without influence on the loss beyond rounding and chance, or implied by other fields."""
+        """True if the field affects the loss by rounding and chance only, or is implied by other fields."""
         return self.kind != "science" or self.derived
 
 
@@ -55,7 +55,7 @@ identity = functools.partial(_field, "identity", compiled=False)
 
 
 def roles_of(cls: type, prefix: str = "") -> dict[str, Role]:
-    """Roles by dotted name, of the fields of a dataclass and of the dataclasses in it.
+    """Collects the roles of all fields of a dataclass, nested ones included, by dotted name.
 
     Raises:
       TypeError: a field has no role.

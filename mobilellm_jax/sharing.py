@@ -12,7 +12,7 @@ import re
 from mobilellm_jax.errors import UserError, did_you_mean
 
 LayerPlan = tuple[int, ...]
-MAX_LAYERS = 10_000  # a plan is a tuple, and a mistyped depth should not fill the memory with one
+MAX_LAYERS = 10_000  # a plan is a tuple: a mistyped depth must not exhaust the memory
 
 
 def _immediate(depth: int, num_repeats: int) -> LayerPlan:
@@ -40,7 +40,7 @@ STRATEGIES = {
 
 
 def layer_plan(sharing: str, depth: int, num_repeats: int) -> LayerPlan:
-    """Returns the order in which blocks are applied (MobileLLM section 2.3, figure 6).
+    """Expands a sharing strategy to the order in which blocks are applied (MobileLLM section 2.3, figure 6).
 
     Args:
       sharing: a name in `STRATEGIES`, or an explicit plan: block indices separated by spaces, "0 1 2 1 2 3".
@@ -85,6 +85,6 @@ def layer_plan(sharing: str, depth: int, num_repeats: int) -> LayerPlan:
 
 
 def uses_in_a_row(plan: LayerPlan, most: int = 8) -> int:
-    """Returns the largest n, at most `most`, for which the plan is made of n uses of one block in a row."""
+    """Largest n, at most `most`, such that every run of equal blocks in the plan has a multiple of n uses."""
     common = math.gcd(*(len(list(uses)) for _, uses in itertools.groupby(plan)))
     return max(n for n in range(1, most + 1) if common % n == 0)

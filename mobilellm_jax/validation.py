@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from mobilellm_jax.errors import UserError, did_you_mean
 
 T = TypeVar("T")
-Rule = tuple[Callable[[Any], bool], str]  # whether a value is valid, and what would be
+Rule = tuple[Callable[[Any], bool], str]  # predicate, and a description of valid values
 
 
 def check(ok: bool, field: str, value: object, valid: str) -> None:
@@ -42,7 +42,7 @@ BELOW_ONE = (lambda v: 0 <= v < 1, "a number from 0 up to, but less than, 1")
 
 
 def one_of(names: tuple[str, ...]) -> Rule:
-    """The rule that a value is one of `names`."""
+    """Rule: the value is one of `names`."""
     return lambda v: v in names, "one of " + ", ".join(names)
 
 
@@ -57,7 +57,7 @@ def from_mapping(cls: type[T], values: Any, prefix: str = "", *, widen: bool = F
       cls: the dataclass.
       values: its fields by name.
       prefix: text before the name of a field in messages.
-      widen: whether an int may stand for a float.
+      widen: accept an int for a float.
 
     Raises:
       UserError: a field is unknown, missing, of the wrong type or not finite; the message names it.
@@ -67,7 +67,7 @@ def from_mapping(cls: type[T], values: Any, prefix: str = "", *, widen: bool = F
             values = dict(values.items())  # ConfigDict is not a Mapping
         except AttributeError:
             name = prefix.rstrip(".: ") or cls.__name__.lower()
-            raise UserError(f"{name}: {values!r} is not a group of fields") from None
+            raise UserError(f"{name}: {values!r} is not a mapping of field names to values") from None
     known = _fields(cls)
     for name in values:
         if name not in known:
@@ -92,7 +92,7 @@ def from_mapping(cls: type[T], values: Any, prefix: str = "", *, widen: bool = F
 
 @functools.cache
 def _fields(cls: Any) -> dict[str, tuple[Any, Any]]:
-    """Field and type of every name."""
+    """Maps the name of every field to the field and its type."""
     hints = typing.get_type_hints(cls)
     return {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls)}
 
@@ -116,7 +116,7 @@ def _check_type(value: Any, wanted: Any, field: str) -> None:
     if origin in (list, dict) and type(value) is origin:
         is_list = isinstance(value, list)
         if args[-1] is str and set(map(type, value if is_list else value.values())) <= {str}:
-            return  # as the pairs of labels, in their thousands
+            return  # fast path: a record has thousands of labels in its pairs
         for key, item in enumerate(value) if is_list else value.items():
             _check_type(item, args[-1], f"{field}[{key}]" if is_list else f"{field}.{key}")
         return

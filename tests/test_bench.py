@@ -78,8 +78,8 @@ def test_the_command_leaves_a_record_that_can_be_shown(tmp_path):
     ("flags", "message"),
     [
         (["--only=trainings"], "--only=trainings: there is no such part; did you mean training?"),
-        (["--only=pytorch", "--shapes=125"], "--shapes=125: there is no such model; did you mean 125m?"),
-        (["--only=training,pytorch", "--shapes=350m"], "--shapes=350m: there is no such model"),
+        (["--only=pytorch", "--shapes=125"], "--shapes=125: unknown model; did you mean 125m?"),
+        (["--only=training,pytorch", "--shapes=350m"], "--shapes=350m: unknown model"),
         (["--only=training,decode", "--shapes=125m"], "--shapes: does not apply to decode"),
         (["--show"], "no measurements there; run without --show first"),
     ],

@@ -221,7 +221,7 @@ def test_valid_fraction_is_free_with_a_valid_source():
 
 
 def test_group_that_is_no_group():
-    assert_refused({**plain(), "model": 3}, "model: 3 is not a group of fields")
+    assert_refused({**plain(), "model": 3}, "model: 3 is not a mapping of field names to values")
 
 
 def test_model_config_is_a_static_argument():

@@ -588,7 +588,9 @@ def test_what_imported_weights_were_trained_on_is_not_known(folder, tmp_path, so
 def test_imported_weights_are_not_trained_on(folder, tmp_path):
     import_(folder, tmp_path / "run")
     config, _ = open_run(tmp_path / "run")
-    with pytest.raises(UserError, match="holds imported weights, without an optimizer state"):
+    with pytest.raises(
+        UserError, match="has imported weights without an optimizer state, so training cannot resume"
+    ):
         claim_workdir(tmp_path / "run", config)
 
 

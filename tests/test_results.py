@@ -227,7 +227,7 @@ def remove(name):
         (change(scientific=["a", 1]), r"scientific\[1\]: 1 is of type int; expected str"),
         (change(layer_plan={}), "layer_plan: {} is of type dict"),
         (change(status="done"), "status: 'done' is of type str; expected Literal"),
-        (change(status="failed"), "error: a failed run says why"),
+        (change(status="failed"), "error: missing from a failed run"),
         (change(overrides={"model.depth": [1]}), r"overrides.model.depth: \[1\] is of type list"),
         (change(final=None), "final.loss: missing from a finished run"),
         (change(final__loss=None), "final.loss: missing from a finished run"),

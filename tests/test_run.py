@@ -68,7 +68,7 @@ def test_a_config_with_a_checkpoint_stands(tmp_path):
     with pytest.raises(UserError, match=r"config\.json: not the config of a run"):
         claim_workdir(tmp_path, tiny_config())
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json: is missing"):
+    with pytest.raises(UserError, match=r"config\.json: missing, although there are checkpoints"):
         claim_workdir(tmp_path, tiny_config())
 
 
@@ -135,7 +135,7 @@ def test_data_stand_from_the_first_checkpoint_on(tmp_path):
     with pytest.raises(UserError, match=r"data\.json: not a data card \(changed since it was written"):
         claim_data(tmp_path, CARD)
     (tmp_path / DATA).unlink()  # as earlier versions left it
-    warning = f"warning: no data.json in {tmp_path}: cannot check that the data are still those of step 8"
+    warning = f"warning: no data.json in {tmp_path}: cannot check that the data are unchanged since step 8"
     assert claim_data(tmp_path, other) == warning
     with pytest.raises(UserError, match="b2b2b2b2b2b2 -> a1a1a1a1a1a1"):
         claim_data(tmp_path, CARD)
@@ -231,7 +231,7 @@ def test_parameters_of_another_config_are_refused(workdir, field, value, message
 
 
 def test_what_is_no_run_is_not_opened(workdir):
-    with pytest.raises(UserError, match=r"--workdir=.*/x: there is no run here: config\.json is missing"):
+    with pytest.raises(UserError, match=r"--workdir=.*/x: no run found, config\.json is missing"):
         open_run(workdir / "x")
     assert not (workdir / "x").exists()
     (workdir / "checkpoints" / "4" / "_METADATA").write_text("")

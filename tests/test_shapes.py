@@ -165,7 +165,7 @@ def test_where_no_shape_fits_the_nearest_of_three_widths_are_named(factor):
         ),
         (
             {"depth": None, "width": 24, "base": dataclasses.replace(GROUPED, sharing="0 1 0")},
-            "the plan model.sharing='0 1 0' sets the depth; give depth",
+            "the plan model.sharing='0 1 0' fixes the depth; give depth",
         ),
         (
             {"rules": dataclasses.replace(RULES, ffn_step=10**6)},

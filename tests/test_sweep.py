@@ -214,7 +214,7 @@ def test_records_and_runs_of_other_data_are_found_before_anything_trains(study, 
     trained = []
     monkeypatch.setattr(sweeping, "run", lambda *arguments: trained.append(stub(*arguments)) or trained[-1])
     message = (
-        r"results/mini/tiny/none-s0\.json: made with other data: source sha256 a -> [0-9a-f]{12}, "
+        r"results/mini/tiny/none-s0\.json: the run used other data: source sha256 a -> [0-9a-f]{12}, "
         r"tokenizer sha256 b -> [0-9a-f]{12} \(files:\*\.txt\); .* use another --workdir"
     )
     with pytest.raises(UserError, match=message):

@@ -47,7 +47,7 @@ def test_what_is_built(group):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"inner": 3}, "f: inner: 3 is not a group of fields"),
+        ({"inner": 3}, "f: inner: 3 is not a mapping of field names to values"),
         ({"inner": {"size": 2}}, "f: inner.double: the field is missing"),
         ({"inner": {"size": None, "double": 1}}, "f: inner.size: None is of type NoneType; expected int"),
         ({"inner": {"size": 2, "double": "x"}}, "f: inner.double: 'x' is of type str; expected int"),
@@ -68,7 +68,7 @@ def test_what_is_refused(changes, message):
 
 
 def test_what_is_no_group_at_all_is_named_by_its_class():
-    with pytest.raises(UserError, match=r"^outer: 3 is not a group of fields$"):
+    with pytest.raises(UserError, match=r"^outer: 3 is not a mapping of field names to values$"):
         from_mapping(Outer, 3)
 
 

@@ -444,7 +444,7 @@ def test_held_out_documents_that_were_trained_on_are_a_warning():
         (with_setting("train.batch_size", 8, seed=1), "train.batch_size is 16 in .* but 8 in"),
         (with_setting("train.steps", 9, seed=1), "train.steps is 500 in .* but 9 in"),
         (with_setting("train.eval_rows", 64, seed=1), "train.eval_rows is 0 in .* but 64 in"),
-        (make_record(), "2 records of '4 x 128' seed 0; keep one of them"),
+        (make_record(), "2 records of '4 x 128' seed 0; delete all but one"),
         (make_record(seed=1, overrides={"model.depth": 5}), "the design of '4 x 128' is"),
         (
             make_record(seed=1, learning_rate=4e-3),
@@ -476,7 +476,7 @@ def test_tuning_run_made_twice_is_refused():
     runs = make_tuning()
     with pytest.raises(
         UserError,
-        match=r"2 records of '4 x 128' seed 0 in tuning at optimizer\.learning_rate 0\.001; keep one",
+        match=r"2 records of '4 x 128' seed 0 in tuning at optimizer\.learning_rate 0\.001; delete all",
     ):
         warnings_of([*runs, runs[1]])
 

@@ -1,9 +1,9 @@
-"""What checkpoints cost: the time that training loses to a save in the background, and that a restore takes.
+"""Cost of checkpoints: training time lost to a save in the background, and the time of a restore.
 
-MobileLLM-125M with its optimizer state, 1.5 GB. So many steps that a save ends within them are timed with and
-without one; what is lost to it, divided by 100 steps, is what a run pays that saves every 100. On a CPU, the
-batch is one row of 512 tokens: a step that is short, and a share that is large. A restore checks the sha256
-of all files first; it reads what was just written, which the operating system still has in memory.
+MobileLLM-125M with its optimizer state, 1.5 GB. Enough steps for a save to finish are timed with and without
+one; the difference, divided by 100 steps, is the cost for a run that saves every 100. On a CPU, the batch is
+one row of 512 tokens: the step is short, so that the share is large. A restore checks the sha256 of all files
+first; it reads from the page cache of the operating system, since the files were just written.
 """
 
 import math
@@ -23,7 +23,7 @@ _MOST_STEPS = 50  # in one turn
 
 
 def measure(quick: bool) -> list[m.Line]:
-    """Returns seconds of a step, of a save and of a restore, and the share of the loop that saves take."""
+    """Measures seconds of a step, of a save and of a restore, and the share of the loop that saves take."""
     on_cpu = jax.default_backend() == "cpu"
     shape = (1, 512) if on_cpu else (32, 2048)
     trainer = Trainer(config_of("125m", *((1, 32) if quick else shape), quick))
@@ -37,7 +37,7 @@ def measure(quick: bool) -> list[m.Line]:
             checkpoints.save(next(numbers), trainer.state, None)
             blocked.append(time.perf_counter() - start)
             trainer.train(batches, steps)
-            checkpoints.finish()  # where it goes on for longer than the steps, that counts as lost
+            checkpoints.finish()  # time beyond the steps counts as lost
 
         start = time.perf_counter()
         trainer.train(batches, 1)

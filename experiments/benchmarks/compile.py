@@ -1,8 +1,8 @@
 """Compilation: seconds and memory against the number of blocks, and against how often each is applied.
 
 The layers are one scan over the plan, so compilation should not grow with it. Blocks are 128 wide; the
-persistent cache of compiled programs is left out. Memory is what the compiler sets aside for a step beside
-its arguments.
+persistent compilation cache is disabled. Memory is what the compiler allocates for a step in addition to its
+arguments.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _REPEATS = (1, 2, 4)
 
 
 def measure(quick: bool) -> list[m.Line]:
-    """Returns seconds to compile a training step, memory, and the ratio of the deepest to the shallowest."""
+    """Measures seconds to compile a training step, memory, and the ratio of the deepest to the shallowest."""
     depths = _DEPTHS[:2] if quick else _DEPTHS
     plans = {f"{depth} blocks": {"depth": depth} for depth in depths}
     plans |= {

@@ -1,10 +1,10 @@
 """Generation: the latency of a token at batch 1, with shared layers and with as many layers of their own.
 
-Each turn generates a text anew, from a prompt of one token, so that all of its tokens cost alike.
+Each turn generates a new text from a prompt of one token, so that all turns have equal costs.
 
-The shape is MobileLLM-125M's, whose 0.5 GB of float32 weights no cache holds; one block, 14 MB, a large one
-does. That is the paper's reason for immediate sharing, whose twice as many layers it measures at 1.03 times
-the latency on a phone, against 1.86 times for twice as many blocks (section 3.6, table 7).
+The shape is MobileLLM-125M's, whose 0.5 GB of float32 weights fit into no CPU cache; one block, 14 MB, fits
+into a large one. That is the paper's reason for immediate sharing, which doubles the layers at 1.03 times the
+latency on a phone, against 1.86 times for twice as many blocks (section 3.6, table 7).
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from mobilellm_jax.inference.generate import Generator, Sampling
 
 
 def measure(quick: bool) -> list[m.Line]:
-    """Returns milliseconds for a token of each model, and ratios to the unshared one."""
+    """Measures milliseconds per token of each model, and ratios to the unshared one."""
     blocks = 2 if quick else 30
     models = {
         "30 blocks": {},

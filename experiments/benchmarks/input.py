@@ -1,8 +1,8 @@
-"""Whether the device waits for data: the share of a training loop that is spent waiting for the next batch.
+"""Input pipeline: the share of a training loop that is spent waiting for the next batch.
 
-The loop is that of training: it asks for a batch while the device works on the step before, so the wait is
-the most that can be lost. What is lost is seen beside the same loop with one batch again and again. Rows are
-of bundled text. On a CPU, the model of the paper gets one row of 2,048 tokens a step.
+As in training, the loop requests a batch while the device computes the previous step, so that the wait is an
+upper bound of the loss. The actual loss shows in comparison with the same loop on one repeated batch. Rows
+are of bundled text. On a CPU, the model of the paper gets one row of 2,048 tokens a step.
 """
 
 import itertools
@@ -21,7 +21,7 @@ _TARGET = 1.0  # percent of the loop, at the shape of the paper
 
 
 def measure(quick: bool) -> list[m.Line]:
-    """Returns the share of waiting at the shape of the paper and at a tiny one, and tokens per second."""
+    """Measures the share of waiting at the shape of the paper and at a tiny one, and tokens per second."""
     rows = 1 if jax.default_backend() == "cpu" else _ROWS
     sides = {
         "125M": (config_of("125m", rows, 64 if quick else 2048, quick), 2),

@@ -1,7 +1,6 @@
-"""How a benchmark measures: all sides in turn, in one run, and ratios within each turn.
+"""Timing of benchmarks: all sides in turn, in one run, and ratios within each turn.
 
-What else a shared machine does then falls on all sides alike; the spread over the turns says how much of it
-is left.
+Other load on a shared machine then affects all sides alike; the spread over the turns shows the rest of it.
 """
 
 import contextlib
@@ -19,10 +18,10 @@ class Line:
     """One line of a part's table.
 
     Attributes:
-      name: what was measured, and of which side: "125M, float32: ours / PyTorch".
+      name: the quantity and the side: "125M, float32: ours / PyTorch".
       unit: of the values; "x" for ratios, "%" for shares in percent.
-      values: one for each turn; a single one where there is nothing to repeat.
-      at_least, at_most: the target for their median, if there is one.
+      values: one for each turn; a single one if nothing is repeated.
+      at_least, at_most: bounds of the target for their median, or None.
     """
 
     name: str
@@ -37,7 +36,7 @@ class Line:
 
     @property
     def is_met(self) -> bool | None:
-        """Whether the median meets the target; None where there is none."""
+        """True if the median meets the target; None without a target."""
         if self.at_least is None and self.at_most is None:
             return None
         low = -float("inf") if self.at_least is None else self.at_least
@@ -45,21 +44,21 @@ class Line:
         return low <= self.median <= high
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the attributes and the median."""
+        """Converts to a JSON object of the attributes and the median."""
         return {**dataclasses.asdict(self), "values": list(self.values), "median": self.median}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Line":
-        """Returns the line that `to_json` gave."""
+        """Inverse of `to_json`."""
         fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
         return cls(**{**fields, "values": tuple(fields["values"])})
 
 
 def alternate(sides: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
-    """Returns the seconds of every call: each side once in each turn, after one call of each to warm up.
+    """Times every side once in each turn, after one warm-up call of each: seconds, by side.
 
-    Every other turn goes backwards, so that no side always follows the same one. What a side calls has to
-    wait for its own work to be done, with `jax.block_until_ready` for instance.
+    Every other turn is in reverse order, so that no side always follows the same one. A side must block until
+    its work is done, for instance with `jax.block_until_ready`.
     """
     for call in sides.values():
         call()
@@ -75,9 +74,9 @@ def alternate(sides: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, l
 
 @contextlib.contextmanager
 def process(name: str, module: str, *arguments: str) -> Iterator[Callable[[], None]]:
-    """Yields a side whose work is done by `python -m module arguments`, which waits while others work.
+    """Yields a side that runs in a process, `python -m module arguments`, which is idle in other turns.
 
-    The process takes its turn for every line on stdin, and answers "done".
+    The process takes a turn for every line on stdin, and prints "done".
     """
     command = [sys.executable, "-m", module, *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
@@ -98,17 +97,17 @@ def process(name: str, module: str, *arguments: str) -> Iterator[Callable[[], No
 
 
 def ratios(a: Sequence[float], b: Sequence[float]) -> tuple[float, ...]:
-    """Returns a / b of each turn."""
+    """Computes a / b for each turn."""
     return tuple(x / y for x, y in zip(a, b, strict=True))
 
 
 def rates(amount: float, seconds: Sequence[float]) -> tuple[float, ...]:
-    """Returns `amount` per second of each turn."""
+    """Computes `amount` per second for each turn."""
     return tuple(amount / s for s in seconds)
 
 
 def columns(lines: Sequence[Line]) -> dict[str, list[str]]:
-    """Returns the table: name, median, smallest and largest, target."""
+    """Table of the lines: name, median, smallest and largest, target."""
     return {
         "": [line.name for line in lines],
         "median": [f"{_number(line.median)} {line.unit}" for line in lines],
@@ -130,5 +129,5 @@ def _target(line: Line) -> str:
 
 
 def _number(value: float) -> str:
-    """Returns a number with three significant digits, or all of its integer digits."""
+    """Formats a number with three significant digits, or all of its integer digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -4,8 +4,8 @@ Same shape, batch, precision and optimizer: AdamW, fused, with the gradient clip
 as transformers computes it; all cores. On CPUs the PyTorch process also gets our setting of the C library, to
 keep freed memory, which makes it faster too. In bfloat16 its matrix products and attention run under
 autocast, ours with `model.compute_dtype=bfloat16`; parameters and optimizer are float32 in both. In float32
-both let a GPU multiply in TF32. Each PyTorch variant has a process of its own, which waits while the others
-work. On a GPU, measure this part without others: the memory that they have taken stays taken.
+both let a GPU multiply in TF32. Each PyTorch variant has a process of its own, which is idle in other turns.
+On a GPU, measure this part alone: other parts do not release their memory.
 
   python -m experiments.benchmarks.pytorch SHAPE     # one of them: a JSON object, see `_peer`
 """
@@ -29,23 +29,23 @@ AGAINST = ("torch", "transformers")
 # rows and tokens of a row
 _CASES = {"4 x 48": (8, 64), "12 x 128": (16, 128), "125m": (2, 512)}
 MODELS = tuple(_CASES)
-_STEPS = {"4 x 48": 50, "12 x 128": 5, "125m": 2}  # of a turn, the first of which finds cold caches
+_STEPS = {"4 x 48": 50, "12 x 128": 5, "125m": 2}  # of a turn; the first one has cold caches
 _ACCELERATOR = {"4 x 48": (256, 64), "12 x 128": (256, 128), "125m": (16, 2048)}  # float32: a quarter of them
 
 
 def missing() -> str:
-    """Returns what this part needs and does not find, as a sentence; "" where all is there."""
-    # Not imported, which would put PyTorch's threads and gigabytes beside ours.
+    """Message that names the packages that are not installed; "" if all are."""
+    # Not imported: PyTorch's threads and gigabytes would slow down this process.
     lacking = [name for name in AGAINST if find_spec(name) is None]
     return (
-        f"pytorch compares with PyTorch: pip install -e '.[hf]' (no {', no '.join(lacking)})"
+        f"pytorch: {', '.join(lacking)} not installed; install with: pip install -e '.[hf]'"
         if lacking
         else ""
     )
 
 
 def measure(quick: bool) -> list[m.Line]:
-    """Returns tokens per second of all, and ours against the faster one of PyTorch's.
+    """Measures tokens per second of all sides, and the ratio of ours to PyTorch's faster one.
 
     Raises:
       UserError: an extra is not installed.
@@ -102,7 +102,7 @@ def _compare(name: str, dtype: str, quick: bool) -> Iterator[m.Line]:
 
 
 def _peer(what: dict[str, Any]) -> None:
-    """Trains with PyTorch: takes its steps for every line on stdin, and answers "done"."""
+    """Trains with PyTorch: takes the steps of a turn for every line on stdin, and prints "done"."""
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 

@@ -18,26 +18,24 @@ _QUICK = {"model.depth": 2, "model.width": 32, "model.num_heads": 2, "model.voca
 
 
 def asked() -> list[str]:
-    """Returns the models of `--shapes`, as a part of a file's name."""
+    """Names of the models in `--shapes`, for use in a file name."""
     return [shape.replace(" ", "_") for shape in flags.FLAGS.shapes]
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """Returns those of `names` that `--shapes` asks for; all where it is not given.
+    """Selects those of `names` that are in `--shapes`; all if the flag is not given.
 
     Raises:
-      UserError: it asks for one that is not among them.
+      UserError: `--shapes` has a name that is not in `names`.
     """
     for shape in flags.FLAGS.shapes:
         if shape not in names:
-            raise UserError(f"--shapes={shape}: there is no such model; {did_you_mean(shape, names)}")
+            raise UserError(f"--shapes={shape}: unknown model; {did_you_mean(shape, names)}")
     return [name for name in names if not flags.FLAGS.shapes or name in flags.FLAGS.shapes]
 
 
 def config_of(name: str, rows: int, length: int, quick: bool, **fields: object) -> Config:
-    """Returns a config whose programs can be compiled; its data are never opened.
-
-    In the setting that is the fastest on this platform, see "Speed" in the README.
+    """Config whose programs can be compiled, with the fastest settings on this platform; reads no data.
 
     Args:
       name: "4 x 48" or "12 x 128" (blocks x width), or a preset of `configs/mobilellm.py`.
@@ -47,7 +45,7 @@ def config_of(name: str, rows: int, length: int, quick: bool, **fields: object) 
     """
     config = base.get_config() if name in _SMALL or quick else mobilellm.get_config(name)
     base.update(config, _QUICK if quick else _SMALL.get(name, {}))
-    if jax.default_backend() == "cpu":  # which has no bfloat16 units; memory is no trouble at these sizes
+    if jax.default_backend() == "cpu":  # which has no bfloat16 units; the memory suffices at these sizes
         config.model.compute_dtype = "float32"
         config.model.remat = "dots"
     if jax.default_backend() == "gpu":

@@ -1,9 +1,9 @@
-"""What splitting costs: one step of one model on 8 simulated CPU devices, against the same step on one.
+"""Cost of sharding: one step of one model on 8 simulated CPU devices, against the same step on one.
 
-The devices share the cores of this machine, so the same work takes the same time at best: what is above 1 is
-the cost of splitting it, of collectives and of smaller matrix products. It says nothing about the links of
-real devices. The number of devices is fixed when jax starts, so each mesh has a process of its own, which
-waits while the others work. Always on the CPU.
+The devices share the cores of this machine, so the same work takes the same time at best: a ratio above 1 is
+the cost of collectives and of smaller matrix products. The links of real devices are not measured. The number
+of devices is fixed when jax starts, so each mesh has a process of its own, which is idle in other turns.
+Always on the CPU.
 
   python -m experiments.benchmarks.sharding '{"data": 8, "fsdp": 1, "tensor": 1}' 3 1    # one of them
 """
@@ -38,7 +38,7 @@ _QUICK = {"model.depth": 1, "model.width": 32, "data.sequence_length": 16, "trai
 
 
 def measure(quick: bool) -> list[m.Line]:
-    """Returns the seconds of a step on one device, and the ratio to it for each mesh."""
+    """Measures the seconds of a step on one device, and the ratio to it for each mesh."""
     steps, turns = (1, 2) if quick else (3, 5)
     names = [_ONE, "fsdp:8"] if quick else list(_MESHES)
     with contextlib.ExitStack() as stack:
@@ -55,7 +55,7 @@ def measure(quick: bool) -> list[m.Line]:
 
 
 def _serve(mesh: dict[str, int], steps: int, quick: bool) -> None:
-    """Takes so many steps for each line on stdin, and says when they are done."""
+    """Takes `steps` steps for each line on stdin, and prints "done"."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")

@@ -1,8 +1,8 @@
-"""The sweep without flags: how much of its wall time is not training steps.
+"""Overhead of the sweep without flags: the share of its wall time outside of training steps.
 
-That is start-up, compilation, evaluation, checkpoints, records and figures; no compiled program is there
-before, the data are. Runs of several points go side by side, one for each core, so training time is added up
-over the processes and compared with wall time times processes.
+The overhead is start-up, compilation, evaluation, checkpoints, records and figures; the compilation cache is
+empty at the start, but the data are prepared. Several points run at the same time, one for each core, so
+training time is summed over the processes and compared with wall time times processes.
 """
 
 import os
@@ -20,7 +20,7 @@ _STUDY = "configs/tour.py:tiny"
 
 
 def measure(quick: bool) -> list[m.Line]:
-    """Returns the minutes of the sweep and the share that is not training; a single turn."""
+    """Measures the minutes of the sweep and the share that is not training, in a single turn."""
     cores = len(os.sched_getaffinity(0))
     flags = ["--config.train.steps=8", "--config.optimizer.warmup_steps=2", "--seeds=1"] if quick else []
     with signals.scratch_directory("bench-") as workdir:

@@ -1,4 +1,4 @@
-"""What several parts train: MobileLLM-125M or a smaller model, with its compiled step and state."""
+"""A model in training, for several parts: MobileLLM-125M or smaller, with its compiled step and state."""
 
 import time
 from collections.abc import Iterator
@@ -15,16 +15,16 @@ from mobilellm_jax.training.programs import make_programs
 
 
 def tiny_config() -> Config:
-    """Returns a point of the study depth_vs_width at its `tiny` preset."""
+    """Config of the first point of the study depth_vs_width at its `tiny` preset."""
     config = depth_vs_width.get_config("tiny")
     return from_config_dict(base.update(config, next(iter(depth_vs_width.sweep("tiny")))))
 
 
 class Trainer:
-    """A model in training."""
+    """A model in training, with its programs, mesh and state."""
 
     def __init__(self, config: Config):
-        """Initialises it, and compiles its step, on the mesh that the config asks for."""
+        """Initialises the model, and compiles its step, on the mesh of the config."""
         mesh = check(config)
         self.config, self.programs = config, make_programs(config, mesh)
         self.share = partition.process_share(mesh)
@@ -33,7 +33,7 @@ class Trainer:
         self.train(self.random_batches(), 1)
 
     def random_batches(self) -> Iterator[np.ndarray]:
-        """Yields the same random rows again and again."""
+        """Yields the same random rows forever."""
         vocabulary, shape = self.config.model.vocab_size, self.programs.rows.shape
         rows = np.random.default_rng(0).integers(0, vocabulary, shape, dtype=np.int32)
         while True:

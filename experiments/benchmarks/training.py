@@ -1,8 +1,8 @@
-"""Training: tokens per second, and how much of the rate of the machine's matrix products they come to.
+"""Training: tokens per second, and utilization of the machine's matrix-product rate.
 
 The rate is that of a float32 (on accelerators bfloat16) product of square matrices, measured in the same
-turns; of known accelerators also the datasheet's. FLOPs are those of the model, see
-`accounting.train_flops_per_token`: what remat recomputes and what is elementwise counts as waste.
+turns; for known accelerators also the datasheet's. FLOPs are those of the model, see
+`accounting.train_flops_per_token`: recomputation by remat and elementwise operations do not count.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ _SHAPES = {
 }
 _SHARED = " immediate x2"
 MODELS = tuple(label for name in _SHAPES for label in (name, name + _SHARED))
-# bfloat16, by a part of jax's name for the device, of which the first counts; "TPU v5" alone is v5p.
+# bfloat16 FLOP/s, by part of jax's device name; the first match counts, and "TPU v5" alone is v5p.
 _DATASHEET = {
     "H100": 989e12,
     "H200": 989e12,
@@ -37,7 +37,7 @@ _DATASHEET = {
 
 
 def measure(quick: bool) -> list[m.Line]:
-    """Returns tokens per second and utilization of each shape, without and with sharing."""
+    """Measures tokens per second and utilization of each shape, without and with sharing."""
     labels = list(MODELS[:2]) if quick else chosen(MODELS)
     return [line for name in _SHAPES for line in _measure(name, labels, quick)]
 
@@ -80,12 +80,12 @@ def _measure(name: str, labels: list[str], quick: bool) -> Iterator[m.Line]:
 
 
 def _steps(name: str) -> int:
-    """Returns how many steps a turn is to have."""
+    """Number of steps in a turn."""
     return 10 if name == "4 x 48" or jax.default_backend() != "cpu" else 1
 
 
 def matrix_product(size: int) -> tuple[Callable[[], object], float]:
-    """Returns a call that multiplies square matrices several times, and how many FLOPs that is."""
+    """Builds a call that multiplies square matrices several times, and computes its FLOPs."""
     dtype, times = "float32" if jax.default_backend() == "cpu" else "bfloat16", 8
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
 

@@ -1,7 +1,7 @@
 """Runs of one shape that differ in seed and learning rate, trained together in one program (`jax.vmap`).
 
-What that could be worth: a step of a small model does not fill an accelerator. The sweep does not do it yet;
-on a CPU it runs points side by side in processes instead.
+The potential gain: a step of a small model does not fill an accelerator. The sweep does not do this yet; on a
+CPU it runs points at the same time in several processes instead.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _TRIALS = (1, 4, 16)
 
 
 def measure(quick: bool) -> list[m.Line]:
-    """Returns tokens per second of 1, 4 and 16 trials together, and the ratios to one alone."""
+    """Measures tokens per second of 1, 4 and 16 trials together, and the ratios to one alone."""
     rows, length = (2, 16) if quick else (8, 64)
     trials = _TRIALS[:2] if quick else _TRIALS
     seconds = m.alternate({str(n): _steps(n, rows, length, quick) for n in trials}, 2 if quick else 7)

@@ -1,7 +1,7 @@
 """Zero-shot tasks: log likelihoods for lm-evaluation-harness, ours against its own Hugging Face model.
 
-One export, one set of requests, made by lm-eval's definitions, both on all cores in float32. The Hugging Face
-model gets the batch size that is fastest for it on them. Encoding the text counts.
+One export, one set of requests by lm-eval's task definitions, both on all cores in float32. The Hugging Face
+model gets its fastest batch size for these requests. The time includes tokenization.
 """
 
 import dataclasses
@@ -45,19 +45,19 @@ _BATCHES = (4, 8, 16, 32, 64)  # of the Hugging Face model
 
 
 def missing() -> str:
-    """Returns what this part needs and does not find, as a sentence; "" where all is there."""
+    """Message that names a package that is not installed; "" if all are."""
     try:
         import accelerate  # noqa: F401 # pyright: ignore[reportMissingImports]
         import lm_eval  # noqa: F401 # pyright: ignore[reportMissingImports]
         import torch  # noqa: F401 # pyright: ignore[reportMissingImports]
         import transformers  # noqa: F401 # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        return f"zero_shot compares with Hugging Face: pip install -e '.[hf,eval]' ({error})"
+        return f"zero_shot: {error}; install with: pip install -e '.[hf,eval]'"
     return ""
 
 
 def measure(quick: bool) -> list[m.Line]:
-    """Returns requests per second of both at two sizes, and in how many answers they differ.
+    """Measures requests per second of both at two sizes, and the number of answers in which they differ.
 
     Raises:
       UserError: an extra is not installed, or the data cannot be read.
@@ -98,7 +98,7 @@ def _compare(size: str, requests: list[Any], folder: Path, quick: bool) -> Itera
     theirs = HFLM(pretrained=str(exported), device="cpu", dtype="float32", batch_size=1)
 
     def of_ours() -> None:
-        # A new one each time: it remembers how it encoded a text.
+        # A new adapter each time, since it caches the encoding of a text.
         lm = harness.Adapter(params, config, tokenizer, mesh, add_bos=True)
         answers["ours"] = lm.loglikelihood(requests)
 
@@ -133,7 +133,7 @@ def _compare(size: str, requests: list[Any], folder: Path, quick: bool) -> Itera
 
 
 def _make_run(workdir: Path, fields: dict[str, Any]) -> Config:
-    """Makes a run with random weights: how fast it answers does not depend on them."""
+    """Creates a run with random weights, on which speed does not depend."""
     values = base.update(base.get_config(), {**fields, "data.sequence_length": _CONTEXT})
     config = from_config_dict(values)
     workdir.mkdir()
@@ -151,7 +151,7 @@ def _documents() -> Iterator[str]:
 
 @dataclasses.dataclass
 class _Words:
-    """English words in the order of the bundled text, as many as are asked for."""
+    """Draws texts of a random number of English words, in the order of the bundled text."""
 
     words: list[str]
     rng: np.random.Generator
@@ -163,7 +163,7 @@ class _Words:
 
 
 def _write_questions(folder: Path) -> None:
-    """Writes files of tasks, whose questions and answers are about as long as in the real ones."""
+    """Writes synthetic task files whose questions and answers have about the lengths of the real ones."""
     words = [word for document in _documents() for word in document.split()]
     text, count = _Words(words, np.random.default_rng(0)), 100
     rows = {

@@ -1,8 +1,8 @@
 """The paper's points beside ours: one figure and one table for each study that is in the paper.
 
-What the paper measures, the average zero-shot accuracy after 0.25 trillion tokens, a small model cannot be
-asked. So each side keeps its own measure and its own x axis, both with the better end up: it is the order of
-the points that can be compared.
+The paper's metric, average zero-shot accuracy after 0.25 trillion tokens, is meaningless for small models. So
+each side has its own metric and its own x axis, with better values further up: only the order of the points
+can be compared.
 """
 
 from itertools import pairwise
@@ -20,7 +20,7 @@ ROOM = 38  # characters of tick labels that fit side by side below a panel of ha
 
 @drawing.styled
 def draw(study: Study) -> Figure | None:
-    """The paper's accuracies, a panel for each size group, and our values; None if it has none.
+    """Draws the paper's accuracies, one panel for each size group, and our values; None if it has none.
 
     A study that compares each of its points with the one before is drawn as a staircase, with the change at
     every step.

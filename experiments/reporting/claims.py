@@ -1,4 +1,4 @@
-"""The paper's claims beside what our records say about them: agree, disagree or cannot tell.
+"""The paper's claims, each with the judgement of our records: agree, disagree or cannot tell.
 
 `experiments.report` writes the page, <workdir>/claims.md, from records and the paper's tables alone.
 """
@@ -21,15 +21,15 @@ CONTRADICTS = {"better": {"worse"}, "worse": {"better"}, "not worse": {"worse"}}
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """Something that the paper says about shapes, and the comparisons that test it.
+    """A claim of the paper about shapes, and the comparisons that test it.
 
     Attributes:
-      text, where: what is claimed, and where.
+      text, where: the claim, and its place in the paper.
       study: the study that tests it.
       pairs: the comparisons; the claim is that the first is `expected` compared with the second. A star
-        stands for any text. Empty: all that the study asks about.
-      paper: the same in the paper's table, where its labels are others. A size group has those pairs of which
-        it has both rows.
+        matches any text. Empty: all pairs of the study.
+      paper: the same pairs by the labels of the paper's table, if different. A size group has the pairs of
+        which it has both rows.
       expected: "better", "worse" or "not worse".
       note: what weakens the paper's evidence.
     """

@@ -1,4 +1,4 @@
-"""What all figures have in common: colours, axes, points with their seeds, captions, and bytes."""
+"""Elements of all figures: colours, axes, points with their seeds, captions, and PNG output."""
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ from mobilellm_jax.analysis.statistics import Estimate
 from mobilellm_jax.analysis.study import Study
 
 # Okabe and Ito's palette for all kinds of colour vision, without yellow, which is too pale for lines. The
-# three lists have different lengths, so that the looks of many points differ, in grey print too.
+# three lists have different lengths, so that the styles of many points differ, even in greyscale.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
@@ -44,24 +44,24 @@ STYLE = {
     "text.parse_math": False,
 }
 styled = matplotlib.style.context(["default", STYLE])
-# What the axes show. For "error" that is its complement, in percent: 100 is perfect, higher is better.
+# Labels of the axes. For "error", the axis shows its complement in percent: 100 is perfect.
 VALUES = {"loss": "held-out loss (nats per token)", "error": "exact match, held out (%)"}
 SCALE = {"loss": 1, "error": 100}
 
 
 @styled
 def render(figure: Figure) -> bytes:
-    """A PNG, the same bytes for the same figure."""
+    """Encodes a figure as PNG; equal figures give equal bytes."""
     drawn, small = BytesIO(), BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
-    # 255 colours look the same and take a third of the space; what matplotlib notes of itself is left behind.
+    # 255 colours look the same at a third of the size; this also drops matplotlib's version metadata.
     Image.open(drawn).convert("RGB").quantize(255).save(small, "png", optimize=True)
     return small.getvalue()
 
 
 @styled
 def framed(title: str, caption: str, height: float) -> Figure:
-    """A figure with room of `height` inches between title and caption."""
+    """Creates a figure with `height` inches between title and caption."""
     title = textwrap.fill(title, 80)
     above, below = 0.12 + 0.25 * (title.count("\n") + 1), 0.15 + 0.175 * (caption.count("\n") + 1)
     total = above + height + below
@@ -76,7 +76,7 @@ def framed(title: str, caption: str, height: float) -> Figure:
 
 @styled
 def beside_legend(labels: Iterable[str]) -> tuple[Figure, Axes]:
-    """A figure that is high enough for a legend with these labels to the right of the axes."""
+    """Creates a figure that is high enough for a legend with these labels to the right of the axes."""
     figure = Figure(figsize=(WIDTH, max(4.2, 0.4 + legend_height(labels))))
     FigureCanvasAgg(figure)
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
@@ -84,12 +84,12 @@ def beside_legend(labels: Iterable[str]) -> tuple[Figure, Axes]:
 
 
 def legend_height(labels: Iterable[str]) -> float:
-    """The height in inches of a legend in small print."""
+    """Height in inches of a legend in small print."""
     return 0.165 * sum(1.25 + label.count("\n") for label in labels)
 
 
 def legend(point: str, note: str = "") -> str:
-    """The label of a point in a legend beside the axes."""
+    """Label of a point in a legend beside the axes, wrapped."""
     return textwrap.fill(point + (f" ({note})" if note else ""), 30)
 
 
@@ -100,12 +100,12 @@ def look(index: int) -> dict[str, Any]:
 
 
 def shown(metric: str, value: float) -> float:
-    """A value of `metric` as the axis shows it, see `VALUES`."""
+    """Converts a value of `metric` to the unit of the axis, see `VALUES`."""
     return 100 * (1 - value) if metric == "error" else value
 
 
 def absent(runs: Sequence[Record]) -> str:
-    """What is missing of a point, as "1 of 3 diverged"; "" if all finished."""
+    """Counts the runs that did not finish, as "1 of 3 diverged"; "" if all finished."""
     if not runs:
         return "no run"
     counts = {word: sum(run.status == word for run in runs) for word in ("diverged", "failed")}
@@ -113,7 +113,7 @@ def absent(runs: Sequence[Record]) -> str:
 
 
 def apart(values: Iterable[float], factor: float) -> list[float]:
-    """The values in ascending order without those that are less than `factor` above the last."""
+    """Sorts the values, and drops those that are less than `factor` times the last one kept."""
     kept: list[float] = []
     for value in sorted(set(values)):
         kept += [value] if not kept or value >= factor * kept[-1] else []
@@ -129,29 +129,29 @@ def log_axis(axes: Axes, values: Sequence[float], room: int = 90) -> None:
 
 
 def categories(labels: Sequence[str], room: int) -> tuple[list[str], bool]:
-    """Tick labels for an axis of `room` characters, and whether they must be slanted to fit."""
+    """Wraps tick labels for an axis of `room` characters; the flag is True if they must be slanted to fit."""
     each = room // len(labels)
     is_slanted = max(len(word) for label in labels for word in label.split()) > each
     return [label if is_slanted else textwrap.fill(label, each) for label in labels], is_slanted
 
 
 def category_axis(axes: Axes, labels: Sequence[str], room: int) -> None:
-    """Writes the labels at 0, 1, 2, ... of the x axis, which has room for so many characters."""
+    """Labels the ticks 0, 1, 2, ... of an x axis of `room` characters."""
     labels, is_slanted = categories(labels, room)
     slant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_slanted else {}
     axes.set_xticks(range(len(labels)), labels, fontsize=10, **slant)
 
 
 def series_of(study: Study) -> list[str]:
-    """The lines over x that the points belong to, in their order; [] if there is only one."""
+    """Names of the lines over x, in the order of their points; [] if there is only one."""
     places = [point.x for point in study.points.values()]
     return list(dict.fromkeys(place["series"] for place in places if place and "series" in place))
 
 
 def places_of(study: Study) -> dict[str, float] | None:
-    """The place on a numeric x axis by point; None where the points are categories.
+    """Place on a numeric x axis by point; None if the points are categories.
 
-    Points of one line at the same place would hide each other, and only their names would tell them apart.
+    Points of one line at the same place become categories, since they would hide each other.
     """
     numeric = {label: point.x for label, point in study.points.items() if point.x is not None}
     distinct = {(x.get("series"), x["value"]) for x in numeric.values()}
@@ -166,9 +166,9 @@ def draw_point(
     looks: Mapping[str, Any],
     shift: float = 0.0,
 ) -> None:
-    """Draws the mean and its interval, and the seeds beside, so that they don't hide under the error bar.
+    """Draws the mean with its interval, and the seeds beside it, clear of the error bar.
 
-    `shift` to the right, in points (1/72 inch), keeps apart what stands at the same place.
+    `shift` to the right, in points (1/72 inch), separates points at the same place.
     """
     metric = point.comparison[0].metric
     half = None if estimate.half_width is None else estimate.half_width * SCALE[metric]
@@ -176,13 +176,15 @@ def draw_point(
     axes.errorbar(place, mean, half, **looks, ms=7, capsize=4, **at)
     seeds = [shown(metric, score) for score in point.scores.values()]
     ends = mean - (half or 0), mean + (half or 0), *seeds
-    axes.update_datalim([(place, end) for end in ends])  # what is moved doesn't count by itself
+    axes.update_datalim(
+        [(place, end) for end in ends]
+    )  # a shifted artist does not extend the limits by itself
     dots = {"color": looks["color"], "ms": 5, "alpha": 0.6, "transform": moved(axes, shift + 7)}
     axes.plot([place] * len(seeds), seeds, ".", **dots)
 
 
 def moved(axes: Axes, by: float) -> Any:
-    """The transform of data that is moved to the right, in points (1/72 inch)."""
+    """Data transform, shifted to the right by points (1/72 inch)."""
     return axes.transData + ScaledTranslation(by / 72, 0, axes.figure.dpi_scale_trans)
 
 
@@ -196,10 +198,10 @@ def draw_values(
     """Draws the final values of every point: as lines over x, as points over x or as categories.
 
     Args:
-      looks: of each line by its series ("" where there is one), for points that are joined to lines. None: a
-        study of several lines has a look for each, and in others every point has its own.
+      looks: style of each line by series ("" if there is only one), for points that are joined to lines.
+        None: one style for each line in a study of several lines, else one for each point.
       room: characters that fit side by side below the axis.
-      is_reversed: a low loss stands above a high one.
+      is_reversed: invert the y axis of a loss, so that lower values are above.
     """
     metric, places, lines = study.facts.metric, places_of(study), series_of(study)
     of_lines = looks or {line: look(index) for index, line in enumerate(lines)}
@@ -230,7 +232,7 @@ def draw_values(
 def _draw_points(
     axes: Axes, study: Study, places: Mapping[str, float], same: Mapping[str, Any] | None = None
 ) -> None:
-    """Every point at its place, with its own look or all with the same one."""
+    """Draws every point at its place, each in its own style or all in the same one."""
     for index, (label, point) in enumerate(study.points.items()):
         mine = same or look(index)
         if estimate := study.verdict.estimates.get(label):
@@ -245,7 +247,7 @@ def _draw_lines(
     lines: Sequence[str],
     looks: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """The points of each line joined; the lines are side by side where they share a place."""
+    """Draws the points of each line joined; lines that share a place are side by side there."""
     last: dict[str, tuple[float, float]] = {}
     for label, point in study.points.items():
         line, place = (point.x or {}).get("series", ""), places[label]
@@ -262,7 +264,7 @@ def _draw_lines(
 
 
 def _mark_absent(axes: Axes, place: float, point: Point, color: str) -> None:
-    """Marks a point of which runs are missing with a cross at the top, and says which."""
+    """Marks a point of which runs are missing with a cross at the top and their count."""
     if gone := absent(point.comparison):
         at_top = axes.get_xaxis_transform()
         axes.plot(place, 0.97, "x", color=color, ms=9, mew=2, transform=at_top, clip_on=False)
@@ -277,7 +279,7 @@ def _label_x_axis(axes: Axes, study: Study, places: Mapping[str, float], room: i
 
 
 def _bars(axes: Axes, study: Study) -> str:
-    """Says what the bars are."""
+    """Describes the error bars; "no run finished" if there are none."""
     estimates = study.verdict.estimates.values()
     if not estimates:
         axes.set_yticks([])
@@ -288,7 +290,7 @@ def _bars(axes: Axes, study: Study) -> str:
 
 
 def caption(study: Study, first: str = "") -> str:
-    """The text below a figure: `first`, the scale of the runs, and what a sceptic must know."""
+    """Text below a figure: `first`, the scale of the runs, and the first four warnings."""
     warnings = study.verdict.warnings
     notes = [first, f"Ours: {_scale(study)}"] if first else [_scale(study)]
     notes += [f"Warning: {warning}" for warning in warnings[:4]]

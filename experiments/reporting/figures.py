@@ -2,7 +2,7 @@
 
 In <workdir>/figures/, for each study and preset,
 
-    <study>-<preset>.png                 what came out, and every difference asked about
+    <study>-<preset>.png                 final values, and the difference of every pair
     <study>-<preset>-paper.png           the paper's points beside ours, where the study is in the paper
     <study>-<preset>-costs.png           final values against parameters and training FLOPs
     <study>-<preset>-curves.png          held-out evaluations during training
@@ -37,7 +37,7 @@ DIFFERENCES = {"loss": "loss (nats per token)", "error": "error (percentage poin
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """A PNG in figures/ and what it shows."""
+    """A PNG in figures/ and its alternative text."""
 
     name: str
     alt: str
@@ -45,17 +45,17 @@ class Image:
 
 
 def read_studies(workdir: str | AnyPath) -> tuple[list[Study], list[str]]:
-    """Every study that has records in `workdir`, and why others are refused.
+    """Analyses every study that has records in `workdir`; collects the errors of those that cannot be.
 
     Raises:
-      UserError: there are no records, or one is damaged.
+      UserError: there are no records, or one is corrupt.
     """
     results = path_of(workdir) / "results"
     found, refused = [], []
     for records in by_study(read_records(results)).values():
         try:
             found.append(study_of(records))
-        except UserError as error:  # the other studies are shown all the same
+        except UserError as error:  # the other studies are still shown
             refused.append(str(error))
     if not found and not refused:
         raise UserError(
@@ -66,7 +66,7 @@ def read_studies(workdir: str | AnyPath) -> tuple[list[Study], list[str]]:
 
 
 def write(study: Study, workdir: str | AnyPath) -> dict[str, Image]:
-    """Writes figures and tables (CSV) of one study at one preset, and returns the figures by suffix.
+    """Writes figures and tables (CSV) of one study at one preset. Returns the figures by suffix.
 
     Raises:
       UserError: a file cannot be written.
@@ -99,7 +99,7 @@ def write(study: Study, workdir: str | AnyPath) -> dict[str, Image]:
 
 @styled
 def outcome(study: Study) -> Figure:
-    """Final values of every point above, differences of pairs below."""
+    """Draws the final values of every point above, and the differences of pairs below."""
     facts, comparisons = study.facts, study.verdict.comparisons
     rows = [_pair(comparison) for comparison in comparisons]
     said = [textwrap.fill(phrase(comparison, facts.metric), 30) for comparison in comparisons]
@@ -120,7 +120,7 @@ def outcome(study: Study) -> Figure:
 
 @styled
 def costs(study: Study) -> Figure | None:
-    """Final values against parameters and against training FLOPs; None if neither differs."""
+    """Draws final values against parameters and against training FLOPs; None if neither differs."""
     estimates = study.verdict.estimates
     points = {label: study.points[label] for label in study.points if label in estimates}
     places = {
@@ -142,7 +142,7 @@ def costs(study: Study) -> Figure | None:
             look = drawing.look(order.index(point))
             drawing.draw_point(axes, place, points[point], estimates[point], look, shifts[point])
         low, high = min(of_points.values()), max(of_points.values())
-        ratio = max(high / low, 1.1)  # so that what is held equal is seen to be
+        ratio = max(high / low, 1.1)  # at least 10 %, so that equal values look equal
         axes.set_xscale("log", base=2)
         axes.set_xlim(low / ratio**0.25, high * ratio**0.25)
         ticks = drawing.apart(of_points.values(), ratio**0.3)
@@ -162,11 +162,11 @@ def costs(study: Study) -> Figure | None:
 
 @styled
 def curves(study: Study) -> Figure:
-    """The held-out evaluations during training: each seed and the mean of every point."""
+    """Draws the held-out evaluations during training: each seed and the mean of every point."""
     metric = study.facts.metric
     labels = {label: drawing.legend(label, drawing.absent(p.comparison)) for label, p in study.points.items()}
     figure, axes = drawing.beside_legend(labels.values())
-    late = []  # what finished runs reached after the first quarter
+    late = []  # values of finished runs after the first quarter of training
     for index, (label, point) in enumerate(study.points.items()):
         look = drawing.look(index)
         seeds = [_curve(run) for run in point.comparison]
@@ -192,7 +192,7 @@ def curves(study: Study) -> Figure:
 
 @styled
 def learning_rates(study: Study) -> Figure | None:
-    """The loss against learning rate of every tuned point; None if no point was tuned."""
+    """Draws the loss against the learning rate of every tuned point; None if no point was tuned."""
     searches, order = study.verdict.tuning, list(study.points)
     if not searches:
         return None
@@ -236,7 +236,7 @@ def learning_rates(study: Study) -> Figure | None:
 
 
 def _side_by_side(places: Mapping[str, float]) -> dict[str, float]:
-    """How far to shift each point: those less than 0.5 % apart would hide each other."""
+    """Horizontal shift of each point, since those less than 0.5 % apart would hide each other."""
     groups: list[list[str]] = []
     for point in sorted(places, key=lambda point: places[point]):
         if groups and places[point] < 1.005 * places[groups[-1][0]]:
@@ -253,7 +253,7 @@ def _side_by_side(places: Mapping[str, float]) -> dict[str, float]:
 def _draw_effects(
     axes: Axes, rows: list[str], said: list[str], comparisons: list[Comparison], facts: Facts
 ) -> None:
-    """One row for each pair. An interval far wider than all differences is cut off, with an arrow there."""
+    """Draws one row for each pair. An interval far wider than all differences is clipped, with an arrow."""
     scale, margin = SCALE[facts.metric], SCALE[facts.metric] * facts.margin
     known = [c.difference for c in comparisons if c.difference]
     means = [scale * difference.mean for difference in known]
@@ -298,7 +298,7 @@ def _draw_effects(
 
 
 def _pair(comparison: Comparison) -> str:
-    """The pair as "a - b", on several lines where it is long."""
+    """Label of the pair, "a - b", on several lines if it is long."""
     label = f"{comparison.point} \N{MINUS SIGN} {comparison.other}"
     if len(label) <= 32:
         return label

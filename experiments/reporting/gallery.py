@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def section(drawn: Sequence[tuple[Study, Mapping[str, figures.Image]]], workdir: AnyPath) -> str:
-    """The gallery in Markdown, for a page in `workdir`; the studies of the paper come first.
+    """Writes the gallery as Markdown, for a page in `workdir`; the studies of the paper come first.
 
     Args:
       drawn: each study at each preset, and its figures by suffix.

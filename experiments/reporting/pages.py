@@ -20,15 +20,15 @@ from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """Lines to be shown as they are."""
+    """Preformatted lines."""
 
     lines: list[str]
 
 
 Block = str | list[str] | tables.Columns | Image | Code  # paragraph, bullet points, table, ...
-Section = tuple[str, list[Block]]  # heading, content; without content it is left out
+Section = tuple[str, list[Block]]  # heading, content; sections without content are omitted
 
-# Light or dark as the reader's device wishes. The policy keeps anything from being loaded or run.
+# Light or dark by the reader's preference. The content policy forbids loading or running anything.
 _HTML = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -71,7 +71,7 @@ def report(records: Sequence[Record], workdir: str | AnyPath) -> str:
     """Writes figures, table (CSV) and report (HTML, Markdown) of one study at one preset.
 
     Returns:
-      The text to print: warnings, tables, verdict, and where the report lies.
+      The text to print: warnings, tables, verdict, and the path of the report.
 
     Raises:
       UserError: the runs cannot be compared, or a file cannot be written.
@@ -91,7 +91,7 @@ def write_report(study: Study, images: dict[str, Image], workdir: str | AnyPath)
 
 
 def contents(study: Study, images: dict[str, Image]) -> list[Section]:
-    """The report: what a sceptic must know first, then the finding, then what it rests on."""
+    """Sections of the report: warnings first, then the verdict, then the evidence."""
     found, runs = study.verdict, study.runs
     pairs = [tables.comparisons(study)] if found.comparisons else []
     paper = beside_paper.table(study)
@@ -185,7 +185,7 @@ def _cost(runs: Sequence[Record]) -> tables.Columns:
 
 
 def _data(runs: Sequence[Record]) -> tables.Columns:
-    """All plain facts of the data card: source, hashes, licence and what else it says."""
+    """All scalar fields of the data cards: source, hashes, licence and others."""
     cards = [run.data for run in runs if run.data]
     facts = sorted(
         {(k, str(v)) for card in cards for k, v in card.items() if isinstance(v, str | int | float)}
@@ -194,7 +194,7 @@ def _data(runs: Sequence[Record]) -> tables.Columns:
 
 
 def _origins(study: Study) -> tables.Columns:
-    """What the runs were made with and when; where that differs, with the number of runs."""
+    """Code, libraries, devices and dates of the runs; where these differ, with the number of runs."""
     runs, study_name = study.runs, f"{study.facts.study}, preset {study.facts.preset or 'none'}"
     dates = [run.created for run in runs]
     facts = {
@@ -214,7 +214,7 @@ def _origins(study: Study) -> tables.Columns:
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
-    """One page that needs no other file; everything from the records is escaped."""
+    """Writes the report as one self-contained HTML page; all text from records is escaped."""
     body = [f"<h1>{html.escape(title)}</h1>"]
     for heading, blocks in sections:
         if blocks:
@@ -249,7 +249,7 @@ def _html(block: Block) -> str:
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
-    """The same page, with links to the figures; what Markdown would take for marks is escaped."""
+    """Writes the report as Markdown, with links to the figures; markup in records is escaped."""
     parts = [f"# {tables.plain(title)}"]
     for heading, blocks in sections:
         parts += [f"## {heading}", *map(_markdown, blocks)] if blocks else []

@@ -17,11 +17,11 @@ class Row:
     """One model of the paper.
 
     Attributes:
-      label: what it is called here.
-      printed: parameters in millions, as printed (without the gains of the norms); "" where they are not.
-      accuracy: average zero-shot accuracy on the paper's eight tasks, in percent; None where it is not given.
+      label: its label in figures and tables.
+      printed: parameters in millions, as printed (without norm gains); "" if not given.
+      accuracy: average zero-shot accuracy on the paper's eight tasks, in percent; None if not given.
       x: its place on the x axis of the study's figure; None in studies without one.
-      series: which of several lines over x it belongs to; "" where there is one line.
+      series: its line, if the figure has several over x; else "".
     """
 
     label: str
@@ -36,7 +36,7 @@ Cells = dict[str, str]  # column -> text
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """How the rows of a study are read from a table; names in braces are its columns.
+    """Table of the paper for a study, and the rules to read its rows; names in braces are columns.
 
     Attributes:
       table: file name in `experiments/paper/`.
@@ -46,7 +46,7 @@ class Source:
       printed: column of the printed parameters; "": the table does not have them.
       x: place on the x axis.
       group: size group; the study's preset is `paper_<group>`, or `paper` where there are no groups.
-      only: whether a row belongs to the study.
+      only: True for rows that belong to the study.
     """
 
     table: str
@@ -170,9 +170,9 @@ def published(model: Any) -> tuple[str, Cells] | None:
 
 
 def agrees(printed: str, count: int) -> bool:
-    """Says whether `count` is the printed number ("134.1", "1.01B") to every digit shown, rounded or cut off.
+    """True if `count` rounds or truncates to the printed number ("134.1", "1.01B"; millions without a unit).
 
-    The models' own cards do both: 949.6 million parameters are printed as 949M. Without a unit, millions.
+    The models' own cards do both: 949.6 million parameters are printed as 949M.
     """
     number = Decimal(printed.rstrip("MB"))
     exact = Decimal(count) / (10**9 if printed.endswith("B") else 10**6)
@@ -180,7 +180,7 @@ def agrees(printed: str, count: int) -> bool:
 
 
 def _published_accuracy() -> dict[str, str]:
-    """Average accuracy by model, where a table of shapes does not say it."""
+    """Average zero-shot accuracy by model, for tables that lack it."""
     return {model: row["Avg"] for model, row in _zero_shot_rows().items()}
 
 
@@ -190,7 +190,7 @@ def _zero_shot_rows() -> dict[str, Cells]:
 
 
 def _other_rows() -> dict[str, Cells]:
-    """TriviaQA and RACE by model, as far as they are known."""
+    """TriviaQA and RACE scores by model, where the paper has them."""
     return {
         row["model"]: {column: text for column, text in row.items() if text != "not found"}
         for row in table("table04_tqa_race")

@@ -1,4 +1,4 @@
-"""The page on how a difference changes with size: fits, a table, a figure."""
+"""The page on the change of a difference with size: fits, a table, a figure."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -31,12 +31,12 @@ class Size:
 
     @property
     def parameters(self) -> float:
-        """Non-embedding parameters, mean of the two."""
+        """Non-embedding parameters, mean of the two points."""
         return float(np.mean([p.budgets["non_embedding_parameters"] for p in (self.shallow, self.deep)]))
 
 
 def size(study: Study) -> Size:
-    """The shallowest and the deepest point of a study at one preset.
+    """Finds the shallowest and the deepest point of a study at one preset, and their comparison.
 
     Raises:
       UserError: one of the two has no finished run, or the study does not compare them.
@@ -51,7 +51,9 @@ def size(study: Study) -> Size:
     shallow, deep = ordered[0], ordered[-1]
     pairs = {(c.point, c.other): c for c in study.verdict.comparisons}
     if (deep, shallow) not in pairs:
-        raise UserError(f"{preset}: the study does not compare {deep!r} with {shallow!r}")
+        raise UserError(
+            f"{preset}: the study does not compare {deep!r} with {shallow!r}; leave it out of --presets"
+        )
     return Size(study, points[shallow], points[deep], pairs[deep, shallow])
 
 
@@ -66,12 +68,13 @@ def check_same_data(sizes: Sequence[Size]) -> None:
             > 1
         ):
             raise UserError(
-                f"the presets differ in {name} of the data: {', '.join(map(str, sorted(hashes)))}"
+                f"--presets: different data, {name} is {' or '.join(map(str, sorted(hashes)))}; "
+                "leave out the presets that differ, or rerun them on the same data"
             )
 
 
 def families(sizes: Sequence[Size]) -> tuple[dict[float, list[float]], dict[float, list[float]]]:
-    """The losses of the shallow and of the deep family by size."""
+    """Losses of the shallow and of the deep family, by size."""
     shallow = {size.parameters: list(size.shallow.scores.values()) for size in sizes}
     deep = {size.parameters: list(size.deep.scores.values()) for size in sizes}
     return shallow, deep
@@ -86,7 +89,7 @@ def by_horizon(sizes: Sequence[Size]) -> dict[int, list[Size]]:
 
 
 def report(sizes: Sequence[Size], image: str) -> str:
-    """The findings as Markdown."""
+    """Writes the findings as Markdown."""
     lines = [
         "# Does depth pay, and from which size on?",
         "",
@@ -143,7 +146,7 @@ def _fitted(group: Sequence[Size]) -> str:
 
 @drawing.styled
 def draw(sizes: Sequence[Size]) -> Figure:
-    """Loss against non-embedding parameters, with the fits and, where they allow it, the crossing."""
+    """Draws loss against non-embedding parameters, with the fits and, if within range, their crossing."""
     figure = Figure(figsize=(drawing.WIDTH, 4.6), layout="constrained")
     axes = figure.subplots()
     largest, smallest = max(s.parameters for s in sizes), min(s.parameters for s in sizes)

@@ -37,7 +37,7 @@ _BUDGETS = {  # in the order shown, which a record does not keep; headers short 
 
 
 def text(study: Study) -> str:
-    """The study's tables for a terminal; facts that are equal for all points stand above them."""
+    """Formats the study's tables for a terminal, below the facts that are equal for all points."""
     lines = [textwrap.fill(line, 110, subsequent_indent="  ") for line in head(study)]
     pairs = [comparisons(study)] if study.verdict.comparisons else []
     for columns in [*designs(study), outcomes(study), *pairs]:
@@ -50,7 +50,7 @@ def text(study: Study) -> str:
 
 
 def markdown_table(columns: Columns) -> str:
-    """One table as Markdown, its first column to the left and numbers to the right."""
+    """Formats a table as Markdown, with the first column left-aligned and the others right-aligned."""
 
     def row(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -61,13 +61,13 @@ def markdown_table(columns: Columns) -> str:
 
 
 def plain(text: str) -> str:
-    """One line of Markdown that shows `text`: no markup, links, entities or HTML."""
+    """Escapes `text` for one line of Markdown: no markup, links, entities or HTML."""
     escaped = re.sub(r"([\\`*]|<(?=[A-Za-z/!?])|\](?=[(\[:]))", r"\\\1", " ".join(text.split()))
     return re.sub(r"&(?=#?\w+;)", "&amp;", escaped)
 
 
 def head(study: Study) -> list[str]:
-    """The lines above the tables: the question, what is held equal, what all points share."""
+    """Lines above the tables: the question, the matched budget, and the facts that all points share."""
     facts, mismatch = study.facts, study.verdict.mismatch
     held = budget_name(facts.matched)
     if facts.matched in mismatch:
@@ -96,10 +96,10 @@ def head(study: Study) -> list[str]:
 
 
 def designs(study: Study) -> list[Columns]:
-    """The shapes of all points, and all their budgets with the mismatch (max / min - 1) as last row.
+    """Tables of the shapes of all points, and of all budgets with the mismatch (max / min - 1) as last row.
 
     A star marks the budget that is held equal. FLOP, KV (key/value cache) and decode bytes are per token.
-    Columns that are equal for all points are left out; they stand in `head`.
+    Columns that are equal for all points are in `head` instead.
     """
     shapes, _ = _split(_shapes(study))
     points = study.points
@@ -116,10 +116,10 @@ def designs(study: Study) -> list[Columns]:
 
 
 def outcomes(study: Study) -> Columns:
-    """What came of each point: its learning rate, mean ± 95 % interval, noise over seeds, and losses.
+    """Results of each point: learning rate, mean ± 95 % interval, noise over seeds, and runs that failed.
 
-    `sensitivity` is how much higher the loss is at the next learning rates tried; "edge" marks an optimum at
-    the edge.
+    `sensitivity` is the mean increase of the loss at the neighbouring learning rates; "edge" marks an optimum
+    at the edge of those tried.
     """
     metric, found = study.facts.metric, study.verdict
     score = "loss (nats/token)" if metric == "loss" else "exact match, %"
@@ -151,7 +151,7 @@ def outcomes(study: Study) -> Columns:
 
 
 def comparisons(study: Study) -> Columns:
-    """Every pair asked about: difference (first - second) with 95 % interval, p-values, verdict."""
+    """Table of all pairs: difference (first - second) with 95 % interval, p-values, verdict."""
     metric, found = study.facts.metric, study.verdict.comparisons
     unit = "nats/token" if metric == "loss" else "error, points"
     return {
@@ -275,7 +275,7 @@ def comparisons_csv(study: Study) -> str:
 
 
 def quantity(number: float) -> str:
-    """Three digits and a decimal prefix: 2048000 -> "2.05 M"."""
+    """Formats three digits and a decimal prefix: 2048000 -> "2.05 M"."""
     for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= 0.9995 * size:
             return f"{number / size:.3g} {prefix}"
@@ -295,7 +295,7 @@ def _shapes(study: Study) -> Columns:
 
 
 def _split(columns: Columns) -> tuple[Columns, dict[str, str]]:
-    """Splits off the columns, other than the first, that say the same in every one of several rows."""
+    """Splits off the columns, other than the first, that are equal in all of several rows."""
     first = next(iter(columns))
     constant = {
         name: cells[0]
@@ -324,7 +324,7 @@ def _rows(columns: Columns) -> list[list[str]]:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows, each from column to value, as CSV with a header."""
+    """Formats rows, each from column to value, as CSV with a header."""
     file = io.StringIO()
     writer = csv.DictWriter(
         file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"

@@ -1,4 +1,4 @@
-"""Which runs may be compared at all: what must be equal, what may differ, and what a reader is warned of."""
+"""Comparability of runs: fields that must be equal, fields that may differ, and warnings."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,14 +12,14 @@ from mobilellm_jax.storage.files import AnyPath
 
 
 def data_hashes(card: Mapping[str, Any], rows: bool = False) -> dict[str, str | None]:
-    """The hashes in a data card: source, held-out source, tokenizer, and those of the rows if asked for."""
+    """Hashes in a data card: source, held-out source, tokenizer and, with `rows`, the rows of each split."""
     hashes = {name: value for name, value in card.items() if name.endswith("sha256")}
     splits = card.get("splits", {}) if rows else {}
     return hashes | {f"{split}_rows_sha256": entry["sha256"] for split, entry in splits.items()}
 
 
 def data_changes(there: Mapping[str, Any], here: Mapping[str, Any], rows: bool = False) -> str:
-    """Which hashes differ between two data cards, in words; "" where all agree that both have."""
+    """Describes the hashes that differ between two data cards; "" if all that both have are equal."""
     old, new = data_hashes(there, rows), data_hashes(here, rows)
     changes = [
         f"{name.replace('_', ' ')} {_short(old[name])} -> {_short(new[name])}"
@@ -31,19 +31,19 @@ def data_changes(there: Mapping[str, Any], here: Mapping[str, Any], rows: bool =
 
 
 def data_card(record: Record) -> dict[str, Any]:
-    """The data card of a record, with the source and the Python of the run where the card names none."""
+    """Data card of a record; source and Python version are filled in from the run if the card lacks them."""
     card = {"source": record.setting("data.source"), **record.data}
     return {**card, "python_version": card.get("python_version") or record.versions.get("python")}
 
 
 def text_name(card: Mapping[str, Any]) -> str:
-    """The source that a data card names; the bundled text with the Python that it came with."""
+    """Source in a data card; for the bundled text, with the Python version that contains it."""
     source, version = card.get("source", "unknown source"), card.get("python_version")
     return f"{source} of Python {version}" if source == "bundled" and version else source
 
 
 def leakage(card: Mapping[str, Any]) -> str | None:
-    """A sentence where held-out documents were trained on as well."""
+    """Warning that held-out documents are in the training text as well; None if none are."""
     count = card.get("held_out_documents_in_train", 0)
     if not count:
         return None
@@ -54,24 +54,24 @@ def leakage(card: Mapping[str, Any]) -> str | None:
 
 
 def check_same_data(path: AnyPath, record: Record, card: Mapping[str, Any]) -> None:
-    """Raises UserError unless the data of `record`, read from `path`, are those of the data card."""
+    """Raises UserError unless the data of `record`, read from `path`, match the data card."""
     if changes := data_changes(data_card(record), card):
         raise UserError(
-            f"{path}: made with other data: {changes}; such runs are not compared: "
+            f"{path}: the run used other data: {changes}; runs on different data cannot be compared: "
             "restore the data, or use another --workdir"
         )
 
 
 def check_comparable(facts: Facts, runs: Sequence[Record]) -> list[str]:
-    """Refuses to compare runs of one study and preset that differ in more than the study says.
+    """Checks that the runs of one study and preset differ only in fields that the study allows to differ.
 
-    A setting that the study names as scientific may differ between points. A nuisance, once tuned, may differ
-    between points and between tuning runs, but not between the comparison runs of one point. The hashes of
-    data and tokenizer may never differ.
+    Scientific fields may differ between points. Tuned nuisance fields may differ between points and between
+    tuning runs, but not between the comparison runs of one point. The hashes of data and tokenizer must be
+    equal.
 
     Returns:
-      Warnings: runs of different code, libraries or devices, of a study that was changed in between, tuned
-      under other conditions than compared, or held-out documents that were trained on.
+      Warnings: different code, libraries or devices; a study that was changed between the runs; tuning under
+      other conditions than the comparison; held-out documents in the training text.
 
     Raises:
       UserError: different data, tokenizer, metric, sequence length, batch or steps; comparison runs of one
@@ -93,7 +93,7 @@ def check_comparable(facts: Facts, runs: Sequence[Record]) -> list[str]:
             a, b = (f"{value} in {_where(found[0], name)}" for value, found in list(of_value.items())[:2])
             raise UserError(
                 f"{facts.study}:{facts.preset}: {name} is {a}, but {b}; "
-                "such runs are not compared: make them again under equal conditions, or apart"
+                "such runs cannot be compared: rerun them under equal conditions, or use separate --workdirs"
             )
         if len(of_value) > 1:
             counts = ", ".join(f"{value} ({len(found)} runs)" for value, found in of_value.items())
@@ -106,12 +106,12 @@ def check_comparable(facts: Facts, runs: Sequence[Record]) -> list[str]:
     warnings += _other_pairs(facts, runs)
     (identity, count), *_ = Counter(map(_identity, runs)).most_common()
     if count > 1:
-        raise UserError(f"{facts.study}:{facts.preset}: {count} records of {identity}; keep one of them")
+        raise UserError(f"{facts.study}:{facts.preset}: {count} records of {identity}; delete all but one")
     return warnings
 
 
 def _may_differ_in_tuning(fact: str) -> bool:
-    """Whether tuning runs, equal among themselves, may have another value than comparison runs."""
+    """True if tuning runs, equal among themselves, may have another value than comparison runs."""
     return fact.startswith("train.") or fact in ("steps", "tokens seen")
 
 
@@ -133,7 +133,7 @@ def _identity(record: Record) -> str:
 
 
 def _other_pairs(facts: Facts, runs: Sequence[Record]) -> Iterator[str]:
-    """Warns of runs that do not ask for every pair of their point that some run asks for."""
+    """Warns if a record lacks a pair of its point that another record of the study has."""
     asked: dict[str, set[tuple[str, str]]] = {}
     for pair in facts.pairs:
         for point in pair:
@@ -147,7 +147,7 @@ def _other_pairs(facts: Facts, runs: Sequence[Record]) -> Iterator[str]:
 
 
 def _facts(record: Record, facts: Facts, varied: set[str]) -> Iterator[tuple[str, object, bool]]:
-    """Yields (name, value, whether a difference is decisive) of what should be equal over a study's runs.
+    """Yields (name, value, True if a difference is an error) for everything that runs should have in common.
 
     Args:
       record: one of the runs.

@@ -1,4 +1,4 @@
-"""What the records of one study at one preset say before anything is concluded: its facts and its points."""
+"""Facts and points of one study at one preset, collected from its records before any statistics."""
 
 import dataclasses
 import functools
@@ -14,10 +14,10 @@ from mobilellm_jax.analysis.records import Record, Scalar
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a study asks and how, as the run that ended last has it; the fields are those of `Record`.
+    """Question and protocol of a study, from the run that ended last; fields as in `Record`.
 
     Attributes:
-      pairs: (point, other) for every comparison asked for, joined over all records.
+      pairs: (point, other) for every requested comparison, merged over all records.
     """
 
     study: str
@@ -39,8 +39,8 @@ class Point:
     """One design point and its runs; the fields from `x` to `parameters` are those of `Record`.
 
     Attributes:
-      comparison: the runs that decide, in order of seed; [] for a point that was only tuned so far.
-      tuning: the runs of the search for the learning rate, in order of rate and seed.
+      comparison: the runs that are compared, in order of seed; [] for a point that was only tuned so far.
+      tuning: the runs of the learning-rate search, in order of rate and seed.
     """
 
     label: str
@@ -71,7 +71,7 @@ class Point:
 
 
 def facts_of(records: Iterable[Record]) -> Facts:
-    """The facts of one study; where its records disagree, those of the run that ended last."""
+    """Collects the facts of one study; where records disagree, the run that ended last decides."""
     records = list(records)
     speaker = max(records, key=lambda run: (run.created, run.point_index, run.seed))
     fields = {field.name: getattr(speaker, field.name) for field in dataclasses.fields(Facts)}
@@ -79,7 +79,7 @@ def facts_of(records: Iterable[Record]) -> Facts:
 
 
 def points_of(records: Iterable[Record]) -> dict[str, Point]:
-    """The points of one study by label, in its order, whatever the order of the records."""
+    """Groups records into points by label, in the study's order, whatever the order of the records."""
     groups: dict[str, list[Record]] = {}
     for run in sorted(records, key=lambda r: (r.point_index, r.point, r.seed, r.phase, r.learning_rate)):
         groups.setdefault(run.point, []).append(run)
@@ -102,9 +102,10 @@ def points_of(records: Iterable[Record]) -> dict[str, Point]:
 
 
 def pairs_of(records: Iterable[Record]) -> list[tuple[str, str]]:
-    """All (point, other) that the records of one study ask to compare, in the study's order.
+    """Merges the (point, other) pairs of all records of one study, in the study's order.
 
-    Each record has its part in that order; where this leaves it open, the places of other and point decide.
+    Each record has some of the pairs, in order: a topological sort merges them. Ties are broken by the
+    indices of other and point.
     """
     places: dict[str, int] = {}
     lists: set[tuple[tuple[str, str], ...]] = set()

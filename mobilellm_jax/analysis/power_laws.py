@@ -1,4 +1,4 @@
-"""Loss against size: power laws of two families of models, and where they would cross."""
+"""Loss against size: power-law fits to two families of models, and their crossing."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ Losses = Mapping[float, Sequence[float]]  # size -> one loss for each seed
 class PowerLaw:
     """loss = scale * size^-exponent, with a percentile bootstrap interval of the exponent.
 
-    There is no term for a loss that no size goes below: it takes more sizes than a small study has.
+    There is no constant term (irreducible loss): fitting it takes more sizes than a small study has.
     """
 
     scale: float
@@ -36,10 +36,9 @@ class Crossing:
     """Where two power laws are equal.
 
     Attributes:
-      size: of the fits to all seeds; None where they are parallel.
-      low, high: percentile bootstrap interval; None where an end of it lies below the smallest size, or
-        nowhere, and nothing can be said.
-      share: of the resamples that cross above the smallest size with the second family below afterwards.
+      size: crossing of the fits to all seeds; None if they are parallel.
+      low, high: percentile bootstrap interval; None if it is unbounded or reaches below the smallest size.
+      share: fraction of resamples that cross above the smallest size, with the second family lower beyond.
     """
 
     size: float | None
@@ -49,7 +48,7 @@ class Crossing:
 
 
 def fit(losses: Losses) -> PowerLaw:
-    """Returns the least-squares line of log loss on log size, over all seeds.
+    """Fits log loss against log size by least squares, over all seeds.
 
     The bootstrap resamples seeds within each size.
 
@@ -62,7 +61,7 @@ def fit(losses: Losses) -> PowerLaw:
 
 
 def crossing(first: Losses, second: Losses) -> Crossing:
-    """Returns the size above which the second family has the lower loss. Errors as in `fit`."""
+    """Computes the size above which the second family has the lower loss. Errors as in `fit`."""
     estimate, samples = _bootstrap([first, second])
     size = _crossing(*estimate)
     sizes = _crossing(*samples)
@@ -70,7 +69,7 @@ def crossing(first: Losses, second: Losses) -> Crossing:
     crosses = np.isfinite(sizes) & (sizes >= smallest) & (samples[2] < samples[0])
     already_below = samples[3] + samples[2] * np.log(smallest) < samples[1] + samples[0] * np.log(smallest)
     sizes = np.where(crosses, sizes, np.where(already_below, 0, np.inf))
-    # Inverted, because between an infinite size and a finite one there is nothing to interpolate.
+    # "inverted_cdf" does not interpolate, which would fail between an infinite and a finite size.
     low, high = np.quantile(sizes, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
     is_known = low > 0 and np.isfinite(high)
     return Crossing(
@@ -87,12 +86,13 @@ def _crossing(slope_1: Any, intercept_1: Any, slope_2: Any, intercept_2: Any) ->
 
 
 def _bootstrap(families: Sequence[Losses]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns slope and intercept of every family [2 families], and of resampled seeds [.., RESAMPLES]."""
+    """Slope and intercept of each family: estimates [2 families], bootstrap [2 families, RESAMPLES]."""
     for losses in families:
         if len(losses) < 2 or min(map(len, losses.values())) < 2:
             found = ", ".join(f"{size:,.0f} ({len(values)} seeds)" for size, values in losses.items())
             raise UserError(
-                f"a power law takes two sizes or more, with two seeds or more each; found {found}"
+                "cannot fit a power law: it takes two or more sizes with two or more seeds each; "
+                f"found {found}"
             )
     # The least-squares line of each family is a fixed matrix times its losses.
     solvers = [
@@ -102,7 +102,7 @@ def _bootstrap(families: Sequence[Losses]) -> tuple[np.ndarray, np.ndarray]:
     counts = [len(losses) for losses in families]
 
     def lines(*columns: np.ndarray, axis: int = -1) -> np.ndarray:
-        """Returns slope, intercept of each family, on a new first axis."""
+        """Slope and intercept of each family, on a new first axis."""
         found, start = [], 0
         for solver, count in zip(solvers, counts, strict=True):
             y = np.concatenate(columns[start : start + count], axis=axis)

@@ -17,10 +17,10 @@ from mobilellm_jax.validation import from_mapping
 SCHEMA = 2
 Scalar = bool | int | float | str | None
 # {"step", "loss" (nats per token), "bits_per_byte", "error" (share of answers that are not exactly right)};
-# None stands for a number that was not finite, or that the data do not have.
+# None: the number was not finite, or does not apply to the data.
 Evaluation = dict[str, int | float | None]
 _EVALUATION = ("step", "loss", "bits_per_byte", "error")
-_KEYS = {  # that nested fields must have
+_KEYS = {  # required keys of nested fields
     "x": ("label", "value", "log"),
     "parameters": ("total", "embedding", "non_embedding"),
     "budgets": ("total_parameters", "non_embedding_parameters", "train_flops_per_token"),
@@ -33,23 +33,23 @@ _KEYS = {  # that nested fields must have
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """Everything that tables, figures and a sceptical reader need to know about one run.
+    """The record of one run, from which alone tables, figures and verdicts are made.
 
     Attributes:
       schema: version of this layout.
       study, preset: which study, at which size.
       point, point_index: readable label of the design point, and its place in the study's order.
       seed: runs of different points with equal seeds are paired.
-      phase: "tuning" for a run that looks for the learning rate, "comparison" for one that decides.
-      question: what the study asks, one sentence.
+      phase: "tuning" for a run of the learning-rate search, "comparison" for one that is compared.
+      question: question of the study, one sentence.
       matched: which of the `budgets` is held equal over the points.
       scientific, nuisance: dotted names of the fields that the question is about, and of those tuned for each
         point so that they do not decide it; all others are fixed.
       tuning: where the learning rate comes from: a "grid" for each point, "transferred" from another shape by
         the parameterization, or "none": one for all points, as given.
-      metric: what is compared, lower is better: a key of the evaluations, "loss" or "error".
-      pairs: [point, other] for every comparison asked for that names this point; in older records for all
-        points. `facts.pairs_of` joins those of a study: the family that Holm's method corrects.
+      metric: the compared key of the evaluations, "loss" or "error"; lower is better.
+      pairs: [point, other] for every requested comparison that names this point; in older records for all
+        points. `facts.pairs_of` merges those of a study: the family that Holm's method corrects.
       margin: the smallest difference in `metric` that matters.
       x: {"label", "value", "log"}, the place on the figure's x axis, and "series" where there are several
         lines; None draws the points as categories.
@@ -58,18 +58,18 @@ class Record:
       config: the whole validated config, nested.
       layer_plan: block index of every layer applied.
       parameters: counts by part, from the config.
-      budgets: what the shape costs, from the config alone, see `accounting.budgets`.
+      budgets: costs of the shape, from the config alone, see `accounting.budgets`.
       data: data card; every key that ends in "sha256" must agree before runs are compared.
       steps, tokens_seen: optimizer steps and training tokens done.
       final, best: last and lowest held-out evaluation; None when there was none.
       evaluations: all held-out evaluations, in order of step.
       train_curve: [step, training loss], at most 200 points.
       timing: seconds, and training tokens per second.
-      git_commit: of the code, with "-dirty" where Python files differ from it; None outside a checkout.
-      versions, device: of Python and libraries, and what the run was on.
-      command, created: how to repeat it, and when it ended (ISO 8601, UTC).
-      zero_shot: what it scored on tasks, by the task's name, as `experiments.evaluate` says it; None where it
-        was not asked, and in records made before there was such a field.
+      git_commit: of the code, with "-dirty" if Python files are modified; None outside a checkout.
+      versions, device: versions of Python and libraries; device of the run.
+      command, created: command that repeats the run; when it ended (ISO 8601, UTC).
+      zero_shot: task scores by name, as `experiments.evaluate` prints them; None if it was not evaluated, and
+        in records older than the field.
     """
 
     schema: int = SCHEMA
@@ -140,18 +140,18 @@ class Record:
         return float(self.setting("optimizer.learning_rate"))
 
     def setting(self, name: str) -> Any:
-        """The value of a dotted config field, such as "model.depth"."""
+        """Value of a dotted config field, such as "model.depth"."""
         group, field = name.split(".")
         return self.config[group][field]
 
 
 def write_record(record: Record, path: str | os.PathLike[str]) -> None:
-    """Writes `record` to `path` in one step: a reader sees the old file or the new one, never a part.
+    """Writes `record` to `path` atomically: a reader sees the old file or the new one, never a part.
 
     NaN and infinite numbers become null.
 
     Raises:
-      UserError: a field is of the wrong type, or the file cannot be written; the old file is left as it was.
+      UserError: a field is of the wrong type, or the file cannot be written; the old file is unchanged.
     """
     fields = _finite(dataclasses.asdict(record))
     if record.zero_shot is None:
@@ -168,33 +168,33 @@ def read_record(path: str | os.PathLike[str]) -> Record:
 
     Raises:
       UserError: the file is missing, not JSON or of another schema, or a field is missing, unknown, of the
-        wrong type or not finite; the message names the file and the field. Or some value is not the one that
-        was written; records made before they had a seal cannot tell.
+        wrong type or not finite; the message names the file and the field. Or the checksum does not match;
+        older records have none.
     """
     try:
         fields = unseal_if_sealed(parse(path_of(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:  # ValueError: broken JSON or UTF-8, or a seal that does not agree
+    except (OSError, ValueError) as error:  # ValueError: broken JSON or UTF-8, or a checksum mismatch
         raise UserError(
-            f"{path}: not a readable JSON record: {error}; restore the file, or delete it: the command in it "
-            "makes it anew"
+            f"{path}: not a readable JSON record: {error}; restore the file, or delete it and run "
+            "its command again"
         ) from None
     return _validated(fields, str(path))
 
 
 def add_zero_shot(path: str | os.PathLike[str], task: str, entry: dict[str, Any]) -> None:
-    """Adds what a run scored on a task to the record at `path`, in one step; errors as in `read`, `write`."""
+    """Adds a task score to the record at `path`, atomically. Errors as in `read_record`, `write_record`."""
     record = read_record(path)
     write_record(dataclasses.replace(record, zero_shot={**(record.zero_shot or {}), task: entry}), path)
 
 
 def read_records(directory: str | os.PathLike[str]) -> list[Record]:
-    """Reads every `*.json` below `directory`, sorted by study, preset, point, seed. Errors as in `read`."""
+    """Reads every `*.json` below `directory`, by study, preset, point, seed. Errors as in `read_record`."""
     records = [read_record(path) for path in files_below(path_of(directory)) if path.suffix == ".json"]
     return sorted(records, key=lambda r: (r.study, r.preset, r.point_index, r.point, r.seed))
 
 
 def by_study(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
-    """Groups records by (study, preset), in the order in which they come."""
+    """Groups records by (study, preset), in order of first appearance."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record.study, record.preset), []).append(record)
@@ -202,7 +202,7 @@ def by_study(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
 
 
 def _finite(value: Any) -> Any:
-    """`value` in JSON types, with None for every number that JSON can't hold."""
+    """Converts `value` to JSON types, with None for numbers that are not finite."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -211,7 +211,7 @@ def _finite(value: Any) -> Any:
 
 
 def _validated(fields: Any, where: str) -> Record:
-    """The record of `fields`. Raises UserError unless they are those of a record of this schema."""
+    """Builds the record of `fields`. Raises UserError unless they fit this schema."""
 
     def require(ok: bool, field: str, reason: str) -> None:
         if not ok:
@@ -239,10 +239,10 @@ def _validated(fields: Any, where: str) -> Record:
     require(all(len(pair) == 2 for pair in fields["pairs"]), "pairs", "expected pairs [point, other]")
     for name in ("source_sha256", "tokenizer_sha256"):
         require(name in fields["data"] or not finished, f"data.{name}", "missing from a finished run")
-    require(fields["status"] != "failed" or bool(fields["error"]), "error", "a failed run says why")
+    require(fields["status"] != "failed" or bool(fields["error"]), "error", "missing from a failed run")
     return record
 
 
 def budget_name(key: str) -> str:
-    """A key of `Record.budgets` in words: "non-embedding parameters" for "non_embedding_parameters"."""
+    """Readable name of a key of `Record.budgets`: "non_embedding_parameters", "non-embedding parameters"."""
     return key.replace("non_", "non-").replace("_", " ").replace("kv", "key/value").replace("flops", "FLOPs")

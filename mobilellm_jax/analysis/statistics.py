@@ -1,6 +1,6 @@
-"""Numbers in, numbers out: paired differences, Holm's correction, equivalence, the seeds that are needed.
+"""Statistics of paired runs: differences, Holm's correction, equivalence, number of seeds needed.
 
-Tests and intervals are those of scipy and statsmodels. `verdicts` decides with them, `wording` says it.
+Tests and intervals are those of scipy and statsmodels. `verdicts` applies them, `wording` phrases the result.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ class PairedDifference:
     Attributes:
       n, mean: number of common seeds; mean difference.
       sd: standard deviation of the difference over seeds; 0 with one seed.
-      low, high: 95 % t interval of this difference alone. None with one seed, and where the difference is the
-        same for every seed: a spread of zero is no licence for an interval of width zero.
-      p_value: of the paired t test. Where the difference is the same for every seed, of the sign test, which
-        is all that such data allow: 2 / 2^n. None with one seed, and where all differences are 0.
+      low, high: 95 % t interval of this difference alone. None with one seed, and if the difference is the
+        same for every seed: a spread of zero does not justify an interval of width zero.
+      p_value: of the paired t test. If the difference is the same for every seed, of the sign test, all that
+        such data allow: 2 / 2^n. None with one seed, and if all differences are 0.
     """
 
     n: int
@@ -49,13 +49,13 @@ class PairedDifference:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What a family of tests says about one pair.
+    """Decision of a family of tests about one pair.
 
     Attributes:
-      difference: over the common seeds; None: there is none.
+      difference: over the common seeds; None if there are none.
       word: "better", "worse", "no difference" or "cannot tell", see `decide`.
       bound: the largest difference in the interval corrected for the family; None without an interval.
-      holm_p: p-value by Holm's method over the family; None where there was no test.
+      holm_p: p-value by Holm's method over the family; None without a test.
     """
 
     difference: PairedDifference | None
@@ -65,7 +65,7 @@ class Decision:
 
 
 def mean_and_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Returns the mean of at least one value and half the width of its t interval."""
+    """Mean of at least one value, with the half width of its t interval."""
     mean, n = float(np.mean(values)), len(values)
     if n == 1 or _equal(values, np.max(np.abs(values))):
         return Estimate(n, mean, None)
@@ -74,12 +74,12 @@ def mean_and_interval(values: Sequence[float], level: float = LEVEL) -> Estimate
 
 
 def standard_deviation(values: Sequence[float]) -> float | None:
-    """Returns the standard deviation, with n - 1 in the denominator; None of one value."""
+    """Sample standard deviation (denominator n - 1); None for one value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> PairedDifference | None:
-    """Compares scores over the seeds that both have; None if there are none. Negative: `a` is lower."""
+    """Paired difference a - b over the common seeds; None if there are none."""
     seeds = sorted(a.keys() & b.keys())
     if not seeds:
         return None
@@ -102,10 +102,10 @@ def _equal(values: Sequence[float] | np.ndarray, scale: float) -> bool:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Returns p-values adjusted for the whole family by Holm's step-down method (Holm 1979).
+    """Adjusts p-values for the whole family by Holm's step-down method (Holm 1979).
 
-    A pair that was asked about and could not be tested (None) still counts: the family is fixed by the
-    question, not by what came of it.
+    A pair that could not be tested (None) still counts: the family is fixed by the question, not by the
+    outcome.
     """
     if not p_values:
         return []
@@ -130,8 +130,8 @@ def decide(scores: Mapping[str, Mapping[int, float]], pairs: Sequence[Pair], mar
         sides. These intervals hold for all pairs at once in 95 % of studies, so that `bound` may be quoted
         even for the pair where it came out smallest. For one pair this is the two one-sided tests (TOST) at
         2.5 % each, stricter than the usual 5 %, so that the interval shown and the verdict agree.
-        Also: at least two seeds, and exactly the same scores in all of them, as where both points solve a
-        task. No spread, hence no `bound`: it says what was seen, and nothing about other seeds.
+        Also: exactly the same scores in at least two seeds and in all, as when both points solve a task.
+        There is no spread, hence no `bound`: this holds for the seeds tried, and for no others.
       "cannot tell": neither.
     """
     differences = [paired_difference(scores.get(a, {}), scores.get(b, {})) for a, b in pairs]
@@ -159,20 +159,20 @@ def _decide(difference: PairedDifference | None, p: float | None, tests: int, ma
 
 
 def is_same(difference: PairedDifference) -> bool:
-    """Returns whether the scores were exactly the same in all of at least two seeds."""
+    """True if there are at least two seeds, and the scores are exactly the same in all of them."""
     return difference.n > 1 and difference.mean == difference.sd == 0
 
 
 def seeds_needed(difference: PairedDifference, tests: int, margin: float) -> int | None:
-    """Returns about how many seeds would decide a pair that cannot be told yet, in 80 % of repetitions.
+    """Estimates the number of seeds that decides an undecided pair with 80 % power.
 
-    Supposes that the true difference and spread are as observed, and corrects the level for all `tests` of
-    the family (Bonferroni: a little more than Holm asks for). Decided means either way: the difference is
-    found, or its interval lies within the margin, whichever takes fewer seeds. For the second, both ends must
-    lie within, and each gets half of the 20 % that may go wrong. The spread is itself uncertain: with three
-    seeds, its true value may be half or six times what was seen.
+    Assumes that the true difference and spread are as observed, and corrects the level for all `tests` of the
+    family (Bonferroni, slightly stricter than Holm). The pair is decided if the difference is significant or
+    if its interval lies within the margin, whichever takes fewer seeds. For the second, both ends must lie
+    within the margin, and each gets half of the 20 % probability of failure. The spread is itself uncertain:
+    with three seeds, its true value may be half or six times the observed one.
 
-    None with one seed, where the spread is unknown, and where no number would do.
+    None with one seed, where the spread is unknown, and where no number of seeds suffices.
     """
     n, level = difference.n, ALPHA / tests
     if n == 1 or is_same(difference):

@@ -1,4 +1,4 @@
-"""One study at one preset: what it asks, its points, and the verdict. Tables, figures and pages take it."""
+"""One study at one preset: facts, points and verdict, the input of tables, figures and pages."""
 
 import dataclasses
 import functools
@@ -16,19 +16,19 @@ from mobilellm_jax.analysis.verdicts import Comparison
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What was found in one study at one preset.
+    """Findings of one study at one preset.
 
     Attributes:
       sentence: the finding in plain words.
       estimates: final metric by point, in study order, of the points with a finished comparison run.
       comparisons: in the order of `Facts.pairs`.
-      tuning: learning-rate search by point; {} where nothing was tuned.
+      tuning: learning-rate search by point; {} if nothing was tuned.
       noise: standard deviation of the metric over seeds by point; None with one seed.
       mismatch: by budget: max / min - 1 over the points; infinite where min is 0.
       failures: counts and names of failed, diverged and missing runs of both phases; "" if none.
-      warnings: what a sceptic must read first.
-      seeds_vary: what differs between the runs of a point: "initialisation and data order",
-        "initialisation", "data order" or "nothing"; `noise` is the spread that this makes.
+      warnings: threats to the validity of the verdict, one sentence each.
+      seeds_vary: randomness that differs between the runs of a point: "initialisation and data order",
+        "initialisation", "data order" or "nothing"; `noise` is the resulting spread.
     """
 
     sentence: str
@@ -44,7 +44,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What the records of one study at one preset say; built once, by `study_of`.
+    """One study at one preset, analysed; built once, by `study_of`.
 
     Attributes:
       points: by label, in the study's order.
@@ -56,7 +56,7 @@ class Study:
 
     @functools.cached_property
     def runs(self) -> list[Record]:
-        """All runs, by point: those that are compared, then those of its tuning."""
+        """All runs, by point: first its comparison runs, then its tuning runs."""
         return _runs(self.points.values())
 
     @property
@@ -66,17 +66,18 @@ class Study:
 
 
 def file_stem(*names: str) -> str:
-    """The names, joined, in characters that are safe in the name of a file."""
+    """Joins the names with "-", and replaces characters that are unsafe in a file name."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(filter(None, names)))
 
 
 def study_of(records: Sequence[Record]) -> Study:
-    """What the records of one study at one preset show, in whatever order they come.
+    """Analyses the records of one study at one preset, in any order.
 
-    Comparison runs alone decide; tuning runs only say how good the learning rates are.
+    The verdict depends on comparison runs only; tuning runs show how good the learning rates are.
 
     Raises:
       UserError: the runs cannot be compared, see `check_comparable`.
+      ValueError: the records are of several studies or presets.
     """
     studies = sorted({(run.study, run.preset) for run in records})
     if len(studies) != 1:

@@ -1,7 +1,4 @@
-"""The search for a learning rate, and whether it was fair to a point.
-
-A coarse grid, extended where the best lies at its edge, then refined.
-"""
+"""Learning-rate search: a coarse grid, extended while the best rate is at its edge, then refined."""
 
 import dataclasses
 import math
@@ -18,12 +15,12 @@ class Tuning:
     """The learning-rate search of one point.
 
     Attributes:
-      curve: (learning rate, mean final loss) in ascending order; None: a run diverged or failed.
-      chosen: the rate of the point's comparison runs; before there are any, `best`; NaN where none finished.
-      at_edge: on one side of `best`, no rate was worse (one that diverged is).
-      sensitivity: mean increase of the loss from `best` to its neighbours in the grid; infinite where one
+      curve: (learning rate, mean final loss) in ascending order; None if a run diverged or failed.
+      chosen: the rate of the point's comparison runs; before there are any, `best`; NaN if none finished.
+      at_edge: on one side of `best`, no rate was worse (diverged counts as worse).
+      sensitivity: mean increase of the loss from `best` to its neighbours in the grid; infinite if one
         diverged, None without neighbours.
-      best: the rate tried with the lowest loss, among equals the chosen one; None where none finished.
+      best: the rate tried with the lowest loss, of equal ones preferably `chosen`; None if none finished.
     """
 
     curve: list[tuple[float, float | None]]
@@ -34,7 +31,7 @@ class Tuning:
 
 
 def tuning_searches(points: Mapping[str, Point]) -> dict[str, Tuning]:
-    """The learning-rate search of every point that has tuning runs."""
+    """Summarises the learning-rate search of every point that has tuning runs."""
     found = {}
     for label, point in points.items():
         trials: dict[float, list[Record]] = {}
@@ -48,7 +45,7 @@ def tuning_searches(points: Mapping[str, Point]) -> dict[str, Tuning]:
 
 def _search(trials: Mapping[float, Sequence[Record]], chosen: float | None) -> Tuning:
     curve: list[tuple[float, float | None]] = []
-    seen: list[tuple[float, float]] = []  # infinite: diverged; a failed run says nothing about its rate
+    seen: list[tuple[float, float]] = []  # infinite: diverged; failed runs carry no information on the rate
     for rate, runs in trials.items():
         finished = all(run.status == "finished" for run in runs)
         value = float(np.mean([run.loss for run in runs])) if finished else None
@@ -72,16 +69,16 @@ def _search(trials: Mapping[float, Sequence[Record]], chosen: float | None) -> T
 
 
 FINEST = 1.0  # octaves (powers of 2) between the best rate and its neighbours when the search is over
-FURTHEST = 4  # coarse steps that the search goes beyond the grid before it gives up
+FURTHEST = 4  # most coarse steps that the search goes beyond the grid
 
 
 def next_learning_rate(tried: Mapping[float, float], grid: Sequence[float]) -> float | None:
-    """Returns the rate to try next, or None when the search is over.
+    """Picks the rate to try next; None ends the search.
 
-    First come the rates of the grid. While the lowest loss is at the lowest or highest rate tried, the grid
-    goes on in that direction by its own step, at most `FURTHEST` times; then the gaps on both sides of the
-    best are halved until they are at most `FINEST` octaves. Where the search gave up, the best is still at an
-    edge.
+    First, the rates of the grid. While the lowest loss is at the lowest or highest rate tried, the grid is
+    extended in that direction by its own step, at most `FURTHEST` times, after which the search ends with the
+    best at an edge. Otherwise, the gaps on both sides of the best are halved until they are at most `FINEST`
+    octaves.
 
     Args:
       tried: learning rate -> final loss; infinite where training diverged.
@@ -98,7 +95,7 @@ def next_learning_rate(tried: Mapping[float, float], grid: Sequence[float]) -> f
         return best / step if best > grid[0] / furthest else None
     if place == len(rates) - 1:
         return best * step if best < grid[-1] * furthest else None
-    # The better neighbour's side first: where that finds a new best, the search is over.
+    # The better neighbour's side first: if it has a new best, the search is over.
     for neighbour in sorted((rates[place - 1], rates[place + 1]), key=lambda rate: tried[rate]):
         if abs(math.log2(best / neighbour)) > FINEST + 1e-9:
             return math.sqrt(best * neighbour)
@@ -108,10 +105,10 @@ def next_learning_rate(tried: Mapping[float, float], grid: Sequence[float]) -> f
 def next_trial(
     tried: Mapping[float, Sequence[float]], grid: Sequence[float], seeds: int
 ) -> tuple[float, int] | None:
-    """Returns (rate, index of its seed) of the run to do next, or None when the search is over.
+    """Picks (rate, seed index) of the next tuning run; None ends the search.
 
-    The search is made with one seed. Then the best rate and its two neighbours, whose order one run may well
-    get wrong, are repeated until they have `seeds` runs each; means decide, and may send the search on.
+    The search uses one seed. Then the best rate and its two neighbours, which one run may rank wrongly, are
+    repeated until they have `seeds` runs each; their means decide, and may continue the search.
 
     Args:
       tried: learning rate -> final losses, infinite where training diverged.
@@ -131,5 +128,5 @@ def next_trial(
 
 
 def best_learning_rate(tried: Mapping[float, float]) -> float:
-    """Returns the rate with the lowest loss; of equal ones, and where all diverged, the lowest."""
+    """Rate with the lowest loss; of equal ones, and if all diverged, the lowest rate."""
     return min(tried, key=lambda rate: (tried[rate], rate))

@@ -1,4 +1,4 @@
-"""What the runs of a study decide about each pair that it asks about. `wording` says it."""
+"""Verdicts of a study: the decision about each pair of points. `wording` phrases them."""
 
 import dataclasses
 import math
@@ -11,17 +11,17 @@ from mobilellm_jax.analysis.statistics import Decision, PairedDifference
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What was found about one pair that the study asks about; `wording.phrase` puts it in words.
+    """Finding about one pair of the study; `wording.phrase` phrases it.
 
     Attributes:
       point, other: difference = point - other, in the study's metric; lower is better.
       word: "better", "worse", "no difference" or "cannot tell", see `statistics.decide`.
-      difference: over the common seeds; None: there is none.
+      difference: over the common seeds; None if there are none.
       holm_p: p-value by Holm's method over all `pairs` of the study.
-      bound: the largest difference in the corrected interval, where it says more than the word: always for
-        "no difference" (None: equal in every seed), else where a difference is too small to matter.
-      seeds_needed: only for "cannot tell"; None where the spread over seeds is unknown.
-      diverged: the points that the finished seeds favour, but of which others diverged: why the word is
+      bound: the largest difference in the corrected interval: for "no difference" (None if equal in every
+        seed), and for a significant difference that is too small to matter; else None.
+      seeds_needed: for "cannot tell" only; None if the spread over seeds is unknown.
+      diverged: points that the finished seeds favour but that diverged with other seeds, so that the word is
         "cannot tell".
     """
 
@@ -36,10 +36,10 @@ class Comparison:
 
 
 def compare(facts: Facts, points: Mapping[str, Point]) -> list[Comparison]:
-    """Decides about every pair of the study, in the order of `facts.pairs`.
+    """Decides every pair of the study, in the order of `facts.pairs`.
 
-    A point that diverged with some seeds is never called better than, or equal to, another on the strength of
-    the seeds that survived.
+    A point that diverged with some seeds is never called better than, or equal to, another: its finished
+    seeds alone are biased in its favour.
     """
     scores = {label: point.scores for label, point in points.items() if point.scores}
     diverged = {
@@ -64,7 +64,7 @@ def _compare(pair: tuple[str, str], decision: Decision, diverged: set[str], fact
 
 
 def mismatch(points: Mapping[str, Point]) -> dict[str, float]:
-    """By budget, max / min - 1 over all runs; infinite where the smallest is 0."""
+    """Mismatch of each budget: max / min - 1 over all runs; infinite if only the smallest is 0."""
     budgets = [run.budgets for point in points.values() for run in point.runs]
     return {name: _spread([of_run[name] for of_run in budgets]) for name in budgets[0]}
 
@@ -74,7 +74,7 @@ def _spread(values: Sequence[int | float]) -> float:
 
 
 def seeds_vary(points: Mapping[str, Point]) -> str:
-    """Which of the two kinds of randomness differs between the comparison runs of a point."""
+    """Names the randomness, initialisation or data order, that differs between the runs of a point."""
     kinds = {"train.init_seed": "initialisation", "train.data_seed": "data order"}
     varied = [
         kind

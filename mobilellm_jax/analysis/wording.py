@@ -1,4 +1,4 @@
-"""What readers see: numbers, the finding in plain words, and what a sceptic must know first."""
+"""Text for readers: formatted numbers, the finding in plain words, and warnings."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,30 +12,30 @@ from mobilellm_jax.analysis.statistics import Estimate, PairedDifference
 from mobilellm_jax.analysis.tuning import Tuning
 from mobilellm_jax.analysis.verdicts import Comparison
 
-TOLERANCE = 0.02  # of the matched budget
+TOLERANCE = 0.02  # largest mismatch of the matched budget without a warning
 
 
 def format_score(value: float, metric: str) -> str:
-    """A loss in nats per token with four decimals, an error in percent with two."""
+    """Formats a loss in nats per token with four decimals, an error in percent with two."""
     return f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f}"
 
 
 def format_bound(value: float, metric: str) -> str:
-    """Two digits, rounded up to stay a bound: 0.0123 -> "0.013"; of an error, percentage "points"."""
+    """Rounds up to two digits, to stay a bound: 0.0123 -> "0.013"; of an error, percentage "points"."""
     value = value if metric == "loss" else 100 * value
     step = 10.0 ** (math.floor(math.log10(value)) - 1) if value else 1.0
     return f"{math.ceil(value / step - 1e-9) * step:.6g}" + ("" if metric == "loss" else " points")
 
 
 def format_estimate(estimate: Estimate, metric: str) -> str:
-    """Mean and half width, "3.1234 ± 0.0012", or the mean alone; an error as exact match in percent."""
+    """Formats mean and half width, "3.1234 ± 0.0012", or the mean; an error as exact match in percent."""
     mean = estimate.mean if metric == "loss" else 1 - estimate.mean
     half = "" if estimate.half_width is None else f" ± {format_score(estimate.half_width, metric)}"
     return format_score(mean, metric) + half
 
 
 def format_difference(difference: PairedDifference, metric: str) -> str:
-    """Mean and interval, "+0.0120 [-0.0010, +0.0250]", or the mean alone; of an error, percentage points."""
+    """Formats mean and interval, "+0.0120 [-0.0010, +0.0250]", or the mean; an error in percentage points."""
     scale, digits = (1, 4) if metric == "loss" else (100, 2)
     mean, low, high = (
         v if v is None else scale * v for v in (difference.mean, difference.low, difference.high)
@@ -44,18 +44,18 @@ def format_difference(difference: PairedDifference, metric: str) -> str:
 
 
 def format_p(p: float | None) -> str:
-    """A p-value with its relation: "= 0.012" or "< 0.001"."""
+    """Formats a p-value with its relation: "= 0.012" or "< 0.001"."""
     return "unknown" if p is None else "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def phrase(c: Comparison, metric: str) -> str:
-    """The word with its number: "no difference larger than 0.02", "cannot tell with 3 seeds (needs 11)"."""
+    """Phrases a finding: "no difference larger than 0.02", "cannot tell with 3 seeds (needs about 11)"."""
     said, reason = _parts(c, metric)
     return f"{said} ({reason})" if reason else said
 
 
 def _parts(c: Comparison, metric: str) -> tuple[str, str]:
-    """What is said of a pair, which may be the same for several, and the reason, which is its own."""
+    """Splits the phrase of a pair into the finding, which several may share, and the pair's own reason."""
     if c.difference is None:
         return "cannot tell with no common seed", ""
     seeds = _seeds(c.difference.n)
@@ -86,7 +86,7 @@ def sentence(
     tuning: Mapping[str, Tuning],
     seeds_vary: str,
 ) -> str:
-    """Who is better than whom, who is equal and who cannot be told apart; then the failures."""
+    """The finding in plain words: differences, equal and undecided pairs, then failed runs."""
     scores = {label: list(point.scores.values()) for label, point in points.items() if point.scores}
     if not scores:
         parts = ["No comparison run finished.", *_best_rates(tuning)]
@@ -148,12 +148,12 @@ def _seeds(count: int) -> str:
 
 
 def _two_digits(number: int) -> str:
-    """11 as "11" and 1234 as "1,200": an estimate from few seeds has no more digits than that."""
+    """Formats 11 as "11" and 1234 as "1,200": an estimate from few seeds supports no more digits."""
     return f"{round(number, min(0, 2 - len(str(number)))):,}"
 
 
 def failures(points: Mapping[str, Point], phase: str) -> str:
-    """Counts the runs that failed, diverged, or left no record though other points have that seed."""
+    """Counts and names the runs that failed, diverged, or lack a record for a seed that other points have."""
     runs = [run for p in points.values() for run in (p.tuning if phase == "tuning" else p.comparison)]
     names = {
         word: [
@@ -184,7 +184,7 @@ def warnings(
     tuning: Mapping[str, Tuning],
     mismatch: Mapping[str, float],
 ) -> Iterator[str]:
-    """What a sceptic must know first."""
+    """Yields threats to the validity of the verdict: seeds, divergence, tuning, unequal budgets."""
     compared = {label: point for label, point in points.items() if point.comparison}
     yield from _seed_warnings(facts, compared, comparisons)
     yield from filter(None, map(_survivors, compared.values()))
@@ -247,7 +247,7 @@ def _survivors(point: Point) -> str:
 
 
 def _tuning_warnings(facts: Facts, points: Sequence[str], tuning: Mapping[str, Tuning]) -> Iterator[str]:
-    """What may be unfair about the learning rates at which `points` were compared."""
+    """Yields reasons why the learning rates of the comparison may be unfair to one of `points`."""
     if facts.tuning == "none":
         yield (
             "The learning rate was not tuned: a point that looks better may only suit the given rate better."

@@ -1,1 +1,1 @@
-"""What a shape costs: parameters, FLOPs, bytes, collectives; and shapes of equal cost."""
+"""Costs of a shape: parameters, FLOPs, bytes, collectives; and the search for shapes of equal cost."""

@@ -1,4 +1,4 @@
-"""What a shape costs, from the config alone: nothing is allocated or compiled."""
+"""Costs of a shape, from the config alone: nothing is allocated or compiled."""
 
 import dataclasses
 import itertools
@@ -17,9 +17,9 @@ class Parameters:
 
     Attributes:
       embedding: V D.
-      head: V D, or 0 where the head is the embedding.
+      head: V D, or 0 if the head is the embedding.
       attention, ffn: matrices of all distinct blocks; those outside of attention count as ffn.
-      norms: RMSNorm gains of all distinct blocks and of the final norm; the paper leaves these out.
+      norms: RMSNorm gains of all distinct blocks and of the final norm; the paper omits these.
     """
 
     embedding: int
@@ -39,7 +39,7 @@ class Parameters:
 
     @property
     def as_printed(self) -> int:
-        """The count that the paper's tables print: without norm gains."""
+        """Count without norm gains, as in the paper's tables."""
         return self.total - self.norms
 
 
@@ -53,29 +53,29 @@ def parameters(config: ModelConfig) -> Parameters:
 
 
 def forward_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Returns the FLOPs of matrix products per token of a forward pass over sequences of `length` tokens.
+    """FLOPs per token of the matrix products in a forward pass over sequences of `length` tokens.
 
     A multiply-add counts 2; a block counts once for each time it is applied. Attention is causal: position t
-    multiplies with t + 1 keys and values, (length + 1) / 2 on average. Left out: norms, softmax, activations,
-    rotary positions and the embedding look-up.
+    multiplies with t + 1 keys and values, (length + 1) / 2 on average. Not counted: norms, softmax,
+    activations, rotary positions and the embedding look-up.
     """
     return _forward_flops(config, keys=(length + 1) / 2)
 
 
 def executed_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Returns what the forward pass computes: `forward_flops_per_token` with the keys that are masked.
+    """FLOPs per token that the forward pass executes: `forward_flops_per_token` plus masked keys.
 
     `attention.py` multiplies a chunk of queries with all keys up to the last of them. By XLA's own count, the
-    compiled program takes 0.4 to 0.6 % more (384 wide, 64 tokens): what `forward_flops_per_token` leaves out.
+    compiled program takes 0.4 to 0.6 % more (384 wide, 64 tokens): the operations that are not counted here.
     """
     return _forward_flops(config, keys=mean_keys(length))
 
 
 def executed_train_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Returns what a training step computes, without what `remat` recomputes.
+    """FLOPs per token that a training step executes, without recomputation by `remat`.
 
-    That is three times the forward pass, and once more the scores of attention, which are never kept, with
-    the sums over H that `attention.py` takes as products with ones.
+    Three times the forward pass, plus the attention scores once more, which are never stored, plus the sums
+    over H that `attention.py` computes as products with ones.
     """
     scores = 2 * config.num_heads * config.head_dim * (mean_keys(length) + 1)
     return 3 * executed_flops_per_token(config, length) + config.effective_depth * scores
@@ -88,56 +88,56 @@ def _forward_flops(config: ModelConfig, keys: float) -> float:
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Returns the FLOPs per token of a training step: the backward pass costs twice the forward pass.
+    """FLOPs per token of a training step: the backward pass costs twice the forward pass.
 
-    This counts the model's FLOPs, without what `remat` recomputes.
+    These are the model's FLOPs, without recomputation by `remat`.
     """
     return 3 * forward_flops_per_token(config, length)
 
 
 def kv_cache_bytes_per_token(config: ModelConfig) -> int:
-    """Returns what generation keeps for each token of context: 2 K H numbers for every layer applied.
+    """Bytes of the key/value cache per token of context: 2 K H numbers for every layer applied.
 
-    They are of the compute dtype. A shared block has a cache for each of its uses, since its inputs differ.
+    They have the compute dtype. A shared block has a cache for each of its uses, since its inputs differ.
     """
     per_layer = 2 * config.num_kv_heads * config.head_dim
     return config.effective_depth * per_layer * _BYTES[config.compute_dtype]
 
 
 def decode_bytes_per_token(config: ModelConfig) -> int:
-    """Weight bytes that generating one token reads, with all weights in the compute dtype.
+    """Bytes of weights read to generate one token, with all weights in the compute dtype.
 
-    The blocks in the order of the plan, the final norm, the head, and one row of the embedding. A block that
-    is used several times in a row is read once, one that comes back later is read again: the paper's reason
-    for `immediate` is that one block fits the fast memory (SRAM) of a phone and the whole stack does not
-    (section 2.3). Left out: the key/value cache, and activations.
+    Counts the blocks in the order of the plan, the final norm, the head, and one row of the embedding. A
+    block used several times in a row is read once; one used again later is read again: the paper's reason
+    for `immediate` is that one block fits into the fast memory (SRAM) of a phone and the whole stack does
+    not (section 2.3). Not counted: the key/value cache, and activations.
     """
     reads = sum(1 for _ in itertools.groupby(config.plan))
     times = {"U": reads, "L": config.effective_depth, "": 1}
     numbers = config.width  # the row of the embedding
     for p in declared(config):
-        if p.path != "head":  # of the size of the embedding, and read instead of it
+        if p.path != "head":  # the embedding stands for it: the same size, and only one of them is read whole
             numbers += times[p.stack] * math.prod(p.unstacked_shape(config))
     return numbers * _BYTES[config.compute_dtype]
 
 
 def optimizer_bytes(config: ModelConfig) -> int:
-    """What AdamW holds in training: parameters, gradients and two moments, all float32."""
+    """Bytes of parameters, gradients and AdamW's two moments, all float32."""
     return 4 * 4 * parameters(config).total
 
 
 def kept_activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
-    """Returns what one layer applied keeps from its forward to its backward pass.
+    """Bytes of activations that one layer applied stores for its backward pass, for `rows` rows of `length`.
 
     By the `remat` policy:
       full: the layer's input.
       dots: its input, and the matrix products with weights that the backward pass needs: queries, keys,
-        values, the output of attention before and after its matrix, and what enters the activation function
-        of the feed-forward layer. Beside them a logarithm for each head, in float32.
-      none: everything that differentiation asks for. Norms (6 D and 4 numbers), rotated queries and keys,
-        and the logarithms of attention (N) are float32, the rest is of the compute dtype.
-    These are the residuals that JAX saves, to the byte (from 0.11 on, F numbers less for GELU). The weights
-    of attention are not among them.
+        values, the output of attention before and after its matrix, and the input of the activation function
+        of the feed-forward layer. Also a logarithm for each head, in float32.
+      none: all residuals of differentiation. Norms (6 D and 4 numbers), rotated queries and keys, and the
+        logarithms of attention (N) are float32, the rest has the compute dtype.
+    These are the residuals that JAX saves, to the byte (from 0.11 on, F numbers less for GELU). The attention
+    weights are not among them.
     """
     c = _BYTES[config.compute_dtype]
     D, N, K, F = config.width, config.num_heads, config.num_kv_heads, config.ffn_width
@@ -153,18 +153,17 @@ def kept_activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
 
 
 def activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
-    """Returns about the largest memory that activations take in a training step on `rows` rows of `length`.
+    """Estimates the peak bytes of activations in a training step on `rows` rows of `length` tokens.
 
-    That is what the layers and the final norm keep for the backward pass, and the larger of what is there
-    for a moment only: all that the layer at work needs, which is copied from the stack or recomputed, the
-    gradients of SwiGLU's operands, and the weights of attention with their gradient; or the logits of one
-    `loss_chunk` with their gradient.
-    `rows` is one micro-batch over all devices.
+    The sum of the activations that layers and final norm store for the backward pass, and of the larger of
+    two transients: the working set of the current layer (its residuals, copied from the stack or recomputed,
+    the gradients of SwiGLU's operands, the attention weights and their gradient), or the logits of one
+    `loss_chunk` and their gradient. `rows` is one micro-batch over all devices.
 
-    Of the memory that XLA on a CPU sets aside for the gradients of five float32 models (48 to 128 wide, 2 to
-    8 layers, 128 and 512 tokens), this is 100 to 112 % without remat and 88 to 119 % with it. Left out: the
-    gradients (see `optimizer_bytes`), the workspace of single operations, and `scan_unroll` above 1. XLA on a
-    CPU also computes most of bfloat16 in float32, which this does not count.
+    This is 100 to 112 % without remat, and 88 to 119 % with it, of the memory that XLA on a CPU allocates for
+    the gradients of five float32 models (48 to 128 wide, 2 to 8 layers, 128 and 512 tokens). Not counted: the
+    gradients (see `optimizer_bytes`), the workspace of single operations, `scan_unroll` above 1, and the
+    float32 copies in which XLA on a CPU computes most of bfloat16.
     """
     c = _BYTES[config.compute_dtype]
     layers = config.effective_depth * kept_activation_bytes(config, length, rows)
@@ -178,7 +177,7 @@ def activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
 
 
 def budgets(config: ModelConfig, length: int, rows: int) -> dict[str, int | float]:
-    """Returns everything a shape costs: what a study matches, and what it must show beside that.
+    """All costs of a shape by name: the one that a study matches, and those that it must report as well.
 
     Args:
       config: the model.

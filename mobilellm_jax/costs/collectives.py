@@ -1,9 +1,9 @@
-"""What devices send each other in a program, counted in the text that XLA's partitioner makes of it.
+"""Communication between devices in a program, counted in the HLO text after XLA's partitioner.
 
-The partitioner is the same for all kinds of devices, so the count needs none of the real ones: the program
-is compiled for as many simulated CPU devices as the mesh has. It is taken right after the partitioner. What
-the compiler of a TPU or GPU does later is not in it: it merges small collectives, takes some out of loops,
-and makes a reduce-scatter of an all-reduce of which every device keeps its part only.
+The partitioner is the same for all kinds of devices, so that no real ones are needed: the program is compiled
+for as many simulated CPU devices as the mesh has. Later passes of the compiler for a TPU or GPU are not
+included: they merge small collectives, move some out of loops, and replace an all-reduce of which every
+device keeps its part only by a reduce-scatter.
 """
 
 import collections
@@ -30,11 +30,11 @@ class Collective:
     """All collectives of one kind among equally many devices, in one run of a program.
 
     Attributes:
-      kind: as XLA calls it: "all-reduce", "all-gather", ...
-      among: devices that take part in each.
-      count: how many run; those in a loop count once for each turn.
-      array_bytes: size of the arrays they reduce, gather or scatter, on one device.
-      sent_bytes: what one device sends for them if they go round in a ring.
+      kind: XLA's name: "all-reduce", "all-gather", ...
+      among: number of devices that take part in each.
+      count: number of executions; a collective in a loop counts once per iteration.
+      array_bytes: bytes of the arrays they reduce, gather or scatter, on one device.
+      sent_bytes: bytes that one device sends for them in a ring algorithm.
     """
 
     kind: str
@@ -45,9 +45,9 @@ class Collective:
 
 
 def partitioned_text(lowered: Any) -> str:
-    """Returns the program of one device, in XLA's text form, after compiling `lowered` for CPU devices.
+    """Compiles `lowered` for CPU devices and reads the HLO text of the partitioned program of one device.
 
-    It is empty for a program on one device, which is not partitioned.
+    "" for a program on one device, which is not partitioned.
     """
     with tempfile.TemporaryDirectory() as directory:
         options = {
@@ -56,7 +56,7 @@ def partitioned_text(lowered: Any) -> str:
             "xla_dump_hlo_as_text": True,
             "xla_dump_hlo_pass_re": "spmd-partitioning",
         }
-        # A program from the persistent cache is not partitioned again, and would leave no text.
+        # A program from the persistent cache is not partitioned again, and would dump no text.
         cached = jax.config.values["jax_enable_compilation_cache"]
         try:
             _use_cache(False)
@@ -68,16 +68,16 @@ def partitioned_text(lowered: Any) -> str:
 
 
 def _use_cache(use: bool) -> None:
-    """Turns the persistent cache of compiled programs on or off; JAX looks at this once, until a reset."""
+    """Enables or disables JAX's persistent compilation cache; JAX reads the setting once, until a reset."""
     jax.config.update("jax_enable_compilation_cache", use)
     compilation_cache.reset_cache()
 
 
 def count_collectives(text: str) -> list[Collective]:
-    """Returns the collectives in a program's text, those that send most first.
+    """Counts the collectives in a program's text, sorted by bytes sent, most first.
 
     Raises:
-      ValueError: there is a loop, a type or a group of devices that this does not understand.
+      ValueError: a loop, dtype or replica group cannot be parsed.
     """
     computations = _computations(text)
     found: dict[tuple[str, int], list[int]] = collections.defaultdict(lambda: [0, 0, 0])
@@ -91,7 +91,7 @@ def count_collectives(text: str) -> list[Collective]:
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-    """Returns the lines of every computation by its name; the main one is "ENTRY"."""
+    """Splits the text into the lines of every computation, by name; the main one is "ENTRY"."""
     computations: dict[str, list[str]] = {}
     name = ""
     for line in text.splitlines():
@@ -106,7 +106,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 def _executed(
     computations: dict[str, list[str]], name: str, times: int = 1
 ) -> Iterator[tuple[tuple[str, int, int], int]]:
-    """Yields (kind, devices, bytes of the array) of every collective, with the number of times it runs."""
+    """Yields (kind, devices, bytes of the array) of every collective, and its number of executions."""
     for line in computations[name]:
         if match := _WHILE.search(line):
             turns = _turns(match["condition"], computations[match["condition"]])
@@ -122,15 +122,15 @@ def _executed(
 
 
 def _turns(name: str, condition: list[str]) -> int:
-    """Returns how often a loop turns: JAX's loops of fixed length count from 0 up to a constant."""
+    """Number of iterations of a loop: JAX's loops of fixed length count from 0 up to a constant."""
     limits = re.findall(r"constant\((\d+)\)", "\n".join(condition))
     if len(limits) != 1 or "direction=LT" not in condition[-1]:
-        raise ValueError(f"collectives: the length of the loop with condition {name} is not known")
+        raise ValueError(f"collectives: cannot read the length of the loop with condition {name}")
     return int(limits[0])
 
 
 def _group_size(rest: str) -> int:
-    """Returns how many devices one of the `replica_groups` has, from the three ways XLA writes them."""
+    """Number of devices in one of the `replica_groups`, parsed from XLA's three notations."""
     if match := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])  # 'axis' or a part of it, 'axis':(1)2
@@ -139,14 +139,14 @@ def _group_size(rest: str) -> int:
         return int(match[1])
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return len(match[1].split(","))
-    raise ValueError(f"collectives: groups of devices not understood: {rest[:200]}")
+    raise ValueError(f"collectives: cannot parse the replica groups: {rest[:200]}")
 
 
 def _shape_bytes(shape: str) -> int:
-    """Returns the bytes of an array "f32[2,3]{1,0}", or of a tuple of them."""
+    """Bytes of an array "f32[2,3]{1,0}", or of a tuple of arrays."""
     total = 0
     for dtype, sizes in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape):
         if dtype not in _ITEM_BYTES:
-            raise ValueError(f"collectives: the size of type {dtype} is not known")
+            raise ValueError(f"collectives: unknown size of dtype {dtype}; add it to _ITEM_BYTES")
         total += _ITEM_BYTES[dtype] * math.prod(int(size) for size in sizes.split(",") if size)
     return total

@@ -10,7 +10,7 @@ from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.sharing import STRATEGIES
 from mobilellm_jax.validation import BELOW_ONE, POSITIVE, POSITIVE_INT, check, check_all, check_rule
 
-# Each grows with depth, heads and feed-forward width, which ends the search.
+# Each increases with depth, heads and feed-forward width, so that the search terminates.
 BUDGETS = (
     "total_parameters",
     "non_embedding_parameters",
@@ -18,15 +18,15 @@ BUDGETS = (
     "decode_bytes_per_token",
 )
 _MOST_DEPTH, _MOST_WIDTH = 1024, 16_384
-_NEAREST = 3  # shapes named where none fits
+_NEAREST = 3  # shapes named in the error if none fits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Which shapes are looked at, and which are close enough.
+    """Search space and tolerances.
 
     Attributes:
-      head_dims: sizes a head may have; () allows the base's only.
+      head_dims: allowed head sizes; () allows the base's only.
       ffn_step: the feed-forward width is a multiple of it.
       ffn_band: largest relative distance of ffn_width / width from the base's.
       tolerance: largest relative distance from the budget's target.
@@ -45,7 +45,7 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A shape that was found.
+    """A candidate shape.
 
     Attributes:
       config: the base with `fields` set.
@@ -64,7 +64,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    """The arguments of `solve` that say what a good shape is."""
+    """The arguments of `solve` that rank shapes."""
 
     base: ModelConfig
     budget: str
@@ -81,7 +81,7 @@ class _Search:
         return Shape(config, accounting.budgets(config, self.length, rows=1)[self.budget] / self.target - 1)
 
     def rank(self, shape: Shape) -> tuple[bool, float, float, float]:
-        """Sorts the best first: within the tolerance, then proportions, budget, head size."""
+        """Sort key, best first: within the tolerance, then distance in proportions, budget, head size."""
         distance = abs(shape.mismatch)
         proportion = abs(shape.config.ffn_width / shape.config.width / self.ratio - 1)
         heads = abs(math.log(shape.config.head_dim / self.base.head_dim))
@@ -89,7 +89,7 @@ class _Search:
         return (True, distance, proportion, heads) if missed else (False, proportion, distance, heads)
 
     def candidates(self, ascending: Iterable[ModelConfig]) -> Iterator[Shape]:
-        """Shapes of sizes that ascend: all that may be the best, and the nearest where all of a size miss."""
+        """Yields shapes in ascending size: all that may be the best, or the nearest of a size if all miss."""
         too_large = 0
         for sizes in ascending:
             ffn_widths = _ffn_widths(sizes.width, self.ratio, self.rules)
@@ -104,7 +104,7 @@ class _Search:
                 yield least
                 too_large += 1
                 if too_large == _NEAREST:
-                    return  # all that follow are larger still, and no more are named
+                    return  # all that follow are larger still
 
 
 def solve(
@@ -117,26 +117,25 @@ def solve(
     depth: int | None = None,
     width: int | None = None,
 ) -> Shape:
-    """The shape that meets a budget best, at a given depth or else at a given width.
+    """Finds the shape that meets a budget best, at a given depth or else at a given width.
 
-    Everything but depth, width, heads and feed-forward width is as in `base`, and so is the number of query
-    heads for each key/value head; width = num_heads * head_dim. All shapes under `rules` that are at most
-    16,384 wide and 1,024 blocks deep compete. Of those within the tolerance, the one whose ffn_width / width
-    is closest to the base's wins, of equals the one closest to the target, and then the one with heads
-    closest to the base's size. Proportions go first, since a study that changes them answers another
-    question.
+    All but depth, width, heads and feed-forward width is as in `base`, and so is the number of query heads
+    per key/value head; width = num_heads * head_dim. The search covers all shapes under `rules` that are at
+    most 16,384 wide and 1,024 blocks deep. Of those within the tolerance, it picks the one whose
+    ffn_width / width is closest to the base's; ties go to the closest to the target, then to the head size
+    closest to the base's. Proportions come first, since a study that changes them answers another question.
 
     Args:
       base: the model to vary.
       budget: one of `BUDGETS`.
-      target: its wanted value.
+      target: its target value.
       length: tokens of a row, which FLOPs depend on.
       rules: see `Rules`.
-      depth, width: one of them.
+      depth, width: exactly one of them.
 
     Raises:
-      UserError: an argument is not valid, or no shape is within the tolerance: the message has the nearest
-        ones, each of another width (or depth).
+      UserError: an argument is not valid, or no shape is within the tolerance; the message has the nearest
+        ones, each of a different width (or depth).
     """
     check(budget in BUDGETS, "budget", budget, f"a budget; {did_you_mean(budget, BUDGETS)}")
     check_rule(budget, target, POSITIVE)
@@ -144,14 +143,16 @@ def solve(
     for name, value, most in (("depth", depth, _MOST_DEPTH), ("width", width, _MOST_WIDTH)):
         check(value is None or 1 <= value <= most, name, value, f"an integer from 1 to {most:,}")
     if width is not None and base.sharing not in STRATEGIES:
-        raise UserError(f"width: {width}: the plan model.sharing={base.sharing!r} sets the depth; give depth")
+        raise UserError(
+            f"width: {width}: the plan model.sharing={base.sharing!r} fixes the depth; give depth"
+        )
     search = _Search(base, budget, target, length, rules)
     families = _ascending(base, rules.head_dims or (base.head_dim,), depth, width)
     found = [shape for ascending in families for shape in search.candidates(ascending)]
     if not found:
         raise UserError(
             f"ffn_step: no multiple of {rules.ffn_step} is within {rules.ffn_band:.0%} of "
-            f"{search.ratio:.3g} widths"
+            f"{search.ratio:.3g} widths; lower ffn_step or raise ffn_band"
         )
     best = min(found, key=search.rank)
     if abs(best.mismatch) > rules.tolerance:
@@ -169,7 +170,7 @@ def solve(
 def _ascending(
     base: ModelConfig, head_dims: tuple[int, ...], depth: int | None, width: int | None
 ) -> Iterator[Iterator[ModelConfig]]:
-    """For every head size, all sizes but the feed-forward width, the smallest first."""
+    """Yields, for every head size, the configs of all sizes but the feed-forward width, smallest first."""
     group = base.num_heads // base.num_kv_heads
 
     def sized(depth: int, num_heads: int, head_dim: int) -> ModelConfig:
@@ -194,7 +195,7 @@ def _ascending(
 
 
 def _ffn_widths(width: int, ratio: float, rules: Rules) -> range:
-    """Multiples of the step whose ratio to `width` is in the band."""
+    """Multiples of `ffn_step` whose ratio to `width` is within `ffn_band` of `ratio`."""
     rounding = 1e-9  # a band of 0 allows the base's own ratio
     first = math.ceil(width * ratio * (1 - rules.ffn_band) / rules.ffn_step - rounding)
     last = math.floor(width * ratio * (1 + rules.ffn_band) / rules.ffn_step + rounding)

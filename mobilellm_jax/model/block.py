@@ -1,6 +1,6 @@
-"""The transformer block, in Flax: where to try an idea.
+"""The transformer block, in Flax: the place to try an architecture idea.
 
-A new parameter is a row in `parameters.py` and a `weight` here.
+To add a parameter, add a row in `parameters.py` and a call of `weight` here.
 """
 
 from collections.abc import Callable
@@ -21,19 +21,19 @@ from mobilellm_jax.parameters import Parameter, parameter
 
 Rope = tuple[Float[Array, "#B T 1 h"], Float[Array, "#B T 1 h"]]  # cosines and sines, h = H / 2
 
-# From queries, keys and values to the attention's output, and to whatever it has to remember.
+# From queries, keys and values to the output of attention, and to its memory (the cache in generation).
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 def attend_in_training(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> tuple[Array, None]:
-    """Attends to the same and to earlier positions; remembers nothing."""
+    """Attends to the same and earlier positions; without memory."""
     return attend_causally(q_BTNH, k_BTKH, v_BTKH), None
 
 
 class Block(nn.Module):
     """Pre-norm transformer block without biases. Sharing a layer shares the whole block, norms included.
 
-    Called, it computes the block's output, and what `attend` has to remember.
+    A call computes the block's output and the memory of `attend`.
     """
 
     config: ModelConfig
@@ -124,18 +124,18 @@ def rotate(x_BTNH: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H
 def project(
     module: Attention | FeedForward, name: str, product: str, x: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """Multiplies x with a weight, as the einsum says; the product gets the weight's name, for `remat.py`."""
+    """Computes einsum(product, x, weight), and names the result after the weight, for `remat.py`."""
     return checkpoint_name(linear(product, x, weight(module, name)), name)
 
 
 def weight(module: Attention | FeedForward | RMSNorm, name: str) -> Float[Array, "..."]:
-    """The parameter "blocks/<path of the module>/<name>" of the block that is applied."""
+    """The parameter "blocks/<path of the module>/<name>" of the current block."""
     config, of = module.config, parameter("/".join(["blocks", *module.path, name]))
     return module.param(name, lambda key: initial(of, key, config))
 
 
 def initial(of: Parameter, key: PRNGKeyArray, config: ModelConfig) -> Float[Array, "..."]:
-    """A parameter, or its part in one block, before training: 1 for a gain, else from N(0, init_std)."""
+    """Initialises a parameter, of one block if stacked: 1 for a gain, else N(0, init_std)."""
     if of.is_gain:
         return jnp.ones(of.unstacked_shape(config))
     scale = multipliers(config).init_std if of.kind == "matrix" else 1.0

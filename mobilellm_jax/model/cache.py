@@ -1,4 +1,4 @@
-"""Generation: `extend` reads one part of a text after the other, with a cache of keys and values."""
+"""Generation: `extend` runs the model on the next tokens of a text, with a cache of keys and values."""
 
 from typing import Any, NamedTuple
 
@@ -16,13 +16,13 @@ from mobilellm_jax.sharing import uses_in_a_row
 class Cache(NamedTuple):
     """Keys and values of the tokens read so far, with an entry for every layer *applied*.
 
-    A block that is applied twice sees another input each time, and has other keys.
+    A block that is applied twice has different inputs each time, and therefore different keys.
 
     Attributes:
-      keys, values: L B S K H; slot s of row b holds its token s - padding[b].
-      padding: B; slots at the beginning of a row that hold no token, so that rows of different lengths end
+      keys, values: L B S K H; slot s of row b contains token s - padding[b].
+      padding: B; number of empty slots at the beginning of a row, so that rows of different lengths end
         together.
-      used: slots that hold something.
+      used: number of filled slots, padding included.
     """
 
     keys: Float[Array, "L B S K H"]
@@ -32,7 +32,7 @@ class Cache(NamedTuple):
 
 
 def empty_cache(padding_B: Int[Array, "B"], slots: int, config: ModelConfig) -> Cache:
-    """A cache for `slots` tokens, padding included."""
+    """Allocates a cache for `slots` tokens, padding included."""
     shape = (config.effective_depth, *padding_B.shape, slots, config.num_kv_heads, config.head_dim)
     keys, values = (jnp.zeros(shape, config.compute_dtype) for _ in range(2))
     return Cache(keys, values, padding_B, jnp.zeros((), jnp.int32))
@@ -41,10 +41,10 @@ def empty_cache(padding_B: Int[Array, "B"], slots: int, config: ModelConfig) -> 
 def extend(
     params: Params, tokens_BT: Int[Array, "B T"], cache: Cache, config: ModelConfig
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """`hidden` at the next T tokens of each row, and the cache with their keys and values in it.
+    """Computes `hidden` at the next T tokens of each row, and the cache with their keys and values added.
 
-    The caller makes sure that they fit: beyond the last slot they would overwrite what is there. The output
-    at padding has no meaning.
+    The caller must ensure that they fit: beyond the last slot, they overwrite earlier entries. The output at
+    padding is undefined.
     """
     T = tokens_BT.shape[1]
     slot_T, slot_S = cache.used + jnp.arange(T), jnp.arange(cache.keys.shape[2])
@@ -70,7 +70,7 @@ def extend(
     in_a_row = uses_in_a_row(config.plan)
 
     def layers(carry: Any, group: Any) -> tuple[Any, None]:
-        """Applies one block as often as it comes in a row; fetching it once is what `immediate` is for."""
+        """Applies one block `in_a_row` times but fetches it once, which is the purpose of `immediate`."""
         first, u = group
         weights = cast(pick(params["blocks"], u), config, "blocks/")
         for use in range(in_a_row):

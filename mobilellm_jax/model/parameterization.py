@@ -1,4 +1,4 @@
-"""How initialisation, forward pass and optimizer change with width and depth: one table of multipliers.
+"""Scaling of initialisation, forward pass and optimizer with width and depth: one table of multipliers.
 
 | multiplier of          | standard | mup       | completep        |
 |------------------------|----------|-----------|------------------|
@@ -13,19 +13,18 @@
 m_D = width / base_width, m_L = effective_depth / base_depth, m_U = depth / base_depth. "Matrices" are those
 of the blocks; embedding, head and norm gains keep their init and learning rate. `standard` is MobileLLM's.
 `mup` is Yang et al. (2022, arXiv 2203.03466), `completep` Dey et al. (2025, arXiv 2505.01618, table 1 with
-alpha = 1). The learning rate times the weight decay, which is what decays a weight, is the same for all
-shapes. Attention keeps its scale 1 / sqrt(H), so the head size is to stay fixed while the width changes.
-Clipping by the global norm comes before Adam and scales all gradients of a step alike, by a factor that no
-rule here knows of.
+alpha = 1). The learning rate times the weight decay, the effective decay of a weight, is the same for all
+shapes. Attention keeps its scale 1 / sqrt(H), so the head size must stay fixed while the width changes.
+Clipping by the global norm comes before Adam and scales all gradients of a step by the same factor; no rule
+here accounts for it.
 
-Layer sharing. What depth has to tame is the sum over the residual stream, and that has one term for each
-layer *applied*, so the branches are divided by the effective depth. With alpha = 1 the changes of the
-layers add up in step (each 1 / m_L, so the sum stays), which holds for the several uses of one block as it
-does for different blocks: the learning rate needs no correction for sharing. The gradient of a block is the
-sum over its uses, m_L / m_U of them, each 1 / m_L in size, so Adam's epsilon goes with the number of
-*distinct* blocks. (At initialisation the branches of different blocks add up at random, to m_L^-1/2, and
-those of one block in step, to a constant: a shared stack starts further from the identity, but no deeper
-stack explodes.)
+Layer sharing. The depth multiplier bounds the sum over the residual stream, which has one term for each layer
+*applied*, so the branches are divided by the effective depth. With alpha = 1 the updates of the layers add up
+coherently (each 1 / m_L, so the sum is constant), for several uses of one block as for different blocks: the
+learning rate needs no correction for sharing. The gradient of a block is the sum over its m_L / m_U uses,
+each 1 / m_L in size, so Adam's epsilon scales with the number of *distinct* blocks. (At initialisation the
+branches of different blocks add up at random, to m_L^-1/2, and those of one block coherently, to a constant:
+a shared stack starts further from the identity, but no deeper stack explodes.)
 """
 
 import dataclasses
@@ -35,7 +34,7 @@ from mobilellm_jax.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Multipliers:
-    """Factors on what the config says; all 1 under "standard", and at the base shape."""
+    """Factors on the values in the config; all 1 under "standard", and at the base shape."""
 
     init_std: float = 1.0
     residual: float = 1.0
@@ -46,7 +45,7 @@ class Multipliers:
 
 
 def multipliers(config: ModelConfig) -> Multipliers:
-    """Returns the column of the table above that the config asks for."""
+    """Computes the column of the table above for `config.parameterization`."""
     if config.parameterization == "standard":
         return Multipliers()
     over_width = config.base_width / config.width

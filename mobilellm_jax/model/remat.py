@@ -1,21 +1,21 @@
-"""What the backward pass keeps and what it recomputes, by `model.remat`."""
+"""Rematerialisation policies: the activations that are stored for the backward pass, by `model.remat`."""
 
 import jax
 
 from mobilellm_jax.model.ops import attention
 
-# What "dots" keeps, by its `checkpoint_name`; all else is elementwise, and recomputed.
+# Activations stored by "dots", by their `checkpoint_name`; the rest is elementwise, and recomputed.
 _KEPT = (
     *("query", "key", "value"),  # products with weights; the rotation is recomputed
-    attention.KEPT,  # what attention returns, and the logarithms that its weights are recomputed from
-    "output",  # a product with weights, which the input of the feed-forward layer is recomputed from
-    *("gate", "up"),  # products with weights: what enters the activation function
+    attention.KEPT,  # the output of attention, and the logarithms from which its weights are recomputed
+    "output",  # a product with weights, from which the input of the feed-forward layer is recomputed
+    *("gate", "up"),  # products with weights: the inputs of the activation function
 )  # not "down": no gradient needs it
 
-# What "none" does not keep: the primitives that fetch the weights of a block, else every layer applied would
-# keep a copy of its block. Activations that go through them are recomputed, for nothing. By primitive, not by
-# name: `save_anything_except_these_names` on the weights keeps what goes into the name instead (backward
-# memory of 16 blocks applied twice: 2.1 times the blocks, against 0.14).
+# "none" recomputes the results of the primitives that fetch the weights of a block: stored, every layer
+# applied would have a copy of its block. Activations that go through these primitives are recomputed at no
+# cost. By primitive, not by name: `save_anything_except_these_names` on the weights stores the operand of the
+# name instead (backward memory of 16 blocks applied twice: 2.1 times the blocks, against 0.14).
 _FETCH = frozenset({"dynamic_slice", "squeeze", "reshape", "convert_element_type", "transpose"})
 
 REMAT_POLICIES = {

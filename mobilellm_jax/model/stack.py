@@ -21,7 +21,7 @@ Params = dict[str, Any]
 
 
 def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
-    """Float32 parameters: matrices from N(0, init_std) times their multiplier, norm gains 1."""
+    """Initialises float32 parameters: matrices from N(0, init_std) times their multiplier, norm gains 1."""
     embedding_key, head_key, blocks_key = jax.random.split(key, 3)
     x_BTD, rope = jnp.zeros((1, 1, config.width)), rope_table(jnp.zeros((1, 1), int), config)
 
@@ -46,7 +46,7 @@ def apply(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> 
 def loss(
     params: Params, tokens_BT: Int[Array, "B T"], targets_BT: Int[Array, "B T"], config: ModelConfig
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """The summed cross-entropy in nats, and the number of targets it is summed over.
+    """Summed cross-entropy in nats, and the number of targets.
 
     Negative targets are ignored. The logits of at most `loss_chunk` positions exist at one time.
     """
@@ -57,14 +57,14 @@ def loss(
 
 
 def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
-    """The normalised output of the last layer, in the compute dtype, which the head turns into logits.
+    """Normalised output of the last layer, in the compute dtype: the input of the head.
 
-    One loop over the layer plan, compiled once however long it is; or, with a `scan_unroll` of no fewer than
-    the layers, no loop, which takes longer to compile and less time to run on a GPU.
+    One loop over the layer plan, compiled once whatever its length; or, with a `scan_unroll` of at least the
+    number of layers, no loop, which takes longer to compile and less time to run on a GPU.
 
     In the loop, the block of each layer is picked from the stack inside `jax.checkpoint`, so that the
-    backward pass holds no copy of the blocks whatever the plan. It is cast to the compute dtype after the
-    pick, so that the gradients of the several uses of a block add up in float32.
+    backward pass stores no copy of the blocks, whatever the plan. It is cast to the compute dtype after the
+    pick, so that the gradients of several uses of a block add up in float32.
     """
     block, rope = Block(config), rope_table(jnp.arange(tokens_BT.shape[1])[None, :], config)
     remat = partial(jax.checkpoint, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
@@ -97,7 +97,7 @@ def embed(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> 
 def final_norm(params: Params, x_BTD: Float[Array, "B T D"], config: ModelConfig) -> Float[Array, "B T D"]:
     with jax.named_scope("final_norm"):
         x_BTD = rms_norm(x_BTD, params["final_norm"]["gain"], config.norm_epsilon)
-        return multipliers(config).logits * x_BTD  # here once, instead of in every place that makes logits
+        return multipliers(config).logits * x_BTD  # here once, instead of at every use of the head
 
 
 def logits(params: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -119,9 +119,9 @@ def pick(blocks: Params, u: Int[Array, ""]) -> Params:
 
 
 def _unstack(blocks: Params) -> list[Params]:
-    """All blocks of the stack.
+    """Splits the stack into blocks.
 
-    Their gradients are put together once, where those of so many picks would be added up as whole stacks.
+    Their gradients are concatenated once; those of `pick` would be added up as a whole stack for each use.
     """
     leaves, tree = jax.tree.flatten(blocks)
     return [tree.unflatten(block) for block in zip(*map(jnp.unstack, leaves), strict=True)]
@@ -134,7 +134,7 @@ def cast(params: Params, config: ModelConfig, prefix: str = "") -> Params:
 
 
 def map_parameters(function: Callable[[Parameter, Any], Any], tree: Any, prefix: str = "") -> Any:
-    """Maps function(row, leaf) over parameters; a `prefix` is what the paths of a part of them lack.
+    """Maps function(row, leaf) over a tree of parameters; `prefix` completes the paths of a subtree.
 
     Raises:
       UserError: a path has no row in `parameters.py`.
@@ -147,9 +147,9 @@ def map_parameters(function: Callable[[Parameter, Any], Any], tree: Any, prefix:
 
 
 def constrain(x: Any, *axes: Any) -> Any:
-    """Splits an array over these axes, and no others, of the mesh in use (`partition.in_use`), if any.
+    """Constrains the sharding of an array to these axes of the mesh in use (`partition.in_use`), if any.
 
-    Left alone, the compiler splits activations the way `fsdp` splits weights, along D, and every device
-    computes all rows of the batch.
+    Without the constraint, the compiler splits activations as `fsdp` splits weights, along D, and every
+    device computes all rows of the batch.
     """
     return x if get_abstract_mesh().empty else lax.with_sharding_constraint(x, PartitionSpec(*axes))

@@ -1,1 +1,1 @@
-"""One run: its directory, its record, and what it was made with."""
+"""One run: its directory, its record and its provenance."""

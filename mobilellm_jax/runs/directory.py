@@ -1,4 +1,4 @@
-"""The directory of a run: config, tokenizer, checkpoints, and what may resume there."""
+"""The directory of a run: config, data card, tokenizer and checkpoints, and the checks before a resume."""
 
 import json
 from typing import Any
@@ -15,36 +15,40 @@ from mobilellm_jax.storage.checkpoint import load_params
 from mobilellm_jax.storage.files import AnyPath, reason, write_atomically
 from mobilellm_jax.storage.sealed import parse, seal, unseal, unseal_if_sealed
 
-DATA = "data.json"  # in a run directory: the data card of what it trains on
+DATA = "data.json"  # in a run directory: the data card
 IMPORTED = "imported.json"  # in a run directory whose weights were imported
-TOKENIZER = "tokenizer"  # folder of a run directory, as `data.save_tokenizer` writes it
+TOKENIZER = "tokenizer"  # folder of a run directory, written by `data.save_tokenizer`
 
 
 def check_workdir(workdir: AnyPath, config: Config) -> list[str]:
-    """Checks that `workdir` holds no checkpoint of a run with another config, else raises UserError.
+    """Checks that `workdir` has no checkpoint of a run with another config.
 
     Returns:
-      The differences that are allowed, see `check_same`.
+      The allowed differences, see `check_same`.
+
+    Raises:
+      UserError: it has one.
     """
-    if not any(workdir.glob("checkpoints/*")):  # before the first, there is nothing to lose
+    if not any(workdir.glob("checkpoints/*")):  # without checkpoints, there is nothing to lose
         return []
     path = workdir / "config.json"
     return check_same(path, read_config(path), config)
 
 
 def claim_workdir(workdir: AnyPath, config: Config) -> list[str]:
-    """Makes `workdir` and writes `config.json` into it, if it holds no checkpoint of another run.
+    """Creates `workdir` and writes `config.json` into it, unless it has checkpoints of another run.
 
     Returns:
-      What changed since the run was last started, in words.
+      The fields that changed since the run was last started, see `check_same`.
 
     Raises:
-      UserError: the directory cannot be written, or holds imported weights or a run with another config.
+      UserError: the directory cannot be written, has imported weights, or has a run with another config.
     """
     path = workdir / "config.json"
     if (workdir / IMPORTED).exists():
         raise UserError(
-            f"--workdir={workdir}: holds imported weights, without an optimizer state to go on from"
+            f"--workdir={workdir}: has imported weights without an optimizer state, so training cannot "
+            "resume here; use another --workdir"
         )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -56,13 +60,18 @@ def claim_workdir(workdir: AnyPath, config: Config) -> list[str]:
 
 
 def check_data(workdir: AnyPath, card: dict[str, Any], rows: bool = False) -> str | None:
-    """Checks that the checkpoints in `workdir` were trained on the data of a card, with `rows` to the row.
+    """Checks that the checkpoints in `workdir` were trained on the data of a card.
+
+    Args:
+      workdir: directory of the run.
+      card: data card of the run that is to resume.
+      rows: compare the hashes of the rows as well.
 
     Returns:
-      A warning, where an earlier version kept no data card beside them.
+      A warning if there is no data card in `workdir`, as earlier versions wrote none; else None.
 
     Raises:
-      UserError: on other data, or the data card there is damaged.
+      UserError: the data differ, or the data card in `workdir` is corrupt.
     """
     path, names = workdir / DATA, [step.name for step in workdir.glob("checkpoints/*")]
     step = max((int(name) for name in names if name.isdecimal()), default=None)
@@ -71,7 +80,9 @@ def check_data(workdir: AnyPath, card: dict[str, Any], rows: bool = False) -> st
     try:
         changes = data_changes(unseal(parse(path.read_text())), card, rows)
     except FileNotFoundError:
-        return f"warning: no {DATA} in {workdir}: cannot check that the data are still those of step {step:,}"
+        return (
+            f"warning: no {DATA} in {workdir}: cannot check that the data are unchanged since step {step:,}"
+        )
     except ValueError as error:
         raise UserError(f"{path}: not a data card ({error}); restore or delete the file") from None
     if changes:
@@ -83,66 +94,70 @@ def check_data(workdir: AnyPath, card: dict[str, Any], rows: bool = False) -> st
 
 
 def claim_data(workdir: AnyPath, card: dict[str, Any]) -> str | None:
-    """Writes the data card of a run into `workdir`; returns and raises as `check_data` does."""
+    """Writes the data card of a run into `workdir` after `check_data`, with its result and errors."""
     warning = check_data(workdir, card, rows=True)
     write_atomically(workdir / DATA, (json.dumps(seal(card), indent=1) + "\n").encode())
     return warning
 
 
 def open_run(workdir: AnyPath) -> tuple[Config, model.Params]:
-    """Returns the config of a run and the parameters of its newest intact checkpoint, in NumPy.
+    """Reads the config of a run and the parameters of its newest intact checkpoint, as NumPy arrays.
 
-    The run may have been trained or imported, and may still be in progress; nothing in `workdir` is changed.
+    The run may be trained, imported or still in progress; nothing in `workdir` is changed.
 
     Raises:
-      UserError: there is no run in `workdir`, its config is damaged, or no checkpoint is intact.
+      UserError: there is no run in `workdir`, its config is corrupt, or no checkpoint is intact.
     """
     path = workdir / "config.json"
     if not path.is_file():
-        raise UserError(f"--workdir={workdir}: there is no run here: {path.name} is missing")
+        raise UserError(f"--workdir={workdir}: no run found, {path.name} is missing; check the path")
     config = from_config_dict(read_config(path))
     like = jax.eval_shape(lambda: model.init(jax.random.key(0), config.model))
     return config, load_params(workdir / "checkpoints", like)
 
 
 def open_tokenizer(workdir: AnyPath) -> data.Tokenizer | None:
-    """Returns the tokenizer that a run keeps in `tokenizer/`; None where it keeps none.
+    """Loads the tokenizer from the run's `tokenizer/`; None if there is none.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the tokenizer is corrupt.
     """
     directory = workdir / TOKENIZER
     return data.load_tokenizer(directory) if directory.exists() else None
 
 
 def begins_with_bos(workdir: AnyPath, tokenizer: data.Tokenizer) -> bool:
-    """Whether BOS comes before a text: as in training; for an imported model, as in transformers."""
+    """True if a prompt starts with BOS: as in training; for an imported model, as in transformers."""
     if tokenizer.bos_id is None:
         return False
     return not (workdir / IMPORTED).exists() or adds_bos(tokenizer, workdir / TOKENIZER)
 
 
 def read_config(path: AnyPath) -> dict[str, Any]:
-    """Returns the config of a run, valid, as `to_dict` gives it.
+    """Reads and validates the config of a run, in the form of `to_dict`.
 
     Raises:
-      UserError: it is missing, damaged or no config.
+      UserError: the file is missing, corrupt or not a config.
     """
     try:
         values = unseal_if_sealed(parse(path.read_text()))
         from_config_dict(values)
     except FileNotFoundError:
-        raise UserError(f"{path}: is missing, but there are checkpoints; use another --workdir") from None
+        raise UserError(
+            f"{path}: missing, although there are checkpoints; restore it or use another --workdir"
+        ) from None
     except ValueError as error:
-        raise UserError(f"{path}: not the config of a run ({error}); use another --workdir") from None
+        raise UserError(
+            f"{path}: not the config of a run ({error}); restore it or use another --workdir"
+        ) from None
     return values
 
 
 def check_same(path: AnyPath, there: dict[str, Any], config: Config) -> list[str]:
-    """Checks that `there`, a config found at `path`, computes the same as `config`.
+    """Checks that the config read from `path` differs from `config` in resumable fields only.
 
     Returns:
-      The fields that differ without an influence on that, such as "train.eval_every 100 -> 50".
+      The fields that differ, such as "train.eval_every 100 -> 50".
 
     Raises:
       UserError: other fields differ; the message names them.
@@ -156,14 +171,14 @@ def check_same(path: AnyPath, there: dict[str, Any], config: Config) -> list[str
     ]
     if differences:
         raise UserError(
-            f"{path}: of a run with a different config: {'; '.join(differences)}. "
-            "Use another --workdir, or delete what is there"
+            f"{path}: belongs to a run with a different config: {'; '.join(differences)}. "
+            "Use another --workdir, or delete that run"
         )
     return [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in changed]
 
 
 def data_notes(card: dict[str, Any]) -> list[str]:
-    """What a reader of the losses should know of the held-out text, a line each."""
+    """Lines about the held-out text: leakage from the training text, and a split within one document."""
     notes = [f"warning: {sentence}" for sentence in [leakage(card)] if sentence]
     if card.get("split") == BY_PLACE:
         train, valid = (card["splits"][split]["text_bytes"] for split in ("train", "valid"))

@@ -1,4 +1,4 @@
-"""What a run was made with: commit, library versions, devices."""
+"""Provenance of a run: commit, library versions, devices."""
 
 import importlib.metadata
 import os
@@ -11,7 +11,7 @@ import jax
 
 
 def device() -> dict[str, Any]:
-    """Returns platform, kind and number of the devices of all processes, and the CPU cores of this one."""
+    """Platform, kind and number of the devices of all processes, and the CPU cores of this process."""
     first = jax.devices()[0]
     kind = _cpu() if first.platform == "cpu" else first.device_kind
     cores = len(os.sched_getaffinity(0))
@@ -26,9 +26,9 @@ def _cpu() -> str:
 
 
 def git_commit() -> str | None:
-    """Returns the commit of the repository that holds this package, with "-dirty" where Python files differ.
+    """Commit of the repository that contains this package, with "-dirty" if Python files are modified.
 
-    None when the package is not tracked by one, for example in a virtual environment inside another checkout.
+    None if git does not track the package, for example in a virtual environment inside another checkout.
     """
 
     def git(*args: str) -> str:
@@ -38,14 +38,14 @@ def git_commit() -> str | None:
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)
         commit = git("rev-parse", "HEAD")
-        # Python files only: a sweep that writes its records into the repository does not change the code.
+        # Python files only: records that a sweep writes into the repository do not change the code.
         return commit + ("-dirty" if git("status", "--porcelain", "--", ":(top)*.py") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Returns the versions of Python, of the libraries that results depend on, and of `more` libraries."""
+    """Versions of Python, of the libraries that results depend on, and of `more` libraries, by name."""
     found = {"python": platform.python_version()}
     for library in ("jax", "jaxlib", "flax", "optax", "numpy", *more):
         try:

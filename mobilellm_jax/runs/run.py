@@ -1,4 +1,4 @@
-"""One run, from config to record: check, prepare the data, train, write down what came of it."""
+"""One run, from config to record: check, prepare the data, train, fill in the record."""
 
 import dataclasses
 import datetime
@@ -26,7 +26,7 @@ from mobilellm_jax.training.loop import Outcome, train
 def enable_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that a second run of the same shape starts at once.
 
-    Where JAX_COMPILATION_CACHE_DIR says, if it is set.
+    The directory is JAX_COMPILATION_CACHE_DIR, by default ~/.cache/mobilellm_jax/xla.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/mobilellm_jax/xla").expanduser()))
@@ -34,17 +34,17 @@ def enable_compilation_cache() -> None:
 
 
 def check(config: Config) -> Mesh:
-    """Returns the mesh of a run, after checking that it fits the devices, the model and the batch."""
+    """Builds the mesh of a run and checks it against the devices, the model and the batch."""
     mesh = partition.make_mesh(config.mesh)
     partition.check_divisible(config, mesh)
     return mesh
 
 
 def finished_record(path: AnyPath, config: Config) -> Record | None:
-    """Returns the record at `path`; None where there is none, or the run failed and is worth another try.
+    """Reads the record at `path`; None if there is none, or if the run failed and may be tried again.
 
     Raises:
-      UserError: the record is damaged, or of a run with a different config.
+      UserError: the record is corrupt, or belongs to a run with a different config.
     """
     if not path.exists():
         return None
@@ -54,7 +54,7 @@ def finished_record(path: AnyPath, config: Config) -> Record | None:
 
 
 def agreed_record(path: AnyPath, config: Config) -> Record | None:
-    """Returns `finished_record` as process 0 finds it, in all processes: they may see files later than it."""
+    """Calls `finished_record` on process 0 and broadcasts it: other hosts may see a file later."""
 
     def fields() -> dict[str, Any] | None:
         record = finished_record(path, config)
@@ -70,17 +70,17 @@ def run(
     describe: Callable[..., Record],
     say: Callable[[str], None] = print,
 ) -> Record:
-    """Trains in `workdir`, resuming what is there, and returns the record of the run.
+    """Trains in `workdir`, resuming from its checkpoints, and builds the record of the run.
 
     Args:
       config: the run.
-      workdir: its own directory; gets config.json, data.json, metrics.jsonl, tokenizer/, tensorboard/ and
+      workdir: its own directory; receives config.json, data.json, metrics.jsonl, tokenizer/, tensorboard/ and
         checkpoints/.
-      describe: `results.Record` with the fields that only the study knows already set (`functools.partial`).
-      say: gets the progress lines.
+      describe: `records.Record` with the fields of the study already set (`functools.partial`).
+      say: receives the progress lines.
 
     Raises:
-      UserError: bad input, found before anything is compiled.
+      UserError: invalid input, found before anything is compiled, or an error of `train`.
       Interrupted, Preempted: on SIGINT, on SIGTERM or SIGHUP.
     """
     mesh = check(config)
@@ -100,7 +100,7 @@ def run(
 
 
 def planned_fields(config: Config) -> dict[str, Any]:
-    """Returns the fields of a record that are known before the run."""
+    """Fields of a record that are known before the run."""
     length = config.data.sequence_length
     rows = config.train.batch_size // config.train.accumulation_steps
     counts = accounting.parameters(config.model)
@@ -120,7 +120,7 @@ def planned_fields(config: Config) -> dict[str, Any]:
 
 
 def failed_fields(config: Config, error: str) -> dict[str, Any]:
-    """Returns all fields of a record but those of the study, for a run that ended in an error."""
+    """All fields of a record but those of the study, for a run that ended in an error."""
     return {
         **planned_fields(config),
         "status": "failed",
@@ -137,7 +137,7 @@ def failed_fields(config: Config, error: str) -> dict[str, Any]:
 
 
 def measured_fields(config: Config, card: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
-    """Returns all fields of a record but those of the study."""
+    """All fields of a record but those of the study, for a run that finished or diverged."""
     tokens = outcome.steps * config.train.batch_size * config.data.sequence_length
     evaluations = outcome.evaluations
     finite = [evaluation for evaluation in evaluations if evaluation["loss"] is not None]
@@ -162,6 +162,6 @@ def measured_fields(config: Config, card: dict[str, Any], outcome: Outcome) -> d
 
 
 def thin(curve: list[Any], most: int) -> list[Any]:
-    """Returns at most `most` evenly spaced points of a curve, the last one always."""
+    """Thins a curve to at most `most` evenly spaced points, including the last."""
     stride = max(1, -(-len(curve) // most))
     return curve[::-1][::stride][::-1]

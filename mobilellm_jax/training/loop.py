@@ -29,18 +29,18 @@ from mobilellm_jax.training.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a run.
+    """Result of a run.
 
     Attributes:
-      status: "finished", or "diverged" where the loss stopped being finite.
-      error: for "diverged", at which step, and the last good one.
-      steps: steps taken, up to the one that diverged.
+      status: "finished", or "diverged" if a loss was not finite.
+      error: for "diverged", names the step and the last good step.
+      steps: steps taken, including the one that diverged.
       evaluations: {"step", "loss" (nats per token), "bits_per_byte", "error" (share of rows with a wrong
-        answer)} in order; the last two are None where they have no meaning.
+        answer)} in order; the last two are None where they do not apply.
       train_curve: [step, loss in nats per token] at every progress line.
-      train_s: seconds in training steps, over all sittings, without evaluations and checkpoints.
-      compile_s, wall_s: seconds in compilation (near 0 where an earlier run had the same shape) and in all,
-        of the last sitting.
+      train_s: seconds in training steps, summed over all resumptions, without evaluations and checkpoints.
+      compile_s, wall_s: seconds since the last start or resumption: in compilation (near 0 if an earlier run
+        had the same shape), and in total.
     """
 
     status: str
@@ -55,12 +55,12 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """The parts of a run that stay the same while its state changes.
+    """Everything of a run but its training state.
 
     Attributes:
-      share: the share of this process in a batch, see `partition.process_share`.
-      batches: of training rows, from the step to start with.
-      learning_rates: of every step, float32 [steps].
+      share: selects the rows of this process in a batch, see `partition.process_share`.
+      batches: training rows, starting at the first step to take.
+      learning_rates: float32 [steps].
     """
 
     config: Config
@@ -83,12 +83,12 @@ def train(
 ) -> Outcome:
     """Trains from scratch, or from the newest intact checkpoint in `workdir`, to `config.train.steps`.
 
-    Leaves `metrics.jsonl`, TensorBoard events and checkpoints in `workdir`. `say` gets the progress lines.
+    Writes `metrics.jsonl`, TensorBoard events and checkpoints to `workdir`. `say` gets the progress lines.
 
     Raises:
-      Interrupted, Preempted: on SIGINT, on SIGTERM or SIGHUP; a second call goes on where this one stopped.
-      UserError: a step does not fit into memory, every checkpoint in `workdir` is damaged, or `workdir`
-        cannot be written any more.
+      Interrupted, Preempted: on SIGINT, on SIGTERM or SIGHUP; a second call resumes.
+      UserError: a step does not fit into memory, every checkpoint in `workdir` is corrupt, or writing to
+        `workdir` failed.
     """
     wall_start = time.perf_counter()
     programs = compile_programs(compile_key(config), mesh)
@@ -99,19 +99,19 @@ def train(
     status, error = "finished", None
     signals: Sequence[str] = ()
     try:
-        # In this order, so that a signal still waits for the last save.
+        # In this order, so that signals are still noted, not acted on, while the last save finishes.
         with noted_signals() as signals, contextlib.closing(run.checkpoints):
             _take_steps(run, state, signals)
     except Diverged as divergence:
-        # At the first one: an update with such a gradient leaves no parameter finite to go on with.
+        # Stop at the first: an update with a gradient that is not finite destroys all parameters.
         status, error = "diverged", str(divergence)
     except UserError:
-        with contextlib.suppress(UserError):  # the first trouble is the one to tell
+        with contextlib.suppress(UserError):  # report the first error, not that of closing
             progress.close()
         raise
     finally:
         progress.close()
-    if run.stops.cast(bool(signals)):  # too late for this run, but not for those that would follow
+    if run.stops.cast(bool(signals)):  # this run is complete, but the sweep's next ones must not start
         raise stopped(signals, f"after step {progress.step:,}, the last")
     return Outcome(
         status=status,
@@ -133,7 +133,7 @@ def _start(
     workdir: AnyPath,
     say: Callable[[str], None],
 ) -> tuple[_Run, TrainState]:
-    """Restores the newest intact checkpoint, or initializes the state; prepares the rest of a run."""
+    """Restores the newest intact checkpoint or initializes the state, and opens data, log and schedule."""
     t = config.train
     checkpoints = Checkpoints(workdir / "checkpoints")
     restored = checkpoints.restore_latest(programs.state)
@@ -153,13 +153,13 @@ def _start(
         batches=prepared.train_batches(batch_size=t.batch_size, seed=t.data_seed, start_step=start, **share),
         learning_rates=_learning_rates(config.optimizer, t.steps),
         stops=processes.StopVote(mesh),
-        progress=Progress(config, workdir, start, say),  # the last: it starts the clock
+        progress=Progress(config, workdir, start, say),  # last, because it starts the clock
     )
     return run, state
 
 
 def _take_steps(run: _Run, state: TrainState, signals: Sequence[str]) -> None:
-    """Takes all steps that are left, evaluates and saves where due.
+    """Takes all remaining steps, with evaluations and checkpoints where due.
 
     Raises:
       Diverged: a loss is not finite.
@@ -167,7 +167,7 @@ def _take_steps(run: _Run, state: TrainState, signals: Sequence[str]) -> None:
     """
     t, programs, progress = run.config.train, run.programs, run.progress
     for step in range(progress.step + 1, t.steps + 1):
-        vote = run.stops.cast(bool(signals))  # before the step, to be counted when that is done
+        vote = run.stops.cast(bool(signals))  # queued before the step: reading it does not wait for that
         rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(run.batches))
         learning_rate = run.learning_rates[step - 1]
         state, metrics = programs.step(state, rows, learning_rate)
@@ -192,8 +192,8 @@ def _take_steps(run: _Run, state: TrainState, signals: Sequence[str]) -> None:
         run.checkpoints.poll()
 
 
-@functools.lru_cache(maxsize=1)  # runs that differ in seeds share it; its program takes 0.1 s to compile
+@functools.lru_cache(maxsize=1)  # runs that differ in seeds only share it; it takes 0.1 s to compile
 def _learning_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
-    """The learning rate of every step, float32 [steps]."""
+    """Evaluates the schedule at every step: float32 [steps]."""
     schedule = learning_rate_schedule(config, steps)
     return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(steps)), np.float32)

@@ -1,4 +1,4 @@
-"""Whether a compiled training step fits into memory, before it runs."""
+"""Memory check of a compiled training step, before it runs."""
 
 import re
 from pathlib import Path
@@ -10,10 +10,12 @@ from mobilellm_jax.errors import UserError
 
 
 def check_fits(step: jax.stages.Compiled, config: Config) -> None:
-    """Checks what the compiler says that a training step needs against what the device has.
+    """Compares the compiler's memory estimate of a training step with the memory of a device.
+
+    Nothing is checked where the compiler has no estimate or the size of the memory is unknown.
 
     Raises:
-      UserError: it needs more, and what to lower. Where compiler or device do not tell, nothing is checked.
+      UserError: the step needs more memory than there is; the message lists the settings that lower it.
     """
     analysis, has = step.memory_analysis(), device_bytes()
     if analysis is None or has is None:
@@ -26,7 +28,8 @@ def check_fits(step: jax.stages.Compiled, config: Config) -> None:
     t, length = config.train, config.data.sequence_length
     rows = t.batch_size // t.accumulation_steps
     advice = []
-    if rows > 1 and room > 0:  # as if all of it were activations, which it nearly is where it is too much
+    if rows > 1 and room > 0:
+        # Takes all temporary memory for activations, which is close when a step does not fit.
         parts = next((n for n in range(2, rows) if rows % n == 0 and temporary / n <= room), rows)
         steps = parts * t.accumulation_steps
         advice.append(f"smaller micro-batches, {rows} rows now (train.accumulation_steps={steps} or more)")
@@ -34,13 +37,13 @@ def check_fits(step: jax.stages.Compiled, config: Config) -> None:
         advice.append(f"model.remat={'dots' if config.model.remat == 'none' else 'full'}")
     advice += [f"a data.sequence_length below {length}", "more devices with mesh.fsdp"]
     raise UserError(
-        f"a training step needs {_gb(needs)} of memory on each device, {_gb(state)} of it for parameters, "
-        f"optimizer state and batch; there are {_gb(has)}. What lowers it: {'; '.join(advice)}"
+        f"a training step needs {_gb(needs)} of memory on each device ({_gb(state)} for parameters, "
+        f"optimizer state and batch), but only {_gb(has)} are available; to lower it: {'; '.join(advice)}"
     )
 
 
 def device_bytes() -> int | None:
-    """Returns the memory that one device may use; for a CPU its part of the machine's. None if unknown."""
+    """Bytes that one device may use; simulated CPU devices share the machine's. None if unknown."""
     device = jax.local_devices()[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
@@ -50,7 +53,7 @@ def device_bytes() -> int | None:
 
 
 def _machine_bytes() -> int | None:
-    """Returns the memory of this machine, or of the container that this process is in; None off Linux."""
+    """Bytes of memory of this machine, or of the container's limit if lower; None off Linux."""
     found = []
     for path, pattern, unit in (
         ("/proc/meminfo", r"MemTotal: *(\d+) kB", 1024),

@@ -13,7 +13,7 @@ from mobilellm_jax.parameters import Parameter
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the step, counted from 0.
+    """Builds the learning rate as a function of the step, counted from 0.
 
     All schedules warm up linearly from 0 over `warmup_steps`. "cosine" then falls to `final_fraction` of the
     peak at `steps`; "wsd" stays at the peak and falls there linearly over the last `decay_fraction` of the
@@ -32,14 +32,14 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def is_decayed(params: Any) -> Any:
-    """A tree of booleans: True for matrices and embeddings, False for gains."""
+    """Weight-decay mask: a tree of booleans, True for matrices and embeddings, False for gains."""
     return map_parameters(lambda parameter, _: not parameter.is_gain, params)
 
 
 def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, Adam or Muon, and decoupled decay of matrices, in this order.
+    """Chains clipping by the global norm, Adam or Muon, and decoupled weight decay, in this order.
 
-    Its updates are for a learning rate of 1, still to be subtracted: the learning rate is an argument of
+    The updates are for a learning rate of 1 and must be subtracted: the learning rate is an argument of
     `step.train_step`, so that runs which differ in it share one compiled program.
     """
     m = multipliers(model)
@@ -48,7 +48,7 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.Gradien
         update = _muon(config)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        # Adam's update is the same for gradients of any scale, but for epsilon: this divides epsilon.
+        # Adam's update is invariant to the scale of the gradients but for epsilon: this divides epsilon.
         _scale(blocks=1 / m.epsilon_blocks, others=1 / m.epsilon_others),
         update,
         _scale(matrices=m.learning_rate),
@@ -58,7 +58,7 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.Gradien
 
 
 def _scale(blocks: float = 1.0, others: float = 1.0, matrices: float = 1.0) -> optax.GradientTransformation:
-    """Multiplies what is stacked by `blocks`, what is not by `others`, and matrices by `matrices` besides."""
+    """Multiplies stacked parameters by `blocks`, all others by `others`, and matrices also by `matrices`."""
 
     def scale(parameter: Parameter, u: jax.Array) -> jax.Array:
         part = blocks if parameter.stack else others
@@ -68,11 +68,11 @@ def _scale(blocks: float = 1.0, others: float = 1.0, matrices: float = 1.0) -> o
 
 
 def muon_axes(params: Any) -> Any:
-    """The `MuonDimensionNumbers` of every matrix, and None for what Adam updates.
+    """A tree of `MuonDimensionNumbers` for matrices, and None for parameters that Adam updates.
 
-    The leading axis, the stack, is in neither rows nor columns, so that every block has its own update.
-    Without them, `optax.contrib.muon` leaves everything that has three axes to Adam, and takes stacked norm
-    gains and the embedding, which have two, for matrices.
+    The leading stack axis is in neither rows nor columns, so that every block has its own update. By default,
+    `optax.contrib.muon` would leave every parameter of three axes to Adam, and treat stacked norm gains and
+    the embedding, which have two, as matrices.
     """
 
     def axes(parameter: Parameter, _: Any) -> Any:
@@ -100,4 +100,4 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
         muon_weight_dimension_numbers=muon_axes,
         consistent_rms=0.2,
     )
-    return optax.chain(muon, optax.scale(-1.0))  # muon's updates are to be added
+    return optax.chain(muon, optax.scale(-1.0))  # the sign: optax's muon expects its updates to be added

@@ -1,6 +1,6 @@
 """The compiled programs of a run, with their shardings.
 
-Runs share them where the fields of their configs agree that programs depend on, see `compile_key`.
+Runs whose configs agree in all `compiled` fields share them, see `compile_key`.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ R_co = TypeVar("R_co", covariant=True)
 
 @runtime_checkable
 class Program(Protocol[P, R_co]):
-    """A function that runs on the devices; its arguments and its result have a sharding."""
+    """A function that runs on the devices; its arguments and results are sharded."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
 @runtime_checkable
 class Jitted(Program[P, R_co], Protocol[P, R_co]):
-    """A program that is compiled at its first call; to trace or lower it before, shapes are enough."""
+    """A program that is compiled at its first call; tracing and lowering take shapes instead of arrays."""
 
     def trace(self, *args: Any) -> Traced: ...
     def lower(self, *args: Any) -> Lowered: ...
@@ -64,7 +64,7 @@ class Programs:
 
 @dataclasses.dataclass(frozen=True)
 class JittedPrograms(Programs):
-    """Programs that are compiled when they are called first."""
+    """Programs that are compiled at their first call."""
 
     init: Jitted[[PRNGKeyArray], TrainState]
     step: Jitted[[TrainState, Array, ArrayLike], tuple[TrainState, Metrics]]
@@ -76,13 +76,13 @@ class JittedPrograms(Programs):
 
 @dataclasses.dataclass(frozen=True)
 class CompiledPrograms(Programs):
-    """Compiled programs; `compiled_step` is `step`, as what tells the memory that it needs."""
+    """Compiled programs; `compiled_step` is `step` with its memory analysis."""
 
     compiled_step: Compiled
 
 
 def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> JittedPrograms:
-    """Compiles nothing; the mesh may be abstract."""
+    """Builds the programs without compiling them; the mesh may be abstract."""
     m, o, t = config.model, config.optimizer, config.train
     shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), m, o))
     shardings = partition.shardings(shapes, mesh)
@@ -106,7 +106,7 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> JittedPrograms:
         init=jax.jit(
             lambda key: init_state(key, m, o),
             out_shardings=shardings,
-            # What draws normal random numbers takes LLVM 6 s, and runs once.
+            # LLVM takes 6 s to optimize the random number generation, which runs once.
             compiler_options={_LEVEL: 0} if jax.default_backend() == "cpu" else None,
         ),
         step=jax.jit(
@@ -129,7 +129,7 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> JittedPrograms:
 
 
 def _fast_to_compile() -> dict[str, int] | None:
-    """Compiler options of a step on a CPU, unless XLA_FLAGS has a level for all programs.
+    """Compiler options of a step on a CPU; None elsewhere, and where XLA_FLAGS sets the level.
 
     Levels 1 to 3 give the same bits at the same speed, but 3, the default, takes a third longer to compile.
     """
@@ -139,11 +139,11 @@ def _fast_to_compile() -> dict[str, int] | None:
 
 @dataclasses.dataclass(frozen=True)
 class CompileKey:
-    """Equal for configs that have the same programs on the same mesh.
+    """Cache key: equal for configs that have the same programs on the same mesh.
 
     Attributes:
-      values: all that programs depend on.
-      config: one of these configs.
+      values: values of all fields that programs depend on.
+      config: one of the configs with this key.
     """
 
     values: tuple[Any, ...]
@@ -151,12 +151,12 @@ class CompileKey:
 
 
 def compile_key(config: Config) -> CompileKey:
-    """Key of the programs of a run: fields that are `compiled`, and whether evaluation counts answers."""
+    """Key of a run's programs: all `compiled` fields, and whether evaluation counts right answers."""
     values = tuple(value for name, value in flatten(to_dict(config)).items() if name in COMPILED)
     return CompileKey((config.data.is_task, *values), config)
 
 
-@functools.lru_cache(maxsize=1)  # the runs of one point follow each other
+@functools.lru_cache(maxsize=1)  # a sweep runs the seeds of one point in succession
 def compile_programs(key: CompileKey, mesh: Mesh) -> CompiledPrograms:
     """Compiles the programs of a run; equal keys on one mesh share them."""
     programs = make_programs(key.config, mesh)

@@ -1,4 +1,4 @@
-"""How far a run is: its clock, its log, and the lines that it prints."""
+"""Progress of a run: its clock, its log and its printed lines."""
 
 import contextlib
 import math
@@ -22,14 +22,14 @@ class Diverged(Exception):
 
 
 def every(n: int, step: int) -> bool:
-    """Whether something that happens every `n` steps happens after `step`, counted from 1."""
+    """True after every `n`-th step; steps count from 1."""
     return step % n == 0
 
 
 class Progress:
     """Reads, logs and prints the metrics of a run.
 
-    The metrics of a step are read one step later, while the device works on that.
+    The metrics of a step are read one step later, while the device computes the next one.
 
     Attributes:
       step: the last step whose metrics were read.
@@ -38,9 +38,12 @@ class Progress:
     """
 
     def __init__(self, config: Config, workdir: AnyPath, start: int, say: Callable[[str], None]):
-        """Opens the log of `workdir` as it was after step `start`, and starts the clock."""
+        """Opens the log in `workdir`, truncated to step `start`, and starts the clock."""
         if is_bucket(workdir):
-            say("no TensorBoard events in a bucket; metrics.jsonl has them, up to the last checkpoint")
+            say(
+                f"{workdir}: TensorBoard events are not written to a bucket; read metrics.jsonl, which is "
+                "updated at every checkpoint"
+            )
         self._log = MetricsLog(workdir, start, write=jax.process_index() == 0)
         self._train, self._say = config.train, say
         self._tokens_per_step = config.train.batch_size * config.data.sequence_length
@@ -50,10 +53,10 @@ class Progress:
         self.step, self.train_s = start, self._clock.total
 
     def stepped(self, step: int, learning_rate: float, metrics: Metrics) -> None:
-        """Takes the metrics of a step that was just dispatched, and reads those of the step before.
+        """Stores the metrics of a step that was just dispatched, and reads those of the previous step.
 
         Raises:
-          Diverged: the loss of the step before is not finite.
+          Diverged: the loss of the previous step is not finite.
         """
         self.catch_up()
         self._pending = step, learning_rate, metrics
@@ -91,12 +94,12 @@ class Progress:
             raise Diverged("held-out loss", self.step)
 
     def before_save(self) -> None:
-        """Writes the log to disk, so that a checkpoint never knows more than the log."""
+        """Writes the log to disk, so that a checkpoint is never ahead of the log."""
         self._log.save(self.step, self.train_s)
         self._log.flush()
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
-        """Stops the clock meanwhile."""
+        """Context in which the clock is stopped."""
         return self._clock.paused()
 
     def close(self) -> None:
@@ -130,7 +133,7 @@ class Clock:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
+    """Formats seconds as h:mm:ss or m:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,11 +1,12 @@
-"""Signals that ask a process to stop: SIGINT from a person, SIGTERM from a scheduler, SIGHUP from a terminal.
+"""Signals that stop a process: SIGINT from a person, SIGTERM from a scheduler, SIGHUP from a terminal.
 
-No handler of a command raises an exception. One raised in a callback of the garbage collector is ignored, and
-one raised while XLA compiles or an extension is imported ends in a segmentation fault (jax 0.10). Instead a
-thread reads the signals from a pipe, also while the main thread is in C++. Inside `noted_signals` it notes
-them; elsewhere nothing is half done, as files are renamed into place, and it ends the process at once.
+No signal handler of a command raises an exception. One raised in a callback of the garbage collector is
+ignored, and one raised while XLA compiles or an extension is imported causes a segmentation fault (jax 0.10).
+Instead, a thread reads the signals from a pipe, even while the main thread is in C++. Inside `noted_signals`,
+the thread appends them to a list. Elsewhere it ends the process at once, which is safe because files are
+renamed into place.
 
-Imports nothing but the standard library: commands call `watch` before they import jax.
+Imports the standard library only: commands call `watch` before they import jax.
 """
 
 import contextlib
@@ -22,24 +23,27 @@ from typing import Any
 
 from mobilellm_jax.errors import Interrupted, Preempted
 
-RESUME_ME = os.EX_TEMPFAIL  # exit status 75: a scheduler should start the command again
+RESUME_ME = os.EX_TEMPFAIL  # exit status 75: a scheduler should run the command again
 AGAIN = "Run the same command again to resume"
-# What `watch` calls where a signal ends the process, the newest first: release a lease, stop a child.
+# Cleanups that `watch` runs before a signal ends the process, newest first: release a lease, stop a child.
 before_end: dict[Any, Callable[[], object]] = {}
 
 PARENT = "MOBILELLM_JAX_PARENT"  # environment variable for `end_with_parent`
 
 _ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_CLEANUP_S = 5.0  # a disk or network that hangs must not keep the process
+_CLEANUP_S = 5.0  # a disk or network that hangs must not keep the process alive
 _lock = threading.Lock()
 _received: list[str] = []
 _watching = _noting = False
 
 
 def watch(tell: bool = True) -> None:
-    """Acts on signals until the process ends, for a command; called in its main thread. `tell`: with a line.
+    """Starts the thread that reads signals; commands call this in their main thread.
 
-    Signals that are ignored stay so: SIGHUP under nohup, SIGINT in a background job.
+    Signals that are ignored stay ignored: SIGHUP under nohup, SIGINT in a background job.
+
+    Args:
+      tell: print a line to stderr when a signal ends the process.
     """
     global _watching
     if _watching:
@@ -53,7 +57,7 @@ def watch(tell: bool = True) -> None:
 
 
 def end_with_parent() -> None:
-    """Has this process get SIGTERM once its parent is not, or no longer, the one that `PARENT` names."""
+    """Sends this process SIGTERM as soon as its parent is not the process whose id `PARENT` gives."""
     parent = int(os.environ.pop(PARENT))
 
     def wait() -> None:
@@ -66,17 +70,17 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[str]]:
-    """Yields a list that the names of signals are added to; the caller looks at it, and stops or clears it.
+    """Yields a list to which the names of signals are appended; the caller polls it, and stops or clears it.
 
-    A second SIGINT acts as it would without this. A second SIGTERM does not: scheduler and sweep may send one
-    each, and neither wants the save cut short.
+    A second SIGINT acts as it would outside of this context. A second SIGTERM does not: scheduler and sweep
+    may send one each, and neither must interrupt the save.
     """
     global _noting
     if not _watching:
         with _noted_by_handlers() as received:
             yield received
         return
-    _catch()  # again: the runtime of a device may have taken SIGTERM for itself
+    _catch()  # again, since the runtime of a device may have installed its own handler of SIGTERM
     with _lock:
         before, _noting = _noting, True
     try:
@@ -87,7 +91,7 @@ def noted_signals() -> Iterator[list[str]]:
 
 
 def stopped(received: Sequence[str], when: str) -> Interrupted:
-    """Makes the exception to raise after the signals in `received`; none, where another process had one."""
+    """Builds the exception for the signals in `received`; [] means that another process received one."""
     cause = received[0] if received else "another process"
     return (Interrupted if cause == "SIGINT" else Preempted)(f"stopped by {cause} {when}")
 
@@ -98,7 +102,7 @@ def exit_status(stop: Interrupted) -> int:
 
 @contextlib.contextmanager
 def scratch_directory(prefix: str) -> Iterator[Path]:
-    """A temporary directory that is deleted also where a signal ends the process."""
+    """Yields a temporary directory, which is deleted even if a signal ends the process."""
     with tempfile.TemporaryDirectory(prefix=prefix) as name:
         before_end[name] = lambda: shutil.rmtree(name, ignore_errors=True)
         try:
@@ -109,7 +113,7 @@ def scratch_directory(prefix: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _noted_by_handlers() -> Iterator[list[str]]:
-    """`noted_signals` where nothing watches: in a notebook, or another program that calls the library."""
+    """`noted_signals` without `watch`: in a notebook, or in another program that calls the library."""
     received: list[str] = []
     previous: dict[int, Any] = {}
 
@@ -131,7 +135,7 @@ def _noted_by_handlers() -> Iterator[list[str]]:
 def _catch() -> None:
     for number in _ASKED:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda *_: None)  # the byte that Python writes into the pipe is what counts
+            signal.signal(number, lambda *_: None)  # does nothing: Python writes the number into the pipe
 
 
 def _read(reader: int, tell: bool) -> None:
@@ -142,7 +146,7 @@ def _read(reader: int, tell: bool) -> None:
 
 
 def _receive(name: str, tell: bool) -> None:
-    with _lock:  # kept to the end: no loop starts meanwhile
+    with _lock:  # held to the end, so that no training loop starts meanwhile
         _received.append(name)
         is_being_stopped = _noting or len(_received) > 1
         if not is_being_stopped or _received.count("SIGINT") > 1:
@@ -154,7 +158,7 @@ def _end(line: str, status: int) -> None:
     def clean_up() -> None:
         os.write(2, line.encode())
         for act in [*reversed(before_end.values()), sys.stdout.flush]:
-            with contextlib.suppress(Exception):  # the others still count
+            with contextlib.suppress(Exception):  # one that fails must not prevent the others
                 act()
 
     try:
@@ -162,11 +166,11 @@ def _end(line: str, status: int) -> None:
         thread.start()
         thread.join(_CLEANUP_S)
     finally:
-        os._exit(status)  # no destructors: they would meet a main thread that is in the middle of something
+        os._exit(status)  # without destructors, which would race with the main thread
 
 
 def _doing() -> str:
-    """What the main thread is at, as far as its stack tells."""
+    """Describes the activity of the main thread, from its stack."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame:
         file = frame.f_code.co_filename

@@ -16,7 +16,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. With the seeds in the config it determines the rest of the run."""
+    """All state that a step changes; with the config it determines the rest of the run."""
 
     step: Int[Array, ""]
     params: model.Params
@@ -61,7 +61,7 @@ def train_step(
     Metrics: `loss` in nats per token before the step, `grad_norm` before clipping.
     """
     B, S = rows_BS.shape
-    # Micro-batches take every A-th row, which leaves each device with its own rows.
+    # Micro-batches take every A-th row, so that no row moves to another device.
     rows_AMS = rows_BS.reshape(B // accumulation_steps, accumulation_steps, S).swapaxes(0, 1)
     loss, grads = gradients(state.params, rows_AMS, model_config)
     with jax.named_scope("optimizer"):
@@ -75,10 +75,11 @@ def train_step(
 def eval_step(
     params: model.Params, rows_BS: Int[Array, "B S"], config: ModelConfig, answers: bool
 ) -> Metrics:
-    """Sums over a batch of held-out rows: `nats` of loss, and `targets` they are over.
+    """Sums over a batch of held-out rows: loss in `nats`, and the number of `targets`.
 
-    With `answers` also the number of `rows` that have targets, and how many are `wrong`: at one target or
-    more, another token is more probable. This takes a second forward pass, and logits of all positions.
+    With `answers` also the number of `rows` that have targets, and of `wrong` rows: those where, at one
+    target or more, another token is more probable. This takes a second forward pass, with logits at all
+    positions.
     """
     tokens_BT, targets_BT = inputs_and_targets(rows_BS)
     nats, targets = model.loss(params, tokens_BT, targets_BT, config)

@@ -1,1 +1,1 @@
-"""Matrix products, attention and cross-entropy, with gradients written by hand."""
+"""Matrix products, attention and cross-entropy, with custom gradients."""

@@ -1,9 +1,9 @@
-"""Causal attention whose weights are never kept: the backward pass computes them again from a logarithm.
+"""Causal attention that never stores its weights: the backward pass recomputes them from a log-sum-exp.
 
-On NVIDIA GPUs in 16 bits, that is cuDNN's FlashAttention. Elsewhere it is written out here: the algorithm of
+On NVIDIA GPUs in 16 bits, this is cuDNN's FlashAttention. Elsewhere, it is implemented here: the algorithm of
 FlashAttention (Dao et al. 2022, algorithms 1 and 4) over chunks of queries, without its chunks of keys.
 Letters as in `model/__init__.py`, and
-  C queries of one chunk   P keys that they may see: those up to the last of them
+  C queries of one chunk   P keys up to the last of these queries
 """
 
 import re
@@ -16,12 +16,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-# What the backward pass cannot compute cheaply: a name for `jax.checkpoint`, and the primitives of cuDNN.
+# Residuals that are expensive to recompute: their name for `jax.checkpoint`, and the primitives of cuDNN.
 KEPT = "attention"
 KEPT_PRIMITIVES = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper")
 
-# A chunk skips the keys after it. Smaller ones skip more, and make smaller matrix products: 8 chunks compute
-# 9/16 of all products. Measured on 2 cores at 1,024 positions against `jax.nn.dot_product_attention`: a third
+# A chunk skips the keys after it. Smaller chunks skip more, at smaller matrix products: 8 chunks compute 9/16
+# of all products. Measured on 2 cores at 1,024 positions against `jax.nn.dot_product_attention`: a third
 # of the time forward, less than half of it forward and backward.
 _MOST_CHUNKS, _SMALLEST_CHUNK = 8, 64
 
@@ -29,9 +29,9 @@ _MOST_CHUNKS, _SMALLEST_CHUNK = 8, 64
 def attend_causally(
     q_BTNH: Float[Array, "B T N H"], k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"]
 ) -> Float[Array, "B T N H"]:
-    """Returns softmax(q k^T / sqrt(H)) v over the same and earlier positions, softmax in float32.
+    """Computes softmax(q k^T / sqrt(H)) v over the same and earlier positions, with softmax in float32.
 
-    Query head n reads key/value head n // G, as in Llama.
+    Query head n uses key/value head n // G, as in Llama.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
@@ -44,7 +44,7 @@ def attend_causally(
 
 
 def _cudnn_attends(q_BTNH: Float[Array, "B T N H"]) -> bool:
-    """Whether cuDNN has a kernel: in 16 bits, for heads of up to 128, on Ampere and later."""
+    """True if cuDNN has a kernel: 16 bits, head size up to 128, Ampere or later."""
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
     is_ampere = re.fullmatch(r"([89]|\d\d)\.\d", capability) is not None
     return is_ampere and q_BTNH.dtype.itemsize == 2 and q_BTNH.shape[-1] <= 128
@@ -56,10 +56,10 @@ def attend_padded(
     v_BTKH: Float[Array, "B T K H"],
     implementation: str,
 ) -> Float[Array, "B T N H"]:
-    """Returns what `attend_causally` does, from an implementation of `jax.nn.dot_product_attention`.
+    """Computes `attend_causally` by an implementation of `jax.nn.dot_product_attention`.
 
-    cuDNN wants heads of a multiple of 8: zeros added to queries and keys change no score, and those added to
-    values are cut off again.
+    cuDNN requires a head size that is a multiple of 8: zeros appended to queries and keys change no score,
+    and those appended to values are removed from the output.
     """
     H = q_BTNH.shape[-1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -H % 8))) for x in (q_BTNH, k_BTKH, v_BTKH))
@@ -75,7 +75,7 @@ def _attend(
 
 
 def _chunks(length: int) -> Iterator[tuple[slice, slice]]:
-    """Yields the positions of C queries and of the P keys that they may see."""
+    """Yields the slices of C queries and of the P keys that they may attend to."""
     size = max(_SMALLEST_CHUNK, -(-length // _MOST_CHUNKS))
     for start in range(0, length, size):
         stop = min(start + size, length)
@@ -83,12 +83,12 @@ def _chunks(length: int) -> Iterator[tuple[slice, slice]]:
 
 
 def mean_keys(length: int) -> float:
-    """Returns how many keys a query is multiplied with, on average over `length` positions."""
+    """Average number of keys that a query is multiplied with, over `length` positions."""
     return sum((C.stop - C.start) * P.stop for C, P in _chunks(length)) / length
 
 
 def _scores(q_BKGCH: Float[Array, "B K G C H"], k_BKPH: Float[Array, "B K P H"]) -> Float[Array, "B K G C P"]:
-    """Returns float32 scores, -inf at keys after the query."""
+    """Computes scaled scores in float32, -inf at keys after the query."""
     C, P, H = q_BKGCH.shape[3], k_BKPH.shape[2], q_BKGCH.shape[4]
     score_BKGCP = jnp.einsum("BKGCH,BKPH->BKGCP", q_BKGCH, k_BKPH, preferred_element_type=jnp.float32)
     sees_CP = jnp.arange(P - C, P)[:, None] >= jnp.arange(P)[None, :]
@@ -117,8 +117,8 @@ def _backward(kept: Any, dout_BKGTH: Array) -> tuple[Array, Array, Array]:
     q_BKGTH, k_BKTH, v_BKTH, out_BKGTH, log_z_BKGT1 = kept
     dtype, scale = q_BKGTH.dtype, q_BKGTH.shape[-1] ** -0.5
     B, K, T, H = k_BKTH.shape
-    # What all scores of a query have in common in their gradient: the derivative of log_z. A product with
-    # ones, since XLA on a CPU puts a sum into the matrix product below, at 8 % of a tiny model's step.
+    # The term that all scores of a query share in their gradient: the derivative of log_z. A product with
+    # ones, since XLA on a CPU fuses a sum into the matrix product below, at 8 % of a tiny model's step.
     common_BKGTH = dout_BKGTH.astype(jnp.float32) * out_BKGTH
     common_BKGT1 = jnp.einsum("BKGTH,H->BKGT", common_BKGTH, jnp.ones(H))[..., None]
     dqs, dk_BKHT, dv_BKHT = [], jnp.zeros((B, K, H, T)), jnp.zeros((B, K, H, T))
@@ -135,7 +135,7 @@ def _backward(kept: Any, dout_BKGTH: Array) -> tuple[Array, Array, Array]:
         dk_BKHP = jnp.einsum(to_keys, q_BKGCH, dscore_BKGCP, preferred_element_type=exact)
         dv_BKHP = jnp.einsum(to_keys, dout_BKGCH, weight_BKGCP.astype(dtype), preferred_element_type=exact)
         dk_BKHT, dv_BKHT = dk_BKHT.at[..., P].add(dk_BKHP), dv_BKHT.at[..., P].add(dv_BKHP)
-    # Else XLA puts the transposition into the product: slower on a CPU, and not there in bfloat16.
+    # Else XLA fuses the transposition into the product: slower on a CPU, and unsupported in bfloat16.
     dk_BKHT, dv_BKHT = lax.optimization_barrier((dk_BKHT, dv_BKHT))
     dk_BKTH, dv_BKTH = (d_BKHT.swapaxes(2, 3).astype(dtype) for d_BKHT in (dk_BKHT, dv_BKHT))
     return jnp.concatenate(dqs, axis=3), dk_BKTH, dv_BKTH

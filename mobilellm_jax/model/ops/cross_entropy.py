@@ -1,4 +1,4 @@
-"""Cross-entropy of a language model's head, fused with the product that makes the logits.
+"""Cross-entropy of a language model's head, fused with the product that computes the logits.
 
 Letters: B batch, T position, C positions of one chunk, D width, V vocabulary.
 """
@@ -20,14 +20,14 @@ def head_logits(x_BTD: Float[Array, "B T D"], head_VD: Float[Array, "V D"]) -> F
 def plain_cross_entropy(
     x_BTD: Float[Array, "B T D"], head_VD: Float[Array, "V D"], targets_BT: Int[Array, "B T"]
 ) -> Float[Array, ""]:
-    """Computes what `cross_entropy` does, in nats, with all logits at once: the reference of its tests."""
+    """Computes `cross_entropy`, in nats, with all logits at once: the reference of its tests."""
     log_p_BTV = jax.nn.log_softmax(head_logits(x_BTD, head_VD))
     log_p_BT1 = jnp.take_along_axis(log_p_BTV, jnp.maximum(targets_BT, 0)[..., None], axis=-1)
     return -jnp.sum(jnp.where(targets_BT >= 0, log_p_BT1[..., 0], 0.0))
 
 
 def _pad(x_BTD: Array, targets_BT: Array, chunk: int) -> tuple[Array, Array, int]:
-    """Pads to whole chunks with positions that are no target; the chunk is at most the length."""
+    """Pads to whole chunks with positions without a target; the chunk is at most the length."""
     chunk = min(chunk, x_BTD.shape[1])
     padding = -x_BTD.shape[1] % chunk
     if padding:
@@ -37,7 +37,7 @@ def _pad(x_BTD: Array, targets_BT: Array, chunk: int) -> tuple[Array, Array, int
 
 
 class _Chunk(NamedTuple):
-    """The loss of C positions, and of what its gradients are made; softmax = e / z."""
+    """The loss of C positions, and the terms of its gradient; softmax = e / z."""
 
     nats: Float[Array, ""]
     x_BCD: Float[Array, "B C D"]
@@ -57,7 +57,7 @@ def _chunk(x_BTD: Array, head_VD: Array, targets_BT: Array, start: Int[Array, ""
     is_target_BCV = target_BC1 == jnp.arange(head_VD.shape[0])[None, None, :]
     counts_BC1 = target_BC1 >= 0
     target_logit_BC1 = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1, keepdims=True)
-    # Small numbers add up: the difference of two sums over all positions would lose digits to large logits.
+    # Subtract before summing: the difference of two sums over all positions loses digits to large logits.
     nats_BC1 = jnp.log(z_BC1) - (target_logit_BC1 - most_BC1)
     nats = jnp.sum(jnp.where(counts_BC1, nats_BC1, 0.0))
     return _Chunk(nats, x_BCD, e_BCV, z_BC1, is_target_BCV, counts_BC1)
@@ -68,8 +68,8 @@ def _cross_entropy(
 ) -> Float[Array, ""]:
     """Computes -sum log softmax(x head^T)[target] over targets >= 0, `chunk` positions at a time.
 
-    When it is differentiated, the forward pass computes the gradients along with the loss: the gradient of a
-    sum only waits to be scaled, and the logits need not be computed again.
+    Under differentiation, the forward pass computes the gradients along with the loss: the backward pass only
+    scales them, and the logits are not recomputed.
     """
     x_BTD, targets_BT, chunk = _pad(x_BTD, targets_BT, chunk)
 
@@ -96,7 +96,7 @@ def _forward(x_BTD: Array, head_VD: Array, targets_BT: Array, chunk: int) -> tup
 
     zeros = jnp.zeros(()), jnp.zeros_like(x_BTD), jnp.zeros_like(head_VD.T)
     (nats, dx_BTD, dhead_DV), _ = lax.scan(step, zeros, jnp.arange(0, x_BTD.shape[1], chunk))
-    # Else XLA puts the transposition into the product: slower on a CPU, and not there in bfloat16.
+    # Else XLA fuses the transposition into the product: slower on a CPU, and unsupported in bfloat16.
     dhead_DV = lax.optimization_barrier(dhead_DV)
     return nats, (dx_BTD[:, :length], dhead_DV.T)
 
