@@ -83,7 +83,7 @@ def points(study: Path, overrides=None, seeds=None, only=()):
     return points_of(str(study), overrides or {}, seeds, only)
 
 
-def losses(curve, noise=lambda octave, seed: seed % 7 / 1000, card=None):
+def losses(curve, noise=lambda octave, seed: seed % 7 / 1000):
     """A stand-in for `run` whose final loss is a function of the octave of the learning rate."""
 
     def run(config, directory, describe, say):
@@ -100,8 +100,8 @@ def losses(curve, noise=lambda octave, seed: seed % 7 / 1000, card=None):
             compile_s=1.0,
             wall_s=2.0,
         )
-        prepared = data.prepare(config.data, config.model.vocab_size)
-        return describe(**measured_fields(config, card or prepared.card, outcome))
+        card = data.prepare(config.data, config.model.vocab_size).card
+        return describe(**measured_fields(config, card, outcome))
 
     return run
 
@@ -203,7 +203,7 @@ def test_records_say_what_the_study_declares(study):
 
 
 def test_records_and_runs_of_other_data_are_found_before_anything_trains(study, tmp_path, monkeypatch):
-    stub = losses(lambda octave: 3.0, card={"source_sha256": "a", "tokenizer_sha256": "b"})
+    stub = losses(lambda octave: 3.0)
     monkeypatch.setattr(sweeping, "run", stub)
     workdir = tmp_path / "w"
     assert sweeping.sweep(points(study), workdir, jobs=1) == 0
