@@ -44,7 +44,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        # To open experiments/explore.ipynb in a Jupyter that is there, or to run it without one.
+        # To open docs/explore.ipynb in a Jupyter that is there, or to run it without one.
         "notebook": ["ipykernel>=7.0", "ipywidgets>=8.1", "nbclient>=0.11"],
         # For the parity tests only. Without a GPU, install a CPU build of torch first.
         "hf": ["accelerate>=1.0", "torch>=2.6", "transformers>=5.0"],  # accelerate: for lm-eval's own model

@@ -1,4 +1,4 @@
-"""Commands, `python -m experiments.<name>`, and what they share; README.md is the map."""
+"""Commands, `python -m experiments.<name>`, and the rooms of what they share; README.md is the map."""
 
 import os
 import sys

@@ -18,15 +18,13 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from experiments.benchmarks import (
-    measure,
-    shapes,
-    zero_shot,  # noqa: F401, it defines a flag
-)
+from experiments.benchmarks import measure, shapes
 from experiments.reporting import tables
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.runs import provenance
-from mobilellm_jax.storage.files import AnyPath, directory, write_atomically
+from mobilellm_jax.storage.files import AnyPath, write_atomically
+
+FLAGS = flags.FLAGS
 
 PARTS: tuple[str, ...] = (
     "training",
@@ -41,39 +39,45 @@ PARTS: tuple[str, ...] = (
     "zero_shot",
 )
 
-_ONLY = flags.DEFINE_list("only", list(PARTS), "parts to measure")
-_QUICK = flags.DEFINE_bool("quick", False, "models and turns so few that the numbers mean nothing: a test")
-_SHOW = flags.DEFINE_bool("show", False, "print the tables of earlier measurements, and measure nothing")
-_WORKDIR = flags.DEFINE_string("workdir", "experiments", "directory of bench/; it may exist")
+
+def define_flags() -> None:
+    flags.DEFINE_list("only", list(PARTS), "parts to measure")
+    flags.DEFINE_bool("quick", False, "models and turns so few that the numbers mean nothing: a test")
+    flags.DEFINE_bool("show", False, "print the tables of earlier measurements, and measure nothing")
+    flags.DEFINE_string("workdir", "experiments", "directory of bench/; it may exist")
+    flags.DEFINE_list("shapes", [], "of the parts training and pytorch, only these models: 125m,350m")
+    flags.DEFINE_string(
+        "data_dir", None, "folder with local files of tasks for zero_shot; default: questions of bundled text"
+    )
 
 
 def main() -> int:
     """Measures the parts asked for, and returns the exit status."""
-    for part in _ONLY.value:
+    for part in FLAGS.only:
         if part not in PARTS:
             raise UserError(f"--only={part}: there is no such part; {did_you_mean(part, PARTS)}")
-    if _QUICK.value and not flags.FLAGS["workdir"].present:
-        raise UserError("--quick: needs a --workdir, as its numbers are not to replace measured ones")
-    bench = directory("workdir", _WORKDIR.value) / "bench"
-    if _SHOW.value:
-        print("\n".join(show(bench, _ONLY.value)))
+    if FLAGS.quick and not FLAGS["workdir"].present:
+        raise UserError("--quick: needs --workdir, so that its numbers do not replace measured ones")
+    bench = cli.directory("workdir", FLAGS.workdir) / "bench"
+    if FLAGS.show:
+        print("\n".join(show(bench, FLAGS.only)))
         return 0
-    modules = {part: importlib.import_module(f"experiments.benchmarks.{part}") for part in _ONLY.value}
+    modules = {part: importlib.import_module(f"experiments.benchmarks.{part}") for part in FLAGS.only}
     for part, module in modules.items():  # what does not fit is refused before anything is measured
         if hasattr(module, "MODELS"):
             shapes.chosen(module.MODELS)
         elif shapes.asked():
-            raise UserError(f"--shapes: not for {part}, which has its own; give --only=training,pytorch too")
+            raise UserError(f"--shapes: does not apply to {part}; add --only=training,pytorch")
     for part, module in modules.items():
         missing = getattr(module, "missing", str)()  # a part that needs an extra can say so
-        if missing and not flags.FLAGS["only"].present:
+        if missing and not FLAGS["only"].present:
             print(f"\n{part}: left out: {missing}", flush=True)
             continue
-        lines = module.measure(_QUICK.value)
+        lines = module.measure(FLAGS.quick)
         device = provenance.device()
         record = {
             "part": part,
-            "quick": _QUICK.value,
+            "quick": FLAGS.quick,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": cli.command(),
             "git_commit": provenance.git_commit(),
@@ -89,25 +93,27 @@ def main() -> int:
 
 
 def show(bench: AnyPath, parts: list[str]) -> list[str]:
-    """Returns the tables of all records of these parts, line by line.
+    """The tables of all records of these parts, line by line.
 
     Raises:
       UserError: there is none, or one that cannot be read.
     """
     paths = sorted(path for part in parts for path in bench.glob(f"*/{part}*.json"))
     if not paths:
-        raise UserError(f"{bench}: nothing was measured yet; leave out --show")
+        raise UserError(f"{bench}: no measurements there; run without --show first")
     lines = []
     for path in paths:
         try:
             lines += table(json.loads(path.read_text()))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a record of this command: {error!r}") from None
+            raise UserError(
+                f"{path}: not a benchmark record ({error!r}); delete it, or measure again"
+            ) from None
     return lines
 
 
 def table(record: dict[str, Any]) -> list[str]:
-    """Returns the table of one record, with the machine above it."""
+    """The table of one record, with the machine above it."""
     lines = [measure.Line.from_json(line) for line in record["lines"]]
     device, versions = record["device"], record["versions"]
     machine = f"{device['count']} x {device['kind']}, {device['cores']} cores"
@@ -120,4 +126,4 @@ def table(record: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags=define_flags)

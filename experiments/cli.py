@@ -14,17 +14,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from mobilellm_jax.errors import Interrupted, UserError, did_you_mean
-from mobilellm_jax.storage.files import AnyPath, directory
+from mobilellm_jax.storage import quiet
+from mobilellm_jax.storage.files import AnyPath, is_bucket, path_of, reason
 from mobilellm_jax.training import signals
 from mobilellm_jax.training.malloc import keep_freed_memory
 
 
 def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:
-    """Returns the module, preset and config of "configs/<file>.py:<preset>" (no preset: the file's first).
+    """The module, preset and config of "configs/<file>.py:<preset>" (no preset: the file's first).
 
     Raises:
       UserError: there is no such file, it is no config, or it has no such preset.
@@ -40,7 +41,7 @@ def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise UserError(f"--config={spec}: {path} has no get_config(preset)")
+        raise UserError(f"--config={spec}: {path} has no get_config(preset); it is not a config file")
     try:
         config = module.get_config(*[preset] if preset else [])
     except ValueError as error:
@@ -49,12 +50,12 @@ def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:
 
 
 def config_spec() -> str:
-    """Returns the value of `--config`."""
+    """The value of `--config`."""
     return config_flags.get_config_filename(flags.FLAGS["config"])
 
 
 def one_config() -> ConfigDict:
-    """Returns the config of `--config` with its overrides, for a command about one model.
+    """The config of `--config` with its overrides, for a command about one model.
 
     Raises:
       UserError: the file names several studies, whose configs are in files of their own.
@@ -71,25 +72,25 @@ def one_config() -> ConfigDict:
 
 
 def overrides() -> dict[str, Any]:
-    """Returns the `--config.<field>=<value>` flags of the command line as {"model.width": 64, ...}."""
+    """The `--config.<field>=<value>` flags of the command line as {"model.width": 64, ...}."""
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
 def given(*names: str) -> list[str]:
-    """Returns `--config`, its overrides and the flags of these names that were given, for another command."""
+    """`--config`, its overrides and the flags of these names that were given, for another command."""
     names = ("config", *sorted(name for name in flags.FLAGS if name.startswith("config.")), *names)
     return [flags.FLAGS[name].serialize() for name in names if flags.FLAGS[name].present]
 
 
 def command() -> str:
-    """Returns the command line, as one would type it."""
+    """The command line, as one would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     arguments = [spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]]
     return shlex.join(["python", "-m", *arguments])
 
 
 def config_first(argv: Sequence[str], default_config: str) -> list[str]:
-    """Returns the command line with `--config` in front, which its overrides have to follow.
+    """The command line with `--config` in front, which its overrides have to follow.
 
     Raises:
       UserError: the config cannot be loaded, or an override names a field that it does not have.
@@ -110,6 +111,30 @@ def config_first(argv: Sequence[str], default_config: str) -> list[str]:
         if argument.startswith("-") and name.startswith("config."):
             check_field(config, name.removeprefix("config."), "--config.")
     return [argv[0], f"--config={spec}", *rest]
+
+
+def directory(flag: str, name: str) -> AnyPath:
+    """The path that a flag names, ~ is home; a bucket has to be there.
+
+    Raises:
+      UserError: the path is an address, but not gs://bucket/folder; gcsfs is not installed; or the bucket
+        does not exist or cannot be read.
+    """
+    path = path_of(os.path.expanduser(name))
+    if not is_bucket(path):
+        return path
+    bucket, _, folder = name.removeprefix("gs://").partition("/")
+    if not name.startswith("gs://") or not bucket or not folder.strip("/"):
+        raise UserError(f"--{flag}={name}: expected a local directory, or gs://bucket/folder")
+    if not importlib.util.find_spec("gcsfs"):
+        raise UserError(f"--{flag}={name}: buckets need gcsfs: python -m pip install -e '.[gcs]'")
+    try:
+        there = path_of(f"gs://{bucket}").exists()
+    except Exception as error:  # of credentials, of the network, of gcsfs: they have no type in common
+        raise UserError(f"--{flag}={name}: cannot read the bucket: {reason(error)}") from None
+    if not there:
+        raise UserError(f"--{flag}={name}: bucket {bucket} does not exist, or you may not read it")
+    return path
 
 
 def check_field(config: ConfigDict, name: str, prefix: str = "") -> None:
@@ -135,22 +160,27 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def run(main: Callable[[], int], default_config: str = "") -> None:
-    """Parses the flags, calls `main` and exits with the status it returns.
+def run(
+    main: Callable[[], int], default_config: str = "", define_flags: Callable[[], object] = lambda: None
+) -> None:
+    """Calls `define_flags`, parses the flags, calls `main` and exits with the status it returns.
 
     A command with a `default_config` gets `--config` and `--config.<field>=<value>`. Errors that a person
     can mend, and interruptions, become one line on stderr.
     """
     keep_freed_memory()
-    logging.set_verbosity(logging.WARNING)  # orbax tells of every save at INFO
+    quiet.settings()
     signals.watch()
     try:
+        before = set(flags.FLAGS)
+        define_flags()
         if default_config:
             # The flag below reads sys.argv by itself, and fails with a traceback where this does not.
             sys.argv = config_first(sys.argv, default_config)
             text = "config file, with :preset; its fields are set by --config.<group>.<field>=<value>"
             config_flags.DEFINE_config_file("config", default_config, text, lock_config=True)
-            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # for --help
+        for name in set(flags.FLAGS) - before:  # --help shows them, wherever they are defined
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
         app.run(lambda _: main(), flags_parser=_parse)
     except UserError as error:
         sys.exit(_complain(f"error: {error}", 2))
@@ -163,31 +193,28 @@ def run(main: Callable[[], int], default_config: str = "") -> None:
 
 
 def _no_devices(error: Exception) -> str:
-    """Says in one line that JAX finds no device of the platforms asked for; raises any other error."""
+    """The message where JAX finds no device of the platforms asked for; raises any other error."""
     asked = os.environ.get("JAX_PLATFORMS", "")
     where = traceback.extract_tb(error.__traceback__)[-1].filename
     if not asked or not where.endswith("xla_bridge.py"):
         raise error
     return (
-        f"JAX_PLATFORMS={asked}: JAX finds no such device; unset JAX_PLATFORMS, or install what drives it "
+        f"JAX_PLATFORMS={asked}: JAX finds no such device; unset JAX_PLATFORMS, or install its support "
         "(GPU: pip install -e '.[cuda]', TPU: pip install -e '.[tpu]')"
     )
 
 
 def run_on_records(show: Callable[[AnyPath], None], folders: str) -> None:
-    """Runs a command whose one flag is --workdir, where records are: `show` gets its value.
+    """Runs a command whose one flag is --workdir, the directory of records: `show` gets its value."""
 
-    The flag is defined here and not on import: other commands import what shows records, and have a --workdir
-    of their own.
-    """
-    workdir = flags.DEFINE_string("workdir", "experiments", f"directory of {folders}")
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["workdir"])  # for --help
+    def define_flags() -> None:
+        flags.DEFINE_string("workdir", "experiments", f"directory of {folders}")
 
     def main() -> int:
-        show(directory("workdir", workdir.value))
+        show(directory("workdir", flags.FLAGS.workdir))
         return 0
 
-    run(main)
+    run(main, define_flags=define_flags)
 
 
 def _complain(message: str, status: int) -> int:

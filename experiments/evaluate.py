@@ -23,7 +23,8 @@ import jax
 from absl import flags
 
 from experiments import cli
-from experiments.runner.scoring import questions_of, score_tasks
+from experiments.runner.flags import asked_questions, define_scoring
+from experiments.runner.scoring import score_tasks
 from mobilellm_jax import data
 from mobilellm_jax.config import Config, MeshConfig
 from mobilellm_jax.data.text import read_text
@@ -32,57 +33,58 @@ from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
 from mobilellm_jax.runs.run import check, enable_compilation_cache
-from mobilellm_jax.storage.files import directory
 from mobilellm_jax.training.held_out import evaluate_batches
 from mobilellm_jax.training.programs import make_programs
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
-_TEXT = flags.DEFINE_string("text", None, "text to score: bundled, files:<glob> or tfds:<name>")
-_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "field that holds the text in jsonl files and TFDS")
-_TASKS = flags.DEFINE_list("tasks", [], "tasks or groups of lm-eval, or mobilellm, separated by commas")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "folder with local files of --tasks; else the hub is asked")
-_LIMIT = flags.DEFINE_integer("limit", None, "ask only so many questions of each of --tasks", 1)
-_BOS = flags.DEFINE_bool(
-    "bos", None, "begin texts of --tasks with BOS; by default as in the model's training"
-)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "rows at a time; else as in training")
-_MESH = flags.DEFINE_list(
-    "mesh", ["-1", "1", "1"], "sizes of the axes data,fsdp,tensor; by default every device holds all weights"
-)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "directory of the run")
+    flags.DEFINE_string("text", None, "text to score: bundled, files:<glob> or tfds:<name>")
+    flags.DEFINE_string("text_field", "text", "field that holds the text in jsonl files and TFDS")
+    flags.DEFINE_bool("bos", None, "begin texts of --tasks with BOS; by default as in the model's training")
+    flags.DEFINE_integer("batch_size", None, "rows at a time; else as in training")
+    flags.DEFINE_list(
+        "mesh",
+        ["-1", "1", "1"],
+        "sizes of the axes data,fsdp,tensor; by default every device holds all weights",
+    )
+    define_scoring()
 
 
 def main() -> int:
     """Evaluates, and returns the exit status."""
-    if not _WORKDIR.value:
-        raise UserError("--workdir: say which run, such as --workdir=runs/first")
-    if not _TEXT.value and not _TASKS.value:
+    if not FLAGS.workdir:
+        raise UserError("--workdir: missing; name a run, such as --workdir=runs/first")
+    if not FLAGS.text and not FLAGS.tasks:
         raise UserError(
-            "--text: say what to score, such as --text='files:corpus/*.txt', or --tasks=mobilellm"
+            "--text: missing; name a text to score, such as --text='files:corpus/*.txt', or --tasks=mobilellm"
         )
-    questions = questions_of(_TASKS.value, _DATA_DIR.value, _LIMIT.value, _BOS.value)
-    workdir = directory("workdir", _WORKDIR.value)
+    questions = asked_questions(FLAGS.bos)
+    workdir = cli.directory("workdir", FLAGS.workdir)
     config, params = open_run(workdir)
     tokenizer = open_tokenizer(workdir)
     if tokenizer is None:
         raise UserError(f"{workdir}: this run has no tokenizer, which --text and --tasks need")
     config = _on_this_machine(config)
     enable_compilation_cache()
-    if _TEXT.value:
-        _score_text(config, params, tokenizer, _TEXT.value, begins_with_bos(workdir, tokenizer))
+    if FLAGS.text:
+        _score_text(config, params, tokenizer, FLAGS.text, begins_with_bos(workdir, tokenizer))
     if questions:
         score_tasks(questions, workdir, config, params, tokenizer, check(config))
     return 0
 
 
 def _on_this_machine(config: Config) -> Config:
-    """Returns the config with the mesh and the batch of this command, of which only evaluation is used."""
+    """The config with the mesh and batch size of this command."""
     try:
-        mesh = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), map(int, _MESH.value), strict=True)))
+        mesh = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), map(int, FLAGS.mesh), strict=True)))
     except (TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"--mesh={','.join(_MESH.value)}: expected three sizes, such as -1,1,1") from None
-    size = _BATCH_SIZE.value
+        raise UserError(f"--mesh={','.join(FLAGS.mesh)}: expected three sizes, such as -1,1,1") from None
+    size = FLAGS.batch_size
     if size is None:
         data_size, fsdp_size, _ = partition.mesh_shape(mesh, jax.device_count())
         ways = data_size * fsdp_size
@@ -94,7 +96,7 @@ def _on_this_machine(config: Config) -> Config:
 def _score_text(config: Config, params: Params, tokenizer: data.Tokenizer, spec: str, add_bos: bool) -> None:
     """Prints the loss, the perplexity and the bits per byte of a text."""
     programs = make_programs(config, check(config))
-    text = read_text(spec, _TEXT_FIELD.value, tokenizer, config.data.sequence_length, add_bos)
+    text = read_text(spec, FLAGS.text_field, tokenizer, config.data.sequence_length, add_bos)
     params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, programs.state.params))
     batches = text.batches(config.train.eval_batch_size, jax.process_index(), jax.process_count())
     loss, _ = evaluate_batches(programs, params, batches)
@@ -106,4 +108,4 @@ def _score_text(config: Config, params: Params, tokenizer: data.Tokenizer, spec:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags=define_flags)

@@ -17,22 +17,26 @@ from mobilellm_jax.formats.huggingface_weights import DTYPES, WEIGHTS
 from mobilellm_jax.runs.directory import open_tokenizer
 from mobilellm_jax.storage.files import local_directory
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
-_TARGET = flags.DEFINE_string("target", None, "folder to make")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "of the weights")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "directory of the run")
+    flags.DEFINE_string("target", None, "folder to make")
+    flags.DEFINE_enum("dtype", "float32", DTYPES, "of the weights")
 
 
 def main() -> int:
     """Exports, and returns the exit status."""
-    if not _WORKDIR.value:
-        raise UserError("--workdir: say which run to export, such as --workdir=runs/first")
-    if not _TARGET.value:
-        raise UserError("--target: say which folder to make, such as --target=exported")
-    workdir, target = local_directory("workdir", _WORKDIR.value), local_directory("target", _TARGET.value)
-    config = huggingface.export_run(workdir, target, _DTYPE.value)
+    if not FLAGS.workdir:
+        raise UserError("--workdir: missing; name the run to export, such as --workdir=runs/first")
+    if not FLAGS.target:
+        raise UserError("--target: missing; name the folder to make, such as --target=exported")
+    workdir, target = local_directory("workdir", FLAGS.workdir), local_directory("target", FLAGS.target)
+    config = huggingface.export_run(workdir, target, FLAGS.dtype)
     tokenizer = open_tokenizer(workdir)
     print(
-        f"exported {config.model.effective_depth} layers in {_DTYPE.value}, "
+        f"exported {config.model.effective_depth} layers in {FLAGS.dtype}, "
         f"{(target / WEIGHTS).stat().st_size / 1e6:.1f} MB; "
         f"tokenizer: {tokenizer.spec if tokenizer else 'the run keeps none'}; see {target}"
     )
@@ -40,4 +44,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags=define_flags)

@@ -22,44 +22,45 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.generate import Generator, Sampling, TextStream
 from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
 from mobilellm_jax.runs.run import enable_compilation_cache
-from mobilellm_jax.storage.files import directory
 from mobilellm_jax.training import signals
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
-_PROMPT = flags.DEFINE_multi_string(
-    "prompt", [], "text to continue, after BOS where the model's training put it. Several make a batch"
-)
-_PROMPT_IDS = flags.DEFINE_multi_string(
-    "prompt_ids", [], "or token ids to continue, as they are, such as 1,403; several make a batch"
-)
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "at most; else what the context has room for")
-_TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.0, "0: the most probable token; 1: drawn as the model says"
-)
-_TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that together have this probability")
-_SEED = flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
-_CONTEXT = flags.DEFINE_integer("context", None, "longest prompt and text; else the length of a training row")
-_PRINT_IDS = flags.DEFINE_bool("print_ids", False, "print ids, those of the prompt included, and no text")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "directory of the run")
+    flags.DEFINE_multi_string(
+        "prompt", [], "text to continue, after BOS where the model's training put it. Several make a batch"
+    )
+    flags.DEFINE_multi_string(
+        "prompt_ids", [], "or token ids to continue, as they are, such as 1,403; several make a batch"
+    )
+    flags.DEFINE_integer("max_new_tokens", None, "at most; else what the context has room for")
+    flags.DEFINE_float("temperature", 0.0, "0: the most probable token; 1: drawn as the model says")
+    flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
+    flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that together have this probability")
+    flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_integer("context", None, "longest prompt and text; else the length of a training row")
+    flags.DEFINE_bool("print_ids", False, "print ids, those of the prompt included, and no text")
 
 
 def main() -> int:
     """Generates, and returns the exit status."""
-    if not _WORKDIR.value:
-        raise UserError("--workdir: say which run, such as --workdir=runs/first")
-    sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
-    if not (_PROMPT.value or _PROMPT_IDS.value or sys.stdin.isatty()):
-        raise UserError("--prompt: say what to continue, such as --prompt='Once upon a time'")
-    given_ids = [_token_ids(text) for text in _PROMPT_IDS.value]
-    workdir = directory("workdir", _WORKDIR.value)
+    if not FLAGS.workdir:
+        raise UserError("--workdir: missing; name a run, such as --workdir=runs/first")
+    sampling = Sampling(temperature=FLAGS.temperature, top_k=FLAGS.top_k, top_p=FLAGS.top_p)
+    if not (FLAGS.prompt or FLAGS.prompt_ids or sys.stdin.isatty()):
+        raise UserError("--prompt: missing; give a text to continue, such as --prompt='Once upon a time'")
+    given_ids = [_token_ids(text) for text in FLAGS.prompt_ids]
+    workdir = cli.directory("workdir", FLAGS.workdir)
     config, params = open_run(workdir)
     tokenizer = open_tokenizer(workdir)
-    if tokenizer is None and not (_PRINT_IDS.value and given_ids and not _PROMPT.value):
+    if tokenizer is None and not (FLAGS.print_ids and given_ids and not FLAGS.prompt):
         raise UserError(f"{workdir}: this run has no tokenizer; use --prompt_ids together with --print_ids")
     add_bos = tokenizer is not None and begins_with_bos(workdir, tokenizer)
-    prompts = [*_encode(_PROMPT.value, tokenizer, add_bos), *given_ids]
+    prompts = [*_encode(FLAGS.prompt, tokenizer, add_bos), *given_ids]
     enable_compilation_cache()
-    context = config.data.sequence_length if _CONTEXT.value is None else _CONTEXT.value
+    context = config.data.sequence_length if FLAGS.context is None else FLAGS.context
     generator = Generator(params, config.model, sampling, context)
     if prompts:
         _answer(generator, prompts, tokenizer)
@@ -129,7 +130,7 @@ def _answer(
     Stops early where a signal was `received`.
     """
     eos_id = tokenizer.eos_id if tokenizer else None
-    steps = generator.start(prompts, _MAX_NEW_TOKENS.value, eos_id, _SEED.value, place)
+    steps = generator.start(prompts, FLAGS.max_new_tokens, eos_id, FLAGS.seed, place)
     outputs = [_Output(prompt, tokenizer) for prompt in prompts]
     turn, start, first = 0, time.perf_counter(), None
     for ids in steps:
@@ -139,14 +140,14 @@ def _answer(
         outputs[turn].print()
         while outputs[turn].ended and turn + 1 < len(outputs):
             turn += 1
-            print("" if _PRINT_IDS.value else "\n---")
+            print("" if FLAGS.print_ids else "\n---")
             outputs[turn].print()
         if received:
             break
     end = time.perf_counter()
     for number, output in enumerate(outputs[turn:]):
         if number > 0:
-            print("" if _PRINT_IDS.value else "\n---")
+            print("" if FLAGS.print_ids else "\n---")
         output.add(None)
         output.print()
     print()
@@ -160,7 +161,7 @@ class _Output:
     """What is to be printed for one prompt."""
 
     def __init__(self, prompt: Sequence[int], tokenizer: data.Tokenizer | None) -> None:
-        self._stream = TextStream(tokenizer) if tokenizer and not _PRINT_IDS.value else None
+        self._stream = TextStream(tokenizer) if tokenizer and not FLAGS.print_ids else None
         self._pending, self.ended = "", False
         if self._stream:
             self._pending = "".join(map(self._stream.add, prompt))
@@ -190,4 +191,4 @@ def _say_speed(what: str, tokens: int, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags=define_flags)

@@ -26,14 +26,13 @@ from jax.sharding import AbstractMesh, AxisType
 
 from experiments import cli
 from experiments.runner import hosts
-from experiments.sweep import (
-    PASSED_ON,  # with them come the flags of a sweep
-    asked_points,  # with them come the flags of a sweep
-)
+from experiments.runner.flags import PASSED_ON, asked_points, define_sweep
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.training.signals import RESUME_ME
+
+FLAGS = flags.FLAGS
 
 # What GKE calls the accelerator, and the dimensions of a topology.
 _TPUS = {
@@ -46,39 +45,42 @@ _GRACE_S = 300  # to save a checkpoint; GKE gives a spot node less
 _START_S = 900  # for the slowest host to fetch the image
 _RESTARTS = 10
 
-_TPU = flags.DEFINE_enum("tpu", "v5e", list(_TPUS), "generation of the TPU")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "of the slice, such as 4x4, or 2x2x4 on v4 and v5p")
-_CHIPS = flags.DEFINE_integer("chips_per_host", None, "default: 4, and 1 for a topology of 1x1", 1, 8)
-_IMAGE = flags.DEFINE_string("image", None, "container image with this repository")
-_CLAIM = flags.DEFINE_string("claim", None, "PersistentVolumeClaim for the results")
-_MOUNT = flags.DEFINE_string("mount", "/mnt/runs", "where the claim is mounted")
-_NAME = flags.DEFINE_string("name", None, "of the JobSet; default: from --config")
-_SPOT = flags.DEFINE_bool("spot", False, "on spot nodes")
-_RUN = flags.DEFINE_enum("run", "sweep", ["sweep", "train"], "which command")
+
+def define_flags() -> None:
+    flags.DEFINE_enum("tpu", "v5e", list(_TPUS), "generation of the TPU")
+    flags.DEFINE_string("topology", None, "of the slice, such as 4x4, or 2x2x4 on v4 and v5p")
+    flags.DEFINE_integer("chips_per_host", None, "default: 4, and 1 for a topology of 1x1", 1, 8)
+    flags.DEFINE_string("image", None, "container image with this repository")
+    flags.DEFINE_string("claim", None, "PersistentVolumeClaim for the results")
+    flags.DEFINE_string("mount", "/mnt/runs", "where the claim is mounted")
+    flags.DEFINE_string("name", None, "of the JobSet; default: from --config")
+    flags.DEFINE_bool("spot", False, "on spot nodes")
+    flags.DEFINE_enum("run", "sweep", ["sweep", "train"], "which command")
+    define_sweep()
 
 
 def main() -> int:
     """Prints the manifest, and returns the exit status."""
-    num_hosts, chips = hosts_of(_TPU.value, _TOPOLOGY.value or "", _CHIPS.value)
-    workdir = flags.FLAGS["workdir"].value if flags.FLAGS["workdir"].present else ""
+    num_hosts, chips = hosts_of(FLAGS.tpu, FLAGS.topology or "", FLAGS.chips_per_host)
+    workdir = FLAGS.workdir if FLAGS["workdir"].present else ""
     in_bucket = workdir.startswith("gs://")
-    for name, flag in (("image", _IMAGE), ("claim", _CLAIM)):
-        if not flag.value and not (name == "claim" and in_bucket):
-            raise UserError(f"--{name}: say which {flag.help}")
-    if in_bucket and _CLAIM.value:
-        raise UserError(f"--claim={_CLAIM.value}: is for a --workdir under {_MOUNT.value}, not in a bucket")
-    if not in_bucket and not PurePosixPath(workdir).is_relative_to(_MOUNT.value):
+    for name in ("image", "claim"):
+        if not FLAGS[name].value and not (name == "claim" and in_bucket):
+            raise UserError(f"--{name}: missing; give the {FLAGS[name].help}")
+    if in_bucket and FLAGS.claim:
+        raise UserError(f"--claim={FLAGS.claim}: leave it out; --workdir is in a bucket")
+    if not in_bucket and not PurePosixPath(workdir).is_relative_to(FLAGS.mount):
         raise UserError(
-            f"--workdir={workdir}: lies outside of the volume of --claim; expected {_MOUNT.value}/... or gs://..."
+            f"--workdir={workdir}: is outside the volume of --claim; expected {FLAGS.mount}/... or gs://..."
         )
-    command = ["python", "-m", f"experiments.{_RUN.value}", *_arguments(num_hosts, chips)]
-    name = _NAME.value or re.sub(r"[^a-z0-9]+", "-", PurePosixPath(cli.config_spec()).name.lower())
+    command = ["python", "-m", f"experiments.{FLAGS.run}", *_arguments(num_hosts, chips)]
+    name = FLAGS.name or re.sub(r"[^a-z0-9]+", "-", PurePosixPath(cli.config_spec()).name.lower())
     print(yaml.safe_dump(manifest(name, command, num_hosts, chips), sort_keys=False, width=1000), end="")
     return 0
 
 
 def hosts_of(tpu: str, topology: str, chips_per_host: int | None) -> tuple[int, int]:
-    """Returns the number of hosts of a slice, and of chips of each.
+    """The number of hosts of a slice, and of chips of each.
 
     Raises:
       UserError: there is no such topology.
@@ -95,23 +97,23 @@ def hosts_of(tpu: str, topology: str, chips_per_host: int | None) -> tuple[int, 
 
 
 def _arguments(num_hosts: int, chips: int) -> list[str]:
-    """Returns the arguments of the command, after checking that it can run on the slice."""
+    """The arguments of the command; checks that it can run on the slice."""
     passed_on = [*PASSED_ON, "shard", "devices_per_run"]
     for name in ("jobs", "list"):
-        if flags.FLAGS[name].present:
-            raise UserError(f"--{name}: is not for a TPU slice")
+        if FLAGS[name].present:
+            raise UserError(f"--{name}: leave it out; it does not apply to a TPU slice")
     if hosts.asked():
-        raise UserError("--distributed: is set here as the slice needs it")
-    if _RUN.value == "train":
+        raise UserError("--distributed: leave it out; it is set where the slice has several hosts")
+    if FLAGS.run == "train":
         for name in passed_on[1:]:
-            if flags.FLAGS[name].present:
-                raise UserError(f"--{name}: is for --run=sweep")
-        configs = [from_config_dict(flags.FLAGS.config)]
+            if FLAGS[name].present:
+                raise UserError(f"--{name}: applies to --run=sweep only")
+        configs = [from_config_dict(FLAGS.config)]
     else:
         configs = [point.config for point in asked_points()]
-    size = flags.FLAGS["devices_per_run"].value
+    size = FLAGS.devices_per_run
     if size and (num_hosts > 1 or chips % size):
-        raise UserError(f"--devices_per_run={size}: takes a slice of one host whose chips it divides")
+        raise UserError(f"--devices_per_run={size}: needs a slice of one host whose chips it divides")
     for config in configs:
         _check_mesh(config, size or num_hosts * chips)
     arguments = cli.given(*passed_on)
@@ -124,7 +126,7 @@ def _check_mesh(config: Config, devices: int) -> None:
 
 
 def manifest(name: str, command: list[str], num_hosts: int, chips: int) -> dict[str, Any]:
-    """Returns the JobSet.
+    """The JobSet.
 
     Raises:
       UserError: a name that Kubernetes does not take.
@@ -134,14 +136,14 @@ def manifest(name: str, command: list[str], num_hosts: int, chips: int) -> dict[
             f"--name={name}: expected at most 40 lower-case letters, digits and dashes, first a letter"
         )
     nodes = {
-        "cloud.google.com/gke-tpu-accelerator": _TPUS[_TPU.value][0],
-        "cloud.google.com/gke-tpu-topology": _TOPOLOGY.value,
+        "cloud.google.com/gke-tpu-accelerator": _TPUS[FLAGS.tpu][0],
+        "cloud.google.com/gke-tpu-topology": FLAGS.topology,
     }
-    if _SPOT.value:
+    if FLAGS.spot:
         nodes["cloud.google.com/gke-spot"] = "true"
     container: dict[str, Any] = {
         "name": "run",
-        "image": _IMAGE.value,
+        "image": FLAGS.image,
         "command": command,
         "ports": [{"containerPort": 8471}],  # of libtpu
         "resources": {kind: {"google.com/tpu": chips} for kind in ("requests", "limits")},
@@ -152,9 +154,9 @@ def manifest(name: str, command: list[str], num_hosts: int, chips: int) -> dict[
         "nodeSelector": nodes,
         "containers": [container],
     }
-    if _CLAIM.value:
-        container["volumeMounts"] = [{"name": "runs", "mountPath": _MOUNT.value}]
-        pod["volumes"] = [{"name": "runs", "persistentVolumeClaim": {"claimName": _CLAIM.value}}]
+    if FLAGS.claim:
+        container["volumeMounts"] = [{"name": "runs", "mountPath": FLAGS.mount}]
+        pod["volumes"] = [{"name": "runs", "persistentVolumeClaim": {"claimName": FLAGS.claim}}]
     # These fail the job with the reason PodFailurePolicy, which the JobSet does not count as a restart.
     ask_for_restart = [
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -195,4 +197,4 @@ def manifest(name: str, command: list[str], num_hosts: int, chips: int) -> dict[
 
 
 if __name__ == "__main__":
-    cli.run(main, default_config="configs/tour.py:tiny")
+    cli.run(main, default_config="configs/tour.py:tiny", define_flags=define_flags)

@@ -22,33 +22,37 @@ from mobilellm_jax.formats.huggingface_config import model_fields, read_object
 from mobilellm_jax.runs.directory import TOKENIZER
 from mobilellm_jax.storage.files import local_directory
 
-_SOURCE = flags.DEFINE_string("source", None, "folder with config.json and safetensors, or <owner>/<name>")
-_WORKDIR = flags.DEFINE_string("workdir", None, "run directory to make")
-_SHARING = flags.DEFINE_string("sharing", "", "fold copied layers: a sharing strategy or explicit plan")
-_NUM_REPEATS = flags.DEFINE_integer("num_repeats", 1, "copies of each block, with a strategy", 1)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("source", None, "folder with config.json and safetensors, or <owner>/<name>")
+    flags.DEFINE_string("workdir", None, "run directory to make")
+    flags.DEFINE_string("sharing", "", "fold copied layers: a sharing strategy or explicit plan")
+    flags.DEFINE_integer("num_repeats", 1, "copies of each block, with a strategy", 1)
 
 
 def main() -> int:
     """Imports, and returns the exit status."""
-    if not _SOURCE.value:
-        raise UserError("--source: say what to import, a folder or an id such as HuggingFaceTB/SmolLM2-135M")
-    if not _WORKDIR.value:
-        raise UserError("--workdir: say which directory to make, such as --workdir=runs/smollm2")
-    how = (_SHARING.value, _NUM_REPEATS.value)
-    folder = fetch(_SOURCE.value, how)
-    workdir = local_directory("workdir", _WORKDIR.value)
+    if not FLAGS.source:
+        raise UserError("--source: missing; name a folder, or a hub id such as HuggingFaceTB/SmolLM2-135M")
+    if not FLAGS.workdir:
+        raise UserError("--workdir: missing; name the directory to make, such as --workdir=runs/smollm2")
+    how = (FLAGS.sharing, FLAGS.num_repeats)
+    folder = fetch(FLAGS.source, how)
+    workdir = local_directory("workdir", FLAGS.workdir)
     config = huggingface.import_run(folder, workdir, base.get_config(), *how)
     m, has_tokenizer = config.model, (workdir / TOKENIZER).exists()
     print(
         f"imported {accounting.parameters(m).total:,} parameters, {m.depth} blocks of width {m.width} in "
         f"{m.effective_depth} layers; tokenizer: {config.data.tokenizer if has_tokenizer else 'none'}; "
-        f"see {_WORKDIR.value}"
+        f"see {FLAGS.workdir}"
     )
     return 0
 
 
 def fetch(source: str, how: tuple[str, int]) -> Path:
-    """Returns the folder that `source` names, after downloading it if it is on the hub.
+    """The folder that `source` names; downloads it if it is an id on the hub.
 
     Raises:
       UserError: it is neither there nor on the hub, or its config.json, which comes first, is not supported.
@@ -57,7 +61,7 @@ def fetch(source: str, how: tuple[str, int]) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise UserError(f"--source={source}: there is no such folder, and it is no hub id, <owner>/<name>")
+        raise UserError(f"--source={source}: no such folder, and not a hub id (<owner>/<name>)")
     try:
         config_folder = snapshot_download(source, allow_patterns=["config.json"])
         model_fields(read_object(Path(config_folder) / "config.json"), *how)
@@ -66,8 +70,8 @@ def fetch(source: str, how: tuple[str, int]) -> Path:
         raise
     except Exception as error:  # the library lets those of several others through
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"--source={source}: there is no such folder, and the hub says: {reason}") from None
+        raise UserError(f"--source={source}: no such folder, and the hub answered: {reason}") from None
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags=define_flags)

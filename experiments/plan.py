@@ -26,9 +26,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.training.programs import make_programs
 
-_MESH = flags.DEFINE_string(
-    "mesh", "", "sizes of the mesh axes, such as data:64,fsdp:4,tensor:1; those left out are 1"
-)
+FLAGS = flags.FLAGS
 
 PLATFORMS = ("tpu", "cuda")
 _MOST = 4096  # devices; simulating them takes threads and memory
@@ -62,15 +60,21 @@ class Plan:
         return self.parameter_bytes + self.optimizer_bytes + self.gradient_bytes + self.activation_bytes
 
 
+def define_flags() -> None:
+    flags.DEFINE_string(
+        "mesh", "", "sizes of the mesh axes, such as data:64,fsdp:4,tensor:1; those left out are 1"
+    )
+
+
 def main() -> int:
     """Prints the plan, and returns the exit status."""
     config = from_config_dict(cli.one_config())
-    sizes = parse_mesh(_MESH.value)
+    sizes = parse_mesh(FLAGS.mesh)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", math.prod(sizes))
     mesh = abstract_mesh(sizes)
     plan = make_plan(config, mesh)
-    print(f"{cli.config_spec()} on {mesh.size} devices: {_MESH.value}\n")
+    print(f"{cli.config_spec()} on {mesh.size} devices: {FLAGS.mesh}\n")
     print(f"lowers for {' and '.join(lowers_for(config, mesh))}\n")
     print(table(plan, mesh.size), flush=True)
     filled = MeshConfig(**dict(zip(partition.AXES, sizes, strict=True)))
@@ -79,7 +83,7 @@ def main() -> int:
 
 
 def parse_mesh(text: str) -> tuple[int, int, int]:
-    """Returns the sizes of (data, fsdp, tensor) in "data:64,fsdp:4".
+    """The sizes of (data, fsdp, tensor) in "data:64,fsdp:4".
 
     Raises:
       UserError: it has another form, or more devices than can be simulated.
@@ -89,22 +93,25 @@ def parse_mesh(text: str) -> tuple[int, int, int]:
         match = re.fullmatch(r"(\w+):0*([1-9]\d{0,8})", part.strip())
         if not match or match[1] not in partition.AXES or match[1] in sizes:
             raise UserError(
-                f"--mesh={text}: {part!r} is not an axis and its size, once; valid: data:64,fsdp:4,tensor:1"
+                f"--mesh={text}: {part!r} is not a new axis and its size; "
+                "expected some of data:64,fsdp:4,tensor:1"
             )
         sizes[match[1]] = int(match[2])
     if math.prod(sizes.values()) > _MOST:
-        raise UserError(f"--mesh={text}: {math.prod(sizes.values()):,} devices; at most {_MOST:,}")
+        raise UserError(
+            f"--mesh={text}: {math.prod(sizes.values()):,} devices; at most {_MOST:,} can be simulated"
+        )
     data, fsdp, tensor = (sizes.get(axis, 1) for axis in partition.AXES)
     return data, fsdp, tensor
 
 
 def abstract_mesh(sizes: tuple[int, int, int]) -> AbstractMesh:
-    """Returns a mesh of devices that are not there."""
+    """A mesh without devices."""
     return AbstractMesh(sizes, partition.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def make_plan(config: Config, mesh: AbstractMesh) -> Plan:
-    """Returns what a step takes, from shapes and shardings alone.
+    """The cost of a training step, from shapes and shardings alone.
 
     Raises:
       UserError: the mesh does not divide the model or the batch.
@@ -133,7 +140,7 @@ def make_plan(config: Config, mesh: AbstractMesh) -> Plan:
 
 
 def _device_bytes(tree: Any) -> int:
-    """Returns the bytes that one device holds of a tree of `jax.ShapeDtypeStruct` with shardings."""
+    """The bytes that one device holds of a tree of `jax.ShapeDtypeStruct` with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -151,7 +158,7 @@ def lowers_for(config: Config, mesh: AbstractMesh) -> tuple[str, ...]:
 
 
 def traffic(config: Config) -> list[Collective]:
-    """Returns the collectives of a training step on the mesh of `config`, out of as many simulated devices.
+    """The collectives of a training step on the mesh of `config`, out of as many simulated devices.
 
     Raises:
       RuntimeError: there are fewer: set `jax_num_cpu_devices` before the first use of jax.
@@ -163,7 +170,7 @@ def traffic(config: Config) -> list[Collective]:
 
 
 def table(plan: Plan, devices: int) -> str:
-    """Returns the plan, a line for each number."""
+    """The plan as text, a line for each number."""
     rows = [
         ("tokens per step", f"{plan.tokens:,}"),
         ("FLOPs per step, of the model", f"{plan.model_flops:.4g}"),
@@ -181,7 +188,7 @@ def table(plan: Plan, devices: int) -> str:
 
 
 def traffic_table(collectives: list[Collective]) -> str:
-    """Returns the collectives, a line for each kind and number of devices that take part."""
+    """The collectives as text, a line for each kind and number of devices that take part."""
     if not collectives:
         return "collectives per step: none"
     rows = [("collectives per step", "among", "count", "arrays", "sent by a device")]
@@ -194,7 +201,7 @@ def traffic_table(collectives: list[Collective]) -> str:
 
 
 def _size(count: int) -> str:
-    """Returns bytes in the unit that leaves one to three digits before the point, such as "1.50 GB"."""
+    """Bytes in the unit that leaves one to three digits before the point, such as "1.50 GB"."""
     number, unit = float(count), "bytes"
     for unit in ("bytes", "kB", "MB", "GB"):
         if number < 1000 or unit == "GB":
@@ -204,4 +211,4 @@ def _size(count: int) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, default_config="configs/base.py")
+    cli.run(main, default_config="configs/base.py", define_flags=define_flags)

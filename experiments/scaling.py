@@ -15,12 +15,12 @@ from experiments.reporting.scaling_page import check_same_data, draw, report, si
 from mobilellm_jax.analysis.records import by_study, read_records
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage.files import directory, write_atomically
+from mobilellm_jax.storage.files import write_atomically
 
 
 def main() -> int:
     """Fits, draws and prints what is in --workdir, and returns the exit status."""
-    workdir, study = directory("workdir", flags.FLAGS.workdir), flags.FLAGS.study
+    workdir, study = cli.directory("workdir", flags.FLAGS.workdir), flags.FLAGS.study
     presets = {
         preset: records
         for (name, preset), records in by_study(read_records(workdir / "results")).items()

@@ -22,39 +22,45 @@ from mobilellm_jax.costs import accounting
 from mobilellm_jax.costs.shapes import BUDGETS, Rules, Shape, solve
 from mobilellm_jax.errors import UserError
 
-_BUDGET = flags.DEFINE_string("budget", None, f"<name>:<value>, such as 110_000, 110k or 125M; {BUDGETS}")
-_DEPTH = flags.DEFINE_list("depth", [], "depths to find widths for, separated by commas")
-_WIDTH = flags.DEFINE_list("width", [], "widths to find depths for, separated by commas")
-_TOLERANCE = flags.DEFINE_float(
-    "tolerance", 0.02, "largest spread (max / min - 1) of the budget over all shapes, as in a study", 0, 0.99
-)
-_HEAD_DIM = flags.DEFINE_list("head_dim", [], "head sizes to choose from; default: the config's")
-_FFN_STEP = flags.DEFINE_integer("ffn_step", 4, "ffn_width is a multiple of it", 1)
-_FFN_BAND = flags.DEFINE_float(
-    "ffn_band", 0.15, "how far ffn_width / width may be from the config's", 0, 0.99
-)
+FLAGS = flags.FLAGS
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
 
+def define_flags() -> None:
+    flags.DEFINE_string("budget", None, f"<name>:<value>, such as 110_000, 110k or 125M; {BUDGETS}")
+    flags.DEFINE_list("depth", [], "depths to find widths for, separated by commas")
+    flags.DEFINE_list("width", [], "widths to find depths for, separated by commas")
+    flags.DEFINE_float(
+        "tolerance",
+        0.02,
+        "largest spread (max / min - 1) of the budget over all shapes, as in a study",
+        0,
+        0.99,
+    )
+    flags.DEFINE_list("head_dim", [], "head sizes to choose from; default: the config's")
+    flags.DEFINE_integer("ffn_step", 4, "ffn_width is a multiple of it", 1)
+    flags.DEFINE_float("ffn_band", 0.15, "how far ffn_width / width may be from the config's", 0, 0.99)
+
+
 def main() -> int:
     """Prints the shapes, and returns the exit status."""
-    budget, target = parse_budget(_BUDGET.value)
-    if bool(_DEPTH.value) == bool(_WIDTH.value):
-        raise UserError("--depth, --width: give one of them, such as --depth=4,8,16, and not the other")
+    budget, target = parse_budget(FLAGS.budget)
+    if bool(FLAGS.depth) == bool(FLAGS.width):
+        raise UserError("--depth, --width: give exactly one of them, such as --depth=4,8,16")
     config = from_config_dict(cli.one_config())
     length, rows = config.data.sequence_length, config.train.batch_size // config.train.accumulation_steps
-    spread = _TOLERANCE.value
+    spread = FLAGS.tolerance
     rules = Rules(
-        head_dims=tuple(_integers("head_dim", _HEAD_DIM.value)),
-        ffn_step=_FFN_STEP.value,
-        ffn_band=_FFN_BAND.value,
+        head_dims=tuple(_integers("head_dim", FLAGS.head_dim)),
+        ffn_step=FLAGS.ffn_step,
+        ffn_band=FLAGS.ffn_band,
         tolerance=spread / (2 + spread),  # to each side: then no two shapes are further apart than `spread`
     )
-    given = "depth" if _DEPTH.value else "width"
+    given = "depth" if FLAGS.depth else "width"
     shapes = [
         solve(config.model, budget, target, length=length, rules=rules, **{given: size})
-        for size in _integers(given, _DEPTH.value or _WIDTH.value)
+        for size in _integers(given, FLAGS.depth or FLAGS.width)
     ]
     costs = [accounting.budgets(shape.config, length, rows) for shape in shapes]
     print(table(shapes, costs))
@@ -64,7 +70,7 @@ def main() -> int:
 
 
 def parse_budget(text: str | None) -> tuple[str, float]:
-    """Returns name and value of "<name>:<value>"; the value may have "_" and one of the units k, M, B and G.
+    """Name and value of "<name>:<value>"; the value may have "_" and one of the units k, M, B and G.
 
     Raises:
       UserError: it has another form, there is no such budget, or the value is not positive.
@@ -89,7 +95,7 @@ def _integers(flag: str, words: Sequence[str]) -> list[int]:
 
 
 def table(shapes: Sequence[Shape], costs: Sequence[dict[str, int | float]]) -> str:
-    """Returns fields, budgets and mismatch, a column for each shape."""
+    """Fields, budgets and mismatch, a column for each shape."""
     rows = [[name, *(f"{shape.fields[name]:,}" for shape in shapes)] for name in shapes[0].fields]
     rows += [[name, *(f"{cost[name]:,.0f}" for cost in costs)] for name in costs[0]]
     rows.append(["mismatch to the target", *(f"{shape.mismatch:+.2%}" for shape in shapes)])
@@ -98,11 +104,11 @@ def table(shapes: Sequence[Shape], costs: Sequence[dict[str, int | float]]) -> s
 
 
 def paste(shapes: Sequence[Shape]) -> str:
-    """Returns the points of these shapes for the `sweep` of a config."""
+    """The points of these shapes for the `sweep` of a config."""
     rows = {name: tuple(shape.fields[name] for shape in shapes) for name in shapes[0].fields}
     lines = [f"    model__{name}={values}," for name, values in rows.items()]
     return "\n".join(["yield from base.zipped(", *lines, ")"])
 
 
 if __name__ == "__main__":
-    cli.run(main, default_config="configs/base.py")
+    cli.run(main, default_config="configs/base.py", define_flags=define_flags)

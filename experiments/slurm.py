@@ -19,60 +19,66 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from experiments.runner import hosts, scoring
-from experiments.runner.points import table
-from experiments.runner.progress import missing_runs
+from experiments.runner import hosts, questions
+from experiments.runner.flags import PASSED_ON, asked_points, asked_questions, define_sweep
+from experiments.runner.listing import said_to_compare, table
+from experiments.runner.progress import Progress
 from experiments.runner.sweeping import make_workdir
-from experiments.sweep import PASSED_ON, asked_points, asked_questions
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import local_directory
 
-_CLUSTER = flags.DEFINE_enum(
-    "cluster", "slurm", ["slurm", "local"], "local: as processes on this machine, one task after the other"
-)
-_PARTITION = flags.DEFINE_string("partition", None, "partition of the cluster; default: its own")
-_ACCOUNT = flags.DEFINE_string("account", None, "account that is charged")
-_TIME = flags.DEFINE_integer("time", 240, "minutes until a task saves and queues again", 5)
-_GPUS = flags.DEFINE_integer("gpus", 0, "GPUs for each task", 0)
-_CPUS = flags.DEFINE_integer("cpus", 2, "CPU cores for each task", 1)
-_MEMORY = flags.DEFINE_float("mem_gb", None, "memory for each task, in GB; default: the cluster's", 0.1)
-_PARALLEL = flags.DEFINE_integer("parallel", 256, "tasks that may run at once", 1)
-_SBATCH = flags.DEFINE_list("sbatch", [], "more options of sbatch, such as qos=low,constraint=a100")
+FLAGS = flags.FLAGS
 
 _SAVE_S = 120  # between the signal and the time limit
 _TIMEOUTS = 10_000  # a point may reach the time limit as often as it takes
 
 
+def define_flags() -> None:
+    flags.DEFINE_enum(
+        "cluster", "slurm", ["slurm", "local"], "local: as processes on this machine, one after the other"
+    )
+    flags.DEFINE_string("partition", None, "partition of the cluster; default: its own")
+    flags.DEFINE_string("account", None, "account that is charged")
+    flags.DEFINE_integer("time", 240, "minutes until a task saves and queues again", 5)
+    flags.DEFINE_integer("gpus", 0, "GPUs for each task", 0)
+    flags.DEFINE_integer("cpus", 2, "CPU cores for each task", 1)
+    flags.DEFINE_float("mem_gb", None, "memory for each task, in GB; default: the cluster's", 0.1)
+    flags.DEFINE_integer("parallel", 256, "tasks that may run at once", 1)
+    flags.DEFINE_list("sbatch", [], "more options of sbatch, such as qos=low,constraint=a100")
+    define_sweep()
+
+
 def main() -> int:
     """Submits what is missing, and returns the exit status."""
-    all_flags = flags.FLAGS
     for name in ("jobs", "shard", "devices_per_run", "list"):
-        if all_flags[name].present:
-            raise UserError(f"--{name}: not here; each point is a task of its own")
+        if FLAGS[name].present:
+            raise UserError(f"--{name}: leave it out; on Slurm each point is a task of its own")
     if hosts.asked():
-        raise UserError("--distributed: not here; each point is a task of its own, on one node")
-    extra = dict(_option(text) for text in _SBATCH.value)
-    questions, points = asked_questions(), asked_points()
-    known = scoring.load(questions, points) if questions else {}
-    workdir = local_directory("workdir", all_flags["workdir"].value)  # submitit keeps its logs there
+        raise UserError("--distributed: leave it out; on Slurm each point is a task of its own, on one node")
+    extra = dict(_option(text) for text in FLAGS.sbatch)
+    asked, points = asked_questions(), asked_points()
+    known = questions.load(asked, points) if asked else {}
+    workdir = local_directory("workdir", FLAGS.workdir)  # submitit keeps its logs there
     executor = _executor(workdir / "slurm", extra)
     make_workdir(workdir)
+    if FLAGS.only:
+        print(said_to_compare(points))
     print(table(points))
-    missing = missing_runs(points, workdir)
+    missing = Progress(points, workdir).missing()
     todo = [
         index
         for index, point in enumerate(points)
-        if missing[point.name] or (questions and scoring.lacking(point, workdir, questions, known))
+        if missing[point.name] or (asked and questions.lacking(point, workdir, asked, known))
     ]
     print(f"\n{len(points) - len(todo)} of {len(points)} points are complete", flush=True)
     command = [sys.executable, "-m", "experiments.sweep", *cli.given(*PASSED_ON)]
     tasks = [[*command, f"--shard={index}/{len(points)}"] for index in todo]
     names = [points[index].name for index in todo]
-    return _run_here(executor, names, tasks) if _CLUSTER.value == "local" else _submit(executor, names, tasks)
+    return _run_here(executor, names, tasks) if FLAGS.cluster == "local" else _submit(executor, names, tasks)
 
 
 def _option(text: str) -> tuple[str, Any]:
-    """Returns an option of sbatch from "name=value", or from "name" one that takes no value."""
+    """An option of sbatch from "name=value", or from "name" one that takes no value."""
     name, equals, value = text.strip().lstrip("-").partition("=")
     if not name or name in ("array", "signal"):
         raise UserError(f"--sbatch={text}: expected name=value; array and signal are set already")
@@ -80,7 +86,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _executor(folder: Path, extra: dict[str, Any]) -> Any:
-    """Returns submitit's executor with what the flags say.
+    """Submitit's executor, set up by the flags.
 
     Raises:
       UserError: submitit or Slurm is missing.
@@ -89,23 +95,23 @@ def _executor(folder: Path, extra: dict[str, Any]) -> Any:
         import submitit
     except ImportError:
         raise UserError("submitit is missing: pip install -e '.[slurm]'") from None
-    timeouts = {f"{_CLUSTER.value}_max_num_timeout": _TIMEOUTS}
+    timeouts = {f"{FLAGS.cluster}_max_num_timeout": _TIMEOUTS}
     try:
-        executor = submitit.AutoExecutor(folder / "%j", cluster=_CLUSTER.value, **timeouts)
+        executor = submitit.AutoExecutor(folder / "%j", cluster=FLAGS.cluster, **timeouts)
     except RuntimeError:
         raise UserError(
-            "--cluster=slurm: there is no srun here; start this on a node of the cluster, or try "
-            "--cluster=local on this machine"
+            "--cluster=slurm: srun was not found; run this on a node of the cluster, or use --cluster=local "
+            "on this machine"
         ) from None
     executor.update_parameters(
         name="mobilellm",
-        timeout_min=_TIME.value,
-        gpus_per_node=_GPUS.value or None,
-        cpus_per_task=_CPUS.value,
-        mem_gb=_MEMORY.value,
-        slurm_partition=_PARTITION.value,
-        slurm_account=_ACCOUNT.value,
-        slurm_array_parallelism=_PARALLEL.value,
+        timeout_min=FLAGS.time,
+        gpus_per_node=FLAGS.gpus or None,
+        cpus_per_task=FLAGS.cpus,
+        mem_gb=FLAGS.mem_gb,
+        slurm_partition=FLAGS.partition,
+        slurm_account=FLAGS.account,
+        slurm_array_parallelism=FLAGS.parallel,
         slurm_signal_delay_s=_SAVE_S,
         slurm_additional_parameters={"requeue": True, **extra},
     )
@@ -137,4 +143,4 @@ def _run_here(executor: Any, names: list[str], tasks: list[list[str]]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, default_config="configs/tour.py:tiny")
+    cli.run(main, default_config="configs/tour.py:tiny", define_flags=define_flags)

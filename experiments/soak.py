@@ -17,53 +17,70 @@ checkpoint used. Exit status 1 where a count is not full, or one kind of moment 
 or signals. On the CPU, unless JAX_PLATFORMS says otherwise.
 """
 
+import collections
+import itertools
 import os
 import random
 import signal
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; runs inherit it
-
+import jax
 from absl import flags
 
 from experiments import cli
 from experiments.soaks import ends
 from experiments.soaks.damage import damaged_checkpoints, damaged_data, damaged_words
-from experiments.soaks.runs import TINY, Run
-from experiments.soaks.trials import count
+from experiments.soaks.runs import TINY, SoakRun, Trials
 from mobilellm_jax.training.signals import scratch_directory
 
-_KILLS = flags.DEFINE_integer("kills", 20, "how many runs to kill", 0)
-_SIGNALS = flags.DEFINE_integer("signals", 40, "how many runs to stop by a signal", 0)
-_FLIPS = flags.DEFINE_integer("flips", 36, "how many bits to flip in each kind of file; 0 damages none", 0)
-_SEED = flags.DEFINE_integer("seed", 0, "of the random moments and bits", 0)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_integer("kills", 20, "how many runs to kill", 0)
+    flags.DEFINE_integer("signals", 40, "how many runs to stop by a signal", 0)
+    flags.DEFINE_integer("flips", 36, "how many bits to flip in each kind of file; 0 damages none", 0)
+    flags.DEFINE_integer("seed", 0, "of the random moments and bits", 0)
 
 
 def main() -> int:
     """Runs all trials, and returns the exit status."""
+    jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))  # the runs inherit it
     with scratch_directory("soak-") as folder:
-        rng = random.Random(_SEED.value)
+        rng = random.Random(FLAGS.seed)
         for i in range(60):
             words = [
                 f"{rng.randrange(10**6):b} and {rng.choice(('one', 'two', 'three'))}." for _ in range(30)
             ]
             (folder / f"{i}.txt").write_text(f"Document {i}. {' '.join(words)}")
-        straight = Run(folder, folder / "straight")
+        straight = SoakRun(folder, folder / "straight")
         _, start_s, training_s = straight.finish()
         times = start_s, training_s / TINY["train.steps"], rng
-        killed = ends.runs(straight, _KILLS.value, *times, [signal.SIGKILL], ends.KILLED)
-        signalled = ends.runs(straight, _SIGNALS.value, *times, ends.SIGNALS, ends.SIGNALLED)
-        others = ends.commands(straight, _SIGNALS.value // 4, start_s, rng)
-        counts = [
-            count("kills, then the same as without", killed),
-            count("signals, one line and the status at once, then the same as without", signalled),
-            count("signals to sweeps and plan, all processes ended, no lease left", others),
+        killed = ends.runs(straight, FLAGS.kills, *times, [signal.SIGKILL], ends.KILLED)
+        signalled = ends.runs(straight, FLAGS.signals, *times, ends.SIGNALS, ends.SIGNALLED)
+        others = ends.commands(straight, FLAGS.signals // 4, start_s, rng)
+        parts = [
+            ("kills, then the same as without", killed),
+            ("signals, one line and the status at once, then the same as without", signalled),
+            ("signals to sweeps and plan, all processes ended, no lease left", others),
         ]
-        if _FLIPS.value:
-            counts += damaged_checkpoints(straight, _FLIPS.value, rng)
-            counts += damaged_data(straight, _FLIPS.value, rng)
-            counts += damaged_words(straight, _FLIPS.value, rng)
+        damaged = (damaged_checkpoints, damaged_data, damaged_words) if FLAGS.flips else ()
+        damages = itertools.chain.from_iterable(damage(straight, FLAGS.flips, rng) for damage in damaged)
+        counts = [count(what, trials) for what, trials in itertools.chain(parts, damages)]
     return 0 if all(counts) else 1
 
 
+def count(what: str, trials: Trials) -> bool:
+    """Runs the trials and prints how many succeeded, which did not, and how many of each kind there were."""
+    good, kinds = [], collections.Counter[str]()
+    for ok, kind in trials:
+        good.append(ok)
+        kinds[kind] += 1
+        if not ok:
+            print(f"  NOT: {what}: {kind}", flush=True)
+    listed = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+    print(f"{what}: {sum(good)} of {len(good)} ({listed})", flush=True)
+    return all(good)
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags=define_flags)

@@ -24,18 +24,23 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.run import agreed_record, enable_compilation_cache, run
-from mobilellm_jax.storage.files import AnyPath, directory, reason
+from mobilellm_jax.storage.files import AnyPath, reason
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made if it is not there")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "directory of the run; made if it is not there")
+    hosts.define_flags()
 
 
 def main() -> int:
     """Trains, and returns the exit status."""
-    if not _WORKDIR.value:
-        raise UserError("--workdir: say where the run is to be kept, such as --workdir=runs/first")
+    if not FLAGS.workdir:
+        raise UserError("--workdir: missing; name the directory of the run, such as --workdir=runs/first")
     config = from_config_dict(cli.one_config())
     hosts.start()
-    workdir = directory("workdir", _WORKDIR.value)
+    workdir = cli.directory("workdir", FLAGS.workdir)
     study, _, preset = cli.config_spec().partition(":")
     describe = functools.partial(
         Record,
@@ -93,8 +98,8 @@ def _alone(workdir: AnyPath) -> Iterator[None]:
         worker = leases.take_unless_alive("run")
         if worker:
             raise UserError(
-                f"--workdir={workdir}: another training is at work there: {worker} (host, process id). "
-                "Wait for it, or use another --workdir"
+                f"--workdir={workdir}: another training is running there: {worker} (host, process id); "
+                "wait for it, or use another --workdir"
             )
         mine.append(leases)
 
@@ -107,4 +112,4 @@ def _alone(workdir: AnyPath) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    cli.run(main, default_config="configs/base.py")
+    cli.run(main, default_config="configs/base.py", define_flags=define_flags)

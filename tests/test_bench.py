@@ -80,8 +80,8 @@ def test_the_command_leaves_a_record_that_can_be_shown(tmp_path):
         (["--only=trainings"], "--only=trainings: there is no such part; did you mean training?"),
         (["--only=pytorch", "--shapes=125"], "--shapes=125: there is no such model; did you mean 125m?"),
         (["--only=training,pytorch", "--shapes=350m"], "--shapes=350m: there is no such model"),
-        (["--only=training,decode", "--shapes=125m"], "--shapes: not for decode, which has its own"),
-        (["--show"], "nothing was measured yet; leave out --show"),
+        (["--only=training,decode", "--shapes=125m"], "--shapes: does not apply to decode"),
+        (["--show"], "no measurements there; run without --show first"),
     ],
 )
 def test_flags_that_do_not_fit(tmp_path, flags, message):
@@ -93,7 +93,7 @@ def test_flags_that_do_not_fit(tmp_path, flags, message):
 def test_numbers_that_mean_nothing_do_not_replace_those_that_do():
     result = command("experiments.bench", "--only=trials", "--quick")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-    assert "--quick: needs a --workdir" in result.stderr
+    assert "--quick: needs --workdir" in result.stderr
 
 
 def test_numbers_in_the_readme_are_those_of_the_records():

@@ -7,7 +7,7 @@ import pytest
 from test_results import make_diverged, make_record
 
 from experiments.reporting import beside_paper, paper_tables
-from experiments.runner.points import points_of
+from experiments.runner.studies import points_of
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.config import to_dict
 from mobilellm_jax.errors import UserError

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from test_sweep import write_study
 
+from experiments import cli
 from experiments.runner import leases
 from experiments.runner.leases import Leases
 from mobilellm_jax.analysis.records import read_records
@@ -81,18 +82,18 @@ def bucket():
     ],
 )
 def test_bad_addresses_are_refused_by_name(name, message, monkeypatch):
-    monkeypatch.setattr(files.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=f"--workdir={name}: {message}"):
-        files.directory("workdir", name)
-    assert files.directory("workdir", "runs/a") == files.Path("runs/a")
+        cli.directory("workdir", name)
+    assert cli.directory("workdir", "runs/a") == files.Path("runs/a")
     with pytest.raises(UserError, match=f"--target={name}: expected a local directory"):
         files.local_directory("target", name)
 
 
 def test_a_bucket_that_is_not_there_is_named(bucket):
-    with pytest.raises(UserError, match="there is no bucket nothing, or no permission"):
-        files.directory("workdir", "gs://nothing/a")
-    assert files.is_bucket(files.directory("workdir", f"{bucket}/a"))
+    with pytest.raises(UserError, match="bucket nothing does not exist, or you may not read it"):
+        cli.directory("workdir", "gs://nothing/a")
+    assert files.is_bucket(cli.directory("workdir", f"{bucket}/a"))
 
 
 def test_files_are_written_listed_and_deleted(bucket):

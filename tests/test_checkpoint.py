@@ -12,7 +12,7 @@ import pytest
 from conftest import assert_trees_close
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage import checkpoint
+from mobilellm_jax.storage import checkpoint, quiet
 from mobilellm_jax.storage.checkpoint import MANIFEST, Checkpoints, find_damage
 
 LIKE = {
@@ -174,6 +174,7 @@ def test_the_best_is_kept_by_losses_that_are_intact(tmp_path):
 
 
 def test_a_failing_write_in_the_background_is_told_and_what_was_saved_stays(tmp_path, monkeypatch, capfd):
+    quiet.checkpoints()
     save(tmp_path, {1: None})
     checkpoints = Checkpoints(tmp_path)
 
@@ -190,6 +191,7 @@ def test_a_failing_write_in_the_background_is_told_and_what_was_saved_stays(tmp_
 
 
 def test_a_disk_that_is_full_or_read_only_is_told_and_what_was_saved_stays(small_disk, capfd):
+    quiet.checkpoints()
     directory, like = small_disk / "c", {"a": jax.ShapeDtypeStruct((300_000,), jnp.float32)}
     numbers = np.random.default_rng(0).random(300_000, np.float32)  # random, as orbax compresses
     checkpoints = Checkpoints(directory)

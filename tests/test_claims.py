@@ -6,7 +6,7 @@ import pytest
 from test_results import make_record
 
 from experiments.reporting import claims, paper_tables
-from experiments.runner.points import points_of
+from experiments.runner.studies import points_of
 from mobilellm_jax.analysis.study import study_of
 
 

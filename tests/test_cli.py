@@ -43,7 +43,7 @@ def test_the_config_goes_in_front_of_its_overrides():
         (["sweep", "--config.model.width=wide"], "invalid literal for int() with base 10: 'wide'"),
         (["sweep", "--confg=x"], "Unknown command line flag 'confg'. Did you mean: config"),
         (["train", "extra", "--workdir=x"], "unexpected argument 'extra'"),
-        (["train"], "--workdir: say where"),
+        (["train"], "--workdir: missing; name the directory"),
         (
             ["train", "--config=configs/tour.py:tiny", "--workdir=x"],
             "--config=configs/tour.py:tiny: names 2 studies, and this command takes one config; use "
@@ -63,9 +63,9 @@ def test_commands_end_with_one_line_and_status_2(arguments, message):
 
 def test_a_directory_may_begin_with_the_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    assert files.directory("workdir", "~/runs") == files.local_directory("workdir", "~/runs")
-    assert files.directory("workdir", "~/runs") == Path("/home/me/runs")
-    assert files.directory("workdir", "a/~/b") == Path("a/~/b")
+    assert cli.directory("workdir", "~/runs") == files.local_directory("workdir", "~/runs")
+    assert cli.directory("workdir", "~/runs") == Path("/home/me/runs")
+    assert cli.directory("workdir", "a/~/b") == Path("a/~/b")
 
 
 def test_a_platform_that_is_not_there_is_one_line():
@@ -88,7 +88,7 @@ def test_other_errors_of_the_same_kind_keep_their_traceback(error, monkeypatch):
     monkeypatch.setattr(cli.app, "run", lambda *_, **__: fail())  # the flags of this process are pytest's
     monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(cli.signals, "watch", lambda: None)
-    monkeypatch.setattr(cli.logging, "set_verbosity", lambda *_: None)
+    monkeypatch.setattr(cli.quiet, "settings", lambda: None)
     with pytest.raises(type(error), match="mine"):
         cli.run(lambda: 0)
 

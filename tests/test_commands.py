@@ -93,9 +93,9 @@ def test_generate_prints_texts_in_order(workdir, params):
     [
         ("generate", ["--prompt="], "--prompt: is empty; --prompt_ids=256 begins a document"),
         ("generate", ["--prompt_ids=1,x"], "--prompt_ids: '1,x' is not valid; expected token ids"),
-        ("generate", [], "--prompt: say what to continue"),
-        ("evaluate", [], "--text: say what to score"),
-        ("evaluate", ["--text=bundled", "--limit=3"], "--limit: goes with --tasks"),
+        ("generate", [], "--prompt: missing; give a text"),
+        ("evaluate", [], "--text: missing; name a text"),
+        ("evaluate", ["--text=bundled", "--limit=3"], "--limit=3: needs --tasks"),
         ("evaluate", ["--text=bundled", "--mesh=1"], "--mesh=1: expected three sizes, such as -1,1,1"),
     ],
     ids=str,

@@ -74,8 +74,8 @@ def test_groups_that_do_not_fit(platform, count, size, message):
     [
         (["--devices_per_run=8"], "cpu", "this host has 4 cpu devices; valid: 1, 2, 4"),
         (["--devices_per_run=1"], "cuda", "--devices_per_run: jax finds no devices on this host ("),
-        (["--devices_per_run=1", "--jobs=1"], "cpu", "goes neither with --jobs nor with --distributed"),
-        (["--devices_per_run=1", "--process_id=0"], "cpu", "goes neither with --jobs nor with --distributed"),
+        (["--devices_per_run=1", "--jobs=1"], "cpu", "cannot be combined with --jobs or --distributed"),
+        (["--devices_per_run=1", "--process_id=0"], "cpu", "cannot be combined with --jobs or --distributed"),
     ],
     ids=str,
 )

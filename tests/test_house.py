@@ -120,7 +120,36 @@ def test_commands_do_not_import_each_other():
         for other in commands - {name}
         if f"experiments.{other}" in imports(ROOT / f"experiments/{name}.py")
     }
-    assert wrong == {"gke -> sweep", "slurm -> sweep"}  # for the flags of a sweep
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS, ids=name_of)
+def test_imports_set_nothing(path):
+    """Neither log levels nor variables; `storage/quiet.py` does so when a command starts."""
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+            assert ast.unparse(statement.value.func).endswith(".defvjp")
+        if isinstance(statement, ast.Assign):
+            assert all(isinstance(target, ast.Name | ast.Tuple) for target in statement.targets)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_flags_are_defined_in_functions(path):
+    """`cli.run` calls them, so that any two commands can be imported into one process."""
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.If):  # an if: run as a command
+            assert "flags.DEFINE_" not in ast.unparse(statement)
+
+
+@pytest.mark.slow
+def test_all_commands_can_be_imported_into_one_process():
+    commands = [f"experiments.{path.stem}" for path in (ROOT / "experiments").glob("[!_]*.py")]
+    code = (
+        f"import importlib; from absl import flags; [importlib.import_module(name) for name in {commands}]; "
+        "print([name for name in flags.FLAGS.flags_by_module_dict() if name.startswith('experiments')])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "[]\n"), result.stderr
 
 
 READING_RECORDS = [

@@ -660,7 +660,7 @@ def test_an_id_on_the_hub_is_downloaded(folder, tmp_path, import_from_hub):
     assert not [path for path in asked if path.endswith(".bin")]
     result = call("org/nmae")
     assert (result.returncode, len(result.stderr.strip().splitlines())) == (2, 1), result.stderr
-    assert "--source=org/nmae: there is no such folder, and the hub says: " in result.stderr
+    assert "--source=org/nmae: no such folder, and the hub answered: " in result.stderr
 
 
 def test_another_architecture_on_the_hub_is_refused_before_its_weights_come(folder, import_from_hub):

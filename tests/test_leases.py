@@ -213,7 +213,7 @@ def test_two_trainings_in_one_directory_exclude_each_other_until_one_is_killed(t
         second = train(study, tmp_path / "w")
         output, errors = second.communicate(timeout=300)
         assert (second.returncode, output, errors.count("\n")) == (2, "", 1), errors
-        assert f"another training is at work there: {socket.gethostname()}-{first.pid}-" in errors
+        assert f"another training is running there: {socket.gethostname()}-{first.pid}-" in errors
         assert first.poll() is None
     finally:
         first.kill()
@@ -236,7 +236,9 @@ def test_a_worker_whose_lease_was_taken_for_dead_ends_at_once(tmp_path, holder):
     lease.unlink()
     _, errors = holder.communicate(timeout=60)
     assert holder.returncode == 1
-    assert errors == f"error: {lease} is gone: this process stood still for too long\n"
+    assert errors == (
+        f"error: lost the lock {lease}: this process was unresponsive for 60 s and another worker took over\n"
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -9,8 +9,8 @@ import jupytext
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOK = ROOT / "experiments/explore.ipynb"
-COMMAND = "jupytext --to ipynb --update experiments/explore.py"
+NOTEBOOK = ROOT / "docs/explore.ipynb"
+COMMAND = "jupytext --to ipynb --update docs/explore.py"
 SECONDS = 240  # for one cell, to end one that hangs; all of them take 30 s on two idle CPU cores
 
 
@@ -32,7 +32,7 @@ def test_notebook_is_made_from_its_text():
 
 @pytest.mark.slow
 def test_every_cell_runs(tmp_path):
-    """As for a reader whose Jupyter runs in experiments/; nothing is installed, no cache is left in HOME."""
+    """As for a reader whose Jupyter runs in docs/; nothing is installed, no cache is left in HOME."""
     import nbclient  # of the `notebook` extra
     import nbformat
 

@@ -8,7 +8,8 @@ import pytest
 from configs import base
 from configs import paper as all_studies
 from experiments.reporting import paper_tables
-from experiments.runner.points import points_of, table
+from experiments.runner.listing import table
+from experiments.runner.studies import points_of
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.costs import accounting
 

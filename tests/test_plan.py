@@ -159,11 +159,11 @@ def test_shards_are_those_of_real_arrays():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is not an axis and its size"),
+        ("", "'' is not a new axis and its size"),
         ("data:0", "'data:0' is not"),
         ("data=4", "'data=4' is not"),
         ("model:4", "'model:4' is not"),
-        ("data:4,data:2", "'data:2' is not an axis and its size, once"),
+        ("data:4,data:2", "'data:2' is not a new axis and its size"),
         ("data:4096,fsdp:2", "8,192 devices; at most 4,096"),
     ],
 )

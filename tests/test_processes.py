@@ -18,7 +18,7 @@ from conftest import SHARING, init, loss_and_gradients, random_batch, random_par
 from test_sweep import write_study
 
 from experiments.runner import hosts, sweeping
-from experiments.runner.points import points_of
+from experiments.runner.studies import points_of
 from mobilellm_jax.analysis.records import read_record, read_records
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition, processes
@@ -195,7 +195,7 @@ def test_a_start_on_one_host_only_says_so_and_ends():
         ((status, output, errors),) = ends(started)
     assert (status, output) == (2, "")
     assert errors.startswith(
-        "error: after 1 s the other processes have not come. Run the same command on every"
+        "error: timed out after 1 s waiting for the other hosts. Run the same command on every"
     )
     assert "--worker=all --command='python -m experiments.train --config=configs/base.py" in errors
     assert not Path("x y").exists()
@@ -211,14 +211,15 @@ def test_no_cluster_to_join():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ((None, 2, None), "give all three of them, or none"),
+        ((None, 2, None), "give all three, or none"),
         (("here", 2, 0), "--coordinator_address=here: expected host:port"),
         (("host:1", 2, 2), "--process_id=2: expected 0 to 1"),
     ],
 )
 def test_flags_that_do_not_fit(values, message, monkeypatch):
-    for name, value in zip(("_ADDRESS", "_COUNT", "_INDEX", "_DISTRIBUTED"), (*values, True), strict=True):
-        monkeypatch.setattr(hosts, name, SimpleNamespace(value=value))
+    address, count, index = values
+    given = {"coordinator_address": address, "num_processes": count, "process_id": index}
+    monkeypatch.setattr(hosts, "FLAGS", SimpleNamespace(distributed=True, **given))
     with pytest.raises(UserError, match=message):
         hosts.start()
 

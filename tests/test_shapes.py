@@ -256,8 +256,8 @@ def test_the_command_prints_shapes_that_a_study_accepts():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--depth=4", "--width=64"], "--depth, --width: give one of them"),
-        ([], "--depth, --width: give one of them"),
+        (["--depth=4", "--width=64"], "--depth, --width: give exactly one of them"),
+        ([], "--depth, --width: give exactly one of them"),
         (["--depth=4,0"], "--depth=4,0: '0' is not an integer of at least 1"),
         (["--width=wide"], "--width=wide: 'wide' is not an integer of at least 1"),
     ],

@@ -182,9 +182,9 @@ def test_what_is_asked_of_slurm(study, tmp_path, slurm):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--cluster=slurm: there is no srun here"),
-        (["--jobs=2"], "--jobs: not here; each point is a task of its own"),
-        (["--distributed"], "--distributed: not here"),
+        ([], "--cluster=slurm: srun was not found"),
+        (["--jobs=2"], "--jobs: leave it out; on Slurm each point is a task of its own"),
+        (["--distributed"], "--distributed: leave it out"),
         (["--sbatch=array=0-3"], "--sbatch=array=0-3: expected name=value; array and signal are set already"),
         (["--only=revers"], "--only=revers: no such point; valid: none, reverse"),
     ],

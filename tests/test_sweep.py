@@ -20,9 +20,10 @@ from configs import base, depth_vs_width, khop, layer_sharing, lr_transfer, nois
 from experiments import cli
 from experiments.runner import progress, sweeping, workers
 from experiments.runner.leases import Leases
-from experiments.runner.points import points_of, said_to_compare
+from experiments.runner.listing import said_to_compare
+from experiments.runner.studies import points_of, shard
 from mobilellm_jax import data
-from mobilellm_jax.analysis.records import read_records
+from mobilellm_jax.analysis.records import read_record, read_records, write_record
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.costs import accounting
@@ -206,11 +207,15 @@ def test_records_and_runs_of_other_data_are_found_before_anything_trains(study, 
     monkeypatch.setattr(sweeping, "run", stub)
     workdir = tmp_path / "w"
     assert sweeping.sweep(points(study), workdir, jobs=1) == 0
+    for path in (workdir / "results").rglob("*.json"):
+        record = read_record(path)
+        other = {**record.data, "source_sha256": "a", "tokenizer_sha256": "b"}
+        write_record(dataclasses.replace(record, data=other), path)
     trained = []
     monkeypatch.setattr(sweeping, "run", lambda *arguments: trained.append(stub(*arguments)) or trained[-1])
     message = (
         r"results/mini/tiny/none-s0\.json: made with other data: source sha256 a -> [0-9a-f]{12}, "
-        r"tokenizer sha256 b -> [0-9a-f]{12} \(files:.*\*\.txt -> files:\*\.txt\); .* use another --workdir"
+        r"tokenizer sha256 b -> [0-9a-f]{12} \(files:\*\.txt\); .* use another --workdir"
     )
     with pytest.raises(UserError, match=message):
         sweeping.sweep(points(study, seeds=3), workdir, jobs=1)
@@ -244,7 +249,7 @@ def test_a_learning_rate_on_the_command_line_is_one_for_all(tuned_study, tmp_pat
 
 def test_a_transferred_rate_takes_a_parameterization_that_transfers(study):
     study.write_text(study.read_text().replace("learning_rates=()", "learning_rates=(), transferred=True"))
-    with pytest.raises(UserError, match="transferred: takes points with mup or completep"):
+    with pytest.raises(UserError, match="transferred: needs points with mup or completep"):
         points(study)
     completep = {"model.parameterization": "completep"}
     assert {p.facts["tuning"] for p in points(study, completep)} == {"transferred"}
@@ -258,7 +263,7 @@ def test_records_of_another_sweep_are_not_counted_as_done(tuned_study, tmp_path,
     sweeping.sweep(
         points(tuned_study, {"optimizer.learning_rate": 0.01}, only=["none"]), tmp_path / "w", jobs=1
     )
-    with pytest.raises(UserError, match="is of another kind, 'none' and not 'grid'"):
+    with pytest.raises(UserError, match="was chosen in another way: 'none' there, 'grid' here"):
         sweeping.sweep(points(tuned_study, only=["none"]), tmp_path / "w", jobs=1)
     sweeping.sweep(points(tuned_study, only=["none"]), tmp_path / "x", jobs=1)
     for path in (tmp_path / "x" / "results").rglob("*lr*.json"):
@@ -276,8 +281,8 @@ def test_points_of_another_sweep_come_last_and_are_taken_over(tuned_study, tmp_p
     monkeypatch.setattr(time, "sleep", lambda _: other.release(chosen[0].name))
     assert sweeping.sweep(chosen, tmp_path / "w", jobs=1) == 0
     output = capsys.readouterr().out
-    assert output.index("reverse  learning rate") < output.index("none  waiting for the sweep that is at")
-    assert output.index("none  waiting for") < output.index("none  learning rate")
+    assert output.index("reverse  learning rate") < output.index("none  waiting: another sweep (")
+    assert output.index("none  waiting: another") < output.index("none  learning rate")
     assert len({r.point for r in read_records(tmp_path / "w" / "results")}) == 2
     assert not list((tmp_path / "w" / "runs" / ".leases").iterdir())
 
@@ -293,16 +298,16 @@ def test_points_of_another_sweep_come_last_and_are_taken_over(tuned_study, tmp_p
 )
 def test_bad_shards(study, text, message):
     with pytest.raises(UserError, match=f"--shard={text}: .*{message}"):
-        sweeping.shard(points(study), text)
+        shard(points(study), text)
 
 
 def test_shards_make_up_the_whole(study):
     chosen = points(study)
-    assert [p.facts["point"] for i in range(2) for p in sweeping.shard(chosen, f"{i}/2")] == [
+    assert [p.facts["point"] for i in range(2) for p in shard(chosen, f"{i}/2")] == [
         "none",
         "reverse",
     ]
-    assert sweeping.shard(chosen, "0/1") == chosen
+    assert shard(chosen, "0/1") == chosen
 
 
 @pytest.mark.parametrize(
@@ -406,11 +411,15 @@ def test_every_record_is_read_once_before_a_sweep_starts(study, tmp_path, monkey
     assert sweeping.sweep(chosen, tmp_path / "w", jobs=1) == 0
     read, seen = progress.read_record, []
     monkeypatch.setattr(progress, "read_record", lambda path: seen.append(path.name) or read(path))
-    assert progress.missing_runs(chosen, tmp_path / "w") == {point.name: 0 for point in chosen}
+    assert progress.Progress(chosen, tmp_path / "w").missing() == {point.name: 0 for point in chosen}
     assert sorted(seen) == [f"{name}-s{seed}.json" for name in ("none", "reverse") for seed in range(3)]
     seen.clear()
     assert progress.missing_of(chosen[1], tmp_path / "w") == 0
     assert sorted(seen) == [f"reverse-s{seed}.json" for seed in range(3)]
+    seen.clear()
+    monkeypatch.setattr(sweeping, "_report", lambda *_: 0)
+    sweeping.sweep(points(study, seeds=4, only=["none"]), tmp_path / "w", jobs=1)  # also checks their data
+    assert sorted(seen) == [f"{name}-s{seed}.json" for name in ("none", "reverse") for seed in range(3)]
 
 
 def test_progress_counts_what_is_done_and_left(tuned_study, tmp_path, monkeypatch):
@@ -446,6 +455,9 @@ def test_a_disk_that_is_full_when_a_lease_is_taken_costs_that_point_alone(study,
     assert not list(folder.iterdir())
 
 
+ANYTHING = workers.Task(sweeping.do_point, lambda *_: 1)
+
+
 def test_a_process_that_a_signal_ended_has_a_second_try_and_no_third(study, tmp_path, monkeypatch, capsys):
     statuses = {"mini/tiny/none": [-9, 0], "mini/tiny/reverse": [-9, -11]}
 
@@ -462,13 +474,13 @@ def test_a_process_that_a_signal_ended_has_a_second_try_and_no_third(study, tmp_
             self.exitcode = statuses[self.name].pop(0)
 
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Process))
-    broken = workers.in_processes(points(study), tmp_path / "w", [{}, {}], sweeping.do_point, lambda *_: 1)
+    broken = workers.in_processes(points(study), tmp_path / "w", [{}, {}], ANYTHING)
     assert [said.partition(" ended")[0] for said in broken] == [
         "the process of mini/tiny/reverse (status -11)"
     ]
     assert statuses == {"mini/tiny/none": [], "mini/tiny/reverse": []}
     out = capsys.readouterr().out
-    assert out.count("ended by signal 9; one more try") == 2
+    assert out.count("ended by signal 9; trying once more") == 2
     assert "2 of 2 points done" in out
 
 
@@ -487,7 +499,7 @@ def test_a_process_that_fails_by_itself_has_no_second_try(study, tmp_path, monke
             os.close(self.sentinel)
 
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Process))
-    broken = workers.in_processes(points(study), tmp_path / "w", [{}], sweeping.do_point, lambda *_: 1)
+    broken = workers.in_processes(points(study), tmp_path / "w", [{}], ANYTHING)
     assert [said.count("(status 1)") for said in broken] == [2]
 
 

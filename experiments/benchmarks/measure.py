@@ -89,7 +89,7 @@ def process(name: str, module: str, *arguments: str) -> Iterator[Callable[[], No
             stdin.write("go\n")
             stdin.flush()
             if stdout.readline() != "done\n":
-                raise RuntimeError(f"the process of {name} ended early; what it said is above")
+                raise RuntimeError(f"the process of {name} ended early; its output is above")
 
         try:
             yield ask

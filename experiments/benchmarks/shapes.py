@@ -9,8 +9,6 @@ from configs import base, mobilellm
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.errors import UserError, did_you_mean
 
-_SHAPES = flags.DEFINE_list("shapes", [], "of the parts training and pytorch, only these models: 125m,350m")
-
 # As a study at its `tiny` preset, and about as large as a laptop trains in minutes.
 _SMALL = {
     "4 x 48": {"model.vocab_size": 512, "model.depth": 4, "model.width": 48, "model.num_heads": 3},
@@ -21,7 +19,7 @@ _QUICK = {"model.depth": 2, "model.width": 32, "model.num_heads": 2, "model.voca
 
 def asked() -> list[str]:
     """Returns the models of `--shapes`, as a part of a file's name."""
-    return [shape.replace(" ", "_") for shape in _SHAPES.value]
+    return [shape.replace(" ", "_") for shape in flags.FLAGS.shapes]
 
 
 def chosen(names: Sequence[str]) -> list[str]:
@@ -30,10 +28,10 @@ def chosen(names: Sequence[str]) -> list[str]:
     Raises:
       UserError: it asks for one that is not among them.
     """
-    for shape in _SHAPES.value:
+    for shape in flags.FLAGS.shapes:
         if shape not in names:
             raise UserError(f"--shapes={shape}: there is no such model; {did_you_mean(shape, names)}")
-    return [name for name in names if not _SHAPES.value or name in _SHAPES.value]
+    return [name for name in names if not flags.FLAGS.shapes or name in flags.FLAGS.shapes]
 
 
 def config_of(name: str, rows: int, length: int, quick: bool, **fields: object) -> Config:

@@ -11,7 +11,8 @@ import sys
 import time
 
 from experiments.benchmarks import measure as m
-from experiments.runner.points import points_of, prepare_data
+from experiments.runner.studies import points_of
+from mobilellm_jax import data
 from mobilellm_jax.analysis.records import read_records
 from mobilellm_jax.training import signals
 
@@ -24,7 +25,8 @@ def measure(quick: bool) -> list[m.Line]:
     flags = ["--config.train.steps=8", "--config.optimizer.warmup_steps=2", "--seeds=1"] if quick else []
     with signals.scratch_directory("bench-") as workdir:
         command = [sys.executable, "-m", "experiments.sweep", f"--config={_STUDY}", f"--workdir={workdir}"]
-        prepare_data(points_of(_STUDY, {}, None, []), workdir)
+        for point in points_of(_STUDY, {}, None, []):
+            data.prepare(point.config.data, point.config.model.vocab_size)
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(workdir / "xla")}
         start = time.perf_counter()
         with subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, env=environment) as process:

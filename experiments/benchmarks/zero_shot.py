@@ -34,11 +34,6 @@ from mobilellm_jax.storage.checkpoint import save_params
 
 AGAINST = ("torch", "transformers", "lm_eval")
 
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir",
-    None,
-    "folder with local files of tasks for zero_shot; else questions are made of bundled text",
-)
 _TASKS = ("arc_easy", "piqa", "boolq", "winogrande", "hellaswag")  # short and long, one token and many
 _SIZES = {
     "4 x 128": {"model.depth": 4, "model.width": 128, "model.num_heads": 4},
@@ -73,8 +68,9 @@ def measure(quick: bool) -> list[m.Line]:
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        directory = Path(folder) if _DATA_DIR.value is None else Path(_DATA_DIR.value)
-        if _DATA_DIR.value is None:
+        given = flags.FLAGS.data_dir
+        directory = Path(folder if given is None else given)
+        if given is None:
             _write_questions(directory)
         tasks, _ = harness.load_tasks(_TASKS, directory)
         requests = []

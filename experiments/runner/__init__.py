@@ -1,1 +1,1 @@
-"""How a sweep runs: points, workers, leases, devices, hosts."""
+"""How a sweep runs, from the config of a study to its records, and how runs answer zero-shot tasks."""

@@ -20,13 +20,13 @@ _TPU_PORT = 8476  # of the first group
 
 
 def seen() -> tuple[str, int]:
-    """Returns the platform and the number of its devices that this process sees; of a TPU, chips."""
+    """Platform and number of devices that this process sees; of a TPU, chips."""
     local = jax.local_devices()  # two for a TPU chip with two cores, which only one process can have
     return local[0].platform, len({getattr(device, "coords", device.id) for device in local})
 
 
 def of_host() -> tuple[str, int]:
-    """Returns what `seen` returns in another process, which is over when this returns.
+    """`seen` in a process of its own, so that this one does not open the devices.
 
     Raises:
       UserError: jax finds no devices there.
@@ -38,8 +38,8 @@ def of_host() -> tuple[str, int]:
         )
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"--devices_per_run: this host's devices did not answer within {_PATIENCE_S} s. "
-            "On a TPU slice of several hosts, start the same command on all of them"
+            f"--devices_per_run: no answer from the devices of this host within {_PATIENCE_S} s; on a TPU "
+            "slice of several hosts, start the same command on every host"
         ) from None
     match = re.search(r"^devices (\w+) (\d+)$", found.stdout, re.MULTILINE)
     if not match:
@@ -55,7 +55,7 @@ def stay_off(count: int) -> None:
 
 
 def groups(platform: str, count: int, size: int, environment: Mapping[str, str]) -> list[dict[str, str]]:
-    """Returns the variables that make a process see one group of devices, for each group.
+    """For each group of devices the environment variables that limit a process to it.
 
     Args:
       platform, count: what `of_host` returns.
@@ -104,5 +104,6 @@ def check_seen(size: int) -> None:
     platform, count = seen()
     if count != size:
         raise UserError(
-            f"--devices_per_run={size}: this process sees {count} {platform} devices all the same"
+            f"--devices_per_run={size}: expected {size} devices, but this process sees {count} "
+            f"{platform} devices"
         )

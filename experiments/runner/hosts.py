@@ -18,21 +18,25 @@ from experiments import cli
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import processes
 
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "several processes; found on Cloud TPU and GKE, and under Slurm and Open MPI"
-)
-_ADDRESS = flags.DEFINE_string(
-    "coordinator_address", None, "host:port of process 0, where there is no cluster to ask"
-)
-_COUNT = flags.DEFINE_integer("num_processes", None, "how many processes there are", 1)
-_INDEX = flags.DEFINE_integer("process_id", None, "which of the processes this is, from 0", 0)
-_PATIENCE_S = flags.DEFINE_float("start_timeout", 60, "seconds to wait for the other processes", 1)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_bool(
+        "distributed", False, "several processes; found on Cloud TPU and GKE, and under Slurm and Open MPI"
+    )
+    flags.DEFINE_string(
+        "coordinator_address", None, "host:port of process 0, where there is no cluster to ask"
+    )
+    flags.DEFINE_integer("num_processes", None, "how many processes there are", 1)
+    flags.DEFINE_integer("process_id", None, "which of the processes this is, from 0", 0)
+    flags.DEFINE_float("start_timeout", 60, "seconds to wait for the other processes", 1)
 
 
 def asked() -> bool:
-    """Returns whether the flags ask for several processes."""
-    one = (_ADDRESS.value, _COUNT.value, _INDEX.value)
-    return _DISTRIBUTED.value or any(value is not None for value in one)
+    """Whether the flags ask for several processes."""
+    one = (FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
+    return FLAGS.distributed or any(value is not None for value in one)
 
 
 def start() -> None:
@@ -41,19 +45,17 @@ def start() -> None:
     Raises:
       UserError: the flags do not fit together, or no cluster was found.
     """
-    address, count, index = _ADDRESS.value, _COUNT.value, _INDEX.value
+    address, count, index = FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id
     given = [value is not None for value in (address, count, index)]
     if not asked():
         return
     if any(given) and not all(given):
-        raise UserError(
-            "--coordinator_address, --num_processes, --process_id: give all three of them, or none"
-        )
+        raise UserError("--coordinator_address, --num_processes, --process_id: give all three, or none")
     if address is not None and not re.fullmatch(r".+:\d{1,5}", address):
         raise UserError(f"--coordinator_address={address}: expected host:port, such as 10.0.0.2:1234")
     if count is not None and index is not None and index >= count:
         raise UserError(f"--process_id={index}: expected 0 to {count - 1}, as --num_processes={count}")
-    advice = "Run the same command on every host, and give it longer with --start_timeout=<seconds>. "
+    advice = "Run the same command on every host, or allow more time with --start_timeout=<seconds>. "
     if all(given):
         advice += "Each has a --process_id of its own"
     else:
@@ -61,6 +63,6 @@ def start() -> None:
             "On a TPU slice:\n  gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all "
             f"--command={shlex.quote(cli.command())}"
         )
-    processes.start(address, count, index, _PATIENCE_S.value, advice)
+    processes.start(address, count, index, FLAGS.start_timeout, advice)
     if jax.process_index() > 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

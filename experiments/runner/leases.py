@@ -76,7 +76,7 @@ class Leases:
         except Exception as error:  # a bucket has other ones than OSError
             with contextlib.suppress(Exception):
                 self._delete(path)  # else the others would wait for it
-            why = f"{path.parent}: cannot write there ({reason(error)}); mend it, then the same command again"
+            why = f"{path.parent}: cannot write there ({reason(error)}); fix it, run the same command again"
             raise LeaseError(name, why) from None
         self._delete(path)
         return False
@@ -133,7 +133,7 @@ class Leases:
         except FileNotFoundError:  # a folder of a bucket is there for as long as there are files in it
             return []
         except OSError as error:
-            raise UserError(f"{self._directory}: cannot be read ({reason(error)})") from None
+            raise UserError(f"{self._directory}: cannot read it ({reason(error)})") from None
 
     def _path(self, name: str) -> epath.Path:
         return self._directory / f"{escaped(name)}@{self._worker}"
@@ -153,7 +153,7 @@ class Leases:
 
 
 def _content() -> str:
-    """Returns what a lease says now: different each time, as long each time."""
+    """Text of a lease: it differs at every call, its length does not."""
     pid, beat = os.getpid(), time.monotonic_ns()
     return json.dumps({"beat": f"{beat:020}", "machine": _machine(), "pid": pid, "started": _started(pid)})
 
@@ -165,7 +165,8 @@ def _keep_alive(path: epath.Path, over: threading.Event) -> None:
             _rewrite(path, _content())
         except FileNotFoundError:
             if not over.is_set():
-                print(f"error: {path} is gone: this process stood still for too long", file=sys.stderr)
+                said = f"was unresponsive for {LIFE_S:g} s and another worker took over"
+                print(f"error: lost the lock {path}: this process {said}", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(1)  # at once: what it works on belongs to another worker
         except Exception as error:  # a disk that hangs or is full, or no network: perhaps the next time
@@ -201,7 +202,7 @@ def _has_died(content: str) -> bool:
 
 
 def _machine() -> str | None:
-    """Returns what tells this machine, and its set of process ids, from all others; None off Linux."""
+    """Identifies this machine and its namespace of process ids; None off Linux."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -210,7 +211,7 @@ def _machine() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """Returns when a process started, in ticks since the boot; None if there is none, or it is a zombie."""
+    """Start of a process in ticks since boot; None if it does not exist or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

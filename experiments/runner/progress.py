@@ -1,48 +1,82 @@
-"""How far a sweep is: which runs its workdir has records of, and whether they are of this sweep at all."""
+"""How far a sweep is: which runs its workdir has records of, and whether they belong to this sweep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.runner.points import Point, Run
+from mobilellm_jax.analysis import comparable
 from mobilellm_jax.analysis.records import Record, read_record
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.runs.directory import check_same, check_workdir
+from mobilellm_jax.parallel import processes
+from mobilellm_jax.runs.directory import check_data, check_same, check_workdir
 from mobilellm_jax.storage.files import AnyPath, files_below
 
 
 def record_path(workdir: AnyPath, run: Run) -> AnyPath:
-    """Where the record of a run is kept."""
     return workdir / "results" / f"{run.name}.json"
 
 
-def missing_runs(points: Sequence[Point], workdir: AnyPath) -> dict[str, int]:
-    """By the names of points about how many runs are missing of each; every record is read once.
+class Progress:
+    """The records of some points and their studies in a workdir: each is read once, by process 0 alone."""
 
-    Raises:
-      UserError: `workdir` holds runs of another sweep.
-    """
-    there: dict[tuple[str, ...], dict[str, Record]] = {}
-    for folder in dict.fromkeys(Path(point.name).parent for point in points):
-        names = tuple(f"{Path(p.name).name}-" for p in points if Path(p.name).parent == folder)
-        for path in files_below(workdir / "results" / folder):
-            if path.suffix == ".json" and path.name.startswith(names):
-                record = read_record(path)
+    def __init__(self, points: Sequence[Point], workdir: AnyPath):
+        self._points, self._workdir = points, workdir
+        self._records: dict[AnyPath, Record] = {}
+
+    def missing(self) -> dict[str, int]:
+        """About how many runs of each point are missing, by the point's name; its own records alone are read.
+
+        Raises:
+          UserError: in all processes, where `workdir` holds runs of another sweep.
+        """
+        return processes.of_first(self._missing)
+
+    def check_data(self, cards: Mapping[Path, Iterable[dict[str, Any]]]) -> None:
+        """Checks the data cards of studies, given by folder, against all records and runs of these studies.
+
+        Raises:
+          UserError: in all processes, where one was made with other data.
+        """
+        processes.of_first(lambda: self._check_data(cards))
+
+    def _missing(self) -> dict[str, int]:
+        there: dict[tuple[str, ...], dict[str, Record]] = {}
+        for study in dict.fromkeys(Path(point.name).parent for point in self._points):
+            names = tuple(f"{Path(p.name).name}-" for p in self._points if Path(p.name).parent == study)
+            for path, record in self._read(study, names):
                 there.setdefault((record.study, record.preset, record.point), {})[path.stem] = record
-    missing = {}
-    for point in points:
-        mine = there.get(tuple(point.facts[name] for name in ("study", "preset", "point")), {})
-        check_point(point, workdir, mine)
-        missing[point.name] = progress(point, mine)[1]
-    return missing
+        missing = {}
+        for point in self._points:
+            mine = there.get(tuple(point.facts[name] for name in ("study", "preset", "point")), {})
+            check_point(point, self._workdir, mine)
+            missing[point.name] = progress(point, mine)[1]
+        return missing
+
+    def _check_data(self, cards: Mapping[Path, Iterable[dict[str, Any]]]) -> None:
+        for study, of_study in cards.items():
+            for card in of_study:
+                for path, record in self._read(study):
+                    comparable.check_same_data(path, record, card)
+                for run in (self._workdir / "runs" / study).glob("*"):
+                    check_data(run, card)
+
+    def _read(self, study: Path, names: tuple[str, ...] = ("",)) -> Iterator[tuple[AnyPath, Record]]:
+        """Yields the records of a study whose file names begin with one of `names`."""
+        for path in files_below(self._workdir / "results" / study):
+            if path.suffix == ".json" and path.name.startswith(names):
+                if path not in self._records:
+                    self._records[path] = read_record(path)
+                yield path, self._records[path]
 
 
 def missing_of(point: Point, workdir: AnyPath) -> int:
-    """The same of one point, whose records alone are read."""
-    return missing_runs([point], workdir)[point.name]
+    """About how many runs of one point are missing; errors as in `Progress.missing`."""
+    return Progress([point], workdir).missing()[point.name]
 
 
 def check_point(point: Point, workdir: AnyPath, there: Mapping[str, Record]) -> None:
-    """Checks that what `workdir` holds of a point is of this sweep; `there` are its records by file name.
+    """Checks that the records (`there`, by file name) and runs of a point belong to this sweep.
 
     Raises:
       UserError: it holds runs with another config, or with a learning rate of another kind.
@@ -57,8 +91,8 @@ def check_point(point: Point, workdir: AnyPath, there: Mapping[str, Record]) -> 
     for record in compared:
         if record.tuning != point.facts["tuning"]:
             raise UserError(
-                f"{workdir}: the learning rate of {record.name} is of another kind, {record.tuning!r} "
-                f"and not {point.facts['tuning']!r}. Use another --workdir, or delete what is there"
+                f"{workdir}: the learning rate of {record.name} was chosen in another way: {record.tuning!r} "
+                f"there, {point.facts['tuning']!r} here; use another --workdir, or delete these records"
             )
     for run in known:
         record = there.get(Path(run.name).name)
@@ -69,7 +103,7 @@ def check_point(point: Point, workdir: AnyPath, there: Mapping[str, Record]) -> 
 
 
 def progress(point: Point, there: Mapping[str, Record]) -> tuple[int, int]:
-    """How many runs of a point are done, and about how many are left, given its records."""
+    """How many runs of a point are done, and about how many are left, from its records by file name."""
     done = [record for record in there.values() if record.status != "failed"]
     compared = sum(record.phase == "comparison" and record.seed < point.seeds for record in done)
     done_runs = compared + sum(record.phase == "tuning" for record in done)

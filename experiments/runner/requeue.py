@@ -55,5 +55,5 @@ class Command:
             raise subprocess.CalledProcessError(status, self.arguments)
 
     def checkpoint(self) -> DelayedSubmission:
-        """Returns what the task does when it is started again: the same, as the run resumes by itself."""
+        """What submitit runs when the task starts again: the same command, which resumes by itself."""
         return DelayedSubmission(self)

@@ -3,20 +3,22 @@
 import functools
 import math
 import os
-import re
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.runner import scoring
-from experiments.runner.points import Point, Run, prepare_data
-from experiments.runner.progress import missing_of, missing_runs, record_path
-from experiments.runner.workers import Wait, in_processes, leases_of, say, take
+from experiments.runner import devices, questions, scoring
+from experiments.runner.points import Point, Run
+from experiments.runner.progress import Progress, missing_of, record_path
+from experiments.runner.questions import Questions
+from experiments.runner.workers import Task, Wait, in_processes, leases_of, say, take
+from mobilellm_jax import data
 from mobilellm_jax.analysis.records import Record, read_records, write_record
 from mobilellm_jax.analysis.tuning import best_learning_rate, next_trial
 from mobilellm_jax.errors import UserError
@@ -29,21 +31,7 @@ from mobilellm_jax.training.progress import duration
 # training reaches, and the seconds that a point (process, compilation) and a run (evaluation, saving) cost.
 _EFFICIENCY, _POINT_S, _RUN_S = 0.12, 10.0, 1.2
 
-
-def shard(points: Sequence[Point], text: str) -> list[Point]:
-    """Returns the part "i/n" of the points: i, i + n, i + 2n and so on.
-
-    Raises:
-      UserError: it has another form, or no point is left.
-    """
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    index, count = (int(number) for number in match.groups()) if match else (0, 0)
-    if index >= count:
-        raise UserError(f"--shard={text}: expected i/n with i from 0 to n - 1, such as 0/4")
-    part = list(points[index::count])
-    if not part:
-        raise UserError(f"--shard={text}: there are only {len(points)} points; n could be 1 to {len(points)}")
-    return part
+Do = Callable[[Point, AnyPath], None]
 
 
 def sweep(
@@ -51,7 +39,7 @@ def sweep(
     workdir: AnyPath,
     jobs: int | None = None,
     groups: Sequence[Mapping[str, str]] | None = None,
-    questions: scoring.Questions | None = None,
+    asked: Questions | None = None,
 ) -> int:
     """Does the runs that `workdir` has no record of, reports on all, and returns the exit status.
 
@@ -62,7 +50,7 @@ def sweep(
         process; None takes one for each core on a CPU and 1 on an accelerator.
       groups: what `devices.groups` returns, to have instead a process for each of these groups of devices;
         this process sees as many simulated devices as there are in a group (`devices.stay_off`).
-      questions: to ask every finished run of the points.
+      asked: questions for every finished run of the points.
 
     Raises:
       UserError: bad data, or a `workdir` of another sweep or data; found before anything is compiled.
@@ -77,11 +65,10 @@ def sweep(
     enable_compilation_cache()
     for point in points:
         check(point.config)
-    known = scoring.load(questions, points) if questions else {}
+    known = questions.load(asked, points) if asked else {}
     processes.of_first(lambda: make_workdir(workdir))
-    missing = processes.of_first(lambda: missing_runs(points, workdir))
+    missing = _missing_runs(points, workdir)
     todo = [point for point in points if missing[point.name]]
-    prepare_data(todo, workdir)
     if todo:
         total, left = sum(point.runs for point in points), sum(missing.values())
         print(f"\n{total - left} of about {total} runs are done already", end="; ")
@@ -93,14 +80,14 @@ def sweep(
             print(f"the rest will take about {duration(seconds / min(jobs, len(todo)))} (m:ss)", flush=True)
     environments = groups or [{}] * jobs
     size = jax.device_count() if groups else None
-    broken = _all(todo, workdir, environments, do_point, missing_of, size)
-    if questions:
-        asked = {"questions": questions, "known": known}
-        lacking = functools.partial(scoring.lacking, **asked)
+    broken = _all(todo, workdir, environments, Task(_on_devices(size, do_point), missing_of))
+    if asked:
+        these = {"questions": asked, "known": known}
+        lacking = functools.partial(questions.lacking, **these)
         left = processes.of_first(lambda: {point.name: lacking(point, workdir) for point in points})
         todo = [point for point in points if left[point.name]]
-        score = functools.partial(scoring.score_point, **asked)
-        broken += _all(todo, workdir, environments, score, lacking, size)
+        score = functools.partial(scoring.score_point, **these)
+        broken += _all(todo, workdir, environments, Task(_on_devices(size, score), lacking))
     status = 0
     try:
         status = processes.of_first(lambda: _finish(points, workdir))
@@ -112,26 +99,47 @@ def sweep(
     return status
 
 
-Do, Count = Callable[[Point, AnyPath], None], Callable[[Point, AnyPath], int]
+def _missing_runs(points: Sequence[Point], workdir: AnyPath) -> dict[str, int]:
+    """About how many runs of each point are missing, by name; prepares the data of the points with any.
+
+    Raises:
+      UserError: bad data, or records and runs in `workdir` of another sweep or of other data.
+    """
+    progress = Progress(points, workdir)
+    missing = progress.missing()
+    cards: dict[Any, dict[str, Any]] = {}  # points that have the same data share a card
+    of_study: dict[Path, dict[Any, dict[str, Any]]] = {}
+    for point in points:
+        if missing[point.name]:
+            key = point.config.data, point.config.model.vocab_size
+            cards[key] = cards[key] if key in cards else data.prepare(*key).card
+            of_study.setdefault(Path(point.name).parent, {})[key] = cards[key]
+    progress.check_data({study: known.values() for study, known in of_study.items()})
+    return missing
+
+
+def _on_devices(size: int | None, do: Do) -> Do:
+    """`do`, after a check that its process sees `size` devices, if that is given."""
+    return do if size is None else functools.partial(_check_and_do, size, do)
+
+
+def _check_and_do(size: int, do: Do, point: Point, workdir: AnyPath) -> None:
+    devices.check_seen(size)
+    do(point, workdir)
 
 
 def _all(
-    points: Sequence[Point],
-    workdir: AnyPath,
-    environments: Sequence[Mapping[str, str]],
-    do: Do,
-    missing: Count,
-    devices_per_run: int | None,
+    points: Sequence[Point], workdir: AnyPath, environments: Sequence[Mapping[str, str]], task: Task
 ) -> list[str]:
-    """Does the points, side by side if there are several, and returns what went wrong with any."""
-    if devices_per_run is None and min(len(environments), len(points)) < 2:
-        return _one_by_one(points, workdir, do)
+    """Does the points, side by side if there are several; returns error messages."""
+    if min(len(environments), len(points)) < 2 and not any(environments):  # an environment needs a process
+        return _one_by_one(points, workdir, task.do)
     longest_first = sorted(points, key=lambda point: -point.cost)  # so that no core waits long for the last
-    return in_processes(longest_first, workdir, environments[: len(points)], do, missing, devices_per_run)
+    return in_processes(longest_first, workdir, environments[: len(points)], task)
 
 
 def _one_by_one(points: Sequence[Point], workdir: AnyPath, do: Do) -> list[str]:
-    """Does the points, those of other sweeps last, and returns what went wrong with any."""
+    """Does the points, those of other sweeps last; returns error messages."""
     leases, waiting, broken = leases_of(workdir), {point.name: point for point in points}, []
     untaken: dict[str, list[str]] = {}  # by what the disk said; one line for all of them
     wait = Wait()
@@ -175,7 +183,7 @@ def do_point(point: Point, workdir: AnyPath) -> None:
 
 
 def _do(run_: Run, workdir: AnyPath) -> Record:
-    """Returns the record of a run, making it if it is not there; an error in it goes no further."""
+    """The record of a run, which is done if it has none; an error in it becomes a failed record."""
     path, directory = record_path(workdir, run_), workdir / "runs" / run_.name
     if (record := agreed_record(path, run_.config)) is not None:
         return record
@@ -248,7 +256,7 @@ def _report(points: Sequence[Point], workdir: AnyPath) -> int:
 
 
 def expected_seconds(runs: Sequence[tuple[Point, int]]) -> float:
-    """Returns about how long so many runs of these points take one after the other, on all cores.
+    """Estimated seconds of so many runs of these points, one after the other on all cores.
 
     From the rate of matrix products, measured here.
     """

@@ -1,6 +1,7 @@
 """Points side by side, in processes of their own, and beside other sweeps in the same directory."""
 
 import contextlib
+import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
@@ -11,15 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
-from typing import Any
 
 import jax
 
-from experiments.runner import devices
 from experiments.runner.leases import LeaseError, Leases
 from experiments.runner.points import Point
 from mobilellm_jax.errors import Interrupted, UserError
 from mobilellm_jax.runs.run import enable_compilation_cache
+from mobilellm_jax.storage import quiet
 from mobilellm_jax.storage.files import AnyPath
 from mobilellm_jax.training import signals
 from mobilellm_jax.training.malloc import keep_freed_memory
@@ -33,85 +33,110 @@ def say(name: str, line: str) -> None:
     print(f"{name}  {line}", flush=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What to do for every point: `do` it, if there are runs `missing`; both take a point and the workdir."""
+
+    do: Callable[[Point, AnyPath], None]
+    missing: Callable[[Point, AnyPath], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A place for one process: its CPU cores, and the environment variables that it gets."""
+
+    cores: Sequence[int]
+    environment: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """A process at work on a point, and the slot that is free when it ends."""
+
+    process: BaseProcess
+    point: Point
+    slot: Slot
+
+
 def in_processes(
-    points: Sequence[Point],
-    workdir: AnyPath,
-    environments: Sequence[Mapping[str, str]],
-    do_point: Callable[[Point, AnyPath], None],
-    missing: Callable[[Point, AnyPath], int],
-    devices_per_run: int | None = None,
+    points: Sequence[Point], workdir: AnyPath, environments: Sequence[Mapping[str, str]], task: Task
 ) -> list[str]:
-    """Does the points in processes side by side, each with one of `environments` and a part of the CPU cores.
+    """Does the points in processes side by side, one for each of `environments`, which share the CPU cores.
 
     Points that other sweeps are at work on come last. A tiny model does not keep two cores busy: with a core
     each, two of them train in 0.6 to 0.7 of the time.
 
-    Args:
-      points, workdir: as in `sweep`.
-      environments: for each of the processes side by side the variables that differ from those of this one.
-      do_point, missing: what a process does, and whether there is anything left to do.
-      devices_per_run: how many devices a process is to see; checked in it before it starts.
-
-    Returns what to say of points whose process ended early.
+    Returns:
+      An error message, if the processes of some points ended early.
 
     Raises:
       Interrupted, Preempted: on SIGINT, on SIGTERM or SIGHUP; the runs at work have saved.
     """
-    context = multiprocessing.get_context("spawn")
-    cores, jobs = sorted(os.sched_getaffinity(0)), len(environments)
-    free = [(cores[i::jobs] or cores, environments[i]) for i in range(jobs)]
-    leases, waiting, running, broken, wait = leases_of(workdir), list(points), {}, [], Wait()
+    free, leases, wait = _slots(environments), leases_of(workdir), Wait()
+    waiting, running, broken = list(points), dict[int, Worker](), list[str]()  # running by sentinel
     died: set[str] = set()  # points whose process a signal ended once, as where others took the memory
     with signals.noted_signals() as received, _ended(running):
         while (waiting or running) and not received:
             while free and (point := _first_free(waiting, leases)):
                 waiting.remove(point)
-                if not missing(point, workdir):  # another sweep has done it
-                    continue
-                mine = free.pop(0)
-                arguments = do_point, point, workdir, mine[0], devices_per_run
-                process = context.Process(target=_child, args=arguments, daemon=True)
-                with _without_sigint(), _variables({**mine[1], signals.PARENT: str(os.getpid())}):
-                    process.start()
-                running[process.sentinel] = process, point, mine
+                if task.missing(point, workdir):  # else another sweep has done it
+                    worker = _started(point, workdir, task, free.pop(0))
+                    running[worker.process.sentinel] = worker
             if waiting and not running:
                 wait(leases)
             for sentinel in multiprocessing.connection.wait(list(running), _POLL_S) if running else ():
-                process, point, mine = running.pop(sentinel)
-                process.join()
-                free.append(mine)
-                if process.exitcode == _TAKEN:
-                    waiting.append(point)
+                worker = running.pop(sentinel)
+                worker.process.join()
+                free.append(worker.slot)
+                if _is_to_be_repeated(worker, died):
+                    waiting.append(worker.point)
                     continue
-                if process.exitcode < 0 and point.name not in died:
-                    died.add(point.name)
-                    waiting.append(point)
-                    say(point.name, f"its process was ended by signal {-process.exitcode}; one more try")
-                    continue
-                if process.exitcode:
-                    broken.append(f"{point.name} (status {process.exitcode})")
+                if worker.process.exitcode:
+                    broken.append(f"{worker.point.name} (status {worker.process.exitcode})")
                 left = f"{len(points) - len(waiting) - len(running)} of {len(points)} points done"
-                say(point.name, left)
+                say(worker.point.name, left)
     if received:
         raise signals.stopped(received, "with the runs at work, which saved what there was")
     if not broken:
         return []
     return [
-        f"the process of {', '.join(broken)} ended early; what it said is above. A negative status is the "
-        "signal that ended it: -9 where memory ran out, for which fewer side by side may help (--jobs=1)"
+        f"the process of {', '.join(broken)} ended early; its output is above. A negative status is the "
+        "signal that ended it: -9 where memory ran out; run fewer points side by side (--jobs=1)"
     ]
 
 
+def _slots(environments: Sequence[Mapping[str, str]]) -> list[Slot]:
+    cores, count = sorted(os.sched_getaffinity(0)), len(environments)
+    return [Slot(cores[i::count] or cores, environment) for i, environment in enumerate(environments)]
+
+
+def _started(point: Point, workdir: AnyPath, task: Task, slot: Slot) -> Worker:
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_child, args=(task.do, point, workdir, slot.cores), daemon=True)
+    with _without_sigint(), _variables({**slot.environment, signals.PARENT: str(os.getpid())}):
+        process.start()
+    return Worker(process, point, slot)
+
+
+def _is_to_be_repeated(worker: Worker, died: set[str]) -> bool:
+    """Whether another sweep took the point, or a signal ended the process for the first time (see `died`)."""
+    status, name = worker.process.exitcode, worker.point.name
+    if status == _TAKEN:
+        return True
+    if status is None or status >= 0 or name in died:
+        return False
+    died.add(name)
+    say(name, f"its process was ended by signal {-status}; trying once more")
+    return True
+
+
 def _child(
-    do_point: Callable[[Point, AnyPath], None],
-    point: Point,
-    workdir: AnyPath,
-    cores: Sequence[int],
-    devices_per_run: int | None,
+    do: Callable[[Point, AnyPath], None], point: Point, workdir: AnyPath, cores: Sequence[int]
 ) -> None:
     """What the process of a point does."""
     os.sched_setaffinity(0, cores)  # before jax starts its threads
     keep_freed_memory()
+    quiet.settings()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signals.watch(tell=False)
     enable_compilation_cache()
@@ -122,9 +147,7 @@ def _child(
     if name is None:
         sys.exit(_TAKEN)
     try:
-        if devices_per_run:
-            devices.check_seen(devices_per_run)
-        do_point(point, workdir)
+        do(point, workdir)
     except UserError as error:
         sys.exit(f"{point.name}  error: {error}")
     except Interrupted as stop:
@@ -134,7 +157,7 @@ def _child(
 
 
 class Wait:
-    """Waits a little for other sweeps, and says so the first time."""
+    """Waits a little for other sweeps; the first time, prints which."""
 
     def __init__(self) -> None:
         self._said = False
@@ -142,7 +165,7 @@ class Wait:
     def __call__(self, leases: Leases) -> None:
         if not self._said:
             for name, worker in (leases.holders() if jax.process_index() == 0 else {}).items():
-                say(name, f"waiting for the sweep that is at work on it, {worker}")
+                say(name, f"waiting: another sweep ({worker}) is running this point")
         self._said = True
         time.sleep(_POLL_S * random.uniform(0.5, 1))  # not all in step
 
@@ -161,20 +184,20 @@ def take(leases: Leases, names: Sequence[str]) -> tuple[str | None, str]:
 
 
 def leases_of(workdir: AnyPath) -> Leases:
-    """Returns the leases on the points of `workdir`."""
+    """The leases on the points of `workdir`."""
     return Leases(workdir / "runs" / ".leases")
 
 
 @contextlib.contextmanager
-def _ended(running: Mapping[int, tuple[BaseProcess, Point, Any]]) -> Iterator[None]:
+def _ended(running: Mapping[int, Worker]) -> Iterator[None]:
     """Ends the processes in `running` when it is left; the runs in them save a checkpoint."""
     try:
         yield
     finally:
-        for process, _, _ in running.values():
-            process.terminate()
-        for process, _, _ in running.values():
-            process.join()
+        for worker in running.values():
+            worker.process.terminate()
+        for worker in running.values():
+            worker.process.join()
 
 
 @contextlib.contextmanager

@@ -7,14 +7,15 @@ from typing import Any
 
 from absl import logging
 
-from experiments.soaks.runs import TINY, Run, restore, same
-from experiments.soaks.trials import count
+from experiments.soaks.runs import TINY, SoakRun, Trials, restore, same
 from mobilellm_jax import data
 from mobilellm_jax.analysis.records import read_record
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.runs.directory import read_config
 from mobilellm_jax.storage.checkpoint import find_damage
 from mobilellm_jax.storage.metrics import MetricsLog
+
+Part = tuple[str, Trials]
 
 
 def files_in(directory: Path) -> list[Path]:
@@ -36,8 +37,8 @@ def flips(path: Path, number: int, rng: random.Random) -> Iterator[None]:
     path.write_bytes(content)
 
 
-def damaged_checkpoints(straight: Run, number: int, rng: random.Random) -> Iterator[bool]:
-    """Damages the newest checkpoint in many ways, counts what was noticed, and lets the run mend it."""
+def damaged_checkpoints(straight: SoakRun, number: int, rng: random.Random) -> Iterator[Part]:
+    """Damages the newest checkpoint in many ways, then lets the run resume from the one before."""
     directory, like = straight.workdir / "checkpoints", straight.like()
     newest, before = sorted((int(path.name) for path in directory.iterdir()), reverse=True)[:2]
     aside = directory.with_name("aside")
@@ -51,13 +52,13 @@ def damaged_checkpoints(straight: Run, number: int, rng: random.Random) -> Itera
         named = problem is not None and path.name in problem
         return named and intact is not None and intact[0] == before and same(restore(directory, like), intact)
 
-    def flipped() -> Iterator[tuple[bool, str]]:
+    def flipped() -> Trials:
         sizes = [path.stat().st_size for path in files]
         for path in rng.choices(files, weights=sizes, k=number):
             for _ in flips(path, 1, rng):
                 yield noticed(path), "in arrays" if path.parent.name == "d" else "in metadata"
 
-    def spoilt() -> Iterator[tuple[bool, str]]:
+    def spoilt() -> Trials:
         ways: dict[str, Callable[[Path, bytes], object]] = {
             "cut": lambda path, content: path.write_bytes(content[:-1]),
             "emptied": lambda path, _: path.write_bytes(b""),
@@ -70,7 +71,7 @@ def damaged_checkpoints(straight: Run, number: int, rng: random.Random) -> Itera
                 yield noticed(path), way
                 path.write_bytes(content)
 
-    def mended() -> Iterator[tuple[bool, str]]:
+    def mended() -> Trials:
         expected = straight.contents()
         (straight.workdir / "record.json").unlink()
         victim = max(files, key=lambda path: path.stat().st_size)
@@ -80,13 +81,13 @@ def damaged_checkpoints(straight: Run, number: int, rng: random.Random) -> Itera
         yield told and same(straight.contents(), expected), f"resumed from step {before}"
 
     logging.set_verbosity(logging.ERROR)  # one warning for each is enough
-    yield count("bits flipped in a checkpoint, noticed, the one before restored", flipped())
-    yield count("files of a checkpoint cut, emptied or deleted, the same", spoilt())
-    yield count("run resumed from the one before, the same in the end", mended())
+    yield "bits flipped in a checkpoint, noticed, the one before restored", flipped()
+    yield "files of a checkpoint cut, emptied or deleted, the same", spoilt()
+    yield "run resumed from the one before, the same in the end", mended()
 
 
-def damaged_data(straight: Run, number: int, rng: random.Random) -> Iterator[bool]:
-    """Damages prepared rows and their card, and counts what was noticed."""
+def damaged_data(straight: SoakRun, number: int, rng: random.Random) -> Iterator[Part]:
+    """Damages prepared rows and their card."""
     run = straight.config
     prepared = data.prepare(run.data, run.model.vocab_size)
     assert isinstance(prepared, data.PreparedData)
@@ -99,19 +100,19 @@ def damaged_data(straight: Run, number: int, rng: random.Random) -> Iterator[boo
 
     expected = read()
 
-    def flipped(name: str) -> Iterator[tuple[bool, str]]:
+    def flipped(name: str) -> Trials:
         for _ in flips(prepared.directory / name, number, rng):
             try:
                 yield False, "harmless" if read() == expected else "wrong rows"
             except UserError as error:
                 yield str(prepared.directory) in str(error), "refused"
 
-    yield count("bits flipped in the data card, noticed", flipped("card.json"))
-    yield count("bits flipped in prepared rows, noticed", flipped("train-00000.array_record"))
+    yield "bits flipped in the data card, noticed", flipped("card.json")
+    yield "bits flipped in prepared rows, noticed", flipped("train-00000.array_record")
 
 
-def damaged_words(straight: Run, number: int, rng: random.Random) -> Iterator[bool]:
-    """Flips bits in the record, the log and the config of a run, and counts what was noticed."""
+def damaged_words(straight: SoakRun, number: int, rng: random.Random) -> Iterator[Part]:
+    """Flips bits in the record, the log and the config of a run."""
 
     def log(path: Path) -> Any:
         there = MetricsLog(path.parent, TINY["train.steps"], write=False)
@@ -123,7 +124,7 @@ def damaged_words(straight: Run, number: int, rng: random.Random) -> Iterator[bo
         "config.json": read_config,
     }
 
-    def flipped(name: str) -> Iterator[tuple[bool, str]]:
+    def flipped(name: str) -> Trials:
         path = straight.workdir / name
         expected = readers[name](path)
         for _ in flips(path, number, rng):
@@ -134,4 +135,4 @@ def damaged_words(straight: Run, number: int, rng: random.Random) -> Iterator[bo
                 yield str(path) in str(error), "refused"
 
     for name in readers:
-        yield count(f"bits flipped in {name}, noticed", flipped(name))
+        yield f"bits flipped in {name}, noticed", flipped(name)

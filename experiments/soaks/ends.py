@@ -6,9 +6,9 @@ import random
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from experiments.soaks.runs import TINY, Run, running, same, send, wait_until_watched
+from experiments.soaks.runs import TINY, SoakRun, Trials, running, same, send, wait_until_watched
 
 # What a signal may meet, and its share.
 KILLED = {"in the start": 0.15, "in a step": 0.35, "in a save": 0.25, "in an evaluation": 0.25}
@@ -25,14 +25,14 @@ _IN_A_ROW = 4
 
 
 def runs(
-    straight: Run,
+    straight: SoakRun,
     number: int,
     start_s: float,
     step_s: float,
     rng: random.Random,
     sent: Sequence[signal.Signals],
     moments: Mapping[str, float],
-) -> Iterator[tuple[bool, str]]:
+) -> Trials:
     """Yields for every signal whether the run ended as it should, and in the end as the one left alone.
 
     With it comes what the signal met. A run gets up to `_IN_A_ROW`, one of `sent` each, and is then left to
@@ -42,12 +42,12 @@ def runs(
     wanted = moments if number >= _ALL_MOMENTS else {}
 
     def left() -> int:
-        """Returns how many are still to come; some more than asked for where a moment was not met."""
+        """How many are still to come: more than asked for where a moment was not met."""
         unmet = sum(not met[moment] for moment in wanted)
         return max(number - met.total(), unmet if met.total() < 2 * number else 0)
 
     while left():
-        run = Run(straight.corpus, straight.workdir.with_name("ended"), signal.SIGKILL not in sent)
+        run = SoakRun(straight.corpus, straight.workdir.with_name("ended"), signal.SIGKILL not in sent)
         found = list[tuple[bool, str]]()
         while len(found) < min(_IN_A_ROW, left()):
             so_far = met + collections.Counter(doing for _, doing in found)
@@ -67,7 +67,7 @@ def runs(
     yield from ((False, f"none was {moment}") for moment in wanted if not met[moment])
 
 
-def commands(straight: Run, number: int, start_s: float, rng: random.Random) -> Iterator[tuple[bool, str]]:
+def commands(straight: SoakRun, number: int, start_s: float, rng: random.Random) -> Trials:
     """Yields for signals to sweeps and `plan` whether all their processes ended, and left no lease."""
     tiny = {
         **TINY,

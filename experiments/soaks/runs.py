@@ -47,6 +47,8 @@ TINY = {
 _STATUS = {signal.SIGINT: 130, signal.SIGTERM: signals.RESUME_ME, signal.SIGHUP: signals.RESUME_ME}
 _PATIENCE_S = 10.0  # between a signal and the end
 
+Trials = Iterator[tuple[bool, str]]  # whether a trial succeeded, and its kind
+
 
 @contextlib.contextmanager
 def running(
@@ -101,7 +103,7 @@ def send(process: subprocess.Popen[str], number: signal.Signals) -> tuple[bool, 
     return len(told) == 1 and not crashed and process.returncode == _STATUS[number], output
 
 
-class Run:
+class SoakRun:
     """A run of `experiments.train`; `signalled` ones compile anew every time, and say so."""
 
     def __init__(self, corpus: Path, workdir: Path, signalled: bool = False):
@@ -160,7 +162,7 @@ class Run:
         return ok, self._signalled(output, lines, saving)
 
     def _next(self, line: str) -> str | None:
-        """Returns what begins after a line of output."""
+        """The phase that begins after a line of output."""
         if re.search(r"Finished jaxpr to MLIR .*jit\((<lambda>|step|evaluate)", line):
             return "while compiling"
         if not line.startswith("step "):
@@ -175,7 +177,7 @@ class Run:
         return any("tmp" in path.name or not (path / MANIFEST).exists() for path in there)
 
     def _killed(self, lines: list[str]) -> str:
-        """Returns what a killed run was doing, by what it left on disk and what it printed last."""
+        """The phase in which a run was killed, inferred from its files and its last output."""
         lines = [line for line in lines if line.startswith("step ")]
         if not lines:
             return "in the start"
@@ -186,7 +188,7 @@ class Run:
         return "in a step" if doing == "in a save" else str(doing)  # the save was done, or had not begun
 
     def _signalled(self, output: str, before: list[str], saving: bool) -> str:
-        """Returns what a run did at a signal, by what it said of it and what it had printed `before`."""
+        """The phase in which a signal arrived, inferred from its message and the output `before`."""
         moment = re.search(r"stopped by \w+ (while \w+|after step)?", output)
         if not moment or not moment[1]:
             return "elsewhere"
@@ -205,7 +207,7 @@ class Run:
         return make_programs(self.config, mesh).state
 
     def contents(self) -> tuple[Any, ...]:
-        """Returns all that must not depend on signals: step, state, log and record without times."""
+        """Everything that must not depend on signals: step, state, log and record without times."""
         restored = restore(self.workdir / "checkpoints", self.like())
         assert restored is not None
         lines = [json.loads(line) for line in (self.workdir / "metrics.jsonl").read_text().splitlines()]
@@ -222,7 +224,7 @@ def _step_of(line: str) -> int:
 
 
 def restore(directory: Path, like: TrainState) -> tuple[int, Any] | None:
-    """Returns the newest intact step of the checkpoints in `directory`, and its state in numpy."""
+    """The newest intact step of the checkpoints in `directory`, and its state in numpy."""
     checkpoints = Checkpoints(directory)
     try:
         restored = checkpoints.restore_latest(like)

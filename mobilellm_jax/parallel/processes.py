@@ -46,7 +46,9 @@ def start(
 
     def give_up() -> None:
         # jax's own timeout aborts the process with a stack trace, and cannot be caught.
-        print(f"error: after {patience_s:g} s the other processes have not come. {advice}", file=sys.stderr)
+        print(
+            f"error: timed out after {patience_s:g} s waiting for the other hosts. {advice}", file=sys.stderr
+        )
         sys.stderr.flush()
         os._exit(2)
 
@@ -71,9 +73,9 @@ def start(
 
 
 def of_first(function: Callable[[], T]) -> T:
-    """Returns in all processes what `function` returns in process 0, where alone it is called.
+    """Calls `function` on process 0 and broadcasts its result, which has to fit into JSON.
 
-    It returns something that JSON can hold. A `UserError` in it is raised in all processes.
+    A `UserError` in it is raised in all processes.
     """
     if jax.process_count() == 1:
         return function()

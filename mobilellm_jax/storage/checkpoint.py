@@ -7,13 +7,10 @@ was cut short: the manifest is written last and deleted first.
 
 import concurrent.futures
 import contextlib
-import functools
 import hashlib
 import json
-import logging
 import os
 import re
-import sys
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +19,7 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
-from absl import logging as absl_logging
+from absl import logging
 from etils import epath
 
 from mobilellm_jax.errors import UserError
@@ -42,7 +39,6 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # here: half a second, for what saves and restores alone
 
         self._directory = _absolute(directory)
-        _say_errors_once()
         # Made in the background, a directory that cannot be made costs a wait of 5 minutes at exit.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._saver = ocp.StandardCheckpointer(async_options=options)
@@ -166,7 +162,7 @@ def newest_intact(directory: AnyPath) -> tuple[int | None, list[str]]:
         if problem is None:
             return step, damage
         damage.append(problem)
-        absl_logging.warning("the checkpoint of step %d will not be used: %s", step, problem)
+        logging.warning("the checkpoint of step %d will not be used: %s", step, problem)
     return None, damage
 
 
@@ -291,16 +287,3 @@ def _reason(error: Exception) -> str:
     cause = error.__context__ if isinstance(error, UserError) else error  # of `write_atomically`
     number = cause.errno if isinstance(cause, OSError) else hidden and int(hidden[1])
     return os.strerror(number) if number else f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-@functools.cache
-def _say_errors_once() -> None:
-    """Keeps from stderr what is said there of a write that fails, besides the error that is raised.
-
-    Orbax logs pages of tracebacks, and ends its event loop at the first error: asyncio logs the other ones,
-    which nobody waits for, and the threads of tensorstore that write still print that there is no loop.
-    """
-    absl_logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
-    logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
-    say = sys.unraisablehook
-    sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else say(args)

@@ -5,8 +5,6 @@ is added to or renamed there, and an object is replaced in one step: what that c
 """
 
 import contextlib
-import importlib.util
-import logging
 import os
 import shutil
 import tempfile
@@ -14,57 +12,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-import fsspec.config
 from etils import epath
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage import quiet
 
 AnyPath = Path | epath.Path
 
-# Of a bucket that others write to, a listing must be of now: gcsfs would show the first one for ever.
-fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
-os.environ.setdefault(
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
-)  # asks for the kind of bucket at every call
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # pages of tracebacks, besides the error that it raises
-
 
 def path_of(name: str | os.PathLike[str]) -> AnyPath:
-    """Returns a path, local or gs://; nothing is looked at."""
-    return epath.Path(name) if "://" in os.fspath(name) else Path(name)
+    """The path of a name, local or gs://; nothing is looked at."""
+    if "://" not in os.fspath(name):
+        return Path(name)
+    quiet.buckets()
+    return epath.Path(name)
 
 
 def is_bucket(path: AnyPath) -> bool:
-    """Whether a path is in a bucket."""
     return not isinstance(path, Path)
 
 
-def directory(flag: str, name: str) -> AnyPath:
-    """Returns the path that a flag names, once it is known that it can be read, if it is there; ~ is home.
-
-    Raises:
-      UserError: it is an address, but not gs://bucket/folder; gcsfs is not installed; or there is no such
-        bucket, or no permission to read it.
-    """
-    path = path_of(os.path.expanduser(name))
-    if not is_bucket(path):
-        return path
-    bucket, _, folder = name.removeprefix("gs://").partition("/")
-    if not name.startswith("gs://") or not bucket or not folder.strip("/"):
-        raise UserError(f"--{flag}={name}: expected a local directory, or gs://bucket/folder")
-    if not importlib.util.find_spec("gcsfs"):
-        raise UserError(f"--{flag}={name}: buckets need gcsfs: python -m pip install -e '.[gcs]'")
-    try:
-        there = epath.Path(f"gs://{bucket}").exists()
-    except Exception as error:  # of credentials, of the network, of gcsfs: they have no type in common
-        raise UserError(f"--{flag}={name}: the bucket cannot be read: {reason(error)}") from None
-    if not there:
-        raise UserError(f"--{flag}={name}: there is no bucket {bucket}, or no permission to read it")
-    return path
-
-
 def local_directory(flag: str, name: str) -> Path:
-    """Returns the path that a flag names, ~ is home; UserError where it is not on this machine."""
+    """The path that a flag names, ~ is home; UserError where it is not on this machine."""
     if "://" in name:
         raise UserError(f"--{flag}={name}: expected a local directory")
     return Path(os.path.expanduser(name))
@@ -80,7 +49,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     if not isinstance(path, Path):
         try:
             path.write_bytes(content)
-        except Exception as error:  # see `directory`
+        except Exception as error:  # of credentials, of the network, of gcsfs: they have no type in common
             raise UserError(f"{path}: cannot be written: {reason(error)}") from error
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

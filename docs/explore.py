@@ -16,8 +16,8 @@
 # [MobileLLM](https://arxiv.org/abs/2402.14905) printed. On one CPU core all of it takes about a minute;
 # what it writes goes to a temporary folder.
 #
-# Changes are made in its text twin: edit `experiments/explore.py`, then run
-# `jupytext --to ipynb --update experiments/explore.py`.
+# Changes are made in its text twin: edit `docs/explore.py`, then run
+# `jupytext --to ipynb --update docs/explore.py`.
 
 # %% [markdown]
 # ## 1. Install

@@ -1,0 +1,65 @@
+"""The flags that several commands share: which points a sweep does, and which questions a run is asked."""
+
+from absl import flags
+
+from experiments import cli
+from experiments.runner import hosts
+from experiments.runner.points import Point
+from experiments.runner.questions import Questions
+from experiments.runner.studies import points_of, shard
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.files import local_directory
+
+FLAGS = flags.FLAGS
+
+# What a launcher passes on to the sweeps that it starts, besides the flags of the config.
+PASSED_ON = ("workdir", "only", "seeds", "tasks", "data_dir", "limit")
+
+
+def define_sweep() -> None:
+    """Defines all flags of `experiments.sweep`; the launchers have them too."""
+    flags.DEFINE_string("workdir", "runs", "directory of results/, figures/, reports/ and runs/")
+    flags.DEFINE_bool("list", False, "print the points with what they cost, and train nothing")
+    flags.DEFINE_list(
+        "only", [], 'labels of the points to run, separated by commas, in " where they hold one; default: all'
+    )
+    flags.DEFINE_integer("seeds", None, "number of seeds for each point; default: as the study says", 1)
+    flags.DEFINE_integer(
+        "jobs", None, "points that run side by side; default: one for each CPU core, 1 on an accelerator", 1
+    )
+    flags.DEFINE_integer(
+        "devices_per_run",
+        None,
+        "points run side by side, each on so many devices of this host (TPU: chips)",
+        1,
+    )
+    flags.DEFINE_string("shard", "0/1", "i/n: only every n-th point, from the i-th on; i from 0 to n - 1")
+    hosts.define_flags()
+    define_scoring()
+
+
+def define_scoring() -> None:
+    """Defines the flags of zero-shot tasks."""
+    flags.DEFINE_list("tasks", [], "tasks or groups of lm-eval, or mobilellm, separated by commas")
+    flags.DEFINE_string("data_dir", None, "folder with local files of --tasks; default: the hub")
+    flags.DEFINE_integer("limit", None, "largest number of questions of each of --tasks; default: all", 1)
+
+
+def asked_points() -> list[Point]:
+    """The points that the flags choose; errors as in `points_of` and `shard`."""
+    return shard(points_of(cli.config_spec(), cli.overrides(), FLAGS.seeds, FLAGS.only), FLAGS.shard)
+
+
+def asked_questions(bos: bool | None = None) -> Questions | None:
+    """The questions that the flags choose; None without --tasks.
+
+    Raises:
+      UserError: another flag of --tasks is given without it.
+    """
+    if FLAGS.tasks:
+        folder = None if FLAGS.data_dir is None else local_directory("data_dir", FLAGS.data_dir)
+        return Questions(tuple(FLAGS.tasks), folder, FLAGS.limit, bos)
+    for flag, value in (("data_dir", FLAGS.data_dir), ("limit", FLAGS.limit), ("bos", bos)):
+        if value is not None:
+            raise UserError(f"--{flag}={value}: needs --tasks, such as --tasks=mobilellm")
+    return None

@@ -1,0 +1,62 @@
+"""What a sweep prints of its points before it starts, and --list without starting: shapes, costs, pairs."""
+
+from collections.abc import Sequence
+
+from experiments.reporting import paper_tables
+from experiments.runner.points import Point
+from experiments.runner.studies import by_study, pairs_among
+from mobilellm_jax.costs import accounting
+
+_HEADER = (
+    *("study", "point", "plan", "parameters", "no gains", "paper"),
+    *("non-emb.", "FLOPs/token", "tokens", "runs"),
+)
+_PAPER = _HEADER.index("paper")
+_LEFT = 3  # columns of words; the numbers are aligned to the right
+
+
+def table(points: Sequence[Point]) -> str:
+    """The shape and cost of each point, one line for each.
+
+    "no gains" counts parameters without the gains of the norms, as the paper does; "paper" is the count that
+    it prints, where the points are rows of the paper.
+    """
+    rows = [list(_HEADER), *map(_row, points)]
+    if not any(row[_PAPER] for row in rows[1:]):
+        rows = [[*row[:_PAPER], *row[_PAPER + 1 :]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = zip(row, widths, strict=True)
+        return "  ".join(cell.ljust(w) if i < _LEFT else cell.rjust(w) for i, (cell, w) in enumerate(cells))
+
+    return "\n".join(map(line, rows))
+
+
+def _row(point: Point) -> list[str]:
+    c, counts = point.config, accounting.parameters(point.config.model)
+    printed = paper_tables.of_preset(point.facts["study"], point.facts["preset"])
+    plan = " ".join(map(str, c.model.plan))
+    return [
+        point.facts["study"],
+        point.facts["point"],
+        plan if len(plan) <= 24 else f"{plan[:14]} ... ({c.model.effective_depth})",
+        f"{counts.total:,}",
+        f"{counts.as_printed:,}",
+        printed[point.facts["point_index"]].printed if printed else "",
+        f"{counts.non_embedding:,}",
+        f"{accounting.train_flops_per_token(c.model, c.data.sequence_length):.3g}",
+        f"{c.train.steps * c.train.batch_size * c.data.sequence_length:,}",
+        f"{'about ' if point.learning_rates else ''}{point.runs}",
+    ]
+
+
+def said_to_compare(points: Sequence[Point]) -> str:
+    """The pairs that a sweep of these points compares, one line for each study."""
+    lines = []
+    for (study, _), chosen in by_study(points).items():
+        said = ", ".join(f"{a!r} with {b!r}" for a, b in pairs_among(chosen))
+        lines.append(
+            f"{study}: {f'compares {said}' if said else 'one point, so there is nothing to compare'}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""Which zero-shot tasks to ask, and which of a sweep's finished runs have not answered them yet."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from experiments.runner.points import Point
+from mobilellm_jax.analysis.records import read_record
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.files import AnyPath
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """What to ask.
+
+    Attributes:
+      names: tasks and groups.
+      data_dir: folder with local files; None takes the questions from the hub.
+      limit: questions of each task at most.
+      bos: whether texts begin with BOS; None: as they did when the model was trained.
+    """
+
+    names: tuple[str, ...]
+    data_dir: Path | None = None
+    limit: int | None = None
+    bos: bool | None = None
+
+
+def left_out_line(questions: Questions, left_out: Sequence[str]) -> str:
+    return f"left out, as {questions.data_dir} has no file for them: {', '.join(left_out)}"
+
+
+def load(questions: Questions, points: Sequence[Point]) -> dict[str, str]:
+    """Where the questions of each task come from, by its name; checks that all points train on text.
+
+    Raises:
+      UserError: as `scoring.score_tasks`, or a point has no text.
+    """
+    for point in points:
+        source = point.config.data
+        if source.is_task or source.source.startswith("tokens:"):
+            raise UserError(
+                f"--tasks: {point.name} trains on {source.source!r}, which has no tokenizer; choose points "
+                "that train on text with --only"
+            )
+    from mobilellm_jax.inference import harness  # here: it needs the extra `eval`
+
+    tasks, left_out = harness.load_tasks(questions.names, questions.data_dir)
+    if left_out:
+        print(left_out_line(questions, left_out))
+    return {name: str(task.DATASET_PATH) for name, task in tasks.items()}
+
+
+def lacking(point: Point, workdir: AnyPath, questions: Questions, known: Mapping[str, str]) -> int:
+    """Number of finished runs of a point whose record lacks one of the tasks `known`, from `load`."""
+    return sum(map(bool, lacking_tasks(point, workdir, questions, known).values()))
+
+
+def lacking_tasks(
+    point: Point, workdir: AnyPath, questions: Questions, known: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """The tasks of `known` that the record of each finished run of a point lacks, by the run's name."""
+    found = {}
+    for name in point.run_names():
+        path = workdir / "results" / f"{name}.json"
+        record = read_record(path) if path.exists() else None
+        if record is not None and record.status == "finished":
+            entries = record.zero_shot or {}
+            found[name] = [
+                task
+                for task, where in known.items()
+                if task not in entries
+                or (entries[task]["data"], entries[task]["limit"]) != (where, questions.limit)
+            ]
+    return found

@@ -1,0 +1,265 @@
+"""From a study to its points: configs with overrides, labels, pairs, and checks of its declarations."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.base import Study
+from experiments import cli
+from experiments.runner import names
+from experiments.runner.points import Point
+from mobilellm_jax.analysis.records import budget_name
+from mobilellm_jax.config import Config, from_config_dict, to_dict
+from mobilellm_jax.costs import accounting
+from mobilellm_jax.errors import UserError, did_you_mean
+from mobilellm_jax.runs import provenance
+from mobilellm_jax.runs.directory import flatten
+
+Pairs = list[list[str]]  # of labels
+
+
+def points_of(spec: str, overrides: dict[str, Any], seeds: int | None, only: Sequence[str]) -> list[Point]:
+    """The points of a study or of a collection of studies, validated: all, or those in `only`.
+
+    Raises:
+      UserError: a config is not valid, a budget is not matched, or `only` names a point that is not there.
+    """
+    points = _all_points(spec, overrides, seeds)
+    labels = list(dict.fromkeys(point.facts["point"] for point in points))
+    for label in only:
+        if label not in labels:
+            valid = ", ".join(f'"{label}"' if "," in label else label for label in labels)
+            raise UserError(f"--only={label}: no such point; valid: {valid}")
+    if not only:
+        return points
+    chosen = [point for point in points if point.facts["point"] in only]
+    return [point for study in by_study(chosen).values() for point in _compared(study)]
+
+
+def shard(points: Sequence[Point], text: str) -> list[Point]:
+    """The part "i/n" of the points: i, i + n, i + 2n and so on.
+
+    Raises:
+      UserError: it has another form, or no point is left.
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    index, count = (int(number) for number in match.groups()) if match else (0, 0)
+    if index >= count:
+        raise UserError(f"--shard={text}: expected i/n with i from 0 to n - 1, such as 0/4")
+    part = list(points[index::count])
+    if not part:
+        raise UserError(
+            f"--shard={text}: there are only {len(points)} points; choose n from 1 to {len(points)}"
+        )
+    return part
+
+
+def by_study(points: Sequence[Point]) -> dict[tuple[str, str], list[Point]]:
+    """Points by study and preset."""
+    studies: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        studies.setdefault((point.facts["study"], point.facts["preset"]), []).append(point)
+    return studies
+
+
+def _all_points(spec: str, overrides: dict[str, Any], seeds: int | None) -> list[Point]:
+    module, preset, _ = cli.load_config(spec)
+    if hasattr(module, "studies"):
+        return [point for member in module.studies(preset) for point in _all_points(member, overrides, seeds)]
+    if hasattr(module, "sweep"):
+        return _study_points(module, spec, preset, overrides, seeds)
+    raise UserError(
+        f"--config={spec}: not a study, as it has no sweep(preset); train it with python -m experiments.train"
+    )
+
+
+def _study_points(
+    module: Any, spec: str, preset: str, overrides: dict[str, Any], seeds: int | None
+) -> list[Point]:
+    study, rows = module.study(preset), list(module.sweep(preset))
+    _check_overrides(spec, overrides, rows)
+    configs = [_config(module, spec, preset, row, overrides) for row in rows]
+    if not configs:
+        raise UserError(f"--config={spec}: sweep({preset!r}) yields no point")
+    settings = [flatten(to_dict(config)) for config in configs]
+    _check_fields(spec, study, settings[0])
+    labels = list(study.labels) or [" x ".join(str(s[name]) for name in study.scientific) for s in settings]
+    _check_labels(spec, study, labels, configs)
+    _check_rates(spec, study, configs)
+    _check_budget(spec, study, configs)
+    given = "optimizer.learning_rate" in overrides  # one rate for all points
+    learning_rates = () if given else tuple(study.learning_rates)
+    stem = Path(spec.partition(":")[0]).stem
+    shared = {
+        "study": stem,
+        "preset": preset,
+        "question": study.question,
+        "matched": study.matched,
+        "scientific": list(study.scientific),
+        "nuisance": list(study.nuisance),
+        "tuning": "grid" if learning_rates else "transferred" if study.transferred and not given else "none",
+        "metric": study.metric,
+        "margin": study.margin,
+        "command": cli.command(),
+        "git_commit": provenance.git_commit(),  # once: files may be edited while the sweep runs
+    }
+    own = _own_pairs(_pairs(study, labels))
+    return [
+        Point(
+            name=f"{stem}/{preset}/{file_name}",
+            config=config,
+            facts={
+                **shared,
+                "point": label,
+                "point_index": index,
+                "pairs": own.get(label, []),
+                "x": _x(study, settings[index]),
+                "overrides": rows[index],
+            },
+            learning_rates=learning_rates,
+            tuning_seeds=study.tuning_seeds,
+            seeds=seeds or study.seeds,
+            vary=tuple(study.vary),
+        )
+        for index, (label, file_name, config) in enumerate(
+            zip(labels, names.of_labels(labels), configs, strict=True)
+        )
+    ]
+
+
+def _config(module: Any, spec: str, preset: str, row: dict[str, Any], overrides: dict[str, Any]) -> Config:
+    """The config of one row of a sweep, validated."""
+    config_dict = module.get_config(preset)
+    try:
+        for name, value in {**row, **overrides}.items():
+            cli.check_field(config_dict, name)
+            _set(config_dict, name, value)
+        return from_config_dict(config_dict)
+    except UserError as error:
+        raise UserError(f"--config={spec}, point {row}: {error}") from None
+
+
+def _set(config: ConfigDict, name: str, value: Any) -> None:
+    try:
+        config.update_from_flattened_dict({name: value})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: {value!r} does not fit: {error}") from None
+
+
+def _x(study: Study, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Where the study's figure draws a point: its value on the x axis, and the line that it belongs to."""
+    if not study.x:
+        return None
+    x = {"label": study.x_label, "value": settings[study.x], "log": True}
+    return {**x, "series": f"{settings[study.series]} {study.series_label}"} if study.series else x
+
+
+# --- pairs ----------------------------------------------------------------------------------------------
+
+
+def pairs_among(points: Sequence[Point]) -> Pairs:
+    """The pairs that the records of these points of one study ask for, and that have both ends among them."""
+    labels = {point.facts["point"] for point in points}
+    pairs = [pair for point in points for pair in point.facts["pairs"] if labels.issuperset(pair)]
+    return [list(pair) for pair in dict.fromkeys(map(tuple, pairs))]
+
+
+def _compared(points: list[Point]) -> list[Point]:
+    """Points chosen of a study, all compared with each other where it asks for no pair of them."""
+    if pairs_among(points) or len(points) < 2:  # of one, the records are to fit those of the others
+        return points
+    own = _own_pairs(_later_first([point.facts["point"] for point in points]))
+    return [replace(point, facts={**point.facts, "pairs": own[point.facts["point"]]}) for point in points]
+
+
+def _pairs(study: Study, labels: Sequence[str]) -> Pairs:
+    if study.pairs:
+        return [list(pair) for pair in study.pairs]
+    if study.baseline is not None:
+        return [[label, study.baseline] for label in labels if label != study.baseline]
+    return _later_first(labels)
+
+
+def _later_first(labels: Sequence[str]) -> Pairs:
+    """All pairs. The difference of a later point from an earlier one says what more depth, say, does."""
+    return [[b, a] for a, b in combinations(labels, 2)]
+
+
+def _own_pairs(pairs: Pairs) -> dict[str, Pairs]:
+    """The pairs that name a label, by label: what its records hold, and `records.pairs_of` joins."""
+    own: dict[str, Pairs] = {}
+    for pair in pairs:
+        for label in dict.fromkeys(pair):
+            own.setdefault(label, []).append(pair)
+    return own
+
+
+# --- checks ---------------------------------------------------------------------------------------------
+
+
+def _check_overrides(spec: str, overrides: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    for name in overrides:
+        if name in ("train.init_seed", "train.data_seed"):
+            raise UserError(f"--config.{name}: a sweep sets the seeds; use --seeds=<number of seeds>")
+        if any(name in row for row in rows):
+            raise UserError(f"--config.{name}: {spec} varies this field; use --only to choose points")
+
+
+def _check_fields(spec: str, study: Study, settings: Mapping[str, Any]) -> None:
+    for name in filter(None, [*study.scientific, study.x, study.series]):
+        if name not in settings:
+            raise UserError(f"--config={spec}: no field {name!r}; {did_you_mean(name, settings)}")
+    if tuple(study.nuisance) != ("optimizer.learning_rate",):
+        raise UserError(
+            f"--config={spec}: nuisance: cannot tune {study.nuisance}; only optimizer.learning_rate can"
+        )
+
+
+def _check_labels(spec: str, study: Study, labels: Sequence[str], configs: Sequence[Config]) -> None:
+    if len(labels) != len(configs) or len(set(labels)) != len(labels):
+        raise UserError(
+            f"--config={spec}: labels: {labels} do not tell {len(configs)} points apart; give each its own"
+        )
+    named = {label for pair in study.pairs for label in pair} | ({study.baseline} - {None})
+    for label in named - set(labels):
+        raise UserError(f"--config={spec}: no point {label!r} to compare with; {did_you_mean(label, labels)}")
+
+
+def _check_rates(spec: str, study: Study, configs: Sequence[Config]) -> None:
+    rates = study.learning_rates
+    standard = any(config.model.parameterization == "standard" for config in configs)
+    if study.transferred and (standard or rates):
+        raise UserError(
+            f"--config={spec}: transferred: needs points with mup or completep, and no learning_rates"
+        )
+    steps = [b / a for a, b in pairwise(rates)]
+    if rates and (len(rates) < 2 or min(steps) <= 1 or max(steps) > min(steps) * (1 + 1e-9)):
+        raise UserError(
+            f"--config={spec}: learning_rates: {rates} is not a grid; expected two or more, "
+            "rising by one factor"
+        )
+
+
+def _check_budget(spec: str, study: Study, configs: Sequence[Config]) -> None:
+    if study.matched == "tokens":
+        return
+    budgets = [
+        accounting.budgets(c.model, c.data.sequence_length, c.train.batch_size // c.train.accumulation_steps)
+        for c in configs
+    ]
+    if study.matched not in budgets[0]:
+        hint = did_you_mean(study.matched, budgets[0])
+        raise UserError(f"--config={spec}: matched: no budget {study.matched!r}; {hint}")
+    sizes = [budget[study.matched] for budget in budgets]
+    spread = max(sizes) / min(sizes) - 1
+    if spread > study.tolerance:
+        raise UserError(
+            f"--config={spec}: points must have equal {budget_name(study.matched)} within "
+            f"{study.tolerance:.0%}, but range from {min(sizes):,} to {max(sizes):,}, {spread:.1%} apart; "
+            "find shapes that fit with python -m experiments.shapes"
+        )
