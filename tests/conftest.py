@@ -76,7 +76,26 @@ SHARING = [
     {"sharing": "reverse", "num_repeats": 2},
     {"sharing": "0 1 0 0"},
 ]
+_LONGEST = [
+    "sweep",
+    "train",
+    "parameterization",
+    "processes",
+    "slurm",
+    "devices",
+    "lowering",
+    "bench",
+    "report",
+    "scaling",
+    "cli",
+]
 FFN_KINDS = ["swiglu", "relu", "gelu"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: xdist runs a file on one worker, and the last one would run alone."""
+    order = {f"test_{name}.py": place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

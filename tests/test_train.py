@@ -20,7 +20,7 @@ import pytest
 from commands import command, start
 from conftest import SHARING, assert_trees_close, loss_and_gradients, tiny_config
 
-from mobilellm_jax import data, model
+from mobilellm_jax import data
 from mobilellm_jax.config import REMAT_POLICIES, MeshConfig, from_config_dict
 from mobilellm_jax.errors import Preempted
 from mobilellm_jax.parallel import partition
