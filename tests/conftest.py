@@ -5,6 +5,7 @@ JAX_PLATFORMS is set before jax is imported, so that no test touches an accelera
 array shapes in them.
 """
 
+import functools
 import gc
 import os
 import signal
@@ -38,6 +39,10 @@ jaxtyping.install_import_hook("mobilellm_jax", "beartype.beartype")
 
 from mobilellm_jax import model  # noqa: E402, after the hook
 from mobilellm_jax.config import Config, ModelConfig, from_config_dict  # noqa: E402
+from mobilellm_jax.training import loop  # noqa: E402
+
+# A process keeps the programs of its last run; runs of tests come back to the same few, 1 to 2 s each.
+loop.compile_programs = functools.cache(loop.compile_programs.__wrapped__)
 
 # Where a shell started the tests in the background, they ignore Ctrl-C, and so would all that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -71,7 +76,26 @@ SHARING = [
     {"sharing": "reverse", "num_repeats": 2},
     {"sharing": "0 1 0 0"},
 ]
+_LONGEST = [
+    "sweep",
+    "train",
+    "parameterization",
+    "processes",
+    "slurm",
+    "devices",
+    "lowering",
+    "bench",
+    "report",
+    "scaling",
+    "cli",
+]
 FFN_KINDS = ["swiglu", "relu", "gelu"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: xdist runs a file on one worker, and the last one would run alone."""
+    order = {f"test_{name}.py": place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

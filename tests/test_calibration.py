@@ -52,7 +52,10 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",  # one in each run; all take 6 s, and change with the statistics only
+    [pytest.param(name, marks=[pytest.mark.slow] if i else []) for i, name in enumerate(FAMILIES)],
+)
 def test_a_family_of_equal_designs_is_called_different_in_at_most_5_percent(family):
     points, pairs = FAMILIES[family]
     said = words(np.random.default_rng(10), 500, [0] * points, seeds=5, margin=0.001, pairs=pairs)

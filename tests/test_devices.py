@@ -20,6 +20,7 @@ def start(study, workdir, *flags, platforms="cpu"):
     return command("experiments.sweep", f"--config={study}", f"--workdir={workdir}", *flags, env=environment)
 
 
+@pytest.mark.slow  # 15 s; test_sweep stops such a sweep, and the groups are tested below
 def test_each_run_has_its_part_of_the_devices(study, tmp_path):
     result = start(study, tmp_path / "w", "--seeds=1", "--devices_per_run=2")
     assert result.returncode == 0, result.stderr
@@ -32,7 +33,8 @@ def test_a_process_that_sees_other_devices_than_its_own_does_not_start(study, tm
     environments = [{"JAX_NUM_CPU_DEVICES": "8"}, {"JAX_NUM_CPU_DEVICES": "3"}]  # 8 as here: right
     with pytest.raises(UserError, match=r"the process of mini/tiny/none \(status 1\) ended early"):
         sweeping.sweep(points(study, seeds=1), tmp_path / "w", groups=environments)
-    assert [record.point for record in read_records(tmp_path / "w/results")] == ["reverse"]
+    records = read_records(tmp_path / "w/results")
+    assert [(record.point, record.device["count"]) for record in records] == [("reverse", 8)]
 
 
 def test_groups_of_gpus_are_parts_of_those_that_are_visible():

@@ -6,12 +6,10 @@ too: there lm-eval runs the exported model by transformers, which shares no code
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from commands import command
 from conftest import random_params, tiny_config
 from test_sweep import write_study
 
@@ -193,10 +191,8 @@ def test_of_a_group_tasks_without_a_file_are_left_out(tmp_path, data_dir):
 
 
 def test_the_command_prints_a_table_and_keeps_results(workdir, data_dir):
-    environment = {**os.environ, "PYTHONPATH": ".", "XLA_FLAGS": ""}
     arguments = [f"--workdir={workdir}", f"--data_dir={data_dir}", "--limit=5", "--tasks=piqa,boolq"]
-    command = [sys.executable, "-m", "experiments.evaluate", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = command("experiments.evaluate", *arguments, env={"XLA_FLAGS": ""})
     assert done.returncode == 0, done.stderr
     head, piqa, boolq, average, *rest = [line.split() for line in done.stdout.splitlines()]
     assert head[:5] == ["task", "items", "acc", "acc_norm", "chance"]
@@ -211,9 +207,8 @@ def test_the_command_prints_a_table_and_keeps_results(workdir, data_dir):
 
 def run_command(name, *arguments):
     """Returns the output of a command that succeeds."""
-    environment = {**os.environ, "PYTHONPATH": ".", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
-    command = [sys.executable, "-m", f"experiments.{name}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    environment = {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    done = command(f"experiments.{name}", *arguments, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

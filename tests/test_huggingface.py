@@ -5,8 +5,6 @@ import http.server
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 import safetensors.numpy
 import sentencepiece
 import tokenizers
+from commands import command
 from conftest import SHARING, apply, assert_trees_close, random_params, tiny_config, tiny_model
 
 from configs import base
@@ -644,7 +643,6 @@ def import_from_hub(folder, tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {
-        **os.environ,
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HOME": str(tmp_path / "home"),
         "NO_PROXY": "127.0.0.1",
@@ -652,8 +650,7 @@ def import_from_hub(folder, tmp_path):
 
     def call(source):
         arguments = [f"--source={source}", f"--workdir={tmp_path}/run"]
-        command = [sys.executable, "-m", "experiments.import_hf", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
+        return command("experiments.import_hf", *arguments, env=environment)
 
     yield call, handler.asked
     server.shutdown()

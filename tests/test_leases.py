@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from commands import start
 from test_sweep import write_study
 
 from experiments.runner import leases
@@ -199,10 +200,9 @@ def test_a_name_that_one_worker_takes_again_and_again_is_not_seen_as_one_dead_le
 
 
 def train(study, workdir):
-    command = [sys.executable, "-m", "experiments.train", f"--config={study}", f"--workdir={workdir}"]
-    command += ["--config.train.steps=100000", "--config.train.checkpoint_every=10"]
-    command += ["--config.train.log_every=10", "--config.train.eval_every=100000"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    flags = ["--config.train.steps=100000", "--config.train.checkpoint_every=10"]
+    flags += ["--config.train.log_every=10", "--config.train.eval_every=100000"]
+    return start("experiments.train", f"--config={study}", f"--workdir={workdir}", *flags)
 
 
 def test_two_trainings_in_one_directory_exclude_each_other_until_one_is_killed(tmp_path):

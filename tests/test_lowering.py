@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import base, mobilellm
-from mobilellm_jax.config import Config, flatten, from_config_dict, to_dict
+from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.parallel import partition
-from mobilellm_jax.training.programs import make_programs
+from mobilellm_jax.training.programs import compile_key, make_programs
 
 DEVICES = 256
 # Collections of studies have no points of their own.
@@ -49,7 +49,7 @@ def largest_mesh(config: Config) -> AbstractMesh:
 
 def kind(config: Config) -> str:
     """Returns what makes a program another one than only a larger one."""
-    words = [value for value in flatten(to_dict(config)).values() if isinstance(value, str | bool)]
+    words = [value for value in compile_key(config).values if isinstance(value, str | bool)]
     axes = [size > 1 for size in largest_mesh(config).axis_sizes]
     return f"{words} {axes} {config.model.num_kv_heads < config.model.num_heads}"
 

@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from commands import real
 from test_results import make_diverged, make_record, make_tuning
 
 from experiments import report
@@ -277,14 +277,8 @@ def test_command_gives_the_same_bytes_elsewhere(tmp_path):
     records = [*study(), make_diverged(depth=2, phase="tuning", learning_rate=16e-3, pairs=PAIRS)]
     for i, record in enumerate(reversed(records)):
         write_record(record, tmp_path / "a" / "results" / record.study / f"{i}.json")
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.report", f"--workdir={tmp_path / 'a'}"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONHASHSEED": "1", "TZ": "Asia/Tokyo"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {"PYTHONHASHSEED": "1", "TZ": "Asia/Tokyo"}
+    done = real("experiments.report", f"--workdir={tmp_path / 'a'}", env=environment)
     assert done.returncode == 0, done.stderr
     text = pages.report(records, tmp_path / "b")
     assert text.replace(str(tmp_path / "b"), str(tmp_path / "a")) in done.stdout

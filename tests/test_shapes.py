@@ -2,11 +2,10 @@
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 
 import pytest
+from commands import command as run
+from commands import real
 from conftest import tiny_model
 
 from configs import base, depth_vs_width, mobilellm
@@ -233,17 +232,9 @@ def test_pasted_rows_are_the_shapes(count):
     assert rows == [{f"model.{name}": value for name, value in shape.fields.items()} for shape in shapes]
 
 
-def run_command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.shapes", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": "."},
-    )
-
-
 def test_the_command_prints_shapes_that_a_study_accepts():
-    result = run_command(
+    result = real(
+        "experiments.shapes",
         "--budget=non_embedding_parameters:110k",
         "--depth=1,2,4,8",
         "--head_dim=16",
@@ -273,7 +264,7 @@ def test_the_command_prints_shapes_that_a_study_accepts():
     ids=str,
 )
 def test_bad_flags_end_with_one_line_and_status_2(arguments, message):
-    result = run_command("--budget=total_parameters:1M", *arguments)
+    result = run("experiments.shapes", "--budget=total_parameters:1M", *arguments)
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith(f"error: {message}")
     assert result.stderr.count("\n") == 1

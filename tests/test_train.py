@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SHARING, assert_trees_close, tiny_config
+from commands import command, start
+from conftest import SHARING, assert_trees_close, loss_and_gradients, tiny_config
 
-from mobilellm_jax import data, model
+from mobilellm_jax import data
 from mobilellm_jax.config import REMAT_POLICIES, MeshConfig, from_config_dict
 from mobilellm_jax.errors import Preempted
 from mobilellm_jax.parallel import partition
@@ -69,14 +70,15 @@ def test_a_step_is_optax_adamw():
     o = config.optimizer
     state, _ = one_step(config, learning_rate=0.1)
     params = init(jax.random.key(0), config.model, o).params
-    rows = jnp.asarray(rows_of(config))
-    grads = jax.grad(lambda p: jnp.divide(*model.loss(p, rows[:, :-1], rows[:, 1:], config.model)))(params)
+    rows = rows_of(config)
+    (_, count), grads = loss_and_gradients(params, rows[:, :-1], rows[:, 1:], config.model)
+    grads = jax.tree.map(lambda gradient: gradient / count, grads)
     mask = jax.tree_util.tree_map_with_path(lambda path, _: "gain" not in str(path), params)
     reference = optax.chain(
         optax.clip_by_global_norm(o.clip_norm),
         optax.adamw(0.1, o.beta1, o.beta2, o.epsilon, weight_decay=o.weight_decay, mask=mask),
     )
-    updates, _ = reference.update(grads, reference.init(params), params)
+    updates, _ = jax.jit(reference.update)(grads, jax.jit(reference.init)(params), params)
     assert_trees_close(state.params, optax.apply_updates(params, updates), tolerance=1e-5)
 
 
@@ -97,9 +99,9 @@ def test_a_step_on_8_devices_equals_one_on_1(shape):
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_a_step_in_bfloat16_is_nearly_one_in_float32(remat):
     """Also for what XLA on a CPU has no product for, unless it is kept from transposing its result."""
-    fields = {"data.sequence_length": 64, "model.remat": remat, "model.loss_chunk": 64, **SMOOTH}
-    runs = [one_step(tiny_config(**fields, **{"model.compute_dtype": d})) for d in ("bfloat16", "float32")]
-    (_, half), (_, full) = runs
+    fields = {"data.sequence_length": 64, "model.loss_chunk": 64, **SMOOTH}
+    _, half = one_step(tiny_config(**fields, **{"model.compute_dtype": "bfloat16", "model.remat": remat}))
+    _, full = one_step(tiny_config(**fields, **{"model.compute_dtype": "float32"}))  # compiled once
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(float(half[name]), float(full[name]), rtol=0.02)
 
@@ -249,11 +251,12 @@ print(training_programs._fast_to_compile())
 """
 
 
+@pytest.mark.slow  # 7 s, and it depends on the version of jaxlib only
 def test_the_fast_compilation_gives_the_same_bits():
     """Without the flags of the tests, which have XLA compile in another way."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-c", SAME_BITS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    line = [sys.executable, "-c", SAME_BITS]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "{'xla_backend_optimization_level': 1}\n"), done.stderr
 
 
@@ -289,7 +292,7 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path, c
     assert not list((tmp_path / "run" / "checkpoints").glob("4"))
 
 
-def command(workdir, corpus):
+def training(workdir, corpus):
     overrides = {
         **{f"model.{k}": v for k, v in {"depth": 2, "width": 16, "num_heads": 2, "ffn_width": 16}.items()},
         **corpus,
@@ -300,22 +303,12 @@ def command(workdir, corpus):
         "data.sequence_length": 32,
     }
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
-    return [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", *flags]
-
-
-def environment(tmp_path):
-    return {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": "."}
+    return ["experiments.train", f"--workdir={workdir}", *flags]
 
 
 def interrupted(tmp_path, workdir, corpus, number, after_step):
     """Starts a run, sends it a signal once its log has reached a step, and returns the finished process."""
-    process = subprocess.Popen(
-        command(workdir, corpus),
-        env=environment(tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start(*training(workdir, corpus), env={"HOME": str(tmp_path)})
     for line in process.stdout:
         if line.startswith(f"step {after_step}/"):
             process.send_signal(number)
@@ -343,9 +336,9 @@ def test_killed_or_interrupted_and_resumed_is_bit_for_bit_the_same(tmp_path, cor
     straight, killed, stopped = (tmp_path / name for name in ("straight", "killed", "stopped"))
 
     def resume(workdir):
-        return subprocess.run(
-            command(workdir, corpus), env=environment(tmp_path), check=True, capture_output=True, text=True
-        )
+        done = command(*training(workdir, corpus), env={"HOME": str(tmp_path)})
+        assert done.returncode == 0, done.stderr
+        return done
 
     resume(straight)
     code, _ = interrupted(tmp_path, killed, corpus, signal.SIGKILL, after_step=11)
@@ -368,22 +361,20 @@ def test_killed_or_interrupted_and_resumed_is_bit_for_bit_the_same(tmp_path, cor
 
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_with_room_it_goes_on_the_same(tmp_path, corpus, small_disk):
-    def start(workdir):
-        return subprocess.run(
-            command(workdir, corpus), env=environment(tmp_path), capture_output=True, text=True
-        )
+    def run(workdir):
+        return command(*training(workdir, corpus), env={"HOME": str(tmp_path)})
 
-    assert start(tmp_path / "straight").returncode == 0
+    assert run(tmp_path / "straight").returncode == 0
     one = sum(path.stat().st_size for path in (tmp_path / "straight").rglob("*")) // 3  # of 3 checkpoints
     padding = small_disk / "padding"
     padding.write_bytes(bytes(shutil.disk_usage(small_disk).free - int(3.2 * one)))
-    stopped = start(small_disk / "run")
+    stopped = run(small_disk / "run")
     assert stopped.returncode == 2
     assert re.fullmatch(
         r"error: .*: No space left on device(; earlier checkpoints kept: .*)?\n", stopped.stderr
     ), stopped.stderr
     padding.unlink()
-    going_on = start(small_disk / "run")
+    going_on = run(small_disk / "run")
     assert "resuming after step" in going_on.stdout, stopped
     (step, state, lines), (other_step, other_state, other_lines) = (
         contents(workdir) for workdir in (tmp_path / "straight", small_disk / "run")
@@ -391,6 +382,6 @@ def test_a_full_disk_stops_the_run_and_with_room_it_goes_on_the_same(tmp_path, c
     assert (step, lines) == (other_step, other_lines)
     assert_trees_close(other_state, state, tolerance=0)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    refused = start(small_disk / "run2")
+    refused = run(small_disk / "run2")
     assert refused.returncode == 2
     assert "cannot write there (Read-only file system)" in refused.stderr
