@@ -111,7 +111,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_the_same_command_goes
             if line.startswith("step 20/"):
                 for status, _, errors in run_all(on_every_process(2, *run, f"--workdir={tmp_path}/two/run")):
                     assert status == 2, errors
-                    assert f"at work there: {socket.gethostname()}-{started[0].pid}-" in errors
+                    assert f"running there: {socket.gethostname()}-{started[0].pid}-" in errors
                 started[1].send_signal(signal.SIGTERM)
                 break
         first, second = ends(started)

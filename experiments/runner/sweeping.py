@@ -71,13 +71,14 @@ def sweep(
     todo = [point for point in points if missing[point.name]]
     if todo:
         total, left = sum(point.runs for point in points), sum(missing.values())
-        print(f"\n{total - left} of about {total} runs are done already", end="; ")
         if groups:
             each = f"{jax.device_count()} of the devices of this host"
-            print(f"{min(len(groups), len(todo))} points at a time, each on {each}", flush=True)
+            rest = f"{min(len(groups), len(todo))} points at a time, each on {each}"
         else:
             seconds = expected_seconds([(point, missing[point.name]) for point in todo])
-            print(f"the rest will take about {duration(seconds / min(jobs, len(todo)))} (m:ss)", flush=True)
+            rest = f"the rest will take about {duration(seconds / min(jobs, len(todo)))} (m:ss)"
+        # In one piece, as a signal may come while the time is measured, and has a line of its own.
+        print(f"\n{total - left} of about {total} runs are done already; {rest}", flush=True)
     environments = groups or [{}] * jobs
     size = jax.device_count() if groups else None
     broken = _all(todo, workdir, environments, Task(_on_devices(size, do_point), missing_of))

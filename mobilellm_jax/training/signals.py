@@ -172,11 +172,12 @@ def _end(line: str, status: int) -> None:
 def _doing() -> str:
     """Describes the activity of the main thread, from its stack."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    doing = "with "
     while frame:
-        file = frame.f_code.co_filename
-        if file.endswith("jax/_src/compiler.py"):
-            return "while compiling; "
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        if file.endswith("jax/_src/compiler.py") and function != "<module>":
+            return "while compiling; "  # also where it imports something for that
         if file.startswith("<frozen importlib"):
-            return "while importing; "
+            doing = "while importing; "
         frame = frame.f_back
-    return "with "
+    return doing
