@@ -120,7 +120,7 @@ def draw_plans(depth=4, num_repeats=2, own_plan="0 1 2 1 2 3"):
 
 # %%
 def budgets(fields):
-    """Returns what a shape costs, by name, for rows of 2,048 tokens."""
+    """Costs of a shape by name, for rows of 2,048 tokens."""
     config = base.update(base.get_config(), {f"model.{name}": value for name, value in fields.items()})
     costs = accounting.budgets(from_config_dict(config).model, length=2048, rows=1)
     return {budget_name(name): tables.quantity(value) for name, value in costs.items()}
