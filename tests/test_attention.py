@@ -1,4 +1,4 @@
-"""Attention in chunks, and `kernels.linear`, against NumPy in float64 and against what JAX derives."""
+"""Attention in chunks, and `ops.linear`, against NumPy in float64 and against what JAX derives."""
 
 import types
 

@@ -29,7 +29,7 @@ def make_requests(config, rng):
 
 
 def read_by(request):
-    """Returns what the model may read: the end of the context, the continuation without its last token."""
+    """Input of the model: the end of the context, then the continuation without its last token."""
     return (request.context + request.continuation)[-MAX_LENGTH - 1 : -1]
 
 

@@ -1,4 +1,4 @@
-"""`train.train` against a plain loop: which seed goes where, which rate belongs to which step, what is kept.
+"""`loop.train` against a plain loop: which seed goes where, which rate belongs to which step, what is kept.
 
 The other tests of the loop compare it with itself: resumed with straight, 8 devices with one.
 """

@@ -48,7 +48,7 @@ def largest_mesh(config: Config) -> AbstractMesh:
 
 
 def kind(config: Config) -> str:
-    """Returns what makes a program another one than only a larger one."""
+    """Settings that change the structure of a program, not only its sizes."""
     words = [value for value in compile_key(config).values if isinstance(value, str | bool)]
     axes = [size > 1 for size in largest_mesh(config).axis_sizes]
     return f"{words} {axes} {config.model.num_kv_heads < config.model.num_heads}"

@@ -96,7 +96,7 @@ def end(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 def wait_for(path: Path, text: str = "") -> str:
-    """Returns what is in the file as soon as there is `text` in it."""
+    """Content of the file, once it contains `text`."""
     for _ in range(3000):
         if path.exists() and text in (found := path.read_text()):
             return found

@@ -40,7 +40,7 @@ class Trainer:
             yield rows
 
     def train(self, batches: Iterator[np.ndarray], steps: int) -> float:
-        """Trains as `train.train` does, without log, saves and evaluations, and waits for the last step.
+        """Trains as `loop.train` does, without log, saves and evaluations, and waits for the last step.
 
         Returns the seconds that were spent waiting for batches.
         """
