@@ -32,7 +32,10 @@ class Study:
       matched: the budget that all points share, see `accounting.budgets`; "tokens" if the sizes differ on
         purpose, and only the number of training tokens is equal.
       tolerance: largest difference in it, as a fraction.
+      controls: designs that lie outside that budget on purpose.
+      arms: parameterizations (name -> overrides) that every design is run under; {}: the config's alone.
       seeds: comparison runs of each point, in addition to its tuning runs.
+      sd: expected standard deviation of the metric over seeds, for the power of the plan; None if not known.
       vary: what a seed changes: "init" (parameters), "data" (order of the rows), or both.
       metric: what is compared, lower is better: "loss" (held-out, nats per token) or "error" (of synthetic
         tasks, share of answers that are not exactly right).
@@ -53,7 +56,10 @@ class Study:
     tuning_seeds: int = 1
     matched: str
     tolerance: float
+    controls: Sequence[str] = ()
+    arms: Mapping[str, Overrides] = dataclasses.field(default_factory=dict)
     seeds: int
+    sd: float | None = None
     vary: Sequence[str] = ("init", "data")
     metric: str = "loss"
     margin: float

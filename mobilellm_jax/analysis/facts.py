@@ -26,7 +26,7 @@ class Facts:
     matched: str
     scientific: list[str]
     nuisance: list[str]
-    tuning: Literal["grid", "transferred", "none"]
+    tuning: Literal["fitted", "grid", "transferred", "none"]
     metric: Literal["loss", "error"]
     pairs: list[tuple[str, str]]
     margin: float

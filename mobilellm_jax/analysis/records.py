@@ -20,6 +20,7 @@ Scalar = bool | int | float | str | None
 # None: the number was not finite, or does not apply to the data.
 Evaluation = dict[str, int | float | None]
 _EVALUATION = ("step", "loss", "bits_per_byte", "error")
+_LATER = ("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor")  # not in older records
 _KEYS = {  # required keys of nested fields
     "x": ("label", "value", "log"),
     "parameters": ("total", "embedding", "non_embedding"),
@@ -28,6 +29,10 @@ _KEYS = {  # required keys of nested fields
     "best": _EVALUATION,
     "timing": ("wall_s", "compile_s", "train_s", "tokens_per_second"),
     "device": ("platform", "kind", "count"),
+    "plan": ("seeds", "pairs", "sd", "power"),
+    "by_position": ("to", "loss", "targets"),
+    "documents": ("nats", "targets"),
+    "floor": ("tokens", "unigram", "bigram", "trigram"),
 }
 
 
@@ -45,8 +50,9 @@ class Record:
       matched: which of the `budgets` is held equal over the points.
       scientific, nuisance: dotted names of the fields that the question is about, and of those tuned for each
         point so that they do not decide it; all others are fixed.
-      tuning: where the learning rate comes from: a "grid" for each point, "transferred" from another shape by
-        the parameterization, or "none": one for all points, as given.
+      tuning: where the learning rate comes from: "fitted", the minimum of a parabola through the losses of
+        each point's grid; "grid", the best of that grid; "transferred" from another shape by the
+        parameterization; or "none": one for all points, as given.
       metric: the compared key of the evaluations, "loss" or "error"; lower is better.
       pairs: [point, other] for every requested comparison that names this point; in older records for all
         points. `facts.pairs_of` merges those of a study: the family that Holm's method corrects.
@@ -68,8 +74,20 @@ class Record:
       git_commit: of the code, with "-dirty" if Python files are modified; None outside a checkout.
       versions, device: versions of Python and libraries; device of the run.
       command, created: command that repeats the run; when it ended (ISO 8601, UTC).
-      zero_shot: task scores by name, as `experiments.evaluate` prints them; None if it was not evaluated, and
-        in records older than the field.
+      zero_shot: task scores by name, as `experiments.evaluate` prints them.
+      design, arm: label of the architecture, and the parameterization that it was run under, where the study
+        has several; `point` names both. Pairs are always within one arm.
+      plan: what was decided before the first run: {"seeds", "pairs" (of the arm), "sd" (expected over seeds;
+        None if not known), "power" (probability that a pair of equal designs is shown to lie within the
+        margin; None with `sd`)}.
+      by_position: final held-out loss by place in the row: {"to": last position of each bin, counted from 1,
+        "loss" (nats per token), "targets"}.
+      documents: final held-out sums by document: {"nats", "targets"}; neighbours are joined where there are
+        more than 500.
+      floor: held-out loss of n-grams counted on the rows that the run was trained on: {"tokens", "unigram",
+        "bigram", "trigram" (nats per token)}.
+
+    The fields from `zero_shot` on are None where they do not apply, and in records older than the field.
     """
 
     schema: int = SCHEMA
@@ -83,7 +101,7 @@ class Record:
     matched: str
     scientific: list[str]
     nuisance: list[str]
-    tuning: Literal["grid", "transferred", "none"]
+    tuning: Literal["fitted", "grid", "transferred", "none"]
     metric: Literal["loss", "error"]
     pairs: list[list[str]]
     margin: float
@@ -109,6 +127,12 @@ class Record:
     command: str
     created: str
     zero_shot: dict[str, dict[str, Any]] | None = None
+    design: str | None = None
+    arm: str | None = None
+    plan: dict[str, Any] | None = None
+    by_position: dict[str, list[Any]] | None = None
+    documents: dict[str, list[Any]] | None = None
+    floor: dict[str, int | float] | None = None
 
     @property
     def name(self) -> str:
@@ -154,8 +178,9 @@ def write_record(record: Record, path: str | os.PathLike[str]) -> None:
       UserError: a field is of the wrong type, or the file cannot be written; the old file is unchanged.
     """
     fields = _finite(dataclasses.asdict(record))
-    if record.zero_shot is None:
-        del fields["zero_shot"]
+    for name in _LATER:
+        if fields[name] is None:
+            del fields[name]
     _validated(fields, str(path))
     text = json.dumps(seal(fields), indent=2, sort_keys=True, allow_nan=False)
     # Lists of numbers go on one line. A JSON string holds no raw newline, so the pattern matches none.
@@ -221,7 +246,7 @@ def _validated(fields: Any, where: str) -> Record:
     require(known, "schema", "the field is missing; this is not a record of a run")
     require(fields["schema"] == SCHEMA, "schema", f"version {fields['schema']!r} is unknown; known: {SCHEMA}")
     record = from_mapping(Record, fields, f"{where}: ")
-    required = [(name, fields[name], keys) for name, keys in _KEYS.items() if fields[name] is not None]
+    required = [(name, fields[name], keys) for name, keys in _KEYS.items() if fields.get(name) is not None]
     required += [(f"evaluations[{i}]", item, _EVALUATION) for i, item in enumerate(fields["evaluations"])]
     for name, values, keys in required:
         for key in keys:
