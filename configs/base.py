@@ -111,7 +111,7 @@ def get_config(preset: str = "") -> ConfigDict:
     optimizer = config.optimizer = ConfigDict()
     optimizer.name = "adamw"  # adamw | muon
     optimizer.learning_rate = 2e-3  # paper section 3.1
-    optimizer.schedule = "cosine"  # paper section 3.1
+    optimizer.schedule = "cosine"  # paper section 3.1; cosine | linear | wsd | constant
     optimizer.warmup_steps = 50
     optimizer.final_fraction = 0.1  # official code
     optimizer.decay_fraction = 0.2  # of the steps, used by "wsd" only
@@ -130,6 +130,7 @@ def get_config(preset: str = "") -> ConfigDict:
     train.data_seed = 0
     train.eval_every = 100
     train.eval_rows = 0  # all held-out rows
+    train.eval_split = "valid"  # valid | tuning: other documents, on which learning rates are chosen
     train.eval_batch_size = 16
     train.checkpoint_every = 200
     train.log_every = 20

@@ -20,7 +20,8 @@ FFN_KINDS = ("swiglu", "relu", "gelu")
 REMAT_POLICIES = ("none", "dots", "full")
 PARAMETERIZATIONS = ("standard", "mup", "completep")
 OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("cosine", "wsd", "constant")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+EVAL_SPLITS = ("valid", "tuning")
 TASKS = ("khop", "addition", "recall")  # synthetic, see `data/tasks.py`
 _SOURCES = {"bundled": "text", "files": "text", "tfds": "text", "tokens": "token ids"} | {t: t for t in TASKS}
 
@@ -145,8 +146,9 @@ class DataConfig:
         shown=True,
     )
     valid_source: str = science(
-        "a source of other text, used whole as the held-out split; '' splits `source` by document, or a "
-        "single text file near its end; of a task, the same task with other numbers; '' draws other rows",
+        "a source of other text, held out; '' splits `source` by document, or a single text file near its "
+        "end; of a task, the same task with other numbers; '' draws other rows. A third of what is held out "
+        "is for tuning, see `data/splits.py`",
         compiled=False,
         decisive=True,
     )
@@ -214,7 +216,8 @@ class OptimizerConfig:
     name: str = science("'adamw', or 'muon' for the matrices of the blocks (and Adam for the rest)")
     learning_rate: float = science("peak learning rate", compiled=False, shown=True)
     schedule: str = science(
-        "'cosine', 'wsd' (warm-up, stable, linear decay) or 'constant' (after warm-up)", compiled=False
+        "'cosine', 'linear', 'wsd' (warm-up, stable, linear decay) or 'constant' (after warm-up)",
+        compiled=False,
     )
     warmup_steps: int = science("steps of linear warm-up from 0", compiled=False)
     final_fraction: float = science(
@@ -263,6 +266,12 @@ class TrainConfig:
     eval_rows: int = science(
         "held-out rows used, in a fixed order; 0 uses all of them", compiled=False, decisive=True
     )
+    eval_split: str = science(
+        "'valid', the held-out text that designs are compared on, or 'tuning', documents apart from it on "
+        "which learning rates are chosen",
+        compiled=False,
+        decisive=True,
+    )
     eval_batch_size: int = placement("rows in one evaluation batch, in which losses are summed", pinned=True)
     checkpoint_every: int = cadence("steps between checkpoints; there is always one after the last step")
     log_every: int = cadence("steps between progress lines")
@@ -277,6 +286,7 @@ class TrainConfig:
                     ["init_seed", "data_seed"], (lambda v: 0 <= v < 2**32, "an integer from 0 to 2**32 - 1")
                 ),
                 "eval_rows": rules.COUNT,
+                "eval_split": rules.one_of(EVAL_SPLITS),
             },
             "train.",
         )

@@ -53,6 +53,7 @@ OUT_OF_RANGE = {
     "optimizer.learning_rate": POSITIVE,
     "optimizer.name": UNKNOWN,
     "optimizer.schedule": UNKNOWN,
+    "train.eval_split": UNKNOWN,
     "optimizer.warmup_steps": [-1, 11],
     "optimizer.final_fraction": FRACTION,
     "optimizer.decay_fraction": FRACTION,

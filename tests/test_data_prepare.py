@@ -85,9 +85,13 @@ def test_rows_written_out_by_hand(tmp_path):
     )
     assert rows(prepared, "train") == [[256, 97, 98, 99], [99, 257, 256, 100]]  # then 100 101 257: too short
     assert rows(prepared, "valid") == [[256, 120, 121, 122]]
+    assert rows(prepared, "tuning") == []
+    assert np.load(prepared.directory / "tuning-documents.npy").tolist() == []
     entry = prepared.card["splits"]["train"]
     assert (entry["documents"], entry["text_bytes"], entry["tokens"], entry["rows"]) == (2, 5, 9, 2)
     assert prepared.bytes_per_token("train") == 5 / 8
+    assert np.load(prepared.directory / "valid-documents.npy").tolist() == [0]
+    assert prepared.card["splits"]["tuning"]["documents"] == prepared.num_rows("tuning") == 0
     content = struct.pack("<8H", 256, 97, 98, 99, 99, 257, 256, 100)
     assert entry["sha256"] == hashlib.sha256(content).hexdigest()
 
@@ -101,14 +105,26 @@ def test_rows_are_those_of_a_plain_loop(corpus, monkeypatch, tokenizer, batch):
     loaded = data.load_tokenizer(prepared.directory)
     assert loaded.bos_id == {"bytes": 256, "bpe:270": 0, "sentencepiece": None}[tokenizer]
     assert loaded.vocab_size == {"bytes": 258, "bpe:270": 270, "sentencepiece": 120}[tokenizer]
-    splits: dict[str, list[str]] = {"train": [], "valid": []}
+    splits: dict[str, list[str]] = {"train": [], "tuning": [], "valid": []}
+    held_out = 0
     for text in filter(None, TEXTS):
         fraction = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 16**16
-        splits["valid" if fraction < 0.3 else "train"].append(text)
+        splits["train" if fraction >= 0.3 else "tuning" if held_out % 3 == 1 else "valid"].append(text)
+        held_out += fraction < 0.3
     for split, texts in splits.items():
         bos = [] if loaded.bos_id is None else [loaded.bos_id]
         documents = [[*bos, *loaded.encode_batch([text])[0], loaded.eos_id] for text in texts]
-        assert rows(prepared, split) == reference_rows(documents, 8)
+        assert rows(prepared, split) == (there := reference_rows(documents, 8))
+        if split != "train":  # the document of every target, in the order of the rows
+            of_token = [i for i, document in enumerate(documents) for _ in document]
+            expected = [of_token[8 * row + 1 : 8 * row + 9] for row in range(len(there))]
+            assert prepared.eval_documents(0, split).tolist() == expected
+            starts = [row[0] for row in expected]
+            part = next(prepared.eval_batches(batch_size=3, rows=3, split=split))
+            order = [there.index(row) for row in part.tolist()]
+            assert [row[0] for row in prepared.eval_documents(3, split).tolist()] == [
+                starts[i] for i in order
+            ]
         entry = prepared.card["splits"][split]
         assert entry["documents"] == len(texts) > 0
         assert entry["text_bytes"] == sum(len(text.encode()) for text in texts)
@@ -186,10 +202,11 @@ def test_duplicates_fall_on_one_side_and_documents_stay_where_they_are(tmp_path)
         prepared = data.prepare(config(tmp_path, sequence_length=1), 258)
         tokenizer = data.load_tokenizer(prepared.directory)
         found = {}
-        for split in ("train", "valid"):
+        for split in ("train", "tuning", "valid"):
             got = rows(prepared, split)
             text = tokenizer.decode([10 if i == 257 else i for i in [got[0][0], *(row[1] for row in got)]])
-            found[split] = set(text.split())
+            side = "train" if split == "train" else "valid"
+            found[side] = found.get(side, set()) | set(text.split())
         return found
 
     texts = [f"document-{i}" for i in range(100)]
@@ -209,7 +226,7 @@ def test_bundled_records_its_python(tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "lib"))
     prepared = data.prepare(config(tmp_path, source="bundled"), 258)
     assert prepared.card["python_version"] == platform.python_version()
-    documents = sum(prepared.card["splits"][split]["documents"] for split in ("train", "valid"))
+    documents = sum(prepared.card["splits"][split]["documents"] for split in ("train", "tuning", "valid"))
     assert documents == len(TEXTS) - 1  # one is empty
 
 
@@ -275,7 +292,9 @@ def test_everything_that_determines_the_rows_names_the_directory(corpus):
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter"])
-@pytest.mark.parametrize("name", ["train-00000.array_record", "valid-00000.array_record", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["train-00000.array_record", "valid-00000.array_record", "valid-documents.npy", "tokenizer.json"]
+)
 def test_damaged_directory_is_refused(corpus, name, damage):
     prepared = data.prepare(config(corpus, tokenizer="bpe:258"), 258)
     path = prepared.directory / name
@@ -303,8 +322,8 @@ def test_damaged_directory_is_refused(corpus, name, damage):
         (b"\xff", "corrupt data card"),
         (b"[]", "corrupt data card"),
         (b"{}", "corrupt data card"),
-        (b'{"format": 2}', "corrupt data card: not a JSON object with a sha256"),
-        (b'{"format": 0}', "prepared in format 0, expected 2"),
+        (b'{"format": 3}', "corrupt data card: not a JSON object with a sha256"),
+        (b'{"format": 0}', "prepared in format 0, expected 3"),
     ],
 )
 def test_damaged_card_is_refused(corpus, content, message):
@@ -403,7 +422,7 @@ def test_vocabulary_that_the_corpus_cannot_reach_is_recorded_as_it_is(tmp_path):
         (
             TEXTS,
             {"valid_source": "files:{}/short.txt"},
-            r"^files:short\.txt: .* valid split has 6 tokens .* needs 9",
+            r"^files:short\.txt: .* valid split has 5 tokens .* needs 9",
         ),
         ([""], {}, "leaves the train split without a document"),
     ],

@@ -33,9 +33,12 @@ def test_the_end_of_a_single_text_is_held_out(tmp_path, name):
         (tmp_path / name).write_bytes(lzma.compress(text.encode()))
     made = config(tmp_path, source=f"files:{tmp_path}/{name}", sequence_length=1, valid_fraction=0.2)
     prepared = data.prepare(made, 258)
-    train, valid = decoded(prepared, "train"), decoded(prepared, "valid")
+    train, tuning, compared = (decoded(prepared, split) for split in splits.SPLITS)
+    valid = tuning + compared
     assert train + valid == text
     assert train.endswith("\n\n")
+    assert tuning.endswith("\n\n")
+    assert abs(len(tuning) / len(valid) - 1 / 3) < 0.08
     assert abs(len(valid) / len(text) - 0.2) < 0.02
     assert "end of the one text" in prepared.card["split"]
     assert "held_out_documents_in_train" not in prepared.card
@@ -80,9 +83,53 @@ def test_several_texts_and_single_rows_are_split_by_document_as_ever(tmp_path):
     prepared = data.prepare(config(tmp_path, source=f"files:{tmp_path}/??.txt"), 258)
     assert prepared.card["split"].startswith("by document")
     assert prepared.card["held_out_documents_in_train"] == 0
-    # Names of directories, and with them what is prepared already, are those of earlier versions.
-    assert prepared.directory.name == "files-a13db865cce5ded9"
-    assert prepared.card["splits"]["valid"]["sha256"].startswith("e88224970f979221")
+
+
+def held_out_texts(tmp_path, texts: list[str], *, as_one_text: bool = False) -> data.PreparedData:
+    write_jsonl(tmp_path / "train.jsonl", TEXTS)
+    path = tmp_path / "valid.txt" if as_one_text else write_jsonl(tmp_path / "valid.jsonl", texts)
+    if as_one_text:
+        path.write_text("\n\n".join(texts))
+    return data.prepare(config(tmp_path, valid_source=f"files:{path}", sequence_length=1), 258)
+
+
+def test_every_third_held_out_document_is_for_tuning(tmp_path):
+    texts = [f"text {i}." for i in range(8)]
+    prepared = held_out_texts(tmp_path, [*texts[:3], "", *texts[3:]])
+    assert decoded(prepared, "tuning").split(".") == ["text 1", "text 4", "text 7", ""]
+    assert decoded(prepared, "valid").split(".") == ["text 0", "text 2", "text 3", "text 5", "text 6", ""]
+    assert [prepared.card["splits"][split]["documents"] for split in splits.HELD_OUT] == [3, 5]
+
+
+def test_a_single_held_out_text_is_cut_at_a_paragraph_for_tuning(tmp_path):
+    prepared = held_out_texts(tmp_path, PARAGRAPHS, as_one_text=True)
+    tuning, valid = (decoded(prepared, split) for split in splits.HELD_OUT)
+    assert tuning + valid == "\n\n".join(PARAGRAPHS)
+    assert tuning.endswith("\n\n")
+    assert abs(len(tuning) / len(tuning + valid) - 1 / 3) < 0.02
+
+
+def test_a_split_for_tuning_without_rows_is_refused_only_where_it_is_asked_for(tmp_path):
+    prepared = held_out_texts(tmp_path, ["one document"])
+    prepared.check_rows("valid")
+    message = (
+        r"train\.eval_split: 'tuning' has no row: 0 of the held-out documents of files:valid\.jsonl, with 0 "
+        r"tokens, and one row needs 2; hold out more text"
+    )
+    for asks in (
+        lambda: prepared.check_rows("tuning"),
+        lambda: prepared.eval_batches(batch_size=1, split="tuning"),
+    ):
+        with pytest.raises(UserError, match=message):
+            asks()
+
+
+def test_damaged_places_of_documents_are_noticed(tmp_path):
+    prepared = held_out_texts(tmp_path, ["one document", "another"])
+    path = prepared.directory / "valid-documents.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=rf"^{path}: corrupt .*checksum mismatch.*; delete the directory"):
+        prepared.eval_documents(0, "valid")
 
 
 @pytest.mark.parametrize(

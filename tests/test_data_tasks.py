@@ -152,6 +152,16 @@ def test_held_out_rows_are_the_same_for_every_run():
     np.testing.assert_array_equal(part, more[1::2])
 
 
+def test_rows_for_tuning_are_a_stream_of_their_own():
+    prepared = make("recall:pairs=8,symbols=12,queries=4", **{"data.sequence_length": 15})
+    valid, tuning = (
+        next(prepared.eval_batches(batch_size=600, rows=600, split=split)) for split in ("valid", "tuning")
+    )
+    rows = [valid, tuning, take(prepared, 100).reshape(-1, 16)]
+    assert len(np.unique(np.concatenate(rows), axis=0)) == 600 + 600 + 600
+    np.testing.assert_array_equal(valid, next(prepared.eval_batches(batch_size=600, rows=600)))
+
+
 def test_the_held_out_task_may_have_other_numbers():
     other = KHOP.replace("hops=3,min_hops=2", "hops=3,min_hops=3")
     prepared = make(KHOP, **{"data.valid_source": other})

@@ -23,6 +23,7 @@ def optimizer_config(**overrides):
         # Half way between 10 and 110 the cosine is half way between peak and final.
         ("cosine", {0: 0.0, 5: 1.0, 10: 2.0, 60: 1.1, 110: 0.2, 200: 0.2}),
         ("wsd", {0: 0.0, 5: 1.0, 10: 2.0, 60: 2.0, 88: 2.0, 99: 1.1, 110: 0.2, 200: 0.2}),
+        ("linear", {step: 2 * min(step / 10, 1 - 0.9 * (min(step, 110) - 10) / 100) for step in range(130)}),
         ("constant", {0: 0.0, 5: 1.0, 10: 2.0, 60: 2.0, 110: 2.0}),
     ],
 )
@@ -32,7 +33,7 @@ def test_schedule(schedule, points):
         assert rate(step) == pytest.approx(expected, abs=1e-6), step
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 @pytest.mark.parametrize(
     ("warmup_steps", "decay_fraction"),
     [(0, 0.2), (110, 0.2), (109, 0.2), (100, 0.5), (0, 1.0), (10, 0.0)],

@@ -16,18 +16,19 @@ COMPUTED = {"model.remat", "model.scan_unroll", "model.loss_chunk"}
 DERIVED = {"model.num_kv_heads", "model.head_dim", "model.ffn_width"}
 DATA = {"source", "valid_source", "valid_fraction", "text_field", "tokenizer", "sequence_length"}
 SCHEDULE = {"learning_rate", "schedule", "warmup_steps", "final_fraction", "decay_fraction"}
+EVALUATED = {"train.eval_rows", "train.eval_split"}
 ALL = set(flatten(to_dict(tiny_config())))
 SETS = {
     "RESUMABLE": {*MESH, *COMPUTED, *CADENCE, "data.cache_dir"},
     "SEEDS": SEEDS,
     "IDLE": {*SEEDS, *CADENCE, *MESH, *COMPUTED, *DERIVED, "train.eval_batch_size", "data.cache_dir"},
-    "DECISIVE": {*(f"data.{name}" for name in DATA), "train.steps", "train.batch_size", "train.eval_rows"},
+    "DECISIVE": {*(f"data.{name}" for name in DATA), "train.steps", "train.batch_size", *EVALUATED},
     "SHOWN": {
         *("model.depth", "model.width", "model.num_heads", "model.num_kv_heads", "model.ffn_width"),
         *("data.source", "data.sequence_length", "optimizer.learning_rate", "train.batch_size"),
     },
     "COMPILED": ALL
-    - {*SEEDS, *CADENCE, *MESH, "train.steps", "train.eval_rows", "data.cache_dir"}
+    - {*SEEDS, *CADENCE, *MESH, "train.steps", *EVALUATED, "data.cache_dir"}
     - {f"data.{name}" for name in DATA - {"sequence_length"}}
     - {f"optimizer.{name}" for name in SCHEDULE},
 }

@@ -47,7 +47,7 @@ def leakage(card: Mapping[str, Any]) -> str | None:
     count = card.get("held_out_documents_in_train", 0)
     if not count:
         return None
-    total = card["splits"]["valid"]["documents"]
+    total = sum(entry["documents"] for name, entry in card["splits"].items() if name != "train")
     return (
         f"{count:,} of {total:,} held-out documents ({count / total:.1%}) are in the training text as well."
     )

@@ -5,10 +5,9 @@ import hashlib
 import json
 from typing import Any
 
-from mobilellm_jax.data import splits
 from mobilellm_jax.data.tokenizers import Tokenizer, UntrainedBPE, tokenizer_card
 
-FORMAT_VERSION = 2  # raise it when the same input would give other rows, or another card
+FORMAT_VERSION = 3  # raise it when the same input would give other rows, or another card
 PACKING = (
     "documents, each BOS + ids + EOS where the tokenizer has them, joined into one stream; row i holds "
     "stream[i T : i T + T + 1], so neighbours share one token and every token but the first is predicted "
@@ -67,16 +66,10 @@ class DataCard:
         return dataclasses.replace(self, **tokenizer_card(tokens))
 
     def directory_name(self) -> str:
-        """<kind of source>-<hash of all fields that determine the rows>.
-
-        Fields of the first version are always hashed, later ones only where they differ from its behaviour,
-        so that directories prepared by earlier versions are still found.
-        """
-        later = ("attention", "held_out_documents_in_train", "files", "splits")
-        counts = {name: value for name, value in self.to_json().items() if name not in later}
-        if self.split == splits.BY_HASH:
-            del counts["split"]
-        identity = json.dumps({**counts, "python_version": None}, sort_keys=True)
+        """<kind of source>-<hash of all fields that determine the rows>."""
+        others = ("python_version", "attention", "held_out_documents_in_train", "files", "splits")
+        counts = {name: value for name, value in self.to_json().items() if name not in others}
+        identity = json.dumps(counts, sort_keys=True)
         return f"{self.source.partition(':')[0]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
     def to_json(self) -> dict[str, Any]:

@@ -28,7 +28,15 @@ class Dataset(Protocol):
         ...
 
     def bytes_per_token(self, split: str) -> float | None:
-        """Bytes of text per token predicted in "train" or "valid"; None where rows come from no text."""
+        """Bytes of text per token predicted in a split; None where rows come from no text."""
+        ...
+
+    def num_rows(self, split: str) -> int | None:
+        """Rows of a split, "train", "tuning" or "valid"; None where they never run out."""
+        ...
+
+    def check_rows(self, split: str) -> None:
+        """Raises UserError where a split has no row to evaluate."""
         ...
 
     def train_batches(
@@ -55,19 +63,36 @@ class Dataset(Protocol):
         ...
 
     def eval_batches(
-        self, *, batch_size: int, rows: int = 0, process_index: int = 0, process_count: int = 1
+        self,
+        *,
+        batch_size: int,
+        rows: int = 0,
+        split: str = "valid",
+        process_index: int = 0,
+        process_count: int = 1,
     ) -> Iterator[np.ndarray]:
-        """Yields int32 [B / process_count, T + 1] from the held-out rows, every row once.
+        """Yields int32 [B / process_count, T + 1] from the rows of a held-out split, every row once.
 
         Args:
           batch_size: B, rows of all processes together. The last batch is filled up with rows of `PADDING`.
           rows: the first `rows` of one shuffled order, the same for every run; 0, or more than there are,
             takes all rows, in the order stored. Of a task, the first `rows` of its held-out stream.
+          split: "valid" or "tuning".
           process_index: this process, from 0.
           process_count: number of processes.
 
         Raises:
-          UserError: B is not divisible by `process_count`, or a file is corrupt.
+          UserError: B is not divisible by `process_count`, the split has no row, or a file is corrupt.
+        """
+        ...
+
+    def eval_documents(self, rows: int, split: str) -> np.ndarray | None:
+        """Document of every target of R evaluated rows, int [R, T], in the order of `eval_batches`.
+
+        Documents are numbered from 0 in the order of the split. None where rows come from no documents.
+
+        Raises:
+          UserError: a file is corrupt.
         """
         ...
 

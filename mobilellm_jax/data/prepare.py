@@ -7,11 +7,13 @@ Its name is a hash of everything that determines the rows.
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import platform
 import shutil
 import sys
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,9 @@ from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data import splits, tokenizers
 from mobilellm_jax.data.card import CUTS, DataCard
 from mobilellm_jax.data.pipeline import Dataset
-from mobilellm_jax.data.prepared import SPLITS, open_prepared
+from mobilellm_jax.data.prepared import documents_file, open_prepared
 from mobilellm_jax.data.sources import OnRead, Source, open_source
-from mobilellm_jax.data.splits import Item
+from mobilellm_jax.data.splits import HELD_OUT, SPLITS, Item
 from mobilellm_jax.data.tasks import open_task
 from mobilellm_jax.data.tokenizers import CARD_FILE, Tokenizer, UntrainedBPE
 from mobilellm_jax.errors import UserError
@@ -159,6 +161,7 @@ def _make(
         if tokenizer and (name := tokenizers.tokenizer_file(tokenizer.spec)):
             (work / name).write_bytes(tokenizer.file_bytes)
             files.append({"file": name, "bytes": len(tokenizer.file_bytes)})
+        files += [packers[split].write_starts() for split in HELD_OUT]
         card = dataclasses.replace(
             card,
             # the parts of a single text are not documents
@@ -209,19 +212,21 @@ def _progress(what: str, sources: list[Source]) -> Iterator[OnRead]:
 def _pack(
     directory: Path, card: DataCard, items: Iterable[Item], tokenizer: Tokenizer | None
 ) -> dict[str, "_Packer"]:
-    """Writes the rows of both splits, tokenising in batches of bounded size whatever the documents' sizes."""
+    """Writes the rows of all splits, tokenising in batches of bounded size whatever the documents' sizes."""
     packers = {split: _Packer(directory, split, card) for split in SPLITS}
     drop_space = tokenizer is not None and tokenizers.adds_space(tokenizer)
     bos, eos = ([] if i is None else [i] for i in (card.bos_id, card.eos_id))
-    batch: list[tuple[_Packer, Any, list[int], list[int]]] = []
+    batch: list[tuple[_Packer, Any, bool, list[int]]] = []
     waiting = 0
 
     def flush() -> None:
         nonlocal waiting
         parts = [part for _, part, _, _ in batch]
         encoded = tokenizer.encode_batch(parts) if tokenizer else parts
-        for (packer, _, before, after), ids in zip(batch, encoded, strict=True):
-            packer.add([*before, *ids, *after])
+        for (packer, _, is_first, after), ids in zip(batch, encoded, strict=True):
+            if is_first:
+                packer.starts.append(packer.tokens)
+            packer.add([*(bos if is_first else ()), *ids, *after])
         for packer in packers.values():
             packer.write_rows()
         batch.clear()
@@ -232,7 +237,7 @@ def _pack(
         packer.start_document(item)
         parts = list(tokenizers.pieces(document, drop_space)) if isinstance(document, str) else [document]
         for i, part in enumerate(parts):
-            batch.append((packer, part, bos if i == 0 else [], eos if i == len(parts) - 1 else []))
+            batch.append((packer, part, i == 0, eos if i == len(parts) - 1 else []))
             waiting += len(part)
             if waiting >= _BATCH:
                 flush()
@@ -244,7 +249,8 @@ def _pack(
 
 def _check_rows(packers: dict[str, "_Packer"], card: DataCard) -> None:
     total = sum(packer.documents for packer in packers.values())
-    for split, packer in packers.items():
+    for split in ("train", "valid"):  # without rows for tuning, a run that asks for them is refused
+        packer = packers[split]
         if card.split == splits.BY_HASH and packer.documents == 0:
             raise UserError(
                 f"data.valid_fraction: {card.valid_fraction} leaves the {split} split without a document "
@@ -269,6 +275,7 @@ class _Packer:
         self._shards: list[dict[str, Any]] = []
         self._rows_hash, self._documents_hash = hashlib.sha256(), hashlib.sha256()
         self.documents = self.text_bytes = self.tokens = self.rows = 0
+        self.starts = array("q")  # tokens before each document
         self.max_id = -1
 
     def start_document(self, item: Item) -> None:
@@ -329,6 +336,17 @@ class _Packer:
             shard["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         shard["bytes"] = path.stat().st_size
         self._writer = None
+
+    def write_starts(self) -> dict[str, Any]:
+        """Writes the places in the stream at which documents begin, int64; gives the file's entry in the card."""
+        content = io.BytesIO()
+        np.save(content, np.array(self.starts, "<i8"))
+        (self._directory / documents_file(self._split)).write_bytes(content.getvalue())
+        return {
+            "file": documents_file(self._split),
+            "bytes": len(content.getvalue()),
+            "sha256": hashlib.sha256(content.getvalue()).hexdigest(),
+        }
 
     def card(self) -> dict[str, Any]:
         """The split's entry in the data card."""

@@ -1,6 +1,8 @@
 """Reads prepared directories; an incomplete one is refused."""
 
 import dataclasses
+import hashlib
+import io
 import os
 import random
 from collections.abc import Iterator
@@ -12,11 +14,15 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from mobilellm_jax.data.card import FORMAT_VERSION
 from mobilellm_jax.data.pipeline import local_batch_size, padded_batches
+from mobilellm_jax.data.splits import SPLITS
 from mobilellm_jax.data.tokenizers import CARD_FILE, Tokenizer, load_tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.sealed import parse, unseal
 
-SPLITS = ("train", "valid")
+
+def documents_file(split: str) -> str:
+    """Name of the file with the places in the stream of a held-out split where documents begin."""
+    return f"{split}-documents.npy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +44,16 @@ class PreparedData:
 
     def num_rows(self, split: str) -> int:
         return self.card["splits"][split]["rows"]
+
+    def check_rows(self, split: str) -> None:
+        if self.num_rows(split) == 0:
+            entry, source = self.card["splits"][split], self.card["valid_source"] or self.card["source"]
+            raise UserError(
+                f"train.eval_split: {split!r} has no row: {entry['documents']} of the held-out documents of "
+                f"{source}, with {entry['tokens']} tokens, and one row needs {self.sequence_length + 1}; hold "
+                "out more text (data.valid_fraction, data.valid_source), shorten data.sequence_length or "
+                "use train.eval_split='valid'"
+            )
 
     def bytes_per_token(self, split: str) -> float | None:
         """None where rows come from token ids without text."""
@@ -73,15 +89,36 @@ class PreparedData:
         return iterator
 
     def eval_batches(
-        self, *, batch_size: int, rows: int = 0, process_index: int = 0, process_count: int = 1
+        self,
+        *,
+        batch_size: int,
+        rows: int = 0,
+        split: str = "valid",
+        process_index: int = 0,
+        process_count: int = 1,
     ) -> Iterator[np.ndarray]:
         local_batch_size("train.eval_batch_size", batch_size, process_count)
-        source = _Rows(self, "valid")
-        order = np.arange(len(source))
-        if 0 < rows < len(source):
+        self.check_rows(split)
+        order, read = self._eval_order(split, rows), _Rows(self, split).read
+        return padded_batches(read, order, batch_size, process_index, process_count)
+
+    def eval_documents(self, rows: int, split: str) -> np.ndarray:
+        path = self.directory / documents_file(split)
+        content = path.read_bytes()
+        (entry,) = (entry for entry in self.card["files"] if entry["file"] == path.name)
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise _damaged(path, ValueError("checksum mismatch"))
+        first_R, T = self._eval_order(split, rows) * self.sequence_length, self.sequence_length
+        starts = np.load(io.BytesIO(content))
+        return np.searchsorted(starts, first_R[:, None] + np.arange(1, T + 1), side="right") - 1
+
+    def _eval_order(self, split: str, rows: int) -> np.ndarray:
+        """Numbers of the rows that an evaluation takes, int64 [R]."""
+        order = np.arange(self.num_rows(split))
+        if 0 < rows < len(order):
             generator = random.Random(0)  # Python guarantees the sequence of random() alone
             order = np.argsort([generator.random() for _ in order], kind="stable")[:rows]
-        return padded_batches(source.read, order, batch_size, process_index, process_count)
+        return order
 
 
 def open_prepared(directory: str | os.PathLike[str]) -> PreparedData:

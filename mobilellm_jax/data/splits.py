@@ -1,6 +1,11 @@
-"""The split of documents into training and held-out text, and checks that the two do not overlap."""
+"""The splits of documents: training text, and held-out text for tuning and for comparison.
+
+Of the held-out documents every third, beginning with the second, is "tuning", the others are "valid": learning
+rates are chosen on other text than designs are compared on.
+"""
 
 import hashlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,17 +17,28 @@ from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data.sources import Document, OnRead, Source
 from mobilellm_jax.errors import UserError
 
+SPLITS = ("train", "tuning", "valid")
+HELD_OUT = ("tuning", "valid")
 # Values of `DataCard.split`.
-BY_HASH = "by document: its own hash decides, so that exact duplicates fall on one side"
-BY_SOURCE = "valid_source, whole; documents that are also trained on are counted, shared passages are not"
-BY_PLACE = "the end of the one text, from the paragraph, else line, else word nearest to valid_fraction"
+BY_HASH = (
+    "by document: its own hash decides, so that exact duplicates are trained on or held out together; of the "
+    "held-out documents every third, from the second on, is for tuning"
+)
+BY_SOURCE = (
+    "valid_source is held out: every third document, from the second on, or the first third of a single text, "
+    "for tuning; documents that are also trained on are counted, shared passages are not"
+)
+BY_PLACE = (
+    "the end of the one text, from the paragraph, else line, else word nearest to valid_fraction; the first "
+    "third of it is for tuning"
+)
 
 
 class Item(NamedTuple):
     """A document, or a part of the only one.
 
     Attributes:
-      split: "train" or "valid".
+      split: one of `SPLITS`.
       sha256: of its content.
       size: bytes.
     """
@@ -49,24 +65,39 @@ def split_documents(
 ) -> Iterator[Item]:
     """Yields every document with its split; empty documents are skipped.
 
-    With a fraction, a document's own hash decides: duplicates fall on one side, and a document keeps its side
-    when others are added. A text that is the only document is cut in two instead.
+    With a fraction, a document's own hash decides whether it is held out: duplicates are held out together,
+    and a document keeps its side when others are added. A text that is the only document is cut instead.
     """
+    turns = itertools.cycle(("valid", "tuning", "valid"))
     for document in source.read(on_read):
         if not document:
             continue
         if valid_fraction is not None and source.is_one_text and isinstance(document, str):
             at = _cut(document, valid_fraction)
-            parts = {"train": document[:at], "valid": document[at:]}
-            yield from (_item(part, split) for split, part in parts.items() if part)
+            yield from _items(document[:at], "train")
+            yield from _held_out_parts(document[at:])
             continue
         item = _item(document, "train")
         fraction = int.from_bytes(item.sha256[:8]) / 2**64
-        is_valid = valid_fraction is not None and fraction < valid_fraction
-        yield item._replace(split="valid") if is_valid else item
+        is_held_out = valid_fraction is not None and fraction < valid_fraction
+        yield item._replace(split=next(turns)) if is_held_out else item
     for document in held_out.read(on_read) if held_out else ():
-        if document:
-            yield _item(document, "valid")
+        if held_out and held_out.is_one_text and isinstance(document, str):
+            yield from _held_out_parts(document)
+        elif document:
+            yield _item(document, next(turns))
+
+
+def _held_out_parts(text: str) -> Iterator[Item]:
+    """Cuts the only held-out text: its first third is for tuning."""
+    at = _cut(text, 2 / 3)
+    yield from _items(text[:at], "tuning")
+    yield from _items(text[at:], "valid")
+
+
+def _items(document: Document, split: str) -> Iterator[Item]:
+    if document:
+        yield _item(document, split)
 
 
 def _item(document: Document, split: str) -> Item:
@@ -74,12 +105,12 @@ def _item(document: Document, split: str) -> Item:
     return Item(document, split, hashlib.sha256(content).digest(), len(content))
 
 
-def _cut(text: str, valid_fraction: float) -> int:
-    """The index where the held-out end begins: the border nearest to `valid_fraction`.
+def _cut(text: str, fraction: float) -> int:
+    """The index where the end that holds `fraction` of the text begins: the nearest border.
 
     A border that would halve the smaller part is too far away; the next kind of border is tried then.
     """
-    target = round(len(text) * (1 - valid_fraction))
+    target = round(len(text) * (1 - fraction))
     reach = min(target, len(text) - target) // 2
     for border in ("\n\n", "\n", " "):
         before = text.rfind(border, target - reach, target)

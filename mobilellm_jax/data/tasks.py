@@ -2,8 +2,8 @@
 
 A source such as "khop:hops=4,min_hops=1,symbols=9,queries=3" names a task and all its parameters; none has
 a default. Nothing is prepared on disk, and rows repeat only by chance: batch n of a run comes from NumPy's
-counter-based Philox generator at counter n, so the state of the data is the step alone. Held-out rows come
-from a key of their own, the same for all runs.
+counter-based Philox generator at counter n, so the state of the data is the step alone. Held-out rows, and
+those for tuning, come from keys of their own, the same for all runs.
 
 Only answers are targets, see `rows.no_target`. In the examples below, ".a" is input only, "=b" an answer.
 In training and evaluation, the right answers before a position are among its inputs, so that a row counts as
@@ -221,6 +221,7 @@ class Recall(Task):
         return np.concatenate([told_BP, pairs_BQ2.reshape(len(told_BP), -1)], axis=1)
 
 
+_KEY = {"train": 0, "valid": 1, "tuning": 2}  # of the random stream of a split
 _CLASSES: dict[str, Any] = dict(zip(TASKS, (KHop, Addition, Recall), strict=True))
 
 
@@ -246,7 +247,8 @@ class TaskData:
     """The rows of a task, a `pipeline.Dataset`; they repeat only by chance.
 
     Attributes:
-      train, valid: the task of each split; they differ in studies of extrapolation.
+      train, valid: the task of each split ("tuning" has that of "valid"); they differ in studies of
+        extrapolation.
       card: the data card, ready for JSON.
     """
 
@@ -265,6 +267,15 @@ class TaskData:
     def tokenizer(self) -> None:
         """None, as tasks have no text."""
 
+    def num_rows(self, split: str) -> None:
+        """None, as rows are drawn without end."""
+
+    def check_rows(self, split: str) -> None:
+        """Every split of a task has rows."""
+
+    def eval_documents(self, rows: int, split: str) -> None:
+        """None, as tasks have no documents."""
+
     def train_batches(
         self,
         *,
@@ -280,17 +291,23 @@ class TaskData:
         return (batch[process_index::process_count] for batch in batches)
 
     def eval_batches(
-        self, *, batch_size: int, rows: int = 0, process_index: int = 0, process_count: int = 1
+        self,
+        *,
+        batch_size: int,
+        rows: int = 0,
+        split: str = "valid",
+        process_index: int = 0,
+        process_count: int = 1,
     ) -> Iterator[np.ndarray]:
         local_batch_size("train.eval_batch_size", batch_size, process_count)
-        drawn = self.rows("valid", rows, 0, 0)
+        drawn = self.rows(split, rows, 0, 0)
         return padded_batches(drawn.__getitem__, np.arange(rows), batch_size, process_index, process_count)
 
     def rows(self, split: str, count: int, seed: int, number: int) -> np.ndarray:
         """Batch `number`, int32 [count, T + 1], of the random stream of `seed` in a split."""
         task = self.train if split == "train" else self.valid
         # `number` is in the highest word of the counter, so that no two batches overlap.
-        generator = np.random.Philox(key=[seed, split != "train"], counter=[0, 0, 0, number])
+        generator = np.random.Philox(key=[seed, _KEY[split]], counter=[0, 0, 0, number])
         # NumPy guarantees the sequence of raw numbers alone
         rows = task.rows(generator.random_raw(count * task.draws).reshape(count, task.draws))
         padding = self.sequence_length + 1 - rows.shape[1]

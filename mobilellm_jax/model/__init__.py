@@ -15,6 +15,17 @@ Reverse over reverse works, for instance for Hessian-vector products.
 """
 
 from mobilellm_jax.model.cache import Cache, empty_cache, extend
-from mobilellm_jax.model.stack import Params, apply, hidden, init, logits, loss
+from mobilellm_jax.model.stack import Params, apply, hidden, init, logits, loss, token_losses
 
-__all__ = ["Cache", "Params", "apply", "empty_cache", "extend", "hidden", "init", "logits", "loss"]
+__all__ = [
+    "Cache",
+    "Params",
+    "apply",
+    "empty_cache",
+    "extend",
+    "hidden",
+    "init",
+    "logits",
+    "loss",
+    "token_losses",
+]

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.block import Block, initial, rms_norm, rope_table
-from mobilellm_jax.model.ops.cross_entropy import cross_entropy, head_logits
+from mobilellm_jax.model.ops.cross_entropy import cross_entropy, head_logits, token_cross_entropy
 from mobilellm_jax.model.parameterization import multipliers
 from mobilellm_jax.model.remat import REMAT_POLICIES
 from mobilellm_jax.parameters import Parameter, parameter
@@ -54,6 +54,15 @@ def loss(
     with jax.named_scope("loss"):
         nats = cross_entropy(x_BTD, head_matrix(params), targets_BT, config.loss_chunk)
         return nats, jnp.sum(targets_BT >= 0)
+
+
+def token_losses(
+    params: Params, tokens_BT: Int[Array, "B T"], targets_BT: Int[Array, "B T"], config: ModelConfig
+) -> Float[Array, "B T"]:
+    """Cross-entropy of every target in nats, 0 where there is none; memory as in `loss`, but no gradient."""
+    x_BTD = hidden(params, tokens_BT, config)
+    with jax.named_scope("loss"):
+        return token_cross_entropy(x_BTD, head_matrix(params), targets_BT, config.loss_chunk)
 
 
 def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:

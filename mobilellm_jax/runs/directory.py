@@ -8,7 +8,7 @@ import jax
 from mobilellm_jax import data, model
 from mobilellm_jax.analysis.comparable import data_changes, leakage
 from mobilellm_jax.config import RESUMABLE, Config, flatten, from_config_dict, to_dict
-from mobilellm_jax.data.splits import BY_PLACE
+from mobilellm_jax.data.splits import BY_PLACE, HELD_OUT
 from mobilellm_jax.data.tokenizers import adds_bos
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.checkpoint import load_params
@@ -181,9 +181,19 @@ def data_notes(card: dict[str, Any]) -> list[str]:
     """Lines about the held-out text: leakage from the training text, and a split within one document."""
     notes = [f"warning: {sentence}" for sentence in [leakage(card)] if sentence]
     if card.get("split") == BY_PLACE:
-        train, valid = (card["splits"][split]["text_bytes"] for split in ("train", "valid"))
+        train, *parts = (card["splits"][split]["text_bytes"] for split in ("train", *HELD_OUT))
+        held_out = sum(parts)
         notes.append(
-            f"{card['source']} is one document: its last {valid / (train + valid):.1%} ({valid:,} bytes) "
-            "are held out"
+            f"{card['source']} is one document: its last {held_out / (train + held_out):.1%} ({held_out:,} "
+            "bytes) are held out"
         )
     return notes
+
+
+def repeats_note(config: Config, card: dict[str, Any]) -> str | None:
+    """Says how often a run sees its training text; None where it sees no token twice."""
+    if config.data.is_task:
+        return None
+    rows = card["splits"]["train"]["rows"]
+    times = config.train.steps * config.train.batch_size / rows
+    return f"the text is seen {times:.1f} times ({rows:,} rows)" if times > 1 else None

@@ -17,7 +17,14 @@ from mobilellm_jax.config import Config, to_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.parallel import partition, processes
 from mobilellm_jax.runs import provenance
-from mobilellm_jax.runs.directory import TOKENIZER, check_same, claim_data, claim_workdir, data_notes
+from mobilellm_jax.runs.directory import (
+    TOKENIZER,
+    check_same,
+    claim_data,
+    claim_workdir,
+    data_notes,
+    repeats_note,
+)
 from mobilellm_jax.runs.provenance import device
 from mobilellm_jax.storage.files import AnyPath
 from mobilellm_jax.training.loop import Outcome, train
@@ -91,7 +98,8 @@ def run(
     card = prepared.card
     processes.check_same("data", ", ".join(f"{k} {v}" for k, v in data_hashes(card, rows=True).items()))
     warning = processes.of_first(lambda: claim_data(workdir, card))
-    for line in filter(None, (warning, *data_notes(card))):
+    prepared.check_rows(config.train.eval_split)
+    for line in filter(None, (warning, *data_notes(card), repeats_note(config, card))):
         say(line)
     if jax.process_index() == 0 and (tokenizer := prepared.tokenizer()):
         data.save_tokenizer(tokenizer, workdir / TOKENIZER)
@@ -152,6 +160,8 @@ def measured_fields(config: Config, card: dict[str, Any], outcome: Outcome) -> d
         "best": min(finite, key=lambda evaluation: evaluation["loss"]) if finite else None,
         "evaluations": evaluations,
         "train_curve": thin(outcome.train_curve, 200),
+        "by_position": outcome.by_position,
+        "documents": outcome.documents,
         "timing": {
             "wall_s": outcome.wall_s,
             "compile_s": outcome.compile_s,

@@ -1,4 +1,7 @@
-"""Held-out scores: loss, bits per byte of text and, for synthetic tasks, the share of wrong rows."""
+"""Held-out scores: loss, bits per byte of text and, for synthetic tasks, the share of wrong rows.
+
+Letters: R evaluated rows of T targets. Losses are added up on the host, in float64.
+"""
 
 import functools
 import math
@@ -7,18 +10,32 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jaxtyping import Float, Int
 
 from mobilellm_jax import data, model
 from mobilellm_jax.config import Config
 from mobilellm_jax.training.programs import Programs
 
+_MOST_DOCUMENTS = 500  # of which sums are kept
+
 
 class Scores(NamedTuple):
-    """Loss in nats per token, the same in bits per byte (None without text), share of wrong rows (tasks)."""
+    """Scores of the held-out rows.
+
+    Attributes:
+      loss: nats per token.
+      bits_per_byte: the same in bits per byte; None without text.
+      error: share of wrong rows, of tasks.
+      by_position, documents: see `by_position` and `by_document`; None for tasks.
+    """
 
     loss: float
     bits_per_byte: float | None
     error: float | None
+    by_position: dict[str, list[Any]] | None = None
+    documents: dict[str, list[Any]] | None = None
 
 
 def evaluate_held_out(
@@ -30,12 +47,37 @@ def evaluate_held_out(
 ) -> Scores:
     """Scores the held-out rows; `share` selects those of this process, see `partition.process_share`."""
     t = config.train
-    batches = prepared.eval_batches(batch_size=t.eval_batch_size, rows=t.eval_rows, **share)
-    loss, error = evaluate_batches(programs, params, batches)
+    batches = prepared.eval_batches(
+        batch_size=t.eval_batch_size, rows=t.eval_rows, split=t.eval_split, **share
+    )
+    sums = _evaluated(programs, params, batches)
+    loss, error = scores(sums)
     # Bytes per token is an average over all held-out text, even where `eval_rows` scores only a part of it.
-    bytes_per_token = prepared.bytes_per_token("valid")
+    bytes_per_token = prepared.bytes_per_token(t.eval_split)
     bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
-    return Scores(loss, bits, error)
+    document_RT = prepared.eval_documents(t.eval_rows, t.eval_split)
+    if document_RT is None:
+        return Scores(loss, bits, error)
+    order = _order(programs, **share)
+    nats_RT = np.concatenate([np.asarray(batch["nats"])[order] for batch in sums])[: len(document_RT)]
+    return Scores(loss, bits, error, by_position(nats_RT), by_document(nats_RT, document_RT))
+
+
+def _evaluated(
+    programs: Programs, params: model.Params, batches: Iterator[np.ndarray]
+) -> list[dict[str, Any]]:
+    """The results of `eval_step` for each batch, of the rows of all processes."""
+    place = functools.partial(jax.make_array_from_process_local_data, programs.eval_rows.sharding)
+    return jax.device_get([programs.evaluate(params, place(rows)) for rows in batches])
+
+
+def _order(programs: Programs, process_index: int, process_count: int) -> np.ndarray:
+    """Places of the rows of a batch on the mesh, in the order in which one process would read them: [B]."""
+    sharding, size = programs.eval_rows.sharding, programs.eval_rows.shape[0]
+    assert isinstance(sharding, NamedSharding)
+    mine = np.arange(size, dtype=np.int32)[process_index::process_count]
+    number_B = jax.make_array_from_process_local_data(sharding, mine)
+    return np.argsort(multihost_utils.process_allgather(number_B, tiled=True))
 
 
 def evaluate_batches(
@@ -45,12 +87,40 @@ def evaluate_batches(
 
     Each batch is this process's part of an array of shape `programs.eval_rows`.
     """
-    place = functools.partial(jax.make_array_from_process_local_data, programs.eval_rows.sharding)
-    return scores(jax.device_get([programs.evaluate(params, place(rows)) for rows in batches]))
+    return scores(_evaluated(programs, params, batches))
 
 
 def scores(sums: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
-    """Computes loss (nats per token) and share of wrong rows (None for text) from the sums of `eval_step`."""
-    total = {name: math.fsum(float(batch[name]) for batch in sums) for name in sums[0]}
+    """Computes loss (nats per token) and share of wrong rows (None for text) from what `eval_step` gives."""
+    total = {name: math.fsum(np.sum(batch[name], dtype=np.float64) for batch in sums) for name in sums[0]}
     error = total["wrong"] / total["rows"] if "rows" in total else None
     return total["nats"] / total["targets"], error
+
+
+def by_position(nats_RT: Float[np.ndarray, "R T"]) -> dict[str, list[Any]]:
+    """Loss by place in the row: bins end at positions 1, 2, 4, ... and T, counted from 1.
+
+    Keys: "to" (end of each bin), "loss" (nats per token), "targets".
+    """
+    rows, length = nats_RT.shape
+    ends = [1 << k for k in range((length - 1).bit_length())] + [length]
+    starts = np.array([0, *ends[:-1]])
+    targets = rows * (np.array(ends) - starts)
+    nats = np.add.reduceat(nats_RT.sum(axis=0, dtype=np.float64), starts)
+    return {"to": ends, "loss": (nats / targets).tolist(), "targets": targets.tolist()}
+
+
+def by_document(
+    nats_RT: Float[np.ndarray, "R T"], document_RT: Int[np.ndarray, "R T"]
+) -> dict[str, list[Any]]:
+    """Sums of "nats" and "targets" by document, in order; documents without a target are left out.
+
+    Neighbours are joined, evenly, where there are more than 500 documents.
+    """
+    documents = document_RT.ravel()
+    targets = np.bincount(documents)
+    nats, has_targets = np.bincount(documents, nats_RT.ravel().astype(np.float64)), targets > 0
+    nats, targets = nats[has_targets], targets[has_targets]
+    groups = min(len(targets), _MOST_DOCUMENTS)
+    starts = np.arange(groups) * len(targets) // groups
+    return {name: np.add.reduceat(x, starts).tolist() for name, x in (("nats", nats), ("targets", targets))}

@@ -19,7 +19,7 @@ from mobilellm_jax.parallel import partition, processes
 from mobilellm_jax.storage.checkpoint import Checkpoints
 from mobilellm_jax.storage.files import AnyPath
 from mobilellm_jax.training import memory
-from mobilellm_jax.training.held_out import evaluate_held_out
+from mobilellm_jax.training.held_out import Scores, evaluate_held_out
 from mobilellm_jax.training.optimizer import learning_rate_schedule
 from mobilellm_jax.training.programs import Programs, compile_key, compile_programs
 from mobilellm_jax.training.progress import Diverged, Progress, every
@@ -39,6 +39,8 @@ class Outcome:
         answer)} in order; the last two are None where they do not apply.
       train_curve: [step, loss in nats per token] at every progress line.
       train_s: seconds in training steps, summed over all resumptions, without evaluations and checkpoints.
+      by_position, documents: of the last evaluation, see `held_out.by_position` and `by_document`; None for
+        tasks and where the run diverged.
       compile_s, wall_s: seconds since the last start or resumption: in compilation (near 0 if an earlier run
         had the same shape), and in total.
     """
@@ -51,6 +53,8 @@ class Outcome:
     train_s: float
     compile_s: float
     wall_s: float
+    by_position: dict[str, list[Any]] | None = None
+    documents: dict[str, list[Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +100,12 @@ def train(
     compile_s = time.perf_counter() - wall_start
     run, state = _start(config, prepared, programs, mesh, workdir, say)
     progress = run.progress
-    status, error = "finished", None
+    status, error, scores = "finished", None, None
     signals: Sequence[str] = ()
     try:
         # In this order, so that signals are still noted, not acted on, while the last save finishes.
         with noted_signals() as signals, contextlib.closing(run.checkpoints):
-            _take_steps(run, state, signals)
+            scores = _take_steps(run, state, signals)
     except Diverged as divergence:
         # Stop at the first: an update with a gradient that is not finite destroys all parameters.
         status, error = "diverged", str(divergence)
@@ -122,6 +126,8 @@ def train(
         train_s=progress.train_s,
         compile_s=compile_s,
         wall_s=time.perf_counter() - wall_start,
+        by_position=scores.by_position if scores else None,
+        documents=scores.documents if scores else None,
     )
 
 
@@ -158,14 +164,18 @@ def _start(
     return run, state
 
 
-def _take_steps(run: _Run, state: TrainState, signals: Sequence[str]) -> None:
-    """Takes all remaining steps, with evaluations and checkpoints where due.
+def _take_steps(run: _Run, state: TrainState, signals: Sequence[str]) -> Scores:
+    """Takes all remaining steps, with evaluations and checkpoints where due, and gives the last scores.
 
     Raises:
       Diverged: a loss is not finite.
       Interrupted, Preempted: this or another process noted a signal; a checkpoint was saved.
     """
-    t, programs, progress = run.config.train, run.programs, run.progress
+    t, programs, progress, scores = run.config.train, run.programs, run.progress, None
+
+    def evaluate(state: TrainState) -> Scores:
+        return evaluate_held_out(programs, state.params, run.prepared, run.config, run.share)
+
     for step in range(progress.step + 1, t.steps + 1):
         vote = run.stops.cast(bool(signals))  # queued before the step: reading it does not wait for that
         rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(run.batches))
@@ -181,7 +191,7 @@ def _take_steps(run: _Run, state: TrainState, signals: Sequence[str]) -> None:
             with progress.paused():
                 loss = None
                 if evaluate_now:
-                    scores = evaluate_held_out(programs, state.params, run.prepared, run.config, run.share)
+                    scores = evaluate(state)
                     progress.evaluated(scores)
                     loss = scores.loss
                 if save_now:
@@ -190,6 +200,7 @@ def _take_steps(run: _Run, state: TrainState, signals: Sequence[str]) -> None:
         if stop:
             raise stopped(signals, f"after step {step:,}; a checkpoint was saved")
         run.checkpoints.poll()
+    return scores or evaluate(state)  # none where the run was interrupted after its last step
 
 
 @functools.lru_cache(maxsize=1)  # runs that differ in seeds only share it; it takes 0.1 s to compile

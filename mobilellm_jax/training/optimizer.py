@@ -15,14 +15,16 @@ from mobilellm_jax.parameters import Parameter
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Builds the learning rate as a function of the step, counted from 0.
 
-    All schedules warm up linearly from 0 over `warmup_steps`. "cosine" then falls to `final_fraction` of the
-    peak at `steps`; "wsd" stays at the peak and falls there linearly over the last `decay_fraction` of the
+    All schedules warm up linearly from 0 over `warmup_steps`. "cosine" and "linear" then fall to
+    `final_fraction` of the peak at `steps`; "wsd" stays at the peak and falls there linearly over the last `decay_fraction` of the
     steps (Hu et al. 2024); "constant" stays.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     final = peak * config.final_fraction
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=config.final_fraction)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, final, max(1, steps - warmup))
     elif config.schedule == "wsd":
         decay = max(1, min(round(config.decay_fraction * steps), steps - warmup))
         after = optax.linear_schedule(peak, final, decay, transition_begin=steps - warmup - decay)

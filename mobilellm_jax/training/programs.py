@@ -18,7 +18,7 @@ from jaxtyping import Array, PRNGKeyArray
 from mobilellm_jax import model
 from mobilellm_jax.config import COMPILED, Config, flatten, to_dict
 from mobilellm_jax.parallel import partition
-from mobilellm_jax.training.step import Metrics, TrainState, eval_step, init_state, train_step
+from mobilellm_jax.training.step import Metrics, Sums, TrainState, eval_step, init_state, train_step
 
 _LEVEL = "xla_backend_optimization_level"  # of LLVM
 
@@ -49,14 +49,14 @@ class Programs:
     Attributes:
       init: key -> state.
       step: (state, rows, learning_rate) -> (state, metrics); the state is donated.
-      evaluate: (params, rows) -> sums.
+      evaluate: (params, rows) -> what `eval_step` gives, the same on every device.
       state: shapes, dtypes and shardings of the state.
       rows, eval_rows: the same, of a training and an evaluation batch.
     """
 
     init: Program[[PRNGKeyArray], TrainState]
     step: Program[[TrainState, Array, ArrayLike], tuple[TrainState, Metrics]]
-    evaluate: Program[[model.Params, Array], Metrics]
+    evaluate: Program[[model.Params, Array], Sums]
     state: TrainState
     rows: jax.ShapeDtypeStruct
     eval_rows: jax.ShapeDtypeStruct
@@ -68,7 +68,7 @@ class JittedPrograms(Programs):
 
     init: Jitted[[PRNGKeyArray], TrainState]
     step: Jitted[[TrainState, Array, ArrayLike], tuple[TrainState, Metrics]]
-    evaluate: Jitted[[model.Params, Array], Metrics]
+    evaluate: Jitted[[model.Params, Array], Sums]
 
     def trace_step(self) -> Traced:
         return self.step.trace(self.state, self.rows, jax.ShapeDtypeStruct((), jnp.float32))
@@ -98,7 +98,7 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> JittedPrograms:
         with partition.in_use(mesh):
             return train_step(state, rows, learning_rate, m, o, t.accumulation_steps)
 
-    def evaluate(params: model.Params, rows: Array) -> Metrics:
+    def evaluate(params: model.Params, rows: Array) -> Sums:
         with partition.in_use(mesh):
             return eval_step(params, rows, m, config.data.is_task)
 

@@ -86,7 +86,7 @@ class Progress:
         Raises:
           Diverged: the held-out loss is not finite.
         """
-        loss, bits, error = scores
+        loss, bits, error = scores.loss, scores.bits_per_byte, scores.error
         self._log.evaluation(self.step, loss, bits, error)
         more = f"  {bits:.4f} bits/byte" if bits else "" if error is None else f"  {error:.1%} wrong"
         self._tell(f"held-out loss {loss:.4f}{more}")

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from mobilellm_jax import model
 from mobilellm_jax.config import ModelConfig, OptimizerConfig
@@ -13,6 +13,7 @@ from mobilellm_jax.data.rows import inputs_and_targets, is_target
 from mobilellm_jax.training.optimizer import make_optimizer
 
 Metrics = dict[str, Float[Array, ""]]
+Sums = dict[str, Shaped[Array, "*shape"]]
 
 
 class TrainState(NamedTuple):
@@ -72,21 +73,20 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def eval_step(
-    params: model.Params, rows_BS: Int[Array, "B S"], config: ModelConfig, answers: bool
-) -> Metrics:
-    """Sums over a batch of held-out rows: loss in `nats`, and the number of `targets`.
+def eval_step(params: model.Params, rows_BS: Int[Array, "B S"], config: ModelConfig, answers: bool) -> Sums:
+    """Scores a batch of held-out rows: `nats` float32 [B, T] of every target, and the number of `targets`.
 
-    With `answers` also the number of `rows` that have targets, and of `wrong` rows: those where, at one
+    `nats` is 0 where there is no target. With `answers` also the number of `rows` that have targets, and of `wrong` rows: those where, at one
     target or more, another token is more probable. This takes a second forward pass, with logits at all
     positions.
     """
     tokens_BT, targets_BT = inputs_and_targets(rows_BS)
-    nats, targets = model.loss(params, tokens_BT, targets_BT, config)
-    if not answers:
-        return {"nats": nats, "targets": targets}
-    guesses_BT = jnp.argmax(model.apply(params, tokens_BT, config), axis=-1)
+    nats_BT = model.token_losses(params, tokens_BT, targets_BT, config)
     is_target_BT = is_target(targets_BT)
+    targets = jnp.sum(is_target_BT)
+    if not answers:
+        return {"nats": nats_BT, "targets": targets}
+    guesses_BT = jnp.argmax(model.apply(params, tokens_BT, config), axis=-1)
     wrong = jnp.sum(jnp.any(is_target_BT & (guesses_BT != targets_BT), axis=1))
     rows = jnp.sum(jnp.any(is_target_BT, axis=1))
-    return {"nats": nats, "targets": targets, "wrong": wrong, "rows": rows}
+    return {"nats": nats_BT, "targets": targets, "wrong": wrong, "rows": rows}

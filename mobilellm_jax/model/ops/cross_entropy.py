@@ -37,9 +37,9 @@ def _pad(x_BTD: Array, targets_BT: Array, chunk: int) -> tuple[Array, Array, int
 
 
 class _Chunk(NamedTuple):
-    """The loss of C positions, and the terms of its gradient; softmax = e / z."""
+    """The losses of C positions, and the terms of their gradient; softmax = e / z."""
 
-    nats: Float[Array, ""]
+    nats_BC1: Float[Array, "B C 1"]
     x_BCD: Float[Array, "B C D"]
     e_BCV: Float[Array, "B C V"]
     z_BC1: Float[Array, "B C 1"]
@@ -59,8 +59,8 @@ def _chunk(x_BTD: Array, head_VD: Array, targets_BT: Array, start: Int[Array, ""
     target_logit_BC1 = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1, keepdims=True)
     # Subtract before summing: the difference of two sums over all positions loses digits to large logits.
     nats_BC1 = jnp.log(z_BC1) - (target_logit_BC1 - most_BC1)
-    nats = jnp.sum(jnp.where(counts_BC1, nats_BC1, 0.0))
-    return _Chunk(nats, x_BCD, e_BCV, z_BC1, is_target_BCV, counts_BC1)
+    nats_BC1 = jnp.where(counts_BC1, nats_BC1, 0.0)
+    return _Chunk(nats_BC1, x_BCD, e_BCV, z_BC1, is_target_BCV, counts_BC1)
 
 
 def _cross_entropy(
@@ -74,9 +74,19 @@ def _cross_entropy(
     x_BTD, targets_BT, chunk = _pad(x_BTD, targets_BT, chunk)
 
     def step(nats: Array, start: Int[Array, ""]) -> tuple[Array, None]:
-        return nats + _chunk(x_BTD, head_VD, targets_BT, start, chunk).nats, None
+        return nats + jnp.sum(_chunk(x_BTD, head_VD, targets_BT, start, chunk).nats_BC1), None
 
     return lax.scan(step, jnp.zeros(()), jnp.arange(0, x_BTD.shape[1], chunk))[0]
+
+
+def token_cross_entropy(
+    x_BTD: Float[Array, "B T D"], head_VD: Float[Array, "V D"], targets_BT: Int[Array, "B T"], chunk: int
+) -> Float[Array, "B T"]:
+    """Computes the terms of `cross_entropy`, in nats; 0 where there is no target. Not to be differentiated."""
+    (B, T), (x_BTD, targets_BT, chunk) = targets_BT.shape, _pad(x_BTD, targets_BT, chunk)
+    starts = jnp.arange(0, x_BTD.shape[1], chunk)
+    nats_BT1 = lax.map(lambda start: _chunk(x_BTD, head_VD, targets_BT, start, chunk).nats_BC1, starts)
+    return jnp.moveaxis(nats_BT1, 0, 1).reshape(B, -1)[:, :T]
 
 
 def _forward(x_BTD: Array, head_VD: Array, targets_BT: Array, chunk: int) -> tuple[Array, Any]:
@@ -92,7 +102,7 @@ def _forward(x_BTD: Array, head_VD: Array, targets_BT: Array, chunk: int) -> tup
         dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD.astype(dtype))
         dx_BTD = lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, axis=1)
         dhead_DV += jnp.einsum("BCD,BCV->DV", c.x_BCD, dlogits_BCV, preferred_element_type=jnp.float32)
-        return (nats + c.nats, dx_BTD, dhead_DV), None
+        return (nats + jnp.sum(c.nats_BC1), dx_BTD, dhead_DV), None
 
     zeros = jnp.zeros(()), jnp.zeros_like(x_BTD), jnp.zeros_like(head_VD.T)
     (nats, dx_BTD, dhead_DV), _ = lax.scan(step, zeros, jnp.arange(0, x_BTD.shape[1], chunk))
