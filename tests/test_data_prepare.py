@@ -114,7 +114,8 @@ def test_rows_are_those_of_a_plain_loop(corpus, monkeypatch, tokenizer, batch):
     for split, texts in splits.items():
         bos = [] if loaded.bos_id is None else [loaded.bos_id]
         documents = [[*bos, *loaded.encode_batch([text])[0], loaded.eos_id] for text in texts]
-        assert rows(prepared, split) == (there := reference_rows(documents, 8))
+        there = reference_rows(documents, 8)
+        assert rows(prepared, split) == there
         if split != "train":  # the document of every target, in the order of the rows
             of_token = [i for i, document in enumerate(documents) for _ in document]
             expected = [of_token[8 * row + 1 : 8 * row + 9] for row in range(len(there))]

@@ -177,11 +177,36 @@ def test_the_loop_is_a_plain_loop(tmp_path, monkeypatch, now, task):
         assert [e["error"] for e in outcome.evaluations] == pytest.approx(errors)
         assert {e["bits_per_byte"] for e in outcome.evaluations} == {None}
     else:
-        size = sum(len(document.encode()) for document in VALID)
-        per_token = size / (size + 2 * len(VALID) - 1)  # BOS and EOS of each; nothing predicts the first
+        in_order = sorted(range(len(VALID)), key=lambda i: f"{i}.txt")
+        compared = [VALID[i] for place, i in enumerate(in_order) if place % 3 != 1]
+        size = sum(len(document.encode()) for document in compared)
+        per_token = size / (size + 2 * len(compared) - 1)  # BOS and EOS of each; nothing predicts the first
         bits = [e["bits_per_byte"] for e in outcome.evaluations]
         np.testing.assert_allclose(bits, held_out / math.log(2) / per_token, rtol=1e-4)
         assert {e["error"] for e in outcome.evaluations} == {None}
+
+    # By position and by document, of the last evaluation; the same where it is only resumed after its end.
+    resumed = train(config, prepared, mesh, workdir, said.append)
+    for found in (outcome, resumed):
+        if task:
+            assert found.by_position is found.documents is None
+            continue
+        rows = np.concatenate(list(prepared.eval_batches(batch_size=1, rows=config.train.eval_rows)))
+        log_p = np.asarray(jax.nn.log_softmax(model.apply(params[-1], rows[:, :-1], config.model)))
+        nats = -np.take_along_axis(log_p, rows[:, 1:, None], axis=2)[..., 0]
+        bins = [(0, 1), (1, 2), (2, 4), (4, 8), (8, 9)]
+        expected = {
+            "to": [end for _, end in bins],
+            "loss": pytest.approx([nats[:, start:end].mean() for start, end in bins], rel=1e-3),
+            "targets": [11 * (end - start) for start, end in bins],
+        }
+        assert found.by_position == expected
+        document = prepared.eval_documents(config.train.eval_rows, "valid")
+        of = [nats[document == number] for number in np.unique(document)]
+        assert found.documents == {
+            "nats": pytest.approx([x.sum() for x in of], rel=1e-3),
+            "targets": [x.size for x in of],
+        }
 
     # Time: of steps alone.
     assert [line["train_s"] for line in lines["save"]] == pytest.approx(evaluated, abs=0.01)

@@ -17,7 +17,7 @@ from conftest import (
 )
 
 from mobilellm_jax import model
-from mobilellm_jax.model.ops.cross_entropy import cross_entropy, plain_cross_entropy
+from mobilellm_jax.model.ops.cross_entropy import cross_entropy, plain_cross_entropy, token_cross_entropy
 
 
 def numpy_cross_entropy(x_BTD, head_VD, targets_BT):
@@ -62,6 +62,17 @@ def test_equals_numpy(chunk):
     expected = numpy_cross_entropy(x_BTD, head_VD, targets_BT)
     np.testing.assert_allclose([plain, scaled / 2.5], [expected[0], expected[0]], rtol=1e-6)
     assert_trees_close([dx_BTD / 2.5, dhead_VD / 2.5], list(expected[1:]), 1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, LENGTH, LENGTH + 7])
+def test_loss_of_each_token_equals_numpy(chunk):
+    x_BTD, head_VD, targets_BT = random_inputs()
+    found_BT = jax.jit(token_cross_entropy, static_argnums=3)(x_BTD, head_VD, targets_BT, chunk)
+    assert (found_BT.shape, found_BT.dtype) == (targets_BT.shape, jnp.float32)
+    for b, t in np.ndindex(targets_BT.shape):
+        expected, *_ = numpy_cross_entropy(x_BTD[b, t][None, None], head_VD, targets_BT[b, t][None, None])
+        assert found_BT[b, t] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert targets_BT[b, t] >= 0 or found_BT[b, t] == 0
 
 
 @pytest.mark.parametrize("differentiated", [False, True])
@@ -138,7 +149,7 @@ def _largest_array(chunk):
     value_and_grad = jax.value_and_grad(model.loss, has_aux=True)
     programs = [
         jax.make_jaxpr(function, static_argnums=3)(shapes(m), *random_batch(m), m).jaxpr
-        for function in (model.loss, value_and_grad)
+        for function in (model.loss, model.token_losses, value_and_grad)
     ]
     return [max(v.aval.size for e, _ in equations(p) for v in e.outvars) for p in programs]
 

@@ -13,9 +13,11 @@ import pytest
 from conftest import BATCH, LENGTH, assert_trees_close, random_params, tiny_config
 from test_results import make_record
 
+from mobilellm_jax import data
 from mobilellm_jax.config import flatten, from_config_dict, to_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.data import save_tokenizer
+from mobilellm_jax.data.ngrams import ngram_losses
 from mobilellm_jax.data.tokenizers import HuggingFaceTokenizer, train_bpe
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.runs import provenance
@@ -32,6 +34,7 @@ from mobilellm_jax.runs.directory import (
     read_config,
 )
 from mobilellm_jax.runs.run import (
+    _floor_fields,
     enable_compilation_cache,
     failed_fields,
     measured_fields,
@@ -163,7 +166,10 @@ def test_a_resumed_run_says_what_changed_and_refuses_other_data(tmp_path, monkey
     monkeypatch.setattr("mobilellm_jax.runs.run.train", train)
     (tmp_path / "a.txt").write_text("a line of text\n\n" * 20)
     one = start()
-    assert said == ["files:*.txt is one document: its last 10.0% (32 bytes) are held out", "trains"]
+    note = "files:*.txt is one document: its last 10.0% (32 bytes) are held out"
+    assert said == [note, "the text is seen 2.5 times (32 rows)", "trains"]
+    start(**{"train.steps": 4})
+    assert said[-2:] == [note, "trains"]  # 4 steps of 8 rows: every row once
     start(**{"train.eval_every": 3})
     assert said[0] == "changed since this run was last started: train.eval_every 100 -> 3"
     assert said[-1] == "trains"
@@ -172,6 +178,52 @@ def test_a_resumed_run_says_what_changed_and_refuses_other_data(tmp_path, monkey
     with pytest.raises(UserError, match=rf"run: the data changed since step 4: source sha256 {was} -> "):
         start()
     assert "trains" not in said
+
+
+def test_a_run_without_rows_for_tuning_ends_before_it_compiles(tmp_path, monkeypatch):
+    monkeypatch.setattr("mobilellm_jax.runs.run.train", None)
+    (tmp_path / "train.jsonl").write_text('{"text": "some text and more"}\n')
+    (tmp_path / "valid.jsonl").write_text('{"text": "one document of text"}\n')
+    fields = {
+        "model.vocab_size": 258,
+        "data.source": f"files:{tmp_path}/train.jsonl",
+        "data.valid_source": f"files:{tmp_path}/valid.jsonl",
+        "data.tokenizer": "bytes",
+        "data.cache_dir": str(tmp_path / "cache"),
+        "train.eval_split": "tuning",
+    }
+    with pytest.raises(
+        UserError, match=r"^train\.eval_split: 'tuning' has no row: 0 of the held-out documents"
+    ):
+        run(tiny_config(**fields), tmp_path / "run", make_record)
+
+
+def test_the_floor_is_that_of_the_rows_of_the_run(tmp_path):
+    texts = [f"{i} text {i * i} and {i % 7} more " * 3 for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    fields = {
+        "model.vocab_size": 258,
+        "data.source": f"files:{tmp_path}/a.jsonl",
+        "data.valid_fraction": 0.3,
+        "data.tokenizer": "bytes",
+        "data.cache_dir": str(tmp_path / "cache"),
+        "train.eval_rows": 11,
+        "train.data_seed": 3,
+    }
+    config = tiny_config(**fields, **{"train.steps": 3})
+    prepared = data.prepare(config.data, 258)
+    batches = prepared.train_batches(batch_size=8, seed=3)
+    train = np.concatenate([next(batches) for _ in range(3)])
+    tuning = np.concatenate(list(prepared.eval_batches(batch_size=1, split="tuning")))
+    rows = np.concatenate(list(prepared.eval_batches(batch_size=1, rows=11)))
+    assert _floor_fields(config, prepared) == ngram_losses(train, tuning, rows, 258)
+    assert _floor_fields(config, prepared)["tokens"] == 3 * 8 * LENGTH
+    # A run of many epochs counts every row once, with any seed.
+    longer = [tiny_config(**{**fields, "train.steps": 900, "train.data_seed": seed}) for seed in (3, 4)]
+    one, other = (_floor_fields(config, prepared) for config in longer)
+    assert one is other
+    assert one["tokens"] == prepared.num_rows("train") * LENGTH
+    assert _floor_fields(tiny_config(**fields, **{"train.eval_split": "tuning"}), prepared) is None
 
 
 def test_a_config_whose_digits_changed_is_refused_and_one_without_a_seal_is_read(tmp_path):

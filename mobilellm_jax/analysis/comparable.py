@@ -100,7 +100,8 @@ def check_comparable(facts: Facts, runs: Sequence[Record]) -> list[str]:
             warnings.append(f"The runs differ in {name}: {counts}.")
     for name, values in phases.items():
         tuned, compared = (", ".join(sorted(values.get(p, ()))) for p in ("tuning", "comparison"))
-        if name.startswith("train.") and tuned and compared and tuned != compared:
+        intended = name == "train.eval_split"  # rates are chosen on other documents
+        if name.startswith("train.") and not intended and tuned and compared and tuned != compared:
             warnings.append(f"{name} was {tuned} in tuning, but {compared} in the comparison.")
     warnings += dict.fromkeys(filter(None, (leakage(run.data) for run in runs)))
     warnings += _other_pairs(facts, runs)
@@ -170,6 +171,8 @@ def _facts(record: Record, facts: Facts, varied: set[str]) -> Iterator[tuple[str
     if record.status == "finished" and not scientific & {"train.steps", "train.batch_size"}:
         yield "steps", record.steps, True
         yield "tokens seen", record.tokens_seen, True
+    if "eval_split" not in record.config["train"]:  # held out before there was text for tuning
+        yield "train.eval_split", "not recorded", True
     for group, settings in record.config.items():
         for field, value in settings.items():
             name = f"{group}.{field}"

@@ -338,7 +338,7 @@ class _Packer:
         self._writer = None
 
     def write_starts(self) -> dict[str, Any]:
-        """Writes the places in the stream at which documents begin, int64; gives the file's entry in the card."""
+        """Writes where in the stream documents begin, int64; gives the file's entry in the card."""
         content = io.BytesIO()
         np.save(content, np.array(self.starts, "<i8"))
         (self._directory / documents_file(self._split)).write_bytes(content.getvalue())

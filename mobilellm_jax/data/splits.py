@@ -1,7 +1,7 @@
 """The splits of documents: training text, and held-out text for tuning and for comparison.
 
-Of the held-out documents every third, beginning with the second, is "tuning", the others are "valid": learning
-rates are chosen on other text than designs are compared on.
+Of the held-out documents every third, beginning with the second, is "tuning", the others are "valid":
+learning rates are chosen on other text than designs are compared on.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ BY_HASH = (
     "held-out documents every third, from the second on, is for tuning"
 )
 BY_SOURCE = (
-    "valid_source is held out: every third document, from the second on, or the first third of a single text, "
-    "for tuning; documents that are also trained on are counted, shared passages are not"
+    "valid_source is held out: every third document, from the second on, or the first third of a single "
+    "text, for tuning; documents that are also trained on are counted, shared passages are not"
 )
 BY_PLACE = (
     "the end of the one text, from the paragraph, else line, else word nearest to valid_fraction; the first "

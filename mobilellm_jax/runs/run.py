@@ -2,12 +2,15 @@
 
 import dataclasses
 import datetime
+import functools
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from mobilellm_jax import data
@@ -15,6 +18,8 @@ from mobilellm_jax.analysis.comparable import data_hashes
 from mobilellm_jax.analysis.records import Record, read_record
 from mobilellm_jax.config import Config, to_dict
 from mobilellm_jax.costs import accounting
+from mobilellm_jax.data.ngrams import ngram_losses
+from mobilellm_jax.data.rows import is_target
 from mobilellm_jax.parallel import partition, processes
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import (
@@ -104,7 +109,33 @@ def run(
     if jax.process_index() == 0 and (tokenizer := prepared.tokenizer()):
         data.save_tokenizer(tokenizer, workdir / TOKENIZER)
     outcome = train(config, prepared, mesh, workdir, say)
-    return describe(**measured_fields(config, card, outcome))
+    floor = _floor_fields(config, prepared) if outcome.status == "finished" else None
+    return describe(**measured_fields(config, card, outcome), floor=floor)
+
+
+def _floor_fields(config: Config, prepared: data.Dataset) -> dict[str, int | float] | None:
+    """`Record.floor` of a run; None for tasks, for runs judged on "tuning", and on other processes than 0."""
+    t = config.train
+    skipped = t.eval_split == "tuning" or jax.process_index() > 0
+    if skipped or not isinstance(prepared, data.PreparedData):
+        return None
+    seen, rows = t.steps * t.batch_size, prepared.num_rows("train")
+    # A whole epoch has the same rows with every seed.
+    seed = t.data_seed if seen < rows else 0
+    return _floor(prepared.directory, seed, min(seen, rows), t.eval_rows, t.eval_split)
+
+
+@functools.lru_cache(maxsize=8)  # the points of a study see the same rows, seed by seed
+def _floor(directory: Path, seed: int, seen: int, eval_rows: int, split: str) -> dict[str, int | float]:
+    prepared = data.open_prepared(directory)
+    size = min(seen, 1024)  # the order of the rows does not depend on it
+    batches = itertools.islice(prepared.train_batches(batch_size=size, seed=seed), -(-seen // size))
+    train = np.concatenate(list(batches))[:seen]
+    tuning = train[:0]
+    if count := prepared.num_rows("tuning"):
+        tuning = np.concatenate(list(prepared.eval_batches(batch_size=1024, split="tuning")))[:count]
+    rows = np.concatenate(list(prepared.eval_batches(batch_size=1024, rows=eval_rows, split=split)))
+    return ngram_losses(train, tuning, rows[is_target(rows[:, 1])], prepared.card["vocab_size"])
 
 
 def planned_fields(config: Config) -> dict[str, Any]:

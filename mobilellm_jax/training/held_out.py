@@ -92,7 +92,7 @@ def evaluate_batches(
 
 def scores(sums: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
     """Computes loss (nats per token) and share of wrong rows (None for text) from what `eval_step` gives."""
-    total = {name: math.fsum(np.sum(batch[name], dtype=np.float64) for batch in sums) for name in sums[0]}
+    total = {name: math.fsum(np.asarray(batch[name], np.float64).sum() for batch in sums) for name in sums[0]}
     error = total["wrong"] / total["rows"] if "rows" in total else None
     return total["nats"] / total["targets"], error
 

@@ -16,8 +16,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     """Builds the learning rate as a function of the step, counted from 0.
 
     All schedules warm up linearly from 0 over `warmup_steps`. "cosine" and "linear" then fall to
-    `final_fraction` of the peak at `steps`; "wsd" stays at the peak and falls there linearly over the last `decay_fraction` of the
-    steps (Hu et al. 2024); "constant" stays.
+    `final_fraction` of the peak at `steps`; "wsd" stays at the peak and falls there linearly
+    over the last `decay_fraction` of the steps (Hu et al. 2024); "constant" stays.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     final = peak * config.final_fraction

@@ -76,9 +76,9 @@ def train_step(
 def eval_step(params: model.Params, rows_BS: Int[Array, "B S"], config: ModelConfig, answers: bool) -> Sums:
     """Scores a batch of held-out rows: `nats` float32 [B, T] of every target, and the number of `targets`.
 
-    `nats` is 0 where there is no target. With `answers` also the number of `rows` that have targets, and of `wrong` rows: those where, at one
-    target or more, another token is more probable. This takes a second forward pass, with logits at all
-    positions.
+    `nats` is 0 where there is no target. With `answers` also the number of `rows` that have targets, and of
+    `wrong` rows: those where, at one target or more, another token is more probable. This takes a second
+    forward pass, with logits at all positions.
     """
     tokens_BT, targets_BT = inputs_and_targets(rows_BS)
     nats_BT = model.token_losses(params, tokens_BT, targets_BT, config)

@@ -82,7 +82,7 @@ def _cross_entropy(
 def token_cross_entropy(
     x_BTD: Float[Array, "B T D"], head_VD: Float[Array, "V D"], targets_BT: Int[Array, "B T"], chunk: int
 ) -> Float[Array, "B T"]:
-    """Computes the terms of `cross_entropy`, in nats; 0 where there is no target. Not to be differentiated."""
+    """Computes the terms of `cross_entropy`, in nats; 0 without a target. Not to be differentiated."""
     (B, T), (x_BTD, targets_BT, chunk) = targets_BT.shape, _pad(x_BTD, targets_BT, chunk)
     starts = jnp.arange(0, x_BTD.shape[1], chunk)
     nats_BT1 = lax.map(lambda start: _chunk(x_BTD, head_VD, targets_BT, start, chunk).nats_BC1, starts)
