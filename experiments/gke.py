@@ -27,6 +27,7 @@ from jax.sharding import AbstractMesh, AxisType
 from experiments import cli
 from experiments.runner import hosts
 from experiments.runner.flags import PASSED_ON, asked_points, define_sweep
+from experiments.runner.studies import shard
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition
@@ -110,7 +111,7 @@ def _arguments(num_hosts: int, chips: int) -> list[str]:
                 raise UserError(f"--{name}: applies to --run=sweep only")
         configs = [from_config_dict(FLAGS.config)]
     else:
-        configs = [point.config for point in asked_points()]
+        configs = [point.config for point in shard(asked_points(), FLAGS.shard)]
     size = FLAGS.devices_per_run
     if size and (num_hosts > 1 or chips % size):
         raise UserError(f"--devices_per_run={size}: needs a slice of one host whose chips it divides")

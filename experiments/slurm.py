@@ -5,7 +5,9 @@
   python -m experiments.slurm ... --time=240 --parallel=16 --sbatch='qos=low,constraint=a100'
 
 A task is `python -m experiments.sweep ... --shard=i/n`, started in this directory, which all nodes see, as
-they do --workdir. Points that are complete are not submitted, so the same command again submits what is left.
+they do --workdir. As learning rates are fitted to all points of a study together, a task tunes its own point,
+helps with those of tasks that have not started, waits for the others, and then compares its own. Points that
+are complete are not submitted, so the same command again submits what is left.
 Before its time limit a task saves a checkpoint and queues again. So it does when it is preempted, if the
 cluster sends the signal for it (`PreemptParameters=send_user_signal`) or requeues by itself. `scancel` ends
 it for good. Logs are in --workdir/slurm. Tried with submitit on one machine, and on an imitation of sbatch,

@@ -10,10 +10,15 @@
   python -m experiments.sweep --devices_per_run=1                    # a run on each device of this host
   python -m experiments.sweep --tasks=mobilellm --data_dir=eval      # and zero-shot accuracy of every run
 
-Every point looks for its own learning rate first, with a seed of its own, and then trains with the same seeds
-as all others. Finished runs are skipped and a half-done one is resumed, so the same command again goes on
-after an interruption; SIGTERM saves checkpoints and exits with status 75, "start me again". A run that fails
-or diverges is recorded as such, and the others go on; a process that a signal ended is started once more.
+Every point looks for its own learning rate first, with a seed of its own. When all are through, parabolas of
+one curvature are fitted to the searches of a study, and every point trains with the same seeds as all others
+at its own optimum. So a sweep that has a part of the points (--shard, or beside others) tunes its own, helps
+with the rest, and waits for it; --only fits the chosen points alone. A study may run its designs under
+several parameterizations, and --arms=completep chooses one.
+
+Finished runs are skipped and a half-done one is resumed, so the same command again goes on after an
+interruption; SIGTERM saves checkpoints and exits with status 75, "start me again". A run that fails or
+diverges is recorded as such, and the others go on; a process that a signal ended is started once more.
 Sweeps that share a --workdir share the points; the point of one that died is taken over (`runner/leases.py`).
 With --tasks, every finished run answers them at the end, also one that was there before; what its record has
 is not asked again. Points chosen by --only are compared as the study asks, or, where it asks for no pair of
@@ -29,6 +34,7 @@ from experiments import cli
 from experiments.runner import devices, hosts
 from experiments.runner.flags import asked_points, asked_questions, define_sweep
 from experiments.runner.listing import said_to_compare, table
+from experiments.runner.studies import shard
 from experiments.runner.sweeping import sweep
 from mobilellm_jax.errors import UserError
 
@@ -37,7 +43,8 @@ FLAGS = flags.FLAGS
 
 def main() -> int:
     """Runs the sweep, and returns the exit status."""
-    questions, points = asked_questions(), asked_points()
+    questions, whole = asked_questions(), asked_points()
+    points = shard(whole, FLAGS.shard)
     groups = None
     if not FLAGS.list:
         groups = _groups()
@@ -47,7 +54,7 @@ def main() -> int:
     print(table(points))
     if FLAGS.list:
         return 0
-    return sweep(points, cli.directory("workdir", FLAGS.workdir), FLAGS.jobs, groups, questions)
+    return sweep(points, cli.directory("workdir", FLAGS.workdir), FLAGS.jobs, groups, questions, whole)
 
 
 def _groups() -> list[dict[str, str]] | None:

@@ -25,6 +25,7 @@ from experiments.runner.studies import points_of, shard
 from mobilellm_jax import data
 from mobilellm_jax.analysis.records import read_record, read_records, write_record
 from mobilellm_jax.analysis.study import study_of
+from mobilellm_jax.analysis.tuning import fit_rates
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
@@ -120,7 +121,7 @@ def test_every_point_is_tuned_and_then_judged_on_other_seeds(tuned_study, tmp_pa
     seeds = {(r.config["train"]["init_seed"], r.config["train"]["data_seed"]) for r in tuning}
     assert len(seeds) == 1
     assert seeds.isdisjoint({(0, 0), (1, 1)})
-    assert {r.tuning for r in records} == {"grid"}
+    assert {r.tuning for r in records} == {"fitted"}
     assert [r.config["train"]["eval_every"] for r in tuning] == [r.config["train"]["steps"] for r in tuning]
     assert not [warning for warning in study_of(records).verdict.warnings if "eval_every" in warning]
 
@@ -132,15 +133,20 @@ def test_the_mean_loss_of_several_seeds_chooses_the_rate(tuned_study, tmp_path, 
     seeds = {1_000_000: {-7: 0}, 1_000_001: {-7: 3}}
     noise = lambda octave, seed: seeds.get(seed, {}).get(octave, (octave + 6.5) ** 2)  # noqa: E731
     monkeypatch.setattr(sweeping, "run", losses(lambda _: 1.0, noise))
-    (point,) = points(tuned_study, only=["none"])
-    sweeping.do_point(point, tmp_path)
+    monkeypatch.setattr(sweeping, "_report", lambda *_: 0)
+    sweeping.sweep(points(tuned_study, only=["none"]), tmp_path, jobs=1)
     records = read_records(tmp_path / "results")
     tuning = [(math.log2(r.learning_rate), r.seed) for r in records if r.phase == "tuning"]
     repeated = {octave for octave, seed in tuning if seed == 1_000_001}
     assert {-8, -7, -6} <= repeated
     assert {octave for octave, seed in tuning if seed == 1_000_000} >= repeated
     assert all(r.config["train"]["init_seed"] == r.config["train"]["data_seed"] == r.seed for r in records)
-    assert {r.learning_rate for r in records if r.phase == "comparison"} == {2**-6}
+    trials = {2.0**octave: [] for octave, _ in tuning}
+    for octave, seed in tuning:
+        trials[2.0**octave].append(1 + noise(octave, seed))
+    rate = fit_rates({"none": trials}).optima["none"].rate
+    assert math.log2(rate) > -6.5  # one seed alone says below
+    assert {r.learning_rate for r in records if r.phase == "comparison"} == {float(f"{rate:.3g}")}
 
 
 def test_a_point_ends_with_the_first_run_that_fails(tuned_study, tmp_path, monkeypatch):
@@ -148,8 +154,7 @@ def test_a_point_ends_with_the_first_run_that_fails(tuned_study, tmp_path, monke
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(sweeping, "run", broken_run)
-    (point,) = points(tuned_study, only=["none"])
-    sweeping.do_point(point, tmp_path)
+    assert sweeping.sweep(points(tuned_study, only=["none"]), tmp_path, jobs=1) == 1
     (record,) = read_records(tmp_path / "results")
     assert (record.phase, record.status, record.steps, record.final) == ("tuning", "failed", 0, None)
     assert record.error == "RuntimeError: out of memory"
@@ -238,7 +243,7 @@ def test_rates_that_diverge_are_recorded_and_tuned_around(tuned_study, tmp_path,
     monkeypatch.setattr(sweeping, "run", losses(curve))
     assert sweeping.sweep(points(tuned_study, only=["none"]), tmp_path / "w", jobs=1) == 0
     records = read_records(tmp_path / "w" / "results")
-    assert {r.learning_rate for r in records if r.phase == "comparison"} == {2**-11}
+    assert {r.learning_rate for r in records if r.phase == "comparison"} == {float(f"{2**-11:.3g}")}
     assert [r.learning_rate for r in records if r.status == "diverged"] == [2**-7]
 
 
@@ -263,7 +268,7 @@ def test_records_of_another_sweep_are_not_counted_as_done(tuned_study, tmp_path,
     sweeping.sweep(
         points(tuned_study, {"optimizer.learning_rate": 0.01}, only=["none"]), tmp_path / "w", jobs=1
     )
-    with pytest.raises(UserError, match="was chosen in another way: 'none' there, 'grid' here"):
+    with pytest.raises(UserError, match="was chosen in another way: 'none' there, 'fitted' here"):
         sweeping.sweep(points(tuned_study, only=["none"]), tmp_path / "w", jobs=1)
     sweeping.sweep(points(tuned_study, only=["none"]), tmp_path / "x", jobs=1)
     for path in (tmp_path / "x" / "results").rglob("*lr*.json"):
@@ -277,12 +282,14 @@ def test_points_of_another_sweep_come_last_and_are_taken_over(tuned_study, tmp_p
     monkeypatch.setattr(sweeping, "run", losses(lambda octave: 3 + (octave + 8) ** 2))
     other = Leases(tmp_path / "w" / "runs" / ".leases")
     chosen = points(tuned_study)
-    assert other.take([chosen[0].name])
-    monkeypatch.setattr(time, "sleep", lambda _: other.release(chosen[0].name))
+    held = f"{chosen[0].name} tuning"
+    assert other.take([held])
+    monkeypatch.setattr(time, "sleep", lambda _: other.release(held))
     assert sweeping.sweep(chosen, tmp_path / "w", jobs=1) == 0
     output = capsys.readouterr().out
-    assert output.index("reverse  learning rate") < output.index("none  waiting: another sweep (")
-    assert output.index("none  waiting: another") < output.index("none  learning rate")
+    assert output.index("none tuning  waiting: another sweep (") < output.index("none  learning rate")
+    times = {r.point: r.created for r in read_records(tmp_path / "w" / "results") if r.phase == "tuning"}
+    assert times["reverse"] <= times["none"]
     assert len({r.point for r in read_records(tmp_path / "w" / "results")}) == 2
     assert not list((tmp_path / "w" / "runs" / ".leases").iterdir())
 
@@ -455,7 +462,7 @@ def test_a_disk_that_is_full_when_a_lease_is_taken_costs_that_point_alone(study,
     assert not list(folder.iterdir())
 
 
-ANYTHING = workers.Task(sweeping.do_point, lambda *_: 1)
+ANYTHING = workers.Task(sweeping.compare_point, lambda *_: 1)
 
 
 def test_a_process_that_a_signal_ended_has_a_second_try_and_no_third(study, tmp_path, monkeypatch, capsys):

@@ -6,14 +6,14 @@ from experiments import cli
 from experiments.runner import hosts
 from experiments.runner.points import Point
 from experiments.runner.questions import Questions
-from experiments.runner.studies import points_of, shard
+from experiments.runner.studies import points_of
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import local_directory
 
 FLAGS = flags.FLAGS
 
 # What a launcher passes on to the sweeps that it starts, besides the flags of the config.
-PASSED_ON = ("workdir", "only", "seeds", "tasks", "data_dir", "limit")
+PASSED_ON = ("workdir", "only", "arms", "seeds", "tasks", "data_dir", "limit")
 
 
 def define_sweep() -> None:
@@ -21,7 +21,13 @@ def define_sweep() -> None:
     flags.DEFINE_string("workdir", "runs", "directory of results/, figures/, reports/ and runs/")
     flags.DEFINE_bool("list", False, "print the points with what they cost, and train nothing")
     flags.DEFINE_list(
-        "only", [], 'labels of the points to run, separated by commas, in " where they hold one; default: all'
+        "only",
+        [],
+        'labels of the points to run, separated by commas, in " where they hold one; learning rates are '
+        "fitted to these points alone; default: all",
+    )
+    flags.DEFINE_list(
+        "arms", [], "parameterizations to run, such as completep; default: as the collection says, or all"
     )
     flags.DEFINE_integer("seeds", None, "number of seeds for each point; default: as the study says", 1)
     flags.DEFINE_integer(
@@ -33,7 +39,12 @@ def define_sweep() -> None:
         "points run side by side, each on so many devices of this host (TPU: chips)",
         1,
     )
-    flags.DEFINE_string("shard", "0/1", "i/n: only every n-th point, from the i-th on; i from 0 to n - 1")
+    flags.DEFINE_string(
+        "shard",
+        "0/1",
+        "i/n: only every n-th point, from the i-th on; i from 0 to n - 1. It tunes these, helps to tune the "
+        "others of their studies, as learning rates are fitted together, and then compares its own",
+    )
     hosts.define_flags()
     define_scoring()
 
@@ -46,8 +57,8 @@ def define_scoring() -> None:
 
 
 def asked_points() -> list[Point]:
-    """The points that the flags choose; errors as in `points_of` and `shard`."""
-    return shard(points_of(cli.config_spec(), cli.overrides(), FLAGS.seeds, FLAGS.only), FLAGS.shard)
+    """The points that the flags choose, of all shards; errors as in `points_of`."""
+    return points_of(cli.config_spec(), cli.overrides(), FLAGS.seeds, FLAGS.only, FLAGS.arms)
 
 
 def asked_questions(bos: bool | None = None) -> Questions | None:

@@ -43,7 +43,7 @@ def _row(point: Point) -> list[str]:
         plan if len(plan) <= 24 else f"{plan[:14]} ... ({c.model.effective_depth})",
         f"{counts.total:,}",
         f"{counts.as_printed:,}",
-        printed[point.facts["point_index"]].printed if printed else "",
+        printed[point.facts["point_index"] % len(printed)].printed if printed else "",
         f"{counts.non_embedding:,}",
         f"{accounting.train_flops_per_token(c.model, c.data.sequence_length):.3g}",
         f"{c.train.steps * c.train.batch_size * c.data.sequence_length:,}",

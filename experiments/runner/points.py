@@ -41,6 +41,8 @@ class Point:
       tuning_seeds: runs of the best rate and its neighbours.
       seeds: number of runs that count.
       vary: the seeds that change from run to run: "init", "data".
+      sd: expected standard deviation of the metric over seeds; None if not known.
+      notes: what is to be said of its study before a sweep.
     """
 
     name: str
@@ -50,27 +52,45 @@ class Point:
     tuning_seeds: int
     seeds: int
     vary: tuple[str, ...]
+    sd: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def arm(self) -> tuple[str, str, str | None]:
+        """Study, preset and arm: the points with which it shares a fit of the learning rates."""
+        return self.facts["study"], self.facts["preset"], self.facts["arm"]
+
+    def at_rate(self, learning_rate: float) -> "Point":
+        """The point with the learning rate of its comparison, so that there is nothing left to tune."""
+        optimizer = dataclasses.replace(self.config.optimizer, learning_rate=learning_rate)
+        config = dataclasses.replace(self.config, optimizer=optimizer)
+        return dataclasses.replace(self, config=config, learning_rates=())
 
     def run_names(self) -> list[str]:
         """Names of the comparison runs, by seed; the learning rate is not part of them."""
         return [f"{self.name}-s{seed}" for seed in range(self.seeds)]
 
     def tuning_run(self, learning_rate: float, index: int) -> Run:
-        """A run of the search for the learning rate, evaluated after its last step only."""
+        """A run of the search for the learning rate, evaluated after its last step only.
+
+        It is judged on documents of its own, so that no rate is chosen on those that decide the comparison.
+        """
         name, seed = f"{self.name}-lr{learning_rate:.3g}-s{index}", TUNING_SEED + index
-        return self._run("tuning", name, learning_rate, seed, eval_every=self.config.train.steps)
+        train = self.config.train
+        split = {"eval_split": "tuning"} if hasattr(train, "eval_split") else {}
+        return self._run("tuning", name, learning_rate, seed, eval_every=train.steps, **split)
 
     def comparison_runs(self, learning_rate: float) -> Iterator[Run]:
         every = self.config.train.eval_every
         for seed, name in enumerate(self.run_names()):
             yield self._run("comparison", name, learning_rate, seed, eval_every=every)
 
-    def _run(self, phase: str, name: str, learning_rate: float, seed: int, eval_every: int) -> Run:
+    def _run(self, phase: str, name: str, learning_rate: float, seed: int, **train: Any) -> Run:
         seeds = {f"{kind}_seed": getattr(self.config.train, f"{kind}_seed") + seed for kind in self.vary}
         config = dataclasses.replace(
             self.config,
             optimizer=dataclasses.replace(self.config.optimizer, learning_rate=learning_rate),
-            train=dataclasses.replace(self.config.train, eval_every=eval_every, **seeds),
+            train=dataclasses.replace(self.config.train, **train, **seeds),
         )
         return Run(config, {**self.facts, "phase": phase, "seed": seed}, name)
 
@@ -84,14 +104,15 @@ class Point:
     def flops(self) -> float:
         """Training FLOPs of one run."""
         c = self.config
-        return self._tokens * accounting.train_flops_per_token(c.model, c.data.sequence_length)
+        return self.tokens * accounting.train_flops_per_token(c.model, c.data.sequence_length)
 
     @property
     def cost(self) -> float:
         """Relative run time, for scheduling: FLOPs plus an overhead per layer."""
-        return self.flops + self._tokens * _LAYER_FLOPS * self.config.model.effective_depth
+        return self.flops + self.tokens * _LAYER_FLOPS * self.config.model.effective_depth
 
     @property
-    def _tokens(self) -> int:
+    def tokens(self) -> int:
+        """Training tokens of one run."""
         c = self.config
         return c.train.steps * c.train.batch_size * c.data.sequence_length

@@ -9,7 +9,7 @@ from mobilellm_jax.analysis import comparable
 from mobilellm_jax.analysis.records import Record, read_record
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import processes
-from mobilellm_jax.runs.directory import check_data, check_same, check_workdir
+from mobilellm_jax.runs.directory import check_data, check_same, check_workdir, read_config
 from mobilellm_jax.storage.files import AnyPath, files_below
 
 
@@ -40,17 +40,58 @@ class Progress:
         """
         processes.of_first(lambda: self._check_data(cards))
 
-    def _missing(self) -> dict[str, int]:
+    def records(self) -> dict[str, dict[str, Record]]:
+        """The records of each point, by its name and then by file name; read by the process that calls."""
         there: dict[tuple[str, ...], dict[str, Record]] = {}
         for study in dict.fromkeys(Path(point.name).parent for point in self._points):
             names = tuple(f"{Path(p.name).name}-" for p in self._points if Path(p.name).parent == study)
             for path, record in self._read(study, names):
                 there.setdefault((record.study, record.preset, record.point), {})[path.stem] = record
-        missing = {}
+        label = lambda point: tuple(point.facts[name] for name in ("study", "preset", "point"))  # noqa: E731
+        return {point.name: there.get(label(point), {}) for point in self._points}
+
+    def rates(self) -> dict[str, float]:
+        """Fitted rates of the comparisons that have begun, by the point's name; read as in `records`."""
+        found, records = {}, self.records()
         for point in self._points:
-            mine = there.get(tuple(point.facts[name] for name in ("study", "preset", "point")), {})
-            check_point(point, self._workdir, mine)
-            missing[point.name] = progress(point, mine)[1]
+            if point.facts["tuning"] != "fitted":
+                continue
+            compared = [record for record in records[point.name].values() if record.phase == "comparison"]
+            compared.sort(key=lambda record: record.status == "failed")
+            rates = [record.learning_rate for record in compared] or list(self._half_done(point))
+            if rates:
+                found[point.name] = rates[0]
+        return found
+
+    def other_plans(self) -> dict[str, list[int]]:
+        """Numbers of seeds that records of a study were planned with, other than this sweep's, by study.
+
+        Read by process 0, for all.
+        """
+        return processes.of_first(self._other_plans)
+
+    def _other_plans(self) -> dict[str, list[int]]:
+        found: dict[str, set[int]] = {}
+        records = self.records()
+        for point in self._points:
+            plans = [record.plan["seeds"] for record in records[point.name].values() if record.plan]
+            others = set(plans) - {point.facts["plan"]["seeds"]}
+            if others:
+                found.setdefault(f"{point.facts['study']}:{point.facts['preset']}", set()).update(others)
+        return {study: sorted(seeds) for study, seeds in found.items()}
+
+    def _half_done(self, point: Point) -> Iterator[float]:
+        """Yields the learning rates of the comparison runs of a point that have checkpoints."""
+        for name in point.run_names():
+            folder = self._workdir / "runs" / name
+            if any(folder.glob("checkpoints/*")):
+                yield read_config(folder / "config.json").optimizer.learning_rate
+
+    def _missing(self) -> dict[str, int]:
+        missing, records = {}, self.records()
+        for point in self._points:
+            check_point(point, self._workdir, records[point.name])
+            missing[point.name] = progress(point, records[point.name])[1]
         return missing
 
     def _check_data(self, cards: Mapping[Path, Iterable[dict[str, Any]]]) -> None:
@@ -72,7 +113,13 @@ class Progress:
 
 def missing_of(point: Point, workdir: AnyPath) -> int:
     """About how many runs of one point are missing; errors as in `Progress.missing`."""
-    return Progress([point], workdir).missing()[point.name]
+    return Progress([settled(point, workdir)], workdir).missing()[point.name]
+
+
+def settled(point: Point, workdir: AnyPath) -> Point:
+    """The point at the learning rate that its comparison has begun with, if it has."""
+    begun = processes.of_first(Progress([point], workdir).rates)
+    return point.at_rate(begun[point.name]) if point.name in begun else point
 
 
 def check_point(point: Point, workdir: AnyPath, there: Mapping[str, Record]) -> None:
@@ -88,8 +135,8 @@ def check_point(point: Point, workdir: AnyPath, there: Mapping[str, Record]) -> 
     compared = [r for r in there.values() if r.phase == "comparison" and r.status != "failed"]
     for rate in {record.learning_rate for record in compared}:
         known += point.comparison_runs(rate)
-    for record in compared:
-        if record.tuning != point.facts["tuning"]:
+    for record in there.values():
+        if record.status != "failed" and record.tuning != point.facts["tuning"]:
             raise UserError(
                 f"{workdir}: the learning rate of {record.name} was chosen in another way: {record.tuning!r} "
                 f"there, {point.facts['tuning']!r} here; use another --workdir, or delete these records"

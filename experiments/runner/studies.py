@@ -23,22 +23,29 @@ from mobilellm_jax.runs.directory import flatten
 Pairs = list[list[str]]  # of labels
 
 
-def points_of(spec: str, overrides: dict[str, Any], seeds: int | None, only: Sequence[str]) -> list[Point]:
+def points_of(
+    spec: str, overrides: dict[str, Any], seeds: int | None, only: Sequence[str], arms: Sequence[str] = ()
+) -> list[Point]:
     """The points of a study or of a collection of studies, validated: all, or those in `only`.
 
+    Args:
+      arms: names of the arms to run; none: those that the collection names, or all.
+
     Raises:
-      UserError: a config is not valid, a budget is not matched, or `only` names a point that is not there.
+      UserError: a config is not valid, a budget is not matched, or `only` or `arms` name what is not there.
     """
-    points = _all_points(spec, overrides, seeds)
+    points = _all_points(spec, overrides, seeds, arms)
+    if arms and not any(point.facts["arm"] for point in points):
+        raise UserError(f"--arms={','.join(arms)}: {spec} has no arms; leave the flag out")
     labels = list(dict.fromkeys(point.facts["point"] for point in points))
     for label in only:
         if label not in labels:
             valid = ", ".join(f'"{label}"' if "," in label else label for label in labels)
             raise UserError(f"--only={label}: no such point; valid: {valid}")
-    if not only:
-        return points
-    chosen = [point for point in points if point.facts["point"] in only]
-    return [point for study in by_study(chosen).values() for point in _compared(study)]
+    if only:
+        chosen = [point for point in points if point.facts["point"] in only]
+        points = [point for arm in _by_arm(chosen).values() for point in _compared(arm)]
+    return [point for arm in _by_arm(points).values() for point in _planned(arm)]
 
 
 def shard(points: Sequence[Point], text: str) -> list[Point]:
@@ -67,33 +74,45 @@ def by_study(points: Sequence[Point]) -> dict[tuple[str, str], list[Point]]:
     return studies
 
 
-def _all_points(spec: str, overrides: dict[str, Any], seeds: int | None) -> list[Point]:
+def _by_arm(points: Sequence[Point]) -> dict[tuple[str, str, str | None], list[Point]]:
+    arms: dict[tuple[str, str, str | None], list[Point]] = {}
+    for point in points:
+        arms.setdefault(point.arm, []).append(point)
+    return arms
+
+
+def _all_points(spec: str, overrides: dict[str, Any], seeds: int | None, arms: Sequence[str]) -> list[Point]:
     module, preset, _ = cli.load_config(spec)
     if hasattr(module, "studies"):
-        return [point for member in module.studies(preset) for point in _all_points(member, overrides, seeds)]
+        arms = arms or tuple(module.arms(preset) if hasattr(module, "arms") else ())
+        members = module.studies(preset)
+        return [point for member in members for point in _all_points(member, overrides, seeds, arms)]
     if hasattr(module, "sweep"):
-        return _study_points(module, spec, preset, overrides, seeds)
+        return _study_points(module, spec, preset, overrides, seeds, arms)
     raise UserError(
         f"--config={spec}: not a study, as it has no sweep(preset); train it with python -m experiments.train"
     )
 
 
 def _study_points(
-    module: Any, spec: str, preset: str, overrides: dict[str, Any], seeds: int | None
+    module: Any,
+    spec: str,
+    preset: str,
+    overrides: dict[str, Any],
+    seeds: int | None,
+    asked: Sequence[str],
 ) -> list[Point]:
     study, rows = module.study(preset), list(module.sweep(preset))
-    _check_overrides(spec, overrides, rows)
-    configs = [_config(module, spec, preset, row, overrides) for row in rows]
-    if not configs:
+    arms = dict(study.arms) or {None: {}}
+    _check_overrides(spec, overrides, rows, study)
+    _check_arms(spec, study, asked)
+    if not rows:
         raise UserError(f"--config={spec}: sweep({preset!r}) yields no point")
-    settings = [flatten(to_dict(config)) for config in configs]
-    _check_fields(spec, study, settings[0])
-    labels = list(study.labels) or [" x ".join(str(s[name]) for name in study.scientific) for s in settings]
-    _check_labels(spec, study, labels, configs)
+    designs, configs = _designs(module, spec, preset, study, rows, overrides)
     _check_rates(spec, study, configs)
-    _check_budget(spec, study, configs)
     given = "optimizer.learning_rate" in overrides  # one rate for all points
     learning_rates = () if given else tuple(study.learning_rates)
+    tuning = "fitted" if learning_rates else "transferred" if study.transferred and not given else "none"
     stem = Path(spec.partition(":")[0]).stem
     shared = {
         "study": stem,
@@ -102,34 +121,99 @@ def _study_points(
         "matched": study.matched,
         "scientific": list(study.scientific),
         "nuisance": list(study.nuisance),
-        "tuning": "grid" if learning_rates else "transferred" if study.transferred and not given else "none",
+        "tuning": tuning,
         "metric": study.metric,
         "margin": study.margin,
         "command": cli.command(),
         "git_commit": provenance.git_commit(),  # once: files may be edited while the sweep runs
     }
-    own = _own_pairs(_pairs(study, labels))
-    return [
-        Point(
-            name=f"{stem}/{preset}/{file_name}",
+    # Of all arms, whichever are asked for, so that names and places are those of the whole study.
+    cases = [(arm, index) for arm in arms for index in range(len(rows))]
+    labels = [_label(designs[index], arm, study) for arm, index in cases]
+    file_names = names.of_labels(labels)
+    own = _own_pairs(
+        [[_label(end, arm, study) for end in pair] for arm in arms for pair in _pairs(study, designs)]
+    )
+    points = []
+    for place, ((arm, index), label, config) in enumerate(zip(cases, labels, configs, strict=True)):
+        if asked and arm is not None and arm not in asked:
+            continue
+        facts = {
+            **shared,
+            "point": label,
+            "point_index": place,
+            "design": designs[index] if arm else None,
+            "arm": arm,
+            "pairs": own.get(label, []),
+            "x": _x(study, flatten(to_dict(config)), arm),
+            "overrides": {**rows[index], **arms[arm]},
+        }
+        point = Point(
+            name=f"{stem}/{preset}/{file_names[place]}",
             config=config,
-            facts={
-                **shared,
-                "point": label,
-                "point_index": index,
-                "pairs": own.get(label, []),
-                "x": _x(study, settings[index]),
-                "overrides": rows[index],
-            },
+            facts=facts,
             learning_rates=learning_rates,
             tuning_seeds=study.tuning_seeds,
             seeds=seeds or study.seeds,
             vary=tuple(study.vary),
+            sd=study.sd,
         )
-        for index, (label, file_name, config) in enumerate(
-            zip(labels, names.of_labels(labels), configs, strict=True)
-        )
+        points.append(point)
+    notes = _base_shapes(points)
+    return [replace(point, notes=notes) for point in points]
+
+
+def _designs(
+    module: Any,
+    spec: str,
+    preset: str,
+    study: Study,
+    rows: Sequence[dict[str, Any]],
+    overrides: dict[str, Any],
+) -> tuple[list[str], list[Config]]:
+    """The labels of the designs, and the configs of every row in every arm, arm by arm; all checked."""
+    arms = list(study.arms.values()) or [{}]
+    of_arms = [[_config(module, spec, preset, {**row, **arm}, overrides) for row in rows] for arm in arms]
+    settings = [flatten(to_dict(config)) for config in of_arms[0]]
+    _check_fields(spec, study, settings[0])
+    labels = list(study.labels) or [" x ".join(str(s[name]) for name in study.scientific) for s in settings]
+    _check_labels(spec, study, labels, of_arms[0])
+    for configs in of_arms:
+        _check_budget(spec, study, labels, configs)
+    return labels, [config for configs in of_arms for config in configs]
+
+
+def _label(design: str, arm: str | None, study: Study) -> str:
+    """Label of a point: the design alone in the study's first arm, so that it can be quoted as such."""
+    return design if arm is None or arm == next(iter(study.arms)) else f"{design} ({arm})"
+
+
+def _planned(points: Sequence[Point]) -> list[Point]:
+    """The points of one arm with what is planned for them; `plans.with_power` adds the power."""
+    pairs = {tuple(pair) for point in points for pair in point.facts["pairs"]}
+    plans = [{"seeds": p.seeds, "pairs": len(pairs), "sd": p.sd, "power": None} for p in points]
+    return [
+        replace(point, facts={**point.facts, "plan": plan}) for point, plan in zip(points, plans, strict=True)
     ]
+
+
+def _base_shapes(points: Sequence[Point]) -> tuple[str, ...]:
+    """Lines about arms whose base shape is that of none of their designs."""
+    lines = []
+    for of_arm in _by_arm(points).values():
+        models = [p.config.model for p in of_arm if p.config.model.parameterization != "standard"]
+        deep = any(model.parameterization == "completep" for model in models)
+        base = {(m.base_depth if deep else None, m.base_width) for m in models}
+        shapes = {(m.effective_depth if deep else None, m.width) for m in models}
+        if models and not base & shapes:
+            depth, width = min(base, key=str)
+            said = f"{depth} x {width}" if deep else f"width {width}"
+            study, preset, arm = of_arm[0].arm
+            lines.append(
+                f"warning: {study}:{preset}{f', {arm}' if arm else ''}: no design has the base shape {said}, "
+                "at which the learning rate and init of the config apply as given"
+            )
+    return tuple(lines)
 
 
 def _config(module: Any, spec: str, preset: str, row: dict[str, Any], overrides: dict[str, Any]) -> Config:
@@ -151,12 +235,14 @@ def _set(config: ConfigDict, name: str, value: Any) -> None:
         raise UserError(f"{name}: {value!r} does not fit: {error}") from None
 
 
-def _x(study: Study, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def _x(study: Study, settings: Mapping[str, Any], arm: str | None) -> dict[str, Any] | None:
     """Where the study's figure draws a point: its value on the x axis, and the line that it belongs to."""
     if not study.x:
         return None
     x = {"label": study.x_label, "value": settings[study.x], "log": True}
-    return {**x, "series": f"{settings[study.series]} {study.series_label}"} if study.series else x
+    series = f"{settings[study.series]} {study.series_label}" if study.series else None
+    line = ", ".join(filter(None, (series, arm)))
+    return {**x, "series": line} if line else x
 
 
 # --- pairs ----------------------------------------------------------------------------------------------
@@ -202,7 +288,21 @@ def _own_pairs(pairs: Pairs) -> dict[str, Pairs]:
 # --- checks ---------------------------------------------------------------------------------------------
 
 
-def _check_overrides(spec: str, overrides: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+def _check_arms(spec: str, study: Study, asked: Sequence[str]) -> None:
+    for name in asked if study.arms else ():
+        if name not in study.arms:
+            raise UserError(f"--arms={name}: {spec} has no such arm; valid: {', '.join(study.arms)}")
+
+
+def _check_overrides(
+    spec: str, overrides: dict[str, Any], rows: Sequence[dict[str, Any]], study: Study
+) -> None:
+    for arm, of_arm in study.arms.items():
+        for name in of_arm:
+            if any(name in row for row in rows):
+                raise UserError(f"--config={spec}: arms: {arm!r} sets {name}, which sweep() varies; use one")
+            if name in overrides:
+                raise UserError(f"--config.{name}: the arm {arm!r} of {spec} sets this field; use --arms")
     for name in overrides:
         if name in ("train.init_seed", "train.data_seed"):
             raise UserError(f"--config.{name}: a sweep sets the seeds; use --seeds=<number of seeds>")
@@ -228,6 +328,8 @@ def _check_labels(spec: str, study: Study, labels: Sequence[str], configs: Seque
     named = {label for pair in study.pairs for label in pair} | ({study.baseline} - {None})
     for label in named - set(labels):
         raise UserError(f"--config={spec}: no point {label!r} to compare with; {did_you_mean(label, labels)}")
+    for label in set(study.controls) - set(labels):
+        raise UserError(f"--config={spec}: controls: no point {label!r}; {did_you_mean(label, labels)}")
 
 
 def _check_rates(spec: str, study: Study, configs: Sequence[Config]) -> None:
@@ -245,7 +347,7 @@ def _check_rates(spec: str, study: Study, configs: Sequence[Config]) -> None:
         )
 
 
-def _check_budget(spec: str, study: Study, configs: Sequence[Config]) -> None:
+def _check_budget(spec: str, study: Study, labels: Sequence[str], configs: Sequence[Config]) -> None:
     if study.matched == "tokens":
         return
     budgets = [
@@ -255,8 +357,12 @@ def _check_budget(spec: str, study: Study, configs: Sequence[Config]) -> None:
     if study.matched not in budgets[0]:
         hint = did_you_mean(study.matched, budgets[0])
         raise UserError(f"--config={spec}: matched: no budget {study.matched!r}; {hint}")
-    sizes = [budget[study.matched] for budget in budgets]
-    spread = max(sizes) / min(sizes) - 1
+    sizes = [
+        budget[study.matched]
+        for budget, label in zip(budgets, labels, strict=True)
+        if label not in study.controls
+    ]
+    spread = max(sizes) / min(sizes) - 1 if sizes else 0.0
     if spread > study.tolerance:
         raise UserError(
             f"--config={spec}: points must have equal {budget_name(study.matched)} within "

@@ -1,26 +1,24 @@
 """The engine of a sweep: which runs are missing, their order, and what happens when one fails."""
 
 import functools
-import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from experiments.runner import devices, questions, scoring
+from experiments.runner import devices, plans, questions, rates, scoring
 from experiments.runner.points import Point, Run
-from experiments.runner.progress import Progress, missing_of, record_path
+from experiments.runner.progress import Progress, missing_of, record_path, settled
 from experiments.runner.questions import Questions
-from experiments.runner.workers import Task, Wait, in_processes, leases_of, say, take
+from experiments.runner.workers import TUNING, Task, Wait, in_processes, leases_of, say, take
 from mobilellm_jax import data
 from mobilellm_jax.analysis.records import Record, read_records, write_record
-from mobilellm_jax.analysis.tuning import best_learning_rate, next_trial
+from mobilellm_jax.analysis.tuning import losses_of, next_trial
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs.run import agreed_record, check, enable_compilation_cache, failed_fields, run
@@ -40,8 +38,12 @@ def sweep(
     jobs: int | None = None,
     groups: Sequence[Mapping[str, str]] | None = None,
     asked: Questions | None = None,
+    whole: Sequence[Point] | None = None,
 ) -> int:
     """Does the runs that `workdir` has no record of, reports on all, and returns the exit status.
+
+    In two phases: all points are tuned first, as the best rates of an arm are fitted together; then each runs
+    its seeds at its own.
 
     Args:
       points: what `points_of` returns.
@@ -51,6 +53,8 @@ def sweep(
       groups: what `devices.groups` returns, to have instead a process for each of these groups of devices;
         this process sees as many simulated devices as there are in a group (`devices.stay_off`).
       asked: questions for every finished run of the points.
+      whole: all points of their studies, where `points` is one worker's part. It then helps to tune those
+        that share an arm with its own, and waits for what others tune.
 
     Raises:
       UserError: bad data, or a `workdir` of another sweep or data; found before anything is compiled.
@@ -63,13 +67,22 @@ def sweep(
     if jobs is None:
         jobs = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
     enable_compilation_cache()
-    for point in points:
+    points = plans.with_power(points)
+    whole = points if whole is None else plans.with_power(whole)
+    for point in whole:
         check(point.config)
     known = questions.load(asked, points) if asked else {}
     processes.of_first(lambda: make_workdir(workdir))
-    missing = _missing_runs(points, workdir)
+    progress = Progress(points, workdir)
+    missing = progress.missing()
     todo = [point for point in points if missing[point.name]]
+    begun = processes.of_first(progress.rates)
+    of_arms = {point.arm for point in todo if point.learning_rates and point.name not in begun}
+    in_arms = [point for point in whole if point.arm in of_arms and point.learning_rates]
+    cards = _prepare([*todo, *in_arms], progress)
     if todo:
+        for line in plans.lines(todo, progress.other_plans(), cards):
+            print(line)
         total, left = sum(point.runs for point in points), sum(missing.values())
         if groups:
             each = f"{jax.device_count()} of the devices of this host"
@@ -81,7 +94,23 @@ def sweep(
         print(f"\n{total - left} of about {total} runs are done already; {rest}", flush=True)
     environments = groups or [{}] * jobs
     size = jax.device_count() if groups else None
-    broken = _all(todo, workdir, environments, Task(_on_devices(size, do_point), missing_of))
+    broken = []
+    if in_arms:
+        tune = Task(_on_devices(size, tune_point), rates.untuned, TUNING)
+        left = processes.of_first(lambda: rates.unfinished(in_arms, workdir))
+        mine = {point.name for point in points}
+        own_first = sorted(in_arms, key=lambda point: point.name not in mine)
+        broken += _all([point for point in own_first if left[point.name]], workdir, environments, tune, mine)
+    tuned = [point for point in todo if point.learning_rates]
+    rate_of, lines = processes.of_first(lambda: rates.fitted(tuned, [*tuned, *in_arms], workdir))
+    for line in lines:
+        print(line, flush=True)
+    todo = [
+        point.at_rate(rate_of[point.name]) if point.learning_rates else point
+        for point in todo
+        if point.name in rate_of or not point.learning_rates
+    ]
+    broken += _all(todo, workdir, environments, Task(_on_devices(size, compare_point), missing_of))
     if asked:
         these = {"questions": asked, "known": known}
         lacking = functools.partial(questions.lacking, **these)
@@ -100,23 +129,21 @@ def sweep(
     return status
 
 
-def _missing_runs(points: Sequence[Point], workdir: AnyPath) -> dict[str, int]:
-    """About how many runs of each point are missing, by name; prepares the data of the points with any.
+def _prepare(points: Sequence[Point], progress: Progress) -> dict[str, dict[str, Any]]:
+    """Prepares the data of points, and returns their cards by the point's name.
 
     Raises:
-      UserError: bad data, or records and runs in `workdir` of another sweep or of other data.
+      UserError: bad data, or records and runs of `progress` of other data.
     """
-    progress = Progress(points, workdir)
-    missing = progress.missing()
     cards: dict[Any, dict[str, Any]] = {}  # points that have the same data share a card
     of_study: dict[Path, dict[Any, dict[str, Any]]] = {}
+    of_point = {}
     for point in points:
-        if missing[point.name]:
-            key = point.config.data, point.config.model.vocab_size
-            cards[key] = cards[key] if key in cards else data.prepare(*key).card
-            of_study.setdefault(Path(point.name).parent, {})[key] = cards[key]
+        key = point.config.data, point.config.model.vocab_size
+        cards[key] = of_point[point.name] = cards[key] if key in cards else data.prepare(*key).card
+        of_study.setdefault(Path(point.name).parent, {})[key] = cards[key]
     progress.check_data({study: known.values() for study, known in of_study.items()})
-    return missing
+    return of_point
 
 
 def _on_devices(size: int | None, do: Do) -> Do:
@@ -130,18 +157,26 @@ def _check_and_do(size: int, do: Do, point: Point, workdir: AnyPath) -> None:
 
 
 def _all(
-    points: Sequence[Point], workdir: AnyPath, environments: Sequence[Mapping[str, str]], task: Task
+    points: Sequence[Point],
+    workdir: AnyPath,
+    environments: Sequence[Mapping[str, str]],
+    task: Task,
+    first: Collection[str] = (),
 ) -> list[str]:
-    """Does the points, side by side if there are several; returns error messages."""
+    """Does the points, side by side if there are several, and returns error messages.
+
+    The processes of those named in `first` start first.
+    """
     if min(len(environments), len(points)) < 2 and not any(environments):  # an environment needs a process
-        return _one_by_one(points, workdir, task.do)
-    longest_first = sorted(points, key=lambda point: -point.cost)  # so that no core waits long for the last
+        return _one_by_one(points, workdir, task)
+    # The longest first, so that no core waits long for the last.
+    longest_first = sorted(points, key=lambda point: (point.name not in first, -point.cost))
     return in_processes(longest_first, workdir, environments[: len(points)], task)
 
 
-def _one_by_one(points: Sequence[Point], workdir: AnyPath, do: Do) -> list[str]:
+def _one_by_one(points: Sequence[Point], workdir: AnyPath, task: Task) -> list[str]:
     """Does the points, those of other sweeps last; returns error messages."""
-    leases, waiting, broken = leases_of(workdir), {point.name: point for point in points}, []
+    leases, waiting, broken = leases_of(workdir), {task.lease(point): point for point in points}, []
     untaken: dict[str, list[str]] = {}  # by what the disk said; one line for all of them
     wait = Wait()
     while waiting:
@@ -154,7 +189,7 @@ def _one_by_one(points: Sequence[Point], workdir: AnyPath, do: Do) -> list[str]:
             untaken.setdefault(error, []).append(name)
             continue
         try:
-            do(point, workdir)
+            task.do(point, workdir)
         except UserError as error:
             broken.append(f"{name}: {error}")
         finally:
@@ -163,23 +198,23 @@ def _one_by_one(points: Sequence[Point], workdir: AnyPath, do: Do) -> list[str]:
     return broken + [f"{', '.join(names)}: {error}" for error, names in untaken.items()]
 
 
-def do_point(point: Point, workdir: AnyPath) -> None:
-    """Looks for the learning rate of a point, then does its seeds; every run leaves a record.
+def tune_point(point: Point, workdir: AnyPath) -> None:
+    """Looks for the learning rate of a point; every run leaves a record.
 
-    The search is for the lowest loss, whatever the study compares: it still moves where an error rate is 0
-    or 1. A failed run ends the point, as there is nothing to learn about learning rates from it.
+    A failed run ends the search, as there is nothing to learn about learning rates from it.
     """
-    rate = point.config.optimizer.learning_rate
-    if point.learning_rates:
-        tried: dict[float, list[float]] = {}
-        while trial := next_trial(tried, point.learning_rates, point.tuning_seeds):
-            record = _do(point.tuning_run(*trial), workdir)
-            if record.status == "failed":
-                return
-            tried.setdefault(trial[0], []).append(record.loss if record.status == "finished" else math.inf)
-        rate = best_learning_rate({rate: float(np.mean(losses)) for rate, losses in tried.items()})
-        say(point.name, f"learning rate {rate:.3g}, of {len(tried)} tried")
-    for comparison in point.comparison_runs(rate):
+    tried: dict[float, list[float]] = {}
+    while trial := next_trial(tried, point.learning_rates, point.tuning_seeds):
+        record = _do(point.tuning_run(*trial), workdir)
+        if record.status == "failed":
+            return
+        tried.setdefault(trial[0], []).extend(losses_of([record]))
+
+
+def compare_point(point: Point, workdir: AnyPath) -> None:
+    """Does the seeds of a point at the learning rate of its config; every run leaves a record."""
+    point = settled(point, workdir)
+    for comparison in point.comparison_runs(point.config.optimizer.learning_rate):
         _do(comparison, workdir)
 
 

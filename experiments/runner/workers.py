@@ -25,6 +25,7 @@ from mobilellm_jax.training import signals
 from mobilellm_jax.training.malloc import keep_freed_memory
 
 _POLL_S = 2.0  # between two looks for a point that no other sweep holds
+TUNING = "tuning"  # the first phase of a sweep
 _TAKEN = 3  # exit status of a process whose point another sweep took first
 
 
@@ -35,10 +36,19 @@ def say(name: str, line: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What to do for every point: `do` it, if there are runs `missing`; both take a point and the workdir."""
+    """What to do for every point: `do` it, if there are runs `missing`; both take a point and the workdir.
+
+    Attributes:
+      phase: a word in the leases, so that a worker does not wait for later phases of others ("": the last).
+    """
 
     do: Callable[[Point, AnyPath], None]
     missing: Callable[[Point, AnyPath], int]
+    phase: str = ""
+
+    def lease(self, point: Point) -> str:
+        """What a worker holds while it is at work on a point; no name of a point has a space."""
+        return f"{point.name} {self.phase}".rstrip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +87,7 @@ def in_processes(
     died: set[str] = set()  # points whose process a signal ended once, as where others took the memory
     with signals.noted_signals() as received, _ended(running):
         while (waiting or running) and not received:
-            while free and (point := _first_free(waiting, leases)):
+            while free and (point := _first_free(waiting, leases, task)):
                 waiting.remove(point)
                 if task.missing(point, workdir):  # else another sweep has done it
                     worker = _started(point, workdir, task, free.pop(0))
@@ -93,8 +103,8 @@ def in_processes(
                     continue
                 if worker.process.exitcode:
                     broken.append(f"{worker.point.name} (status {worker.process.exitcode})")
-                left = f"{len(points) - len(waiting) - len(running)} of {len(points)} points done"
-                say(worker.point.name, left)
+                left = f"{len(points) - len(waiting) - len(running)} of {len(points)} points"
+                say(worker.point.name, f"{left} {'tuned' if task.phase == TUNING else 'done'}")
     if received:
         raise signals.stopped(received, "with the runs at work, which saved what there was")
     if not broken:
@@ -112,7 +122,7 @@ def _slots(environments: Sequence[Mapping[str, str]]) -> list[Slot]:
 
 def _started(point: Point, workdir: AnyPath, task: Task, slot: Slot) -> Worker:
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_child, args=(task.do, point, workdir, slot.cores), daemon=True)
+    process = context.Process(target=_child, args=(task, point, workdir, slot.cores), daemon=True)
     with _without_sigint(), _variables({**slot.environment, signals.PARENT: str(os.getpid())}):
         process.start()
     return Worker(process, point, slot)
@@ -130,9 +140,7 @@ def _is_to_be_repeated(worker: Worker, died: set[str]) -> bool:
     return True
 
 
-def _child(
-    do: Callable[[Point, AnyPath], None], point: Point, workdir: AnyPath, cores: Sequence[int]
-) -> None:
+def _child(task: Task, point: Point, workdir: AnyPath, cores: Sequence[int]) -> None:
     """What the process of a point does."""
     os.sched_setaffinity(0, cores)  # before jax starts its threads
     keep_freed_memory()
@@ -141,19 +149,20 @@ def _child(
     signals.watch(tell=False)
     enable_compilation_cache()
     leases = leases_of(workdir)
-    name, error = take(leases, [point.name])
+    lease = task.lease(point)
+    name, error = take(leases, [lease])
     if error:
         sys.exit(f"{name}  error: {error}")
     if name is None:
         sys.exit(_TAKEN)
     try:
-        do(point, workdir)
+        task.do(point, workdir)
     except UserError as error:
         sys.exit(f"{point.name}  error: {error}")
     except Interrupted as stop:
         sys.exit(f"{point.name}  {stop}")
     finally:
-        leases.release(point.name)
+        leases.release(lease)
 
 
 class Wait:
@@ -170,9 +179,9 @@ class Wait:
         time.sleep(_POLL_S * random.uniform(0.5, 1))  # not all in step
 
 
-def _first_free(points: Sequence[Point], leases: Leases) -> Point | None:
-    free = set(leases.free([point.name for point in points]))
-    return next((point for point in points if point.name in free), None)
+def _first_free(points: Sequence[Point], leases: Leases, task: Task) -> Point | None:
+    free = set(leases.free(list(map(task.lease, points))))
+    return next((point for point in points if task.lease(point) in free), None)
 
 
 def take(leases: Leases, names: Sequence[str]) -> tuple[str | None, str]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import integrate, stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
@@ -191,3 +191,54 @@ def _solve(effect: float, level: float, power: float, alternative: str) -> int |
     # The solver fails for effects of many standard deviations; three asks for a few seeds too many.
     seeds = TTestPower().solve_power(min(effect, 3.0), None, level, power, alternative)
     return math.ceil(float(np.squeeze(seeds)))
+
+
+def half_width(sd: float, seeds: int, pairs: int) -> float:
+    """Expected half width of the interval that `power_of_equivalence` is about; infinite with one seed."""
+    if seeds < 2:
+        return math.inf
+    quantile = float(stats.t.ppf(1 - ALPHA / pairs / 2, 2 * (seeds - 1)))
+    return quantile * sd * math.sqrt(2 / seeds)
+
+
+def power_of_equivalence(sd: float, seeds: int, pairs: int, margin: float) -> float:
+    """Probability that two equal designs are shown to differ by no more than the margin.
+
+    That is, that the two-sided t interval of their unpaired difference, at level 1 - 5 % / pairs, lies within
+    the margin on both sides: the mean difference is normal, and its estimated variance that of a chi-square
+    with 2 (seeds - 1) degrees of freedom, over which the probability is integrated.
+
+    Args:
+      sd: standard deviation of the metric over seeds, equal in both.
+      seeds: of each design.
+      pairs: in the family, each of which has such an interval.
+      margin: the largest difference that does not matter.
+    """
+    if seeds < 2:
+        return 0.0
+    if sd == 0:
+        return 1.0
+    df, reach = 2 * (seeds - 1), margin / half_width(sd, seeds, pairs)  # largest s / sd that can show it
+    scale = sd * math.sqrt(2 / seeds)
+
+    def inside(ratio: float) -> float:
+        room = margin * (1 - ratio / reach) / scale
+        density = float(stats.chi2.pdf(df * ratio**2, df)) * 2 * df * ratio
+        return (2 * float(stats.norm.cdf(room)) - 1) * density
+
+    # Eight standard deviations of s / sd: in a wider range, quad may overlook the peak.
+    spread = 8 / math.sqrt(2 * df)
+    low, high = max(0.0, 1 - spread), min(reach, 1 + spread)
+    return min(1.0, float(integrate.quad(inside, low, high, limit=200)[0])) if low < high else 0.0
+
+
+def seeds_for_equivalence(sd: float, pairs: int, margin: float) -> int:
+    """The smallest number of seeds with which `power_of_equivalence` is at least `POWER`; at most 2^20."""
+    low, high = 1, 2
+    while power_of_equivalence(sd, high, pairs, margin) < POWER and high < 2**20:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = power_of_equivalence(sd, middle, pairs, margin) >= POWER
+        low, high = (low, middle) if enough else (middle, high)
+    return high
