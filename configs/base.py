@@ -15,6 +15,10 @@ from ml_collections.config_dict import placeholder
 
 Overrides = dict[str, Any]
 
+# Arms of a study. Both start from one initialisation and are equal at the base shape, see `use_base_shape`.
+COMPLETEP: Mapping[str, Overrides] = {"completep": {"model.parameterization": "completep"}}
+BOTH: Mapping[str, Overrides] = {**COMPLETEP, "standard": {"model.parameterization": "standard"}}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
@@ -162,16 +166,27 @@ def use_recipe(config: ConfigDict, preset: str) -> None:
 def protocol(preset: str) -> dict[str, Any]:
     """Fields of a `Study` that depend on the cost of a run.
 
-    `paper*` has one learning rate for all shapes, as in the paper; its three seeds are ours, the paper has
-    one.
+    `paper*` has the paper's parameterization, and one learning rate for all shapes, as in the paper; its
+    three seeds are ours, the paper has one.
     """
-    tiny = preset == "tiny"
+    paper, tiny = preset.startswith("paper"), preset == "tiny"
     return {
-        "learning_rates": () if preset.startswith("paper") else (2**-9, 2**-7),
-        "tuning_seeds": 2 if tiny else 1,
+        "arms": {} if paper else BOTH,
+        "learning_rates": () if paper else (2**-8, 2**-7, 2**-6),
         "seeds": 5 if tiny else 3,
         "margin": 0.05 if tiny else 0.02,
+        "sd": 0.025 if tiny else None,  # of `noise:tiny`
     }
+
+
+def use_base_shape(config: ConfigDict, depth: int, width: int) -> None:
+    """Sets the shape where completep equals standard, and an initialisation of 1 / sqrt(width) there.
+
+    The paper's 0.02 is 0.4 to 0.7 / sqrt(width) at its widths, but 0.1 / sqrt(width) at ours, where the
+    branches of deep stacks would learn next to nothing at first.
+    """
+    config.model.base_depth, config.model.base_width = depth, width
+    config.model.init_std = width**-0.5
 
 
 def use_paper_recipe(config: ConfigDict) -> None:
@@ -199,6 +214,8 @@ def use_small_recipe(config: ConfigDict, preset: str) -> None:
     config.data.tokenizer = f"bpe:{config.model.vocab_size}"
     config.data.sequence_length = 64 if tiny else 512
     config.optimizer.learning_rate = 5e-3 if tiny else 3e-3
+    config.optimizer.schedule = "linear"  # to zero: less noise at the end than with the paper's cosine to 0.1
+    config.optimizer.final_fraction = 0.0
     config.optimizer.warmup_steps = 120 if tiny else 200
     config.train.steps = 350 if tiny else 4000
     config.train.batch_size = 8 if tiny else 32

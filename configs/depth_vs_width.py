@@ -65,11 +65,13 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     """Config that all points share."""
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
+    config.model.share_embedding = False  # as in the paper, whose counts fit untied embeddings only
     if preset in _PAPER:
         base.use_paper_recipe(config)
-        config.model.share_embedding = False  # paper: its parameter counts fit untied embeddings only
     else:
         base.use_small_recipe(config, "small" if preset == "small" else "tiny")
+        depth, _, width, _ = _MATCHED[preset][1]
+        base.use_base_shape(config, depth, width)
     if preset in LAPTOP:
         config.train.steps = 3000 if preset.endswith("long") else 1000
         config.train.eval_every = config.train.steps // 5

@@ -30,7 +30,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
     base.use_recipe(config, preset)
-    _, _, config.model.num_heads, config.model.width, config.model.ffn_width = _SHAPES[preset]
+    depth, _, config.model.num_heads, config.model.width, config.model.ffn_width = _SHAPES[preset]
+    if not preset.startswith("paper"):
+        base.use_base_shape(config, depth, config.model.width)
     return config
 
 

@@ -45,6 +45,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     if preset in _VOCABULARY:
         config.model.vocab_size = _VOCABULARY[preset]
         config.data.tokenizer = f"bpe:{_VOCABULARY[preset]}"
+    else:
+        smallest = next(sweep(preset))
+        base.use_base_shape(config, smallest["model.depth"], smallest["model.width"])
     return config
 
 
@@ -57,7 +60,7 @@ def study(preset: str) -> base.Study:
         pairs=[(later, earlier) for earlier, later in pairwise(names)],
         matched="tokens",
         tolerance=0.0,
-        **base.protocol(preset) | {"seeds": 3, "tuning_seeds": 1},
+        **base.protocol(preset) | {"seeds": 3},
     )
 
 

@@ -35,6 +35,8 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     base.use_recipe(config, preset)
     config.model.share_embedding = False  # as in the paper, whose counts fit untied embeddings only
     config.model.depth, config.model.width, config.model.ffn_width = _SHAPES[preset]
+    if not preset.startswith("paper"):
+        base.use_base_shape(config, config.model.depth, config.model.width)
     return config
 
 
@@ -49,7 +51,7 @@ def study(preset: str) -> base.Study:
         baseline="16 x 16",
         matched="total_parameters",
         tolerance=0.15,
-        **base.protocol(preset) | {"seeds": 3, "tuning_seeds": 1},
+        **base.protocol(preset) | {"seeds": 3},
     )
 
 

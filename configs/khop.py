@@ -31,7 +31,8 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     """Config that all points share."""
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
-    config.model.init_std = 0.2  # about 1 / sqrt(width)
+    depth, _, width, _ = _shapes(preset)[1]
+    base.use_base_shape(config, depth, width)
     config.model.rope_base = 1e8  # rows are short: with 1e4, position blurs the match by content
     data, train = config.data, config.train
     if preset == "control":
@@ -67,6 +68,7 @@ def study(preset: str) -> base.Study:
     return base.Study(
         question="Which shapes of equal size learn to look up as often as the question asks?",
         scientific=("model.depth", "model.width", "model.sharing"),
+        arms=base.BOTH,
         learning_rates=(2**-8, 2**-7, 2**-6),
         pairs=orders if preset == "orders" else depths + orders,
         metric="error",

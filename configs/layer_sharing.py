@@ -31,10 +31,11 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
     base.use_recipe(config, preset)
-    if preset.startswith("paper"):
-        config.model.share_embedding = False  # its parameter counts fit untied embeddings only
     model = config.model
+    model.share_embedding = False  # as in the paper, whose counts fit untied embeddings only
     model.depth, model.num_heads, model.width, model.ffn_width = _SHAPES[preset]
+    if not preset.startswith("paper"):
+        base.use_base_shape(config, model.depth, model.width)
     return config
 
 

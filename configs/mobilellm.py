@@ -36,6 +36,8 @@ def get_config(preset: str = "125m") -> ConfigDict:
     config = base.get_config()
     if preset in ("tiny", "small"):
         base.use_small_recipe(config, preset)
+        smallest = _point("125m", *_SHRINK[preset])
+        base.use_base_shape(config, smallest["model.depth"], smallest["model.width"])
     else:
         base.use_paper_recipe(config)
         config.train.steps = 480_000  # paper section 2.1: 1T tokens
@@ -56,7 +58,7 @@ def study(preset: str) -> base.Study:
         matched="tokens",
         tolerance=0.0,
         **base.protocol("paper" if preset in _MODELS else preset)
-        | {"seeds": 1 if preset in _MODELS else 3, "tuning_seeds": 1},
+        | {"seeds": 1 if preset in _MODELS else 3},
     )
 
 

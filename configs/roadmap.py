@@ -53,6 +53,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     base.check_preset(__file__, preset, PRESETS)
     config = base.get_config()
     base.use_recipe(config, preset)
+    if not preset.startswith("paper"):
+        depth, _, _, width, _ = _SHAPES[preset][0]
+        base.use_base_shape(config, depth, width)
     return config
 
 

@@ -19,6 +19,11 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     return base.get_config()
 
 
+def arms(preset: str) -> tuple[str, ...]:
+    """Parameterizations that are run, of those that the studies have; --arms chooses others."""
+    return ("completep",) if preset in ("tiny", "small") else ()
+
+
 def studies(preset: str) -> list[str]:
     """Studies, in the order in which they run."""
     return [f"configs/depth_vs_width.py:{preset}", f"configs/layer_sharing.py:{preset}"]

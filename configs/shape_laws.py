@@ -1,0 +1,146 @@
+"""What shape should it be, and what is a repeat worth? Size, horizon, aspect ratio and sharing, in one law.
+
+  python -m experiments.sweep --config=configs/shape_laws.py:laptop --workdir=runs/laws
+ --config.data.source=files:novels_train.jsonl.xz --config.data.valid_source=files:novels_valid.jsonl.xz
+  python -m experiments.scaling --workdir=runs/laws
+
+A preset is a size and a horizon: `100k_8` has 100,000 parameters outside the embeddings and 8 training tokens
+for each. Every cell has four aspect ratios (width over layers, about 96, 32, 12 and 4; where that takes less
+than one block, one block), and at two of them every order of applying the blocks twice, with two controls:
+the unshared stack of the same depth (twice the blocks), and the unshared stack trained for as many FLOPs (1.6
+to 1.9 times the steps). `laptop` is the cells of 33k, and of 100k up to 8 tokens per parameter; `full` all.
+
+Any long text serves; ours is the English part of ELTeC, 80 novels, see docs/data.md. `100k_32` takes 3.2
+million tokens and `300k_32` 9.6 million: the text should have as many, since a second reading is worth less
+than a first. Embeddings are untied, as in the paper's tables 2, 11 and 14. Under `completep` throughout, and
+under `standard` at 100k as well; both have the initialisation 1 / sqrt(width) at the base shape, 2 x 64.
+
+What it cannot show: vocabularies (2,048 entries), contexts beyond 256 tokens, more than 1 million parameters.
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from configs import base
+from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.costs.accounting import train_flops_per_token
+
+# depth, num_heads, width, ffn_width: equal non-embedding parameters within 1 %, head size 16
+_SHAPES = {
+    "33k": ((1, 3, 52, 146), (2, 2, 38, 100), (3, 2, 30, 78), (6, 1, 22, 60)),
+    "100k": ((1, 6, 90, 242), (2, 4, 64, 174), (4, 3, 46, 116), (8, 2, 32, 86)),
+    "300k": ((1, 10, 158, 418), (3, 6, 90, 242), (6, 4, 64, 174), (12, 3, 46, 116)),
+}
+_PARAMETERS = {"33k": 33_000, "100k": 100_000, "300k": 300_000}
+_HORIZONS = (2, 8, 32)  # training tokens per parameter
+_SHARED = (1, 2)  # places in `_SHAPES` of the designs that are also shared: D/L about 32 and 12
+_ORDERS = ("immediate", "repeat_all", "reverse")
+_BATCH = 4
+_LENGTH = 256
+CELLS = tuple(f"{size}_{horizon}" for size in _SHAPES for horizon in _HORIZONS)
+COLLECTIONS = {"laptop": CELLS[:5], "full": CELLS}
+PRESETS = (*COLLECTIONS, *CELLS)
+
+
+def get_config(preset: str = "laptop") -> ConfigDict:
+    """Config that all points share; of a collection, the fields that can be set on the command line."""
+    base.check_preset(__file__, preset, PRESETS)
+    config = base.get_config()
+    if preset in COLLECTIONS:
+        return config
+    config.model.head_dim = 16
+    config.model.share_embedding = False
+    base.use_base_shape(config, 2, 64)  # in all cells, so that rates carry over from cell to cell
+    config.model.remat = "dots"
+    config.data.sequence_length = _LENGTH
+    config.optimizer.schedule = "linear"
+    config.optimizer.final_fraction = 0.0
+    config.optimizer.learning_rate = 2**-7
+    train = config.train
+    train.batch_size = _BATCH
+    train.steps = _steps(preset)
+    config.optimizer.warmup_steps = min(round(0.1 * train.steps), 200)
+    train.eval_every = train.steps
+    train.checkpoint_every = max(train.steps // 2, 1)
+    train.log_every = max(train.steps // 4, 1)
+    train.eval_batch_size = 32
+    return config
+
+
+def studies(preset: str) -> list[str]:
+    """Cells of a collection, the cheapest first."""
+    return [f"configs/shape_laws.py:{cell}" for cell in COLLECTIONS[preset]]
+
+
+def study(preset: str) -> base.Study:
+    size, horizon = preset.split("_")
+    shapes = [_label(shape) for shape in _SHAPES[size]]
+    pairs = [(label, shapes[1]) for label in shapes if label != shapes[1]]
+    controls = []
+    for place in _SHARED:
+        shape = _SHAPES[size][place]
+        once, deep, long = shapes[place], _label(shape, 2), f"{shapes[place]}, equal FLOPs"
+        pairs += [(f"{once} {order}", once) for order in _ORDERS]
+        pairs += [(f"{once} immediate", deep), (f"{once} immediate", long)]
+        controls += [deep, long]
+    return base.Study(
+        question="Which aspect ratio is best, and what is it worth to apply every block twice, in which order?",
+        scientific=("model.depth", "model.width", "model.sharing", "train.steps"),
+        labels=[label for label, _ in _rows(preset)],
+        pairs=pairs,
+        arms=base.BOTH if size == "100k" else base.COMPLETEP,
+        learning_rates=(2**-8, 2**-7, 2**-6),
+        matched="non_embedding_parameters",
+        tolerance=0.02,
+        controls=controls,
+        seeds=3,
+        margin=0.02,
+        sd=0.015,
+    )
+
+
+def sweep(preset: str) -> Iterator[base.Overrides]:
+    """Yields the overrides of each point."""
+    for _, row in _rows(preset):
+        yield row
+
+
+def _rows(preset: str) -> Iterator[tuple[str, base.Overrides]]:
+    size, _ = preset.split("_")
+    for shape in _SHAPES[size]:
+        yield _label(shape), _row(shape, preset)
+    for place in _SHARED:
+        shape = _SHAPES[size][place]
+        once = _row(shape, preset)
+        shared = {order: {**once, "model.sharing": order, "model.num_repeats": 2} for order in _ORDERS}
+        for order in _ORDERS:
+            yield f"{_label(shape)} {order}", shared[order]
+        yield _label(shape, 2), {**once, "model.depth": 2 * shape[0]}
+        factor = _flops(preset, shared["immediate"]) / _flops(preset, once)
+        yield f"{_label(shape)}, equal FLOPs", {**once, "train.steps": round(_steps(preset) * factor)}
+
+
+def _row(shape: tuple[int, int, int, int], preset: str) -> base.Overrides:
+    names = ("model.depth", "model.num_heads", "model.width", "model.ffn_width")
+    return {
+        **dict(zip(names, shape, strict=True)),
+        "model.sharing": "none",
+        "model.num_repeats": 1,
+        "train.steps": _steps(preset),
+    }
+
+
+def _label(shape: tuple[int, int, int, int], times: int = 1) -> str:
+    return f"{times * shape[0]} x {shape[2]}"
+
+
+def _steps(preset: str) -> int:
+    size, horizon = preset.split("_")
+    return round(_PARAMETERS[size] * int(horizon) / (_BATCH * _LENGTH))
+
+
+def _flops(preset: str, row: base.Overrides) -> float:
+    """Training FLOPs for a token."""
+    config = from_config_dict(base.update(get_config(preset), row))
+    return train_flops_per_token(config.model, _LENGTH)
