@@ -214,8 +214,6 @@ def use_small_recipe(config: ConfigDict, preset: str) -> None:
     config.data.tokenizer = f"bpe:{config.model.vocab_size}"
     config.data.sequence_length = 64 if tiny else 512
     config.optimizer.learning_rate = 5e-3 if tiny else 3e-3
-    config.optimizer.schedule = "linear"  # to zero: less noise at the end than with the paper's cosine to 0.1
-    config.optimizer.final_fraction = 0.0
     config.optimizer.warmup_steps = 120 if tiny else 200
     config.train.steps = 350 if tiny else 4000
     config.train.batch_size = 8 if tiny else 32

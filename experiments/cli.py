@@ -61,8 +61,7 @@ def one_config() -> ConfigDict:
       UserError: the file names several studies, whose configs are in files of their own.
     """
     module, preset, _ = load_config(config_spec())
-    if hasattr(module, "studies"):
-        members = module.studies(preset)
+    if members := module.studies(preset) if hasattr(module, "studies") else []:
         raise UserError(
             f"--config={config_spec()}: names {len(members)} studies, and this command takes one config; use "
             f"{' or '.join(f'--config={member}' for member in members)}, or run them all with "

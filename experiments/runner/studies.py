@@ -83,9 +83,8 @@ def _by_arm(points: Sequence[Point]) -> dict[tuple[str, str, str | None], list[P
 
 def _all_points(spec: str, overrides: dict[str, Any], seeds: int | None, arms: Sequence[str]) -> list[Point]:
     module, preset, _ = cli.load_config(spec)
-    if hasattr(module, "studies"):
+    if members := module.studies(preset) if hasattr(module, "studies") else []:
         arms = arms or tuple(module.arms(preset) if hasattr(module, "arms") else ())
-        members = module.studies(preset)
         return [point for member in members for point in _all_points(member, overrides, seeds, arms)]
     if hasattr(module, "sweep"):
         return _study_points(module, spec, preset, overrides, seeds, arms)
