@@ -76,9 +76,8 @@ class Point:
         It is judged on documents of its own, so that no rate is chosen on those that decide the comparison.
         """
         name, seed = f"{self.name}-lr{learning_rate:.3g}-s{index}", TUNING_SEED + index
-        train = self.config.train
-        split = {"eval_split": "tuning"} if hasattr(train, "eval_split") else {}
-        return self._run("tuning", name, learning_rate, seed, eval_every=train.steps, **split)
+        every = self.config.train.steps
+        return self._run("tuning", name, learning_rate, seed, eval_every=every, eval_split="tuning")
 
     def comparison_runs(self, learning_rate: float) -> Iterator[Run]:
         every = self.config.train.eval_every
