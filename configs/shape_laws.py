@@ -74,7 +74,7 @@ def studies(preset: str) -> list[str]:
 
 
 def study(preset: str) -> base.Study:
-    size, horizon = preset.split("_")
+    size, _ = preset.split("_")
     shapes = [_label(shape) for shape in _SHAPES[size]]
     pairs = [(label, shapes[1]) for label in shapes if label != shapes[1]]
     controls = []
@@ -85,7 +85,7 @@ def study(preset: str) -> base.Study:
         pairs += [(f"{once} immediate", deep), (f"{once} immediate", long)]
         controls += [deep, long]
     return base.Study(
-        question="Which aspect ratio is best, and what is it worth to apply every block twice, in which order?",
+        question="Which aspect ratio is best, and what is it worth to apply every block twice, and how?",
         scientific=("model.depth", "model.width", "model.sharing", "train.steps"),
         labels=[label for label, _ in _rows(preset)],
         pairs=pairs,
