@@ -24,6 +24,7 @@ from experiments.runner.listing import said_to_compare
 from experiments.runner.studies import points_of, shard
 from mobilellm_jax import data
 from mobilellm_jax.analysis.records import read_record, read_records, write_record
+from mobilellm_jax.analysis.statistics import power_of_equivalence
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.analysis.tuning import fit_rates
 from mobilellm_jax.config import from_config_dict
@@ -879,7 +880,12 @@ def test_arms_are_fitted_apart_and_a_shard_helps_to_tune_its_arm(tuned_study, tm
     compared = [r for r in records if r.phase == "comparison"]
     assert {(r.point, r.learning_rate) for r in compared} == {("none", float(f"{2**-6.3:.3g}"))}
     assert {(r.design, r.arm) for r in compared} == {("none", "completep")}
-    assert compared[0].plan["power"] == pytest.approx(0.94, abs=0.06)
+    assert compared[0].plan == {
+        "seeds": 2,
+        "pairs": 1,
+        "sd": 0.02,
+        "power": power_of_equivalence(0.02, 2, 1, 0.1),
+    }
 
 
 def test_a_point_that_is_compared_keeps_its_rate(tuned_study, tmp_path, monkeypatch, quiet):
