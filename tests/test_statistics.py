@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mobilellm_jax.analysis import statistics
 from mobilellm_jax.analysis.statistics import (
     Estimate,
     PairedDifference,
@@ -199,3 +200,22 @@ def test_numbers_are_printed_in_the_unit_of_the_metric():
     assert format_estimate(Estimate(3, 3.5, 0.01), "loss") == "3.5000 ± 0.0100"
     assert format_estimate(Estimate(1, 3.5, None), "loss") == "3.5000"
     assert [format_p(p) for p in (None, 0.0004, 0.0123)] == ["unknown", "< 0.001", "= 0.012"]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "pairs", "margin"), [(5, 1, 0.05), (5, 3, 0.05), (3, 3, 0.08), (16, 1, 0.02)]
+)
+def test_power_of_equivalence_is_that_of_simulated_pairs(seeds, pairs, margin):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 0.02, (2, 40_000, seeds))
+    spread = np.sqrt((a.var(axis=1, ddof=1) + b.var(axis=1, ddof=1)) / seeds)
+    half = stats.t.ppf(1 - 0.05 / pairs / 2, 2 * (seeds - 1)) * spread
+    shown = np.mean(np.abs(a.mean(axis=1) - b.mean(axis=1)) + half <= margin)
+    assert statistics.power_of_equivalence(0.02, seeds, pairs, margin) == pytest.approx(shown, abs=0.01)
+
+
+def test_seeds_for_equivalence_is_the_first_number_that_suffices():
+    needed = statistics.seeds_for_equivalence(0.02, 3, 0.02)
+    power = [statistics.power_of_equivalence(0.02, seeds, 3, 0.02) for seeds in (needed - 1, needed)]
+    assert power[0] < statistics.POWER <= power[1]
+    assert statistics.power_of_equivalence(0.02, 1, 3, 10.0) == 0

@@ -24,6 +24,7 @@ from experiments.runner.listing import said_to_compare
 from experiments.runner.studies import points_of, shard
 from mobilellm_jax import data
 from mobilellm_jax.analysis.records import read_record, read_records, write_record
+from mobilellm_jax.analysis.statistics import power_of_equivalence
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.analysis.tuning import fit_rates
 from mobilellm_jax.config import from_config_dict
@@ -805,3 +806,110 @@ def test_the_points_of_the_tour_start_in_the_order_of_their_seconds():
     names = [point.name.split("/")[-1] for point in sorted(points, key=lambda point: -point.cost)]
     assert set(names[:3]) == {"immediate", "repeat_all", "reverse"}  # 120 to 135 s on a core
     assert names[3:] == ["8-x-32", "4-x-48", "none", "2-x-64", "1-x-96"]  # 83, 64, 68, 58 and 54 s
+
+
+# --- two phases, arms and plans -------------------------------------------------------------------------
+
+ARMS = (
+    "arms={'completep': {'model.parameterization': 'completep', 'model.base_depth': 2, "
+    "'model.base_width': 16}, 'standard': {}}, sd=0.02, "
+)
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    monkeypatch.setattr(sweeping, "expected_seconds", lambda _: 0.0)
+    monkeypatch.setattr(sweeping, "_report", lambda *_: 0)  # which takes seconds
+
+
+def with_arms(study):
+    study.write_text(study.read_text().replace("base.Study(", f"base.Study({ARMS}"))
+    return study
+
+
+def test_every_design_runs_in_every_arm_and_is_compared_within_it(study):
+    chosen = points(with_arms(study))
+    labels = ["none", "reverse", "none (standard)", "reverse (standard)"]
+    assert [point.facts["point"] for point in chosen] == labels
+    assert [point.facts["point_index"] for point in chosen] == [0, 1, 2, 3]
+    assert [(p.facts["design"], p.facts["arm"]) for p in chosen] == [
+        (design, arm) for arm in ("completep", "standard") for design in ("none", "reverse")
+    ]
+    assert [p.config.model.parameterization for p in chosen] == ["completep"] * 2 + ["standard"] * 2
+    assert chosen[0].facts["pairs"] == [["reverse", "none"]]
+    assert chosen[3].facts["pairs"] == [["reverse (standard)", "none (standard)"]]
+    assert [p.facts["plan"]["pairs"] for p in chosen] == [1] * 4
+    (one,) = points_of(str(study), {}, None, ["none (standard)"], ["standard"])
+    assert (one.name, one.facts["point_index"]) == (chosen[2].name, 2)
+    with pytest.raises(UserError, match=r"--arms=mup: .* has no such arm; valid: completep, standard"):
+        points_of(str(study), {}, None, (), ["mup"])
+    with pytest.raises(UserError, match=r"base_depth: the arm 'completep' of .* sets this field; use --arms"):
+        points(study, {"model.base_depth": 3})
+
+
+def test_a_base_shape_of_no_design_is_said(study):
+    assert points(with_arms(study))[0].notes == ()
+    study.write_text(study.read_text().replace("'model.base_width': 16", "'model.base_width': 32"))
+    (note,) = points(study)[0].notes
+    assert "mini:tiny, completep: no design has the base shape 2 x 32" in note
+
+
+def test_controls_may_lie_outside_the_budget(study):
+    text = study.read_text().replace("model__num_repeats=(1, 2)", "model__num_repeats=(1, 2)")
+    study.write_text(
+        text.replace('"none", "reverse"', '"none", "none"').replace("model__sharing", "model__depth")
+    )
+    study.write_text(study.read_text().replace('"none", "none"', "2, 3").replace("(1, 2)", "(1, 1)"))
+    study.write_text(study.read_text().replace('"model.sharing"', '"model.depth"').replace('"none"', '"2"'))
+    with pytest.raises(UserError, match="apart"):
+        points(study)
+    study.write_text(study.read_text().replace("base.Study(", "base.Study(controls=['3'], "))
+    assert len(points(study)) == 2
+    study.write_text(study.read_text().replace("controls=['3']", "controls=['4']"))
+    with pytest.raises(UserError, match="controls: no point '4'"):
+        points(study)
+
+
+def test_arms_are_fitted_apart_and_a_shard_helps_to_tune_its_arm(tuned_study, tmp_path, monkeypatch, quiet):
+    """The other arm is left alone, and what is compared is the shard's own."""
+    monkeypatch.setattr(sweeping, "run", losses(lambda octave: 3 + (octave + 6.3) ** 2))
+    whole = points(with_arms(tuned_study))
+    assert sweeping.sweep(shard(whole, "0/4"), tmp_path, jobs=1, whole=whole) == 0
+    records = read_records(tmp_path / "results")
+    assert {r.point for r in records if r.phase == "tuning"} == {"none", "reverse"}
+    compared = [r for r in records if r.phase == "comparison"]
+    assert {(r.point, r.learning_rate) for r in compared} == {("none", float(f"{2**-6.3:.3g}"))}
+    assert {(r.design, r.arm) for r in compared} == {("none", "completep")}
+    assert compared[0].plan == {
+        "seeds": 2,
+        "pairs": 1,
+        "sd": 0.02,
+        "power": power_of_equivalence(0.02, 2, 1, 0.1),
+    }
+
+
+def test_a_point_that_is_compared_keeps_its_rate(tuned_study, tmp_path, monkeypatch, quiet):
+    monkeypatch.setattr(sweeping, "run", losses(lambda octave: 3 + (octave + 6.3) ** 2))
+    assert sweeping.sweep(points(tuned_study, only=["none"]), tmp_path, jobs=1) == 0
+    monkeypatch.setattr(sweeping, "run", losses(lambda octave: 3 + 0.1 * (octave + 6.8) ** 2))
+    for path in (tmp_path / "results").rglob("none-lr*.json"):
+        path.unlink()
+    assert sweeping.sweep(points(tuned_study, seeds=4), tmp_path, jobs=1) == 0
+    compared = [r for r in read_records(tmp_path / "results") if r.phase == "comparison"]
+    rates = {(r.point, r.learning_rate) for r in compared}
+    assert rates == {("none", float(f"{2**-6.3:.3g}")), ("reverse", float(f"{2**-6.8:.3g}"))}
+
+
+def test_the_plan_and_what_it_cannot_show_are_said_first(study, tmp_path, monkeypatch, quiet, capsys):
+    study.write_text(study.read_text().replace("margin=0.1", "margin=0.02, sd=0.02"))
+    monkeypatch.setattr(sweeping, "run", losses(lambda _: 3.0))
+    assert sweeping.sweep(points(study, seeds=5), tmp_path, jobs=1) == 0
+    out = capsys.readouterr().out
+    assert "mini:tiny: plan: 5 seeds, 1 pair, margin 0.02, sd 0.02" in out
+    assert "5 seeds with sd 0.02 give an interval of +-0.029; equality within 0.02 cannot be shown" in out
+    assert sweeping.sweep(points(study, seeds=8), tmp_path, jobs=1) == 0
+    assert "records there were planned with 5 seeds, now 8: the report uses a confidence" in (
+        capsys.readouterr().out
+    )
+    records = read_records(tmp_path / "results")
+    assert sorted({(r.seed > 4, r.plan["seeds"]) for r in records}) == [(False, 5), (True, 8)]

@@ -52,10 +52,9 @@ class Progress:
 
     def rates(self) -> dict[str, float]:
         """Fitted rates of the comparisons that have begun, by the point's name; read as in `records`."""
-        found, records = {}, self.records()
-        for point in self._points:
-            if point.facts["tuning"] != "fitted":
-                continue
+        points = [point for point in self._points if point.facts["tuning"] == "fitted"]
+        found, records = {}, self.records() if points else {}
+        for point in points:
             compared = [record for record in records[point.name].values() if record.phase == "comparison"]
             compared.sort(key=lambda record: record.status == "failed")
             rates = [record.learning_rate for record in compared] or list(self._half_done(point))
