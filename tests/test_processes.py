@@ -82,6 +82,12 @@ def assert_same_records(actual: Path, expected: Path, pattern: str = "*.json") -
         losses = [[e["loss"] for e in record.evaluations] for record in (one, two)]
         np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
         np.testing.assert_allclose(two.train_curve, one.train_curve, rtol=1e-4)
+        assert one.floor == two.floor
+        for name in ("by_position", "documents"):
+            sums = [
+                np.concatenate(list((getattr(record, name) or {"": []}).values())) for record in (one, two)
+            ]
+            np.testing.assert_allclose(sums[1], sums[0], rtol=1e-4, err_msg=name)
 
 
 def test_a_sweep_of_two_processes_leaves_the_records_of_one(study, tmp_path, capsys):

@@ -32,6 +32,7 @@ from mobilellm_jax.runs.directory import (
     open_run,
     open_tokenizer,
     read_config,
+    repeats_note,
 )
 from mobilellm_jax.runs.run import (
     _floor_fields,
@@ -168,8 +169,6 @@ def test_a_resumed_run_says_what_changed_and_refuses_other_data(tmp_path, monkey
     one = start()
     note = "files:*.txt is one document: its last 10.0% (32 bytes) are held out"
     assert said == [note, "the text is seen 2.5 times (32 rows)", "trains"]
-    start(**{"train.steps": 4})
-    assert said[-2:] == [note, "trains"]  # 4 steps of 8 rows: every row once
     start(**{"train.eval_every": 3})
     assert said[0] == "changed since this run was last started: train.eval_every 100 -> 3"
     assert said[-1] == "trains"
@@ -178,6 +177,12 @@ def test_a_resumed_run_says_what_changed_and_refuses_other_data(tmp_path, monkey
     with pytest.raises(UserError, match=rf"run: the data changed since step 4: source sha256 {was} -> "):
         start()
     assert "trains" not in said
+
+
+@pytest.mark.parametrize(("steps", "note"), [(4, None), (5, "the text is seen 1.2 times (32 rows)")])
+def test_a_run_says_that_it_sees_its_text_more_than_once(steps, note):
+    card = {"splits": {"train": {"rows": 32}}}
+    assert repeats_note(tiny_config(**{"train.steps": steps}), card) == note
 
 
 def test_a_run_without_rows_for_tuning_ends_before_it_compiles(tmp_path, monkeypatch):

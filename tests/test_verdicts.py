@@ -527,6 +527,26 @@ def test_rates_tuned_over_another_horizon_are_warned_of():
     ]
 
 
+def test_tuning_on_documents_of_their_own_is_no_difference():
+    compared = with_setting("train.eval_split", "valid")
+    tuned = [
+        with_setting("train.eval_split", "tuning", learning_rate=rate, phase="tuning")
+        for rate in (1e-3, 2e-3)
+    ]
+    assert warnings_of([compared, *tuned]) == []
+    other = with_setting("train.eval_split", "tuning", seed=1)
+    with pytest.raises(UserError, match=r"train\.eval_split is valid in .*, but tuning in"):
+        warnings_of([compared, other])
+
+
+def test_records_without_a_split_are_compared_among_themselves_only():
+    old = [make_record(seed=seed) for seed in (0, 1)]
+    assert "eval_split" not in old[0].config["train"]
+    assert warnings_of(old) == []
+    with pytest.raises(UserError, match=r"train\.eval_split is not recorded in .*, but valid in"):
+        warnings_of([*old, with_setting("train.eval_split", "valid", seed=2)])
+
+
 def test_what_a_study_varies_is_neither_refused_nor_warned_of():
     depth_2 = make_record(depth=2)
     tuned = {"overrides": {**depth_2.overrides, "optimizer.learning_rate": 1e-3, "train.init_seed": 1}}
