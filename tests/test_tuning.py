@@ -2,9 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
+import statsmodels.api as sm
+from scipy import optimize
 
-from mobilellm_jax.analysis.tuning import FURTHEST, best_learning_rate, next_learning_rate, next_trial
+from mobilellm_jax.analysis.tuning import (
+    FURTHEST,
+    best_learning_rate,
+    fit_rates,
+    next_learning_rate,
+    next_trial,
+)
 
 GRID = (2**-9, 2**-7, 2**-5)
 
@@ -99,3 +108,96 @@ def test_a_rate_that_diverges_is_not_repeated():
         -6: 1,
         -5: 1,
     }
+
+
+def parabolas(optima, rng, sd=0.03, curvature=0.1, repeats=1, octaves=range(-10, -3)):
+    """Tuning losses of points whose best rates are known, in octaves."""
+    return {
+        f"p{i}": {
+            2.0**x: list(3 + i + curvature * (x - best) ** 2 + sd * rng.normal(size=repeats)) for x in octaves
+        }
+        for i, best in enumerate(optima)
+    }
+
+
+def in_window(trials, window=2.05):
+    """Yields (point, octave, loss) within the window round the best mean of each point, by a plain loop."""
+    for point, tried in trials.items():
+        best = min(tried, key=lambda rate: np.mean(tried[rate]))
+        for rate, losses in tried.items():
+            if abs(math.log2(rate / best)) < window and np.isfinite(losses).all():
+                yield from ((point, math.log2(rate), loss) for loss in losses)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_the_fit_is_that_of_ordinary_and_of_non_linear_least_squares(repeats):
+    trials = parabolas((-7.3, -6.1, -8.2), np.random.default_rng(3), repeats=repeats)
+    found, rows = fit_rates(trials), list(in_window(trials))
+    which = np.array([list(trials).index(point) for point, _, _ in rows])
+    octave, loss = (np.array([row[column] for row in rows]) for column in (1, 2))
+    dummies = np.eye(3)[which]
+    ols = sm.OLS(loss, np.column_stack([dummies, dummies * octave[:, None], octave**2])).fit()
+    assert found.df == ols.df_resid
+    assert found.sd == pytest.approx(math.sqrt(ols.scale))
+    assert (found.curvature, found.curvature_se) == pytest.approx((ols.params[-1], ols.bse[-1]))
+    model = lambda _, *p: np.array(p[:3])[which] + p[6] * (octave - np.array(p[3:6])[which]) ** 2  # noqa: E731
+    values, covariance = optimize.curve_fit(model, octave, loss, [3, 4, 5, -7, -7, -7, 0.1])
+    for place, optimum in enumerate(found.optima.values()):
+        assert optimum.interior
+        assert math.log2(optimum.rate) == pytest.approx(values[3 + place], abs=1e-5)
+        assert optimum.se == pytest.approx(math.sqrt(covariance[3 + place, 3 + place]), rel=1e-3)
+        assert optimum.excess == pytest.approx(values[6] * optimum.se**2, rel=1e-3)
+
+
+def test_the_standard_error_covers_the_true_rate():
+    """In 95 % of simulated searches, by a t interval; and the excess is the loss that the error costs."""
+    from scipy import stats
+
+    rng, true, inside, cost, said = np.random.default_rng(0), (-7.3, -6.6, -6.9, -7.0), [], [], []
+    for _ in range(300):
+        found = fit_rates(parabolas(true, rng, octaves=(-9, -8, -7, -6, -5)))
+        reach = stats.t.ppf(0.975, found.df)
+        for best, optimum in zip(true, found.optima.values(), strict=True):
+            error = math.log2(optimum.rate) - best
+            inside.append(abs(error) < reach * optimum.se)
+            cost.append(0.1 * error**2)
+            said.append(optimum.excess)
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.02)
+    assert np.mean(said) == pytest.approx(np.mean(cost), rel=0.1)
+
+
+def test_points_without_an_optimum_inside_keep_the_best_rate_tried():
+    falling = {2.0**x: [4 - 0.3 * x] for x in range(-9, -4)}
+    inside = {2.0**x: [3 + 0.1 * (x + 7) ** 2] for x in range(-9, -4)}
+    found = fit_rates({"falling": falling, "inside": inside, "none": {2**-9: [math.inf], 2**-7: [math.inf]}})
+    assert [(o.rate, o.interior, o.se) for label, o in found.optima.items() if label != "inside"] == [
+        (2**-5, False, None),
+        (2**-9, False, None),
+    ]
+    assert found.optima["inside"].interior
+    bent = {"a": {2.0**x: [3 - 0.1 * (x + 7) ** 2] for x in range(-9, -4)}}  # no minimum at all
+    assert not fit_rates(bent).optima["a"].interior
+
+
+def test_rates_that_diverge_and_rates_far_away_are_no_part_of_the_fit():
+    near = {2.0**x: [3 + 0.1 * (x + 7.2) ** 2] for x in (-9, -8, -7, -6)}
+    found = fit_rates({"a": {**near, 2**-5: [math.inf], 2**-4: [3.0, math.inf], 2**-12: [9.0]}})
+    assert math.log2(found.optima["a"].rate) == pytest.approx(-7.2)
+    assert found.curvature == pytest.approx(0.1)
+    assert found.df == 1
+
+
+def test_three_trials_are_fitted_without_a_standard_error():
+    found = fit_rates({"a": {2.0**x: [3 + 0.1 * (x + 7.2) ** 2] for x in (-8, -7, -6)}})
+    assert math.log2(found.optima["a"].rate) == pytest.approx(-7.2)
+    assert found.df == 0
+    assert found.optima["a"].se is found.optima["a"].excess is found.curvature_se is None
+    two = fit_rates({"a": {0.1: [1.0], 0.2: [2.0]}})
+    assert (two.curvature, two.optima["a"].rate, two.optima["a"].interior) == (None, 0.1, False)
+
+
+def test_two_rates_of_a_point_borrow_the_curvature_of_the_others():
+    trials = parabolas((-7, -6.6), np.random.default_rng(0), sd=0.0)
+    trials["p1"] = {2.0**x: trials["p1"][2.0**x] for x in (-7, -6)}
+    found = fit_rates(trials)
+    assert math.log2(found.optima["p1"].rate) == pytest.approx(-6.6)
