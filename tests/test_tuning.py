@@ -5,14 +5,17 @@ import math
 import numpy as np
 import pytest
 import statsmodels.api as sm
-from scipy import optimize
+from scipy import optimize, stats
+from test_results import make_record
 
+from mobilellm_jax.analysis.facts import points_of
 from mobilellm_jax.analysis.tuning import (
     FURTHEST,
     best_learning_rate,
     fit_rates,
     next_learning_rate,
     next_trial,
+    tuning_searches,
 )
 
 GRID = (2**-9, 2**-7, 2**-5)
@@ -151,8 +154,6 @@ def test_the_fit_is_that_of_ordinary_and_of_non_linear_least_squares(repeats):
 
 def test_the_standard_error_covers_the_true_rate():
     """In 95 % of simulated searches, by a t interval; and the excess is the loss that the error costs."""
-    from scipy import stats
-
     rng, true, inside, cost, said = np.random.default_rng(0), (-7.3, -6.6, -6.9, -7.0), [], [], []
     for _ in range(300):
         found = fit_rates(parabolas(true, rng, octaves=(-9, -8, -7, -6, -5)))
@@ -201,3 +202,43 @@ def test_two_rates_of_a_point_borrow_the_curvature_of_the_others():
     trials["p1"] = {2.0**x: trials["p1"][2.0**x] for x in (-7, -6)}
     found = fit_rates(trials)
     assert math.log2(found.optima["p1"].rate) == pytest.approx(-6.6)
+
+
+def tuning_runs(trials, arm, tuning="fitted"):
+    return [
+        make_record(
+            point=point,
+            seed=1_000_000 + index,
+            phase="tuning",
+            tuning=tuning,
+            arm=arm,
+            score=loss,
+            learning_rate=rate,
+        )
+        for point, tried in trials.items()
+        for rate, losses in tried.items()
+        for index, loss in enumerate(losses)
+    ]
+
+
+def test_records_of_fitted_rates_are_fitted_again_within_each_arm():
+    rng = np.random.default_rng(1)
+    arms = {
+        arm: parabolas((-7.3, -6.2), rng, curvature=c) for arm, c in (("completep", 0.1), ("standard", 0.3))
+    }
+    arms["standard"] = {f"{label} (standard)": tried for label, tried in arms["standard"].items()}
+    records = [run for arm, trials in arms.items() for run in tuning_runs(trials, arm)]
+    found = tuning_searches(points_of(records))
+    for trials in arms.values():
+        fit = fit_rates(trials)
+        for label, optimum in fit.optima.items():
+            search = found[label]
+            assert (search.fitted, search.chosen) == (
+                pytest.approx(optimum.rate),
+                pytest.approx(optimum.rate),
+            )
+            assert (search.se, search.excess) == pytest.approx((optimum.se, optimum.excess))
+            assert search.curvature == pytest.approx(fit.curvature)
+    grid = tuning_searches(points_of(tuning_runs(arms["completep"], None, "grid")))
+    assert {(search.fitted, search.curvature) for search in grid.values()} == {(None, None)}
+    assert {search.chosen for search in grid.values()} <= arms["completep"]["p0"].keys()

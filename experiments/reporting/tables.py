@@ -77,6 +77,7 @@ def head(study: Study) -> list[str]:
         spread = mismatch[facts.matched]
         held += f", within {max(spread, 0.001):.1%}" if spread else ", exactly"
     rates = {
+        "fitted": "fitted for each point",
         "grid": "tuned for each point",
         "transferred": "transferred from another shape",
         "none": "the same for all points, not tuned",

@@ -21,11 +21,17 @@ class Tuning:
 
     Attributes:
       curve: (learning rate, mean final loss) in ascending order; None if a run diverged or failed.
-      chosen: the rate of the point's comparison runs; before there are any, `best`; NaN if none finished.
+      chosen: the rate of the point's comparison runs; before there are any, `fitted` or else `best`; NaN if
+        none finished.
       at_edge: on one side of `best`, no rate was worse (diverged counts as worse).
       sensitivity: mean increase of the loss from `best` to its neighbours in the grid; infinite if one
         diverged, None without neighbours.
       best: the rate tried with the lowest loss, of equal ones preferably `chosen`; None if none finished.
+      fitted: the rate at the minimum of the point's parabola, see `fit_rates`. None where it has none within
+        the rates tried, and in studies whose rates are not fitted; the other fields then are None too.
+      se, excess: standard error of log2(fitted) in octaves, and the loss that it is expected to cost; None
+        without degrees of freedom.
+      curvature: of the parabolas of the arm, in loss per octave^2.
     """
 
     curve: list[tuple[float, float | None]]
@@ -33,11 +39,15 @@ class Tuning:
     at_edge: bool
     sensitivity: float | None
     best: float | None
+    fitted: float | None = None
+    se: float | None = None
+    excess: float | None = None
+    curvature: float | None = None
 
 
 def tuning_searches(points: Mapping[str, Point]) -> dict[str, Tuning]:
     """Summarises the learning-rate search of every point that has tuning runs."""
-    found = {}
+    found, arms = {}, dict[str | None, dict[str, dict[float, list[float]]]]()
     for label, point in points.items():
         trials: dict[float, list[Record]] = {}
         for run in point.tuning:
@@ -45,7 +55,29 @@ def tuning_searches(points: Mapping[str, Point]) -> dict[str, Tuning]:
         chosen = point.comparison[0].learning_rate if point.comparison else None
         if trials:
             found[label] = _search(trials, chosen)
+            if all(run.tuning == "fitted" for run in point.tuning):
+                losses = {rate: losses_of(runs) for rate, runs in trials.items()}
+                usable = {rate: values for rate, values in losses.items() if values}
+                if usable:
+                    arms.setdefault(point.tuning[0].arm, {})[label] = usable
+    for of_arm in arms.values():
+        fit = fit_rates(of_arm)
+        for label, optimum in fit.optima.items():
+            if optimum.interior:
+                found[label] = dataclasses.replace(
+                    found[label],
+                    chosen=found[label].chosen if points[label].comparison else optimum.rate,
+                    fitted=optimum.rate,
+                    se=optimum.se,
+                    excess=optimum.excess,
+                    curvature=fit.curvature,
+                )
     return found
+
+
+def losses_of(runs: Sequence[Record]) -> list[float]:
+    """Final losses of tuning runs, infinite where they diverged; a failed run tells nothing of its rate."""
+    return [run.loss if run.status == "finished" else math.inf for run in runs if run.status != "failed"]
 
 
 def _search(trials: Mapping[float, Sequence[Record]], chosen: float | None) -> Tuning:

@@ -332,7 +332,7 @@ def _tuning_warnings(facts: Facts, points: Sequence[str], tuning: Mapping[str, T
         yield (
             "The learning rate was not tuned: a point that looks better may only suit the given rate better."
         )
-    if facts.tuning == "grid" and (untuned := [point for point in points if point not in tuning]):
+    if facts.tuning in ("grid", "fitted") and (untuned := [point for point in points if point not in tuning]):
         names = " and ".join(map(repr, untuned))
         yield f"No tuning run was made for {names}: the learning rate may not suit it."
     if edges := [repr(point) for point, search in tuning.items() if search.at_edge]:
@@ -340,6 +340,9 @@ def _tuning_warnings(facts: Facts, points: Sequence[str], tuning: Mapping[str, T
             f"The best learning rate of {' and '.join(edges)} lies at the edge of those tried: a better one "
             "may lie beyond, and the comparison is unfair to it."
         )
+    bent = [repr(p) for p, t in tuning.items() if t.best and t.fitted is None and not t.at_edge]
+    if facts.tuning == "fitted" and bent:
+        yield f"No optimum was fitted to the learning rates of {' and '.join(bent)}: the best one tried is used."
     for point, search in tuning.items() if facts.tuning == "grid" else ():
         if search.best is not None and search.chosen != search.best:
             yield (
