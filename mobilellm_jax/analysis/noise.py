@@ -52,7 +52,7 @@ class Noise:
 
 
 def variance_prior(variances: Sequence[float], dfs: Sequence[float]) -> tuple[float, float]:
-    """Fits the scaled inverse chi-squared distribution that the variances of the points come from: (s0^2, d0).
+    """Fits the scaled inverse chi-squared distribution that the variances come from: (s0^2, d0).
 
     As limma's `squeezeVar` (Smyth 2004, doi:10.2202/1544-6115.1027, section 6.2), d0 is found from the spread
     of the log variances, by trigamma(d0 / 2) = their variance beyond chance; but for the few points of a
@@ -137,7 +137,7 @@ def noise_of(
         known = len(v) > 1 and not equal(v, np.max(np.abs(v)))
         variances[label] = float(np.var(v, ddof=1)) / loss if known else 0.0
         dfs[label] = (len(v) - 1) * loss
-    total = sum(dfs.values())
+    total = float(sum(dfs.values()))
     pooled = sum(variances[label] * dfs[label] for label in dfs) / total if total else 0.0
     s0, d0 = variance_prior([*variances.values()], [*dfs.values()])
     if prior_df is not None:

@@ -215,7 +215,7 @@ def _difference(noise: Noise, pair: Pair, c: Contrast, family: _Family) -> Diffe
     else:
         level, size = ALPHA / family.tests, a.n * b.n / (a.n + b.n)
         first = max(2, family.planned)
-        weight = simultaneous.mixture_weight(level, 2 * first - 2, first / 2)
+        weight = simultaneous.mixture_weight(level, 2.0 * first - 2, first / 2)
         p = min(1.0, family.tests * simultaneous.mixture_p(t, c.df, size, weight))
         critical = simultaneous.mixture_t(level, c.df, size, weight)
     if math.isinf(critical):

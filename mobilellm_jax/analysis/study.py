@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from mobilellm_jax.analysis import statistics, verdicts, wording
 from mobilellm_jax.analysis.comparable import check_comparable
@@ -12,7 +11,7 @@ from mobilellm_jax.analysis.facts import Facts, Point, facts_of, points_of
 from mobilellm_jax.analysis.noise import Noise, noise_of
 from mobilellm_jax.analysis.records import Record
 from mobilellm_jax.analysis.statistics import Estimate, RateTerm
-from mobilellm_jax.analysis.tuning import Tuning, fit_rates, tuning_searches
+from mobilellm_jax.analysis.tuning import Tuning, tuning_searches
 from mobilellm_jax.analysis.verdicts import Comparison, Family, Joint
 
 
@@ -98,7 +97,12 @@ def study_of(records: Sequence[Record]) -> Study:
     mismatch, seeds_vary = verdicts.mismatch(points), verdicts.seeds_vary(points)
     by_seed = {label: point.scores for label, point in points.items() if point.scores}
     spread = noise_of(by_seed, may_pair=not verdicts.mixed_orders(points))
-    families = verdicts.compare(facts, points, spread, _rate_terms(facts, points))
+    rate_terms = {
+        label: RateTerm(search.curvature, search.se)
+        for label, search in tuning.items()
+        if facts.metric == "loss" and search.curvature is not None and search.se is not None
+    }
+    families = verdicts.compare(facts, points, spread, rate_terms)
     order = {pair: place for place, pair in enumerate(facts.pairs)}
     comparisons = sorted(
         (c for family in families for c in family.comparisons), key=lambda c: order[c.point, c.other]
@@ -124,25 +128,6 @@ def study_of(records: Sequence[Record]) -> Study:
         seeds_vary=seeds_vary,
     )
     return Study(facts, points, found)
-
-
-def _rate_terms(facts: Facts, points: Mapping[str, Point]) -> dict[str, RateTerm]:
-    """What fitted learning rates add to the losses of the points, by the fit of each arm; else {}."""
-    if facts.tuning != "fitted" or facts.metric != "loss":
-        return {}
-    terms = {}
-    for arm in dict.fromkeys(point.arm for point in points.values()):
-        trials: dict[str, dict[float, list[float]]] = {}
-        for label, point in points.items():
-            for run in point.tuning if point.arm == arm else ():
-                if run.status != "failed":
-                    loss = run.loss if run.status == "finished" else math.inf
-                    trials.setdefault(label, {}).setdefault(run.learning_rate, []).append(loss)
-        fit = fit_rates(trials)
-        for label, optimum in fit.optima.items():
-            if fit.curvature is not None and optimum.se is not None:
-                terms[label] = RateTerm(fit.curvature, optimum.se)
-    return terms
 
 
 def _runs(points: Iterable[Point]) -> list[Record]:
