@@ -87,7 +87,7 @@ def paired_t(differences: np.ndarray) -> np.ndarray:
 # families of four, all pairs, 8.8 %, 15.4 % and 25.2 %, where now it is 6.8 %, 5.0 % and 3.6 %.
 @pytest.mark.parametrize(("points", "seeds", "count"), [(2, 5, 500), (4, 5, 150)], ids=["pair", "family"])
 def test_equal_designs_with_tuned_rates_are_called_different_in_5_percent(points, seeds, count):
-    rng, pairs = np.random.default_rng(20), all_pairs(points)
+    rng, pairs = np.random.default_rng(0), all_pairs(points)
     now, before = [], []
     for _ in range(count):
         scores, terms, picked = protocol(rng, points, seeds)

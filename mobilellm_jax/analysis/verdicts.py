@@ -173,12 +173,14 @@ def unstable(points: Mapping[str, Point]) -> dict[str, list[int]]:
         for label, point in points.items()
     }
     away = {label: _deviations([*of.values()]) for label, of in losses.items() if of}
-    pooled = 1.4826 * float(np.median(np.concatenate([*away.values()]))) if away else 0.0
+    together = np.concatenate([np.empty(0), *away.values()])
+    pooled = 1.4826 * float(np.median(together)) if len(together) else 0.0
     found: dict[str, list[int]] = {}
     for label, of in losses.items():
         if not of or not pooled:
             continue
-        limit = UNSTABLE * max(pooled, 1.4826 * float(np.median(away[label])))
+        own = 1.4826 * float(np.median(away[label])) if len(away[label]) else 0.0
+        limit = UNSTABLE * max(pooled, own)
         median = float(np.median([*of.values()]))
         for run in points[label].finished:
             seen = [e["loss"] for e in run.evaluations if e["loss"] is not None]
