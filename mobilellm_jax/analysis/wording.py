@@ -342,7 +342,8 @@ def _tuning_warnings(facts: Facts, points: Sequence[str], tuning: Mapping[str, T
         )
     bent = [repr(p) for p, t in tuning.items() if t.best and t.fitted is None and not t.at_edge]
     if facts.tuning == "fitted" and bent:
-        yield f"No optimum was fitted to the learning rates of {' and '.join(bent)}: the best one tried is used."
+        names = " and ".join(bent)
+        yield f"No optimum was fitted to the learning rates of {names}: the best one tried is used."
     for point, search in tuning.items() if facts.tuning == "grid" else ():
         if search.best is not None and search.chosen != search.best:
             yield (
