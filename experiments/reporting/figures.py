@@ -288,13 +288,11 @@ def _draw_effects(
     axes.grid(axis="y", visible=False)
     left, right = "\N{LEFTWARDS ARROW} first is better", "first is worse \N{RIGHTWARDS ARROW}"
     axes.set_xlabel(f"{left}      difference in {DIFFERENCES[facts.metric]}      {right}")
-    notes = ["mean difference over paired seeds, 95 % interval"]
+    at_once = f" for all {len(rows)} pairs at once" if len(rows) > 1 else ""
+    notes = [f"difference of means, 95 % interval{at_once}"]
     unit = " points" if facts.metric == "error" else ""
     notes += [f"grey: within {margin:g}{unit}, too small to matter"] if margin else []
-    family = (
-        f"\nthe verdicts allow for {len(rows)} comparisons, the intervals do not" if len(rows) > 1 else ""
-    )
-    axes.set_title("; ".join(notes) + family, fontsize=10, color="0.25")
+    axes.set_title("; ".join(notes), fontsize=10, color="0.25")
 
 
 def _pair(comparison: Comparison) -> str:

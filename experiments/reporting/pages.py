@@ -94,6 +94,7 @@ def contents(study: Study, images: dict[str, Image]) -> list[Section]:
     """Sections of the report: warnings first, then the verdict, then the evidence."""
     found, runs = study.verdict, study.runs
     pairs = [tables.comparisons(study)] if found.comparisons else []
+    pairs += [over_arms] if (over_arms := tables.joint(study)) else []
     paper = beside_paper.table(study)
 
     def shown(suffix: str) -> list[Block]:

@@ -106,7 +106,7 @@ def report(sizes: Sequence[Size], image: str) -> str:
         "shallow": [_named(s.shallow) for s in sizes],
         "deep": [_named(s.deep) for s in sizes],
         "deep - shallow (nats/token)": [_difference(s.comparison) for s in sizes],
-        "p (Holm)": [format_p(s.comparison.holm_p).removeprefix("= ") for s in sizes],
+        "p": [format_p(s.comparison.p_value).removeprefix("= ") for s in sizes],
         "deep is": [phrase(s.comparison, s.study.facts.metric) for s in sizes],
     }
     lines += [tables.markdown_table(columns), ""]

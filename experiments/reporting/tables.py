@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from mobilellm_jax.analysis.records import Record, budget_name
+from mobilellm_jax.analysis.statistics import interval_of_share
 from mobilellm_jax.analysis.study import Study
+from mobilellm_jax.analysis.verdicts import Comparison
 from mobilellm_jax.analysis.wording import (
     format_bound,
     format_difference,
@@ -40,6 +42,7 @@ def text(study: Study) -> str:
     """Formats the study's tables for a terminal, below the facts that are equal for all points."""
     lines = [textwrap.fill(line, 110, subsequent_indent="  ") for line in head(study)]
     pairs = [comparisons(study)] if study.verdict.comparisons else []
+    pairs += [over_arms] if (over_arms := joint(study)) else []
     for columns in [*designs(study), outcomes(study), *pairs]:
         widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
         lines.append("")
@@ -120,12 +123,12 @@ def outcomes(study: Study) -> Columns:
     """Results of each point: learning rate, mean ± 95 % interval, noise over seeds, and runs that failed.
 
     `sensitivity` is the mean increase of the loss at the neighbouring learning rates; "edge" marks an optimum
-    at the edge of those tried.
+    at the edge of those tried. `unstable` counts finished runs, with the 95 % interval of their share.
     """
     metric, found = study.facts.metric, study.verdict
     score = "loss (nats/token)" if metric == "loss" else "exact match, %"
     names = ["point", "learning rate", "sensitivity", score, "bits/byte", "noise (sd)"]
-    names += ["finished", "diverged", "failed"]
+    names += ["finished", "unstable", "diverged", "failed"]
     columns: Columns = {name: [] for name in names}
     seeds = len({run.seed for point in study.points.values() for run in point.comparison})
     for label, point in study.points.items():
@@ -143,6 +146,7 @@ def outcomes(study: Study) -> Columns:
             "" if bits is None else f"{bits:.4f}",
             "" if noise is None else format_score(noise, metric),
             f"{len(finished)}/{seeds}",
+            _share(len(found.unstable.get(label, ())), len(finished)),
             *(str(sum(run.status == word for run in runs)) for word in ("diverged", "failed")),
         ]
         for column, cell in zip(columns.values(), cells, strict=True):
@@ -152,18 +156,37 @@ def outcomes(study: Study) -> Columns:
 
 
 def comparisons(study: Study) -> Columns:
-    """Table of all pairs: difference (first - second) with 95 % interval, p-values, verdict."""
+    """Table of all pairs: difference (first - second), with interval and p for all pairs at once; verdict.
+
+    Where there are arms, each pair is of one arm, and is corrected for the pairs of that arm.
+    """
     metric, found = study.facts.metric, study.verdict.comparisons
     unit = "nats/token" if metric == "loss" else "error, points"
     return {
         "pair": [f"{c.point} against {c.other}" for c in found],
-        "seeds": [str(c.difference.n if c.difference else 0) for c in found],
+        "seeds": [_counts(c) for c in found],
         f"difference ({unit})": [
             format_difference(c.difference, metric) if c.difference else "" for c in found
         ],
-        "p": [_p(c.difference and c.difference.p_value) for c in found],
-        "Holm p": [_p(c.holm_p) for c in found],
+        "p, all pairs": [_p(c.p_value) for c in found],
         "verdict": [phrase(c, metric) for c in found],
+    }
+
+
+def _counts(c: Comparison) -> str:
+    return "/".join(map(str, dict.fromkeys(c.difference.seeds))) if c.difference else "0"
+
+
+def joint(study: Study) -> Columns | None:
+    """Table of the words of all arms about each pair of designs; None unless there are several arms."""
+    found = study.verdict.joint
+    if not found:
+        return None
+    arms = [family.arm or "" for family in study.verdict.families]
+    return {
+        "designs": [f"{pair.design} against {pair.other}" for pair in found],
+        **{arm: [pair.words.get(arm, "not compared") for pair in found] for arm in arms},
+        "together": [pair.word for pair in found],
     }
 
 
@@ -217,6 +240,7 @@ def csv_text(study: Study) -> str:
     for label, point in study.points.items():
         runs, rate = point.comparison, point.runs[0].learning_rate
         estimate, search = found.estimates.get(label), found.tuning.get(label)
+        spread = found.spread.points.get(label)
         rows.append(
             {
                 "study": facts.study,
@@ -237,11 +261,13 @@ def csv_text(study: Study) -> str:
                 "learning_rate_sensitivity": search and search.sensitivity,
                 "learning_rate_curve": search and json.dumps(search.curve),
                 **{f"runs_{s}": sum(r.status == s for r in runs) for s in ("finished", "diverged", "failed")},
+                "runs_unstable": len(found.unstable.get(label, ())),
                 "metric": facts.metric,
                 "score_of_seed": json.dumps(point.scores),
                 "score_mean": estimate and estimate.mean,
                 "score_interval_half_width": estimate and estimate.half_width,
                 "score_sd_over_seeds": found.noise.get(label),
+                "score_sd_moderated": math.sqrt(spread.variance) if spread else None,
                 "bits_per_byte_mean": _bits_per_byte(point.finished),
             }
         )
@@ -250,7 +276,7 @@ def csv_text(study: Study) -> str:
 
 def comparisons_csv(study: Study) -> str:
     """One row for each pair asked about, with every number in full precision, in the metric."""
-    facts = study.facts
+    facts, words = study.facts, {(pair.design, pair.other): pair.word for pair in study.verdict.joint}
     rows = [
         {
             "study": facts.study,
@@ -259,16 +285,21 @@ def comparisons_csv(study: Study) -> str:
             "margin": facts.margin,
             "point": c.point,
             "other": c.other,
-            "seeds": c.difference.n if c.difference else 0,
+            "design": c.designs[0],
+            "other_design": c.designs[1],
+            "arm": c.arm,
+            "seeds": c.difference.seeds[0] if c.difference else 0,
+            "other_seeds": c.difference.seeds[1] if c.difference else 0,
             "difference": c.difference and c.difference.mean,
-            "difference_sd": c.difference and c.difference.sd,
+            "difference_se": c.difference and c.difference.se,
+            "difference_df": c.difference and c.difference.df,
             "difference_low": c.difference and c.difference.low,
             "difference_high": c.difference and c.difference.high,
-            "p_value": c.difference and c.difference.p_value,
-            "holm_p_value": c.holm_p,
+            "p_value_all_pairs": c.p_value,
             "verdict": c.word,
             "phrase": phrase(c, facts.metric),
-            "seeds_needed": c.seeds_needed,
+            "not_worse": c.not_worse(facts.margin),
+            "verdict_of_all_arms": words.get(c.designs),
         }
         for c in study.verdict.comparisons
     ]
@@ -304,6 +335,13 @@ def _split(columns: Columns) -> tuple[Columns, dict[str, str]]:
         if name != first and len(cells) > 1 and len(set(cells)) == 1
     }
     return {name: cells for name, cells in columns.items() if name not in constant}, constant
+
+
+def _share(count: int, total: int) -> str:
+    if not count:
+        return "0"
+    low, high = interval_of_share(count, total)
+    return f"{count} ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
 def _p(value: float | None) -> str:

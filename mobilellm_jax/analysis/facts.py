@@ -36,7 +36,7 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-    """One design point and its runs; the fields from `x` to `parameters` are those of `Record`.
+    """One design point and its runs; the fields from `x` to `arm` are those of `Record`.
 
     Attributes:
       comparison: the runs that are compared, in order of seed; [] for a point that was only tuned so far.
@@ -51,6 +51,8 @@ class Point:
     layer_plan: list[int]
     budgets: dict[str, int | float]
     parameters: dict[str, int]
+    design: str | None
+    arm: str | None
     comparison: list[Record]
     tuning: list[Record]
 
@@ -95,6 +97,8 @@ def points_of(records: Iterable[Record]) -> dict[str, Point]:
             layer_plan=first.layer_plan,
             budgets=first.budgets,
             parameters=first.parameters,
+            design=first.design,
+            arm=first.arm,
             comparison=[run for run in runs if run.phase == "comparison"],
             tuning=sorted((r for r in runs if r.phase == "tuning"), key=lambda r: (r.learning_rate, r.seed)),
         )

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from mobilellm_jax.analysis import statistics, verdicts, wording
 from mobilellm_jax.analysis.comparable import check_comparable
 from mobilellm_jax.analysis.facts import Facts, Point, facts_of, points_of
+from mobilellm_jax.analysis.noise import Noise, noise_of
 from mobilellm_jax.analysis.records import Record
-from mobilellm_jax.analysis.statistics import Estimate
+from mobilellm_jax.analysis.statistics import Estimate, RateTerm
 from mobilellm_jax.analysis.tuning import Tuning, tuning_searches
-from mobilellm_jax.analysis.verdicts import Comparison
+from mobilellm_jax.analysis.verdicts import Comparison, Family, Joint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +22,13 @@ class Verdict:
     Attributes:
       sentence: the finding in plain words.
       estimates: final metric by point, in study order, of the points with a finished comparison run.
-      comparisons: in the order of `Facts.pairs`.
+      families: pairs by arm, each family corrected for by itself; comparisons: all of them, in the order of
+        `Facts.pairs`.
+      joint: findings over the arms; [] unless there are several.
       tuning: learning-rate search by point; {} if nothing was tuned.
       noise: standard deviation of the metric over seeds by point; None with one seed.
+      spread: what the comparisons take for the noise of each point.
+      unstable: seeds of runs that finished, but far above the others, by point; see `verdicts.unstable`.
       mismatch: by budget: max / min - 1 over the points; infinite where min is 0.
       failures: counts and names of failed, diverged and missing runs of both phases; "" if none.
       warnings: threats to the validity of the verdict, one sentence each.
@@ -33,9 +38,13 @@ class Verdict:
 
     sentence: str
     estimates: dict[str, Estimate]
+    families: list[Family]
     comparisons: list[Comparison]
+    joint: list[Joint]
     tuning: dict[str, Tuning]
     noise: dict[str, float | None]
+    spread: Noise
+    unstable: dict[str, list[int]]
     mismatch: dict[str, float]
     failures: str
     warnings: list[str]
@@ -84,18 +93,38 @@ def study_of(records: Sequence[Record]) -> Study:
         raise ValueError(f"expected the records of one study and preset, not {studies}")
     facts, points = facts_of(records), points_of(records)
     incomparable = check_comparable(facts, _runs(points.values()))
-    comparisons, tuning = verdicts.compare(facts, points), tuning_searches(points)
+    tuning, unstable = tuning_searches(points), verdicts.unstable(points)
     mismatch, seeds_vary = verdicts.mismatch(points), verdicts.seeds_vary(points)
-    scores = {label: list(point.scores.values()) for label, point in points.items() if point.scores}
+    by_seed = {label: point.scores for label, point in points.items() if point.scores}
+    spread = noise_of(by_seed, may_pair=not verdicts.mixed_orders(points))
+    rate_terms = {
+        label: RateTerm(search.curvature, search.se)
+        for label, search in tuning.items()
+        if facts.metric == "loss" and search.curvature is not None and search.se is not None
+    }
+    families = verdicts.compare(facts, points, spread, rate_terms)
+    order = {pair: place for place, pair in enumerate(facts.pairs)}
+    comparisons = sorted(
+        (c for family in families for c in family.comparisons), key=lambda c: order[c.point, c.other]
+    )
+    joint = verdicts.joint(families)
+    scores = {label: list(of.values()) for label, of in by_seed.items()}
     found = Verdict(
-        sentence=wording.sentence(facts, points, comparisons, tuning, seeds_vary),
+        sentence=wording.sentence(facts, points, families, joint, spread, tuning, seeds_vary),
         estimates={label: statistics.mean_and_interval(values) for label, values in scores.items()},
+        families=families,
         comparisons=comparisons,
+        joint=joint,
         tuning=tuning,
         noise={label: statistics.standard_deviation(values) for label, values in scores.items()},
+        spread=spread,
+        unstable=unstable,
         mismatch=mismatch,
         failures=" ".join(filter(None, (wording.failures(points, p) for p in ("comparison", "tuning")))),
-        warnings=[*incomparable, *wording.warnings(facts, points, comparisons, tuning, mismatch)],
+        warnings=[
+            *incomparable,
+            *wording.warnings(facts, points, comparisons, spread, unstable, tuning, mismatch),
+        ],
         seeds_vary=seeds_vary,
     )
     return Study(facts, points, found)

@@ -1,12 +1,18 @@
-"""Verdicts of a study: the decision about each pair of points. `wording` phrases them."""
+"""Verdicts of a study: the decision about each pair, by arm and over arms. `wording` phrases them."""
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from mobilellm_jax.analysis import statistics
 from mobilellm_jax.analysis.facts import Facts, Point
-from mobilellm_jax.analysis.statistics import Decision, PairedDifference
+from mobilellm_jax.analysis.noise import Noise
+from mobilellm_jax.analysis.statistics import Decision, Difference, RateTerm
+
+DEPENDS = "depends on the parameterization"
+UNSTABLE = 5.0  # robust standard deviations above the median of a point, or above a run's own minimum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,27 +22,71 @@ class Comparison:
     Attributes:
       point, other: difference = point - other, in the study's metric; lower is better.
       word: "better", "worse", "no difference" or "cannot tell", see `statistics.decide`.
-      difference: over the common seeds; None if there are none.
-      holm_p: p-value by Holm's method over all `pairs` of the study.
-      bound: the largest difference in the corrected interval: for "no difference" (None if equal in every
-        seed), and for a significant difference that is too small to matter; else None.
-      seeds_needed: for "cannot tell" only; None if the spread over seeds is unknown.
+      difference: with the interval and the p-value that hold for all pairs of the arm at once; None if a
+        point has no finished run.
+      bound: the largest difference in the interval: for "no difference" (None if equal in every seed), and
+        for a difference that is too small to matter; else None.
       diverged: points that the finished seeds favour but that diverged with other seeds, so that the word is
         "cannot tell".
+      arm: parameterization of the two points; None in a study without arms.
+      designs: labels of the two architectures, the same in all arms.
     """
 
     point: str
     other: str
     word: str
-    difference: PairedDifference | None
-    holm_p: float | None
+    difference: Difference | None
     bound: float | None
-    seeds_needed: int | None
     diverged: tuple[str, ...] = ()
+    arm: str | None = None
+    designs: tuple[str, str] = ("", "")
+
+    @property
+    def p_value(self) -> float | None:
+        return self.difference and self.difference.p_value
+
+    def not_worse(self, margin: float) -> bool | None:
+        """Whether `point` is worse by less than the margin; None if not shown, or if survivors flatter."""
+        return None if self.diverged else statistics.not_worse(self.difference, margin)
 
 
-def compare(facts: Facts, points: Mapping[str, Point]) -> list[Comparison]:
-    """Decides every pair of the study, in the order of `facts.pairs`.
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """The pairs of one arm, which are corrected for together.
+
+    Attributes:
+      arm: None in a study without arms.
+      planned: seeds planned before, if a point has more: intervals are a confidence sequence; else None.
+      seeds: for equal designs to be shown so, with the ends of its range, see
+        `statistics.seeds_for_equality`; None below five seeds.
+    """
+
+    arm: str | None
+    comparisons: list[Comparison]
+    planned: int | None
+    seeds: tuple[int, int, int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """Finding about one pair of designs over all arms.
+
+    Attributes:
+      design, other: labels of the architectures.
+      words: by arm.
+      word: the word of all arms, or `DEPENDS`.
+    """
+
+    design: str
+    other: str
+    words: dict[str, str]
+    word: str
+
+
+def compare(
+    facts: Facts, points: Mapping[str, Point], noise: Noise, rate_terms: Mapping[str, RateTerm]
+) -> list[Family]:
+    """Decides every pair of the study, by arm, in the order of `facts.pairs`.
 
     A point that diverged with some seeds is never called better than, or equal to, another: its finished
     seeds alone are biased in its favour.
@@ -45,22 +95,112 @@ def compare(facts: Facts, points: Mapping[str, Point]) -> list[Comparison]:
     diverged = {
         label for label, point in points.items() if any(run.status == "diverged" for run in point.comparison)
     }
-    decisions = statistics.decide(scores, facts.pairs, facts.margin)
-    return [_compare(*both, diverged, facts) for both in zip(facts.pairs, decisions, strict=True)]
+    found = []
+    for arm in dict.fromkeys(_arm(points, pair) for pair in facts.pairs):
+        pairs = [pair for pair in facts.pairs if _arm(points, pair) == arm]
+        planned = _planned(points, pairs)
+        decisions = statistics.decide(
+            scores, pairs, facts.margin, noise=noise, rate_terms=rate_terms, planned=planned
+        )
+        comparisons = [
+            _compare(pair, decision, diverged, facts.margin, points)
+            for pair, decision in zip(pairs, decisions, strict=True)
+        ]
+        most = max((c.difference.n for c in comparisons if c.difference), default=0)
+        seeds = statistics.seeds_for_equality(noise, len(pairs), facts.margin) if most >= 5 else None
+        found.append(Family(arm, comparisons, planned, seeds))
+    return found
 
 
-def _compare(pair: tuple[str, str], decision: Decision, diverged: set[str], facts: Facts) -> Comparison:
-    (point, other), difference, word, bound = pair, decision.difference, decision.word, decision.bound
+def _arm(points: Mapping[str, Point], pair: tuple[str, str]) -> str | None:
+    return next((points[label].arm for label in pair if label in points), None)
+
+
+def _planned(points: Mapping[str, Point], pairs: Sequence[tuple[str, str]]) -> int | None:
+    """Smallest planned number of seeds of a point of the family that has more; None if none has more."""
+    exceeded = []
+    for label in dict.fromkeys(label for pair in pairs for label in pair if label in points):
+        runs = points[label].comparison
+        plans = [run.plan["seeds"] for run in runs if run.plan]
+        if plans and len({run.seed for run in runs}) > min(plans):
+            exceeded.append(min(plans))
+    return min(exceeded, default=None)
+
+
+def _compare(
+    pair: tuple[str, str],
+    decision: Decision,
+    diverged: set[str],
+    margin: float,
+    points: Mapping[str, Point],
+) -> Comparison:
+    (point, other), word, bound = pair, decision.word, decision.bound
     favoured = {"better": [point], "worse": [other], "no difference": [point, other]}.get(word, [])
     survivors = tuple(name for name in favoured if name in diverged)
-    needed = None
     if survivors:
         word = "cannot tell"
-    elif word == "cannot tell" and difference is not None:
-        needed = statistics.seeds_needed(difference, len(facts.pairs), facts.margin)
-    if word == "cannot tell" or (word != "no difference" and bound is not None and bound > facts.margin):
+    if word == "cannot tell" or (word != "no difference" and bound is not None and bound > margin):
         bound = None
-    return Comparison(point, other, word, difference, decision.holm_p, bound, needed, survivors)
+    arm = _arm(points, pair)
+    first, second = (points[label].design or label if label in points else label for label in pair)
+    return Comparison(point, other, word, decision.difference, bound, survivors, arm, (first, second))
+
+
+def joint(families: Sequence[Family]) -> list[Joint]:
+    """Compares the words of the arms, for every pair of designs; [] if only one arm was run."""
+    arms = [family.arm for family in families if family.arm is not None]
+    if len(arms) < 2:
+        return []
+    words: dict[tuple[str, str], dict[str, str]] = {}
+    for family in families:
+        for c in family.comparisons:
+            words.setdefault(c.designs, {})[family.arm or ""] = c.word
+    return [
+        Joint(*pair, of, of[arms[0]] if len(of) == len(arms) and len({*of.values()}) == 1 else DEPENDS)
+        for pair, of in words.items()
+    ]
+
+
+def unstable(points: Mapping[str, Point]) -> dict[str, list[int]]:
+    """Seeds of finished runs that went wrong without diverging, by point.
+
+    Their final loss is more than `UNSTABLE` robust standard deviations (1.4826 MAD) above the median of their
+    point, or above the lowest loss of the run itself. The robust standard deviation pooled over all points is
+    the least that counts: three runs may agree by luck.
+    """
+    losses = {
+        label: {run.seed: run.loss for run in point.finished if run.final and run.final["loss"] is not None}
+        for label, point in points.items()
+    }
+    away = {label: _deviations([*of.values()]) for label, of in losses.items() if of}
+    together = np.concatenate([np.empty(0), *away.values()])
+    pooled = 1.4826 * float(np.median(together)) if len(together) else 0.0
+    found: dict[str, list[int]] = {}
+    for label, of in losses.items():
+        if not of or not pooled:
+            continue
+        own = 1.4826 * float(np.median(away[label])) if len(away[label]) else 0.0
+        limit = UNSTABLE * max(pooled, own)
+        median = float(np.median([*of.values()]))
+        for run in points[label].finished:
+            seen = [e["loss"] for e in run.evaluations if e["loss"] is not None]
+            if run.seed in of and of[run.seed] > min([median, *seen]) + limit:
+                found.setdefault(label, []).append(run.seed)
+    return found
+
+
+def _deviations(values: Sequence[float]) -> np.ndarray:
+    """Absolute deviations from the median; of an odd number, without the median's own, which is always 0."""
+    away = np.sort(np.abs(np.asarray(values) - np.median(values)))
+    return away[len(away) % 2 :] if len(away) > 1 else away[:0]
+
+
+def mixed_orders(points: Mapping[str, Point]) -> list[int]:
+    """Seeds whose runs saw the data in different orders at different points, so that they are no pairs."""
+    orders: dict[int, set[int]] = {}
+    for run in (run for point in points.values() for run in point.comparison):
+        orders.setdefault(run.seed, set()).add(run.setting("train.data_seed"))
+    return sorted(seed for seed, found in orders.items() if len(found) > 1)
 
 
 def mismatch(points: Mapping[str, Point]) -> dict[str, float]:

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from mobilellm_jax.analysis import statistics
+from mobilellm_jax.analysis import statistics, verdicts
 from mobilellm_jax.analysis.facts import Facts, Point
+from mobilellm_jax.analysis.noise import Noise
 from mobilellm_jax.analysis.records import budget_name
-from mobilellm_jax.analysis.statistics import Estimate, PairedDifference
+from mobilellm_jax.analysis.statistics import Difference, Estimate
 from mobilellm_jax.analysis.tuning import Tuning
-from mobilellm_jax.analysis.verdicts import Comparison
+from mobilellm_jax.analysis.verdicts import DEPENDS, Comparison, Family, Joint
 
 TOLERANCE = 0.02  # largest mismatch of the matched budget without a warning
 
@@ -34,7 +35,7 @@ def format_estimate(estimate: Estimate, metric: str) -> str:
     return format_score(mean, metric) + half
 
 
-def format_difference(difference: PairedDifference, metric: str) -> str:
+def format_difference(difference: Difference, metric: str) -> str:
     """Formats mean and interval, "+0.0120 [-0.0010, +0.0250]", or the mean; an error in percentage points."""
     scale, digits = (1, 4) if metric == "loss" else (100, 2)
     mean, low, high = (
@@ -49,7 +50,7 @@ def format_p(p: float | None) -> str:
 
 
 def phrase(c: Comparison, metric: str) -> str:
-    """Phrases a finding: "no difference larger than 0.02", "cannot tell with 3 seeds (needs about 11)"."""
+    """Phrases a finding: "no difference larger than 0.02", "cannot tell with 1 seed (needs at least 2)"."""
     said, reason = _parts(c, metric)
     return f"{said} ({reason})" if reason else said
 
@@ -57,16 +58,14 @@ def phrase(c: Comparison, metric: str) -> str:
 def _parts(c: Comparison, metric: str) -> tuple[str, str]:
     """Splits the phrase of a pair into the finding, which several may share, and the pair's own reason."""
     if c.difference is None:
-        return "cannot tell with no common seed", ""
-    seeds = _seeds(c.difference.n)
+        return "cannot tell without finished runs", ""
+    seeds = _seeds(*c.difference.seeds)
     if c.word == "cannot tell":
         reason = ""
         if c.diverged:
             reason = f"{' and '.join(map(repr, c.diverged))} diverged"
         elif c.difference.n == 1:
             reason = "needs at least 2"
-        elif c.seeds_needed:
-            reason = f"needs about {_two_digits(c.seeds_needed)}"
         return f"cannot tell with {seeds}", reason
     if c.word == "no difference":
         if c.bound is None:
@@ -82,21 +81,36 @@ def _small(c: Comparison, metric: str) -> str:
 def sentence(
     facts: Facts,
     points: Mapping[str, Point],
-    comparisons: Sequence[Comparison],
+    families: Sequence[Family],
+    joint: Sequence[Joint],
+    noise: Noise,
     tuning: Mapping[str, Tuning],
     seeds_vary: str,
 ) -> str:
-    """The finding in plain words: differences, equal and undecided pairs, then failed runs."""
+    """The finding in plain words: differences, equal and undecided pairs, how sure, then failed runs.
+
+    It speaks of designs without naming a parameterization only where all arms say the same.
+    """
     scores = {label: list(point.scores.values()) for label, point in points.items() if point.scores}
     if not scores:
         parts = ["No comparison run finished.", *_best_rates(tuning)]
-    elif not comparisons:
+    elif not families:
         parts = [_means(scores, facts.metric)]
+    elif joint:
+        parts = [*_joint_findings(joint, families, facts.metric), *_grounds(families, noise, facts)]
     else:
-        parts = list(_findings(comparisons, facts.metric))
+        alone = _alone(points)
+        parts = [f"Under {alone} alone:"] if alone else []
+        parts += [*_findings(families[0].comparisons, facts.metric), *_grounds(families, noise, facts)]
     if scores and seeds_vary != "nothing":
         parts.append(f"Seeds change {seeds_vary}.")
     return " ".join([*parts, failures(points, "comparison")]).strip()
+
+
+def _alone(points: Mapping[str, Point]) -> str:
+    """The parameterization of all points; "" if not recorded, or if they differ."""
+    names = {point.arm or point.config["model"].get("parameterization") or "" for point in points.values()}
+    return names.pop() if len(names) == 1 else ""
 
 
 def _findings(comparisons: Sequence[Comparison], metric: str) -> Iterator[str]:
@@ -105,9 +119,7 @@ def _findings(comparisons: Sequence[Comparison], metric: str) -> Iterator[str]:
     for c in comparisons:
         if c.difference is not None and c.word in ("better", "worse"):
             winner, loser = (c.point, c.other) if c.word == "better" else (c.other, c.point)
-            by = format_score(abs(c.difference.mean), metric)
-            lost = f"{loser!r} (by {by}, p {format_p(c.holm_p)}{_small(c, metric)})"
-            better.setdefault(winner, []).append(lost)
+            better.setdefault(winner, []).append(f"{loser!r} ({_size(c, metric)})")
         else:
             said, reason = _parts(c, metric)
             names = f"{c.point!r} and {c.other!r}" + (f" ({reason})" if reason else "")
@@ -117,10 +129,70 @@ def _findings(comparisons: Sequence[Comparison], metric: str) -> Iterator[str]:
     for of_word in rest.values():
         for said, names in of_word.items():
             yield f"{said.capitalize()}: {'; '.join(names)}."
-    if better:
-        unit = "nats per token" if metric == "loss" else "percentage points of exact match"
-        over = f", p is Holm's over {len(comparisons)} pairs" if len(comparisons) > 1 else ""
-        yield f"Differences are in {unit} over paired seeds{over}."
+
+
+def _size(c: Comparison, metric: str) -> str:
+    """Size of a difference that was found: "by 0.1200, p = 0.012"."""
+    by = format_score(abs(c.difference.mean) if c.difference else math.nan, metric)
+    return f"by {by}, p {format_p(c.p_value)}{_small(c, metric)}"
+
+
+def _joint_findings(joint: Sequence[Joint], families: Sequence[Family], metric: str) -> Iterator[str]:
+    arms = [family.arm for family in families]
+    every = "both parameterizations" if len(arms) == 2 else f"all {len(arms)} parameterizations"
+    found = {(c.designs, c.arm): c for family in families for c in family.comparisons}
+    parts: dict[str, list[str]] = {}
+    for pair in joint:
+        a, b = pair.design, pair.other
+        of_arm = {arm: found[(a, b), arm] for arm in pair.words}
+        if pair.word in ("better", "worse"):
+            winner, loser = (a, b) if pair.word == "better" else (b, a)
+            sizes = "; ".join(f"{arm}: {_size(c, metric)}" for arm, c in of_arm.items())
+            yield f"{winner!r} is better than {loser!r} under {every} ({sizes})."
+        elif pair.word == DEPENDS:
+            said = ", ".join(f"{phrase(c, metric)} under {arm}" for arm, c in of_arm.items())
+            missing = "".join(f", not compared under {arm}" for arm in arms if arm not in of_arm)
+            parts.setdefault("It depends on the parameterization", []).append(
+                f"{a!r} against {b!r} is {said}{missing}"
+            )
+        elif pair.word == "no difference" and all(c.bound is not None for c in of_arm.values()):
+            bound = format_bound(max(c.bound or 0.0 for c in of_arm.values()), metric)
+            parts.setdefault(f"No difference larger than {bound} under {every}", []).append(
+                f"{a!r} and {b!r}"
+            )
+        else:
+            parts.setdefault(f"{pair.word.capitalize()} under {every}", []).append(f"{a!r} and {b!r}")
+    yield from (f"{said}: {'; '.join(names)}." for said, names in parts.items())
+
+
+def _grounds(families: Sequence[Family], noise: Noise, facts: Facts) -> Iterator[str]:
+    """Unit, what p and intervals hold for, pairing, seeds beyond the plan, and seeds for equality."""
+    comparisons = [c for family in families for c in family.comparisons]
+    unit = "nats per token" if facts.metric == "loss" else "percentage points of exact match"
+    if any(c.word in ("better", "worse") for c in comparisons):
+        pairs = max(len(family.comparisons) for family in families)
+        under = " of one parameterization" if len(families) > 1 else ""
+        at_once = f", p and intervals hold for all {pairs} pairs{under} at once" if pairs > 1 else ""
+        yield f"Differences are in {unit}{at_once}."
+    if noise.correlation is not None:
+        done = "their common effect is removed" if noise.paired else "not paired"
+        yield f"Seeds correlate by {noise.correlation:.2f} over points: {done}."
+    for planned in dict.fromkeys(family.planned for family in families):
+        if planned is not None:
+            yield (
+                f"There are more seeds than the {planned} planned: p and intervals are those of a confidence "
+                "sequence, which allows for looking after every seed."
+            )
+    if noise.sd and any(c.word == "cannot tell" and not c.diverged for c in comparisons):
+        low, high = (format_score(sd, facts.metric) for sd in statistics.interval_of_sd(noise.sd, noise.df))
+        for seeds in dict.fromkeys(family.seeds for family in families):
+            if seeds is not None:
+                about, fewest, most = map(_two_digits, seeds)
+                yield (
+                    f"With the pooled sd {format_score(noise.sd, facts.metric)} [{low}, {high}], equality "
+                    f"within {format_bound(facts.margin, facts.metric)} takes about {about} seeds "
+                    f"({fewest} to {most})."
+                )
 
 
 def _best_rates(tuning: Mapping[str, Tuning]) -> Iterator[str]:
@@ -143,8 +215,10 @@ def _join(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
-def _seeds(count: int) -> str:
-    return f"{count} seed" + ("s" if count != 1 else "")
+def _seeds(*counts: int) -> str:
+    """Formats "1 seed", "5 seeds", or of two points with different numbers "5 and 4 seeds"."""
+    several = dict.fromkeys(counts)
+    return " and ".join(map(str, several)) + (" seeds" if several != {1: None} else " seed")
 
 
 def _two_digits(number: int) -> str:
@@ -181,13 +255,24 @@ def warnings(
     facts: Facts,
     points: Mapping[str, Point],
     comparisons: Sequence[Comparison],
+    noise: Noise,
+    unstable: Mapping[str, Sequence[int]],
     tuning: Mapping[str, Tuning],
     mismatch: Mapping[str, float],
 ) -> Iterator[str]:
     """Yields threats to the validity of the verdict: seeds, divergence, tuning, unequal budgets."""
     compared = {label: point for label, point in points.items() if point.comparison}
-    yield from _seed_warnings(facts, compared, comparisons)
+    yield from _seed_warnings(facts, compared, comparisons, noise)
     yield from filter(None, map(_survivors, compared.values()))
+    if unstable:
+        names = [
+            f"{len(seeds)} of {len(points[label].finished)} runs of {label!r} (seed {_numbers(seeds)})"
+            for label, seeds in unstable.items()
+        ]
+        yield (
+            f"Unstable: {_join(names)} ended far above the median of their point, or above the lowest loss "
+            "of their own. They count in the comparison."
+        )
     yield from _tuning_warnings(facts, list(compared), tuning)
     if mismatch.get(facts.matched, 0) > TOLERANCE:
         yield (
@@ -197,7 +282,7 @@ def warnings(
 
 
 def _seed_warnings(
-    facts: Facts, compared: Mapping[str, Point], comparisons: Sequence[Comparison]
+    facts: Facts, compared: Mapping[str, Point], comparisons: Sequence[Comparison], noise: Noise
 ) -> Iterator[str]:
     scores = {label: point.scores for label, point in compared.items() if point.scores}
     for count, why in ((1, "One seed proves nothing"), (2, "Intervals from two seeds are very wide")):
@@ -211,20 +296,15 @@ def _seed_warnings(
     for point in points:
         missing = seeds - scores.get(point, {}).keys()
         if missing and missing != seeds:
-            yield (
-                f"{point!r} has no finished run with seed {_numbers(missing)}, unlike other points: its "
-                "pairs are compared over the common seeds only."
-            )
-    if same := [c for c in comparisons if c.difference and c.difference.n > 1 and c.difference.sd == 0]:
+            only = ": all pairs are compared over the common seeds only" if noise.paired else ""
+            yield f"{point!r} has no finished run with seed {_numbers(missing)}, unlike other points{only}."
+    if same := [c for c in comparisons if c.difference and c.difference.n > 1 and c.difference.se == 0]:
         why = "the error is saturated" if facts.metric == "error" else "both are one computation"
         yield (
             f"The same difference in every seed: {'; '.join(f'{c.point!r} and {c.other!r}' for c in same)}. "
             f"Either {why}, or the seeds have no effect."
         )
-    orders: dict[int, set[int]] = {}
-    for run in (run for point in compared.values() for run in point.comparison):
-        orders.setdefault(run.seed, set()).add(run.setting("train.data_seed"))
-    if mixed := [seed for seed, found in orders.items() if len(found) > 1]:
+    if mixed := verdicts.mixed_orders(compared):
         yield f"Runs with equal seed saw the data in different orders (seeds {_numbers(mixed)}): not paired."
 
 
