@@ -5,10 +5,12 @@ import functools
 import re
 from collections.abc import Iterable, Sequence
 
-from mobilellm_jax.analysis import statistics, verdicts, wording
+from mobilellm_jax.analysis import documents, regime, statistics, verdicts, wording
 from mobilellm_jax.analysis.comparable import check_comparable
+from mobilellm_jax.analysis.documents import TwoWay
 from mobilellm_jax.analysis.facts import Facts, Point, facts_of, points_of
 from mobilellm_jax.analysis.records import Record
+from mobilellm_jax.analysis.regime import Regime
 from mobilellm_jax.analysis.statistics import Estimate
 from mobilellm_jax.analysis.tuning import Tuning, tuning_searches
 from mobilellm_jax.analysis.verdicts import Comparison
@@ -26,9 +28,13 @@ class Verdict:
       noise: standard deviation of the metric over seeds by point; None with one seed.
       mismatch: by budget: max / min - 1 over the points; infinite where min is 0.
       failures: counts and names of failed, diverged and missing runs of both phases; "" if none.
-      warnings: threats to the validity of the verdict, one sentence each.
+      warnings: threats to the validity of the verdict, one sentence each; first, whether architecture can be
+        judged at all.
       seeds_vary: randomness that differs between the runs of a point: "initialisation and data order",
         "initialisation", "data order" or "nothing"; `noise` is the resulting spread.
+      regimes: by point, where it stands beside n-gram counts; {} for synthetic tasks.
+      over_documents: for each of `comparisons`, the difference over other documents too; None where the
+        records do not hold it.
     """
 
     sentence: str
@@ -40,6 +46,8 @@ class Verdict:
     failures: str
     warnings: list[str]
     seeds_vary: str
+    regimes: dict[str, Regime]
+    over_documents: list[TwoWay | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +95,8 @@ def study_of(records: Sequence[Record]) -> Study:
     comparisons, tuning = verdicts.compare(facts, points), tuning_searches(points)
     mismatch, seeds_vary = verdicts.mismatch(points), verdicts.seeds_vary(points)
     scores = {label: list(point.scores.values()) for label, point in points.items() if point.scores}
+    regimes = regime.regimes(facts, points)
+    over_documents = documents.over_documents(facts, points, comparisons)
     found = Verdict(
         sentence=wording.sentence(facts, points, comparisons, tuning, seeds_vary),
         estimates={label: statistics.mean_and_interval(values) for label, values in scores.items()},
@@ -95,8 +105,15 @@ def study_of(records: Sequence[Record]) -> Study:
         noise={label: statistics.standard_deviation(values) for label, values in scores.items()},
         mismatch=mismatch,
         failures=" ".join(filter(None, (wording.failures(points, p) for p in ("comparison", "tuning")))),
-        warnings=[*incomparable, *wording.warnings(facts, points, comparisons, tuning, mismatch)],
+        warnings=[
+            *regime.warnings(regimes),
+            *incomparable,
+            *wording.warnings(facts, points, comparisons, tuning, mismatch),
+            *documents.warnings(comparisons, over_documents),
+        ],
         seeds_vary=seeds_vary,
+        regimes=regimes,
+        over_documents=over_documents,
     )
     return Study(facts, points, found)
 
