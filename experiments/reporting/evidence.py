@@ -1,0 +1,72 @@
+"""Tables of what a verdict stands on: n-gram floors, loss by position, other documents, paired questions."""
+
+from experiments.reporting.tables import Columns, quantity
+from mobilellm_jax.analysis.regime import CONTEXT, FLAT, NGRAMS
+from mobilellm_jax.analysis.study import Study
+
+FLOORS = (
+    "Held-out loss in nats per token beside n-grams counted on the same training tokens, and by the place of "
+    f"the target in its row. Above the trigram, or where context beyond {CONTEXT} tokens is worth less than "
+    f"{FLAT:g}, architecture cannot be judged."
+)
+TEXTS = (
+    "The first interval is over other seeds on the same held-out text, the second over other documents too "
+    "(95 %, two-way bootstrap, each pair alone). The last columns are the standard errors of either choice."
+)
+
+
+def floors(study: Study) -> Columns:
+    """Loss of each design, the n-grams, and context beyond `CONTEXT` tokens; {} if none was counted."""
+    found = {label: regime for label, regime in study.verdict.regimes.items() if regime.floor}
+    if not found:
+        return {}
+    values = found.values()
+    worth = [
+        None if regime.near is None or regime.far is None else regime.near - regime.far for regime in values
+    ]
+    return {
+        "point": list(found),
+        "loss": [f"{regime.loss:.4f}" for regime in values],
+        **{name: [f"{regime.floor[name]:.4f}" for regime in values] for name in NGRAMS},
+        "counted on": [quantity(regime.tokens) for regime in values],
+        f"beyond {CONTEXT} tokens": ["" if value is None else f"{-value:+.4f}" for value in worth],
+    }
+
+
+def positions(study: Study) -> Columns:
+    """Loss of each design by the place of the target in the row; {} if it was not measured."""
+    found = {label: of.by_position for label, of in study.verdict.regimes.items() if of.by_position}
+    if not found:
+        return {}
+    ends = sorted({end for places in found.values() for end in places})
+    columns: Columns = {"point": list(found)}
+    for before, end in zip([0, *ends], ends, strict=False):
+        name = f"{end}" if end == before + 1 else f"{before + 1} to {end}"
+        columns[name] = [f"{places[end]:.3f}" if end in places else "" for places in found.values()]
+    return columns
+
+
+def documents(study: Study) -> Columns:
+    """Difference of each pair over seeds, and over other documents too; {} without records of documents."""
+    pairs = [
+        (c, over)
+        for c, over in zip(study.verdict.comparisons, study.verdict.over_documents, strict=True)
+        if over is not None
+    ]
+    if not pairs:
+        return {}
+    return {
+        "pair": [f"{c.point} against {c.other}" for c, _ in pairs],
+        "difference (nats/token)": [f"{over.mean:+.4f}" for _, over in pairs],
+        "over other seeds": [
+            _interval(c.difference.low, c.difference.high) if c.difference else "" for c, _ in pairs
+        ],
+        "over other documents too": [_interval(over.low, over.high) for _, over in pairs],
+        "documents": [str(over.documents) for _, over in pairs],
+        "of seeds": [f"{over.seeds_error:.4f}" for _, over in pairs],
+        "of documents": [f"{over.documents_error:.4f}" for _, over in pairs],
+    }
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"[{low:+.4f}, {high:+.4f}]"
