@@ -178,7 +178,7 @@ def test_the_same_runs_are_not_counted_twice():
         "The same runs: 'x2' is 'immediate' of layer_sharing:tiny; 'x1' is 'none' of layer_sharing:tiny."
         in again
     )
-    assert "These judgements rest on 1 comparisons. 1 more are the same runs under another name" in text
+    assert "judgements rest on: 1. 1 more are the same runs under another name" in text
     assert "another name" not in claims.page([repeated("layer_sharing", ["none", "immediate"])])
 
 
@@ -209,6 +209,9 @@ def test_star_where_architecture_cannot_be_judged():
         (row,) = [line for line in text.splitlines() if line.startswith("| Every order")]
         assert row == f"| Every order of applying blocks twice is better than once. |  | {star}  |"
         assert ("architecture cannot be judged at that size" in text) == (records is blind)
+        assert "n-gram floor" not in text
+        old = study_of([dataclasses.replace(run, floor=None) for run in named])
+        assert "For 1 of the 1 studies the n-gram floor was not counted" in claims.page([old])
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small"])

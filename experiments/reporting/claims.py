@@ -150,7 +150,7 @@ def page(studies: Iterable[Study]) -> str:
                 star = "\\*" * _is_blind(study)
                 judged.setdefault(found.word, []).append(preset + star)
                 compared = [c for c in found.counted if c.difference]
-                labels = [name for c in compared for name in (c.point, c.other)]
+                labels = [name for c in (*compared, *found.outside) for name in (c.point, c.other)]
                 again = judging.same_runs(known, study, labels)
                 ours.append(_ours(found, study, again))
                 pairs += [_identity(c, study) for c in compared]
@@ -163,10 +163,15 @@ def page(studies: Iterable[Study]) -> str:
     head = [markdown_table(columns)]
     if any(map(_is_blind, studies)):
         head.append(_STAR)
+    if unknown := [of for of in studies if any(not found.floor for found in of.verdict.regimes.values())]:
+        head.append(
+            f"For {len(unknown)} of the {len(studies)} studies the n-gram floor was not counted: whether "
+            "architecture can show there is not known."
+        )
     if twice := len(pairs) - len(set(pairs)):
         head.append(
-            f"These judgements rest on {len(set(pairs))} comparisons. {twice} more are the same runs under "
-            "another name, and no evidence of their own."
+            f"Comparisons of different runs that these judgements rest on: {len(set(pairs))}. {twice} more "
+            "are the same runs under another name, and no evidence of their own."
         )
     parts = [TITLE, *_INTRODUCTION, *head, *parts]
     parts += ["## Not tested here", "\n".join(f"- {claim}" for claim in UNTESTED)]

@@ -1,8 +1,10 @@
 """Tables of what a verdict stands on: n-gram floors, loss by position, other documents, paired questions."""
 
 from experiments.reporting.tables import Columns, quantity
+from mobilellm_jax.analysis.questions import paired_accuracies
 from mobilellm_jax.analysis.regime import CONTEXT, FLAT, NGRAMS
 from mobilellm_jax.analysis.study import Study
+from mobilellm_jax.analysis.wording import format_p
 
 FLOORS = (
     "Held-out loss in nats per token beside n-grams counted on the same training tokens, and by the place of "
@@ -13,6 +15,11 @@ TEXTS = (
     "The first interval is over other seeds on the same held-out text, the second over other documents too "
     "(95 %, two-way bootstrap, each pair alone). The last columns are the standard errors of either choice."
 )
+PAIRED = (
+    "Difference of acc on the same questions, with a 95 % interval over other questions, and over other "
+    "seeds where both have several; each alone, not corrected for their number. The standard error is "
+    "clustered by question. McNemar's test is for one seed of each."
+)
 
 
 def floors(study: Study) -> Columns:
@@ -22,14 +29,14 @@ def floors(study: Study) -> Columns:
         return {}
     values = found.values()
     worth = [
-        None if regime.near is None or regime.far is None else regime.near - regime.far for regime in values
+        None if regime.near is None or regime.far is None else regime.far - regime.near for regime in values
     ]
     return {
         "point": list(found),
         "loss": [f"{regime.loss:.4f}" for regime in values],
         **{name: [f"{regime.floor[name]:.4f}" for regime in values] for name in NGRAMS},
         "counted on": [quantity(regime.tokens) for regime in values],
-        f"beyond {CONTEXT} tokens": ["" if value is None else f"{-value:+.4f}" for value in worth],
+        f"beyond {CONTEXT} tokens": ["" if value is None else f"{value:+.4f}" for value in worth],
     }
 
 
@@ -70,3 +77,20 @@ def documents(study: Study) -> Columns:
 
 def _interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"[{low:+.4f}, {high:+.4f}]"
+
+
+def paired_questions(study: Study) -> Columns:
+    """Differences of zero-shot accuracies on the same questions; {} where the answers were not kept."""
+    found = paired_accuracies(study.points, study.verdict.comparisons)
+    if not found:
+        return {}
+    return {
+        "pair": [f"{of.point} against {of.other}" for of in found],
+        "task": [f"{of.task} ({of.questions:,})" for of in found],
+        "seeds": [f"{of.seeds[0]}, {of.seeds[1]}" for of in found],
+        "acc, points": [f"{100 * of.mean:+.1f} [{100 * of.low:+.1f}, {100 * of.high:+.1f}]" for of in found],
+        "standard error": [f"{100 * of.error:.1f}" for of in found],
+        "McNemar's p": [
+            "" if of.p_value is None else format_p(of.p_value).removeprefix("= ") for of in found
+        ],
+    }

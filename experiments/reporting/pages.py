@@ -57,7 +57,7 @@ th:first-child, td:first-child {{ text-align: left }}
 WARNINGS = "Read this first"
 BUDGETS = (
     "A star marks the budget held equal. FLOP, KV (key/value cache) and decode bytes are per token. D/L is "
-    "the width over the layers applied; the paper's models at 125M have 6 to 320."
+    "the width over the layers applied; outside: of the 6 to 320 that the paper's models at 125M have."
 )
 UNITS = {
     "loss": "Held-out loss after the last step, ± a 95 % t interval.",
@@ -99,7 +99,7 @@ def contents(study: Study, images: dict[str, Image]) -> list[Section]:
     pairs = [tables.comparisons(study)] if found.comparisons else []
     paper = beside_paper.table(study)
     regime = [columns for columns in (evidence.floors(study), evidence.positions(study)) if columns]
-    texts = evidence.documents(study)
+    texts, paired = evidence.documents(study), evidence.paired_questions(study)
 
     def shown(suffix: str) -> list[Block]:
         return [images[suffix]] if suffix in images else []
@@ -114,6 +114,7 @@ def contents(study: Study, images: dict[str, Image]) -> list[Section]:
         ("Learning rates", [*shown("-learning_rates"), *_learning_rates(found.tuning)]),
         ("Outcomes", [UNITS[study.facts.metric], tables.outcomes(study), _seeds(study)]),
         ("Zero-shot accuracy", [SHARES, zero_shot] if (zero_shot := tables.zero_shot(study)) else []),
+        ("Zero-shot, question by question", [evidence.PAIRED, paired] if paired else []),
         ("Against parameters and FLOPs", shown("-costs")),
         ("Training curves", [images["-curves"]]),
         ("Runs that did not finish", _unfinished(study)),

@@ -303,7 +303,7 @@ def _shapes(study: Study) -> Columns:
         "blocks": [str(point.config["model"]["depth"]) for point in points],
         "layers": [str(len(point.layer_plan)) for point in points],
         **{name: [str(p.config["model"][field]) for p in points] for name, field in settings.items()},
-        "D/L": [f"{aspect_ratio(p):.3g}{' (not in paper)' * is_outside(p)}" for p in points],
+        "D/L": [f"{aspect_ratio(p):.3g}{' (outside)' * is_outside(p)}" for p in points],
         "tokens": [quantity(max(run.tokens_seen for run in point.runs)) for point in points],
     }
 
