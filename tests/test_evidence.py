@@ -52,6 +52,12 @@ def test_several_seeds_are_clustered_by_question():
     assert found.high - found.low > 2 * 1.96 * found.error  # seeds are in it as well
 
 
+def test_equal_answers_have_no_interval():
+    a = np.array([[1.0, 0, 1, 1]])
+    found = paired_accuracy("a", "b", "piqa", a, a)
+    assert (found.mean, found.low, found.high, found.p_value) == (0, None, None, 1)
+
+
 @pytest.mark.parametrize(("seeds", "seed_sd"), [(1, 0.0), (4, 0.0), (4, 0.05)])
 def test_intervals_hold_the_true_difference(seeds, seed_sd):
     rng, worlds, held, gap = np.random.default_rng(3), 500, 0, 0.05

@@ -75,8 +75,10 @@ def documents(study: Study) -> Columns:
     }
 
 
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"[{low:+.4f}, {high:+.4f}]"
+def _interval(low: float | None, high: float | None, scale: int = 1, digits: int = 4) -> str:
+    if low is None or high is None:
+        return ""
+    return f"[{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]"
 
 
 def paired_questions(study: Study) -> Columns:
@@ -88,7 +90,7 @@ def paired_questions(study: Study) -> Columns:
         "pair": [f"{of.point} against {of.other}" for of in found],
         "task": [f"{of.task} ({of.questions:,})" for of in found],
         "seeds": [f"{of.seeds[0]}, {of.seeds[1]}" for of in found],
-        "acc, points": [f"{100 * of.mean:+.1f} [{100 * of.low:+.1f}, {100 * of.high:+.1f}]" for of in found],
+        "acc, points": [f"{100 * of.mean:+.1f} {_interval(of.low, of.high, 100, 1)}".strip() for of in found],
         "standard error": [f"{100 * of.error:.1f}" for of in found],
         "McNemar's p": [
             "" if of.p_value is None else format_p(of.p_value).removeprefix("= ") for of in found

@@ -7,6 +7,7 @@ is better known than the accuracies (Miller, Adding error bars to evals, arXiv 2
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -31,7 +32,8 @@ class PairedAccuracy:
       seeds: of either point.
       mean: accuracy of `point` minus that of `other`, over all their seeds.
       error: standard error from the choice of the questions, clustered by question over the seeds.
-      low, high: 95 % interval for other questions, and for other seeds where both have several.
+      low, high: 95 % interval for other questions, and for other seeds where both have several. None where
+        all differences are the same: no spread does not justify an interval of width zero.
       p_value: of McNemar's exact test, for one seed of each; else None.
     """
 
@@ -42,8 +44,8 @@ class PairedAccuracy:
     seeds: tuple[int, int]
     mean: float
     error: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p_value: float | None
 
 
@@ -59,22 +61,25 @@ def paired_accuracies(points: Mapping[str, Point], comparisons: Iterable[Compari
 
 
 def paired_accuracy(point: str, other: str, task: str, a: Array, b: Array) -> PairedAccuracy:
-    """Compares right answers (1, else 0) to the same questions: a, b [seeds, questions]."""
+    """Compares right answers (1, else 0) to the same questions, two or more: a, b [seeds, questions]."""
     of_question = np.mean(a, axis=0) - np.mean(b, axis=0)
     questions, mean = len(of_question), float(np.mean(of_question))
-    error = float(np.std(of_question, ddof=1)) / math.sqrt(questions) if questions > 1 else math.inf
+    error = float(np.std(of_question, ddof=1)) / math.sqrt(questions)
     parts = [(error**2, questions - 1)]
     if min(len(a), len(b)) > 1:
         parts += [(_of_seeds(x), len(x) - 1) for x in (a, b)]
     variance = sum(v for v, _ in parts)
     weights = sum(v**2 / df for v, df in parts if v)
-    half = stats.t.ppf((1 + LEVEL) / 2, variance**2 / weights) * math.sqrt(variance) if weights else 0.0
+    low = high = None
+    if weights:
+        freedom = variance**2 / weights  # Satterthwaite
+        half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(variance)
+        low, high = mean - half, mean + half
     p_value = None
     if len(a) == len(b) == 1:
-        p_value = float(mcnemar([[np.sum(a * b), np.sum(a > b)], [np.sum(a < b), 0]], exact=True).pvalue)
-    return PairedAccuracy(
-        point, other, task, questions, (len(a), len(b)), mean, error, mean - half, mean + half, p_value
-    )
+        test: Any = mcnemar([[np.sum(a * b), np.sum(a > b)], [np.sum(a < b), 0]], exact=True)
+        p_value = float(test.pvalue)
+    return PairedAccuracy(point, other, task, questions, (len(a), len(b)), mean, error, low, high, p_value)
 
 
 def _of_seeds(x: Array) -> float:
@@ -90,7 +95,7 @@ def _answers(runs: Sequence[Record]) -> dict[Key, Array]:
     found: dict[Key, list[list[int]]] = {}
     for run in runs:
         for task, entry in (run.zero_shot or {}).items():
-            if "correct" in entry:
+            if len(entry.get("correct", "")) == entry["items"] > 1:
                 key = (task, entry["items"], entry["data"])
                 found.setdefault(key, []).append([int(answer) for answer in entry["correct"]])
     return {key: np.array(answers, float) for key, answers in found.items()}
