@@ -12,8 +12,9 @@ FLOORS = (
     f"{FLAT:g}, architecture cannot be judged."
 )
 TEXTS = (
-    "The first interval is over other seeds on the same held-out text, the second over other documents too "
-    "(95 %, two-way bootstrap, each pair alone). The last columns are the standard errors of either choice."
+    "The first interval is that of the verdict, over other seeds on the same held-out text; the second is "
+    "over other documents too (95 %, two-way bootstrap, of each pair alone). The last columns are the "
+    "standard errors from the choice of the seeds, and of the documents."
 )
 PAIRED = (
     "Difference of acc on the same questions, with a 95 % interval over other questions, and over other "

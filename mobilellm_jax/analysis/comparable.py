@@ -64,11 +64,12 @@ def repetition(runs: Sequence[Record]) -> str | None:
 
 def _one_protocol(facts: Facts, runs: Sequence[Record]) -> None:
     """Raises UserError if some runs have planned seeds or fitted rates, and some do not."""
-    for what, kind in (
-        ("a plan", lambda run: run.plan is not None),
-        ("a fitted learning rate", lambda run: run.tuning == "fitted"),
+    compared = [run for run in runs if run.phase == "comparison"]
+    for what, asked, follows in (
+        ("a plan", compared, lambda run: run.plan is not None),
+        ("a fitted learning rate", runs, lambda run: run.tuning == "fitted"),
     ):
-        has, lacks = ([run for run in runs if kind(run) is wanted] for wanted in (True, False))
+        has, lacks = ([run for run in asked if follows(run) is wanted] for wanted in (True, False))
         if has and lacks:
             raise UserError(
                 f"{facts.study}:{facts.preset}: records of two protocols: {len(has)}, such as {has[0].name}, "
