@@ -152,6 +152,7 @@ def test_prompts_are_those_of_the_definitions(task, tmp_path, adapter):
     last = row["problems"][-1] if task == "race" else row
     assert result.metrics["acc"][0] == (last["gold"] == 0)  # the first is the most likely
     assert "acc_norm" in result.metrics
+    assert result.correct == str(int(last["gold"] == 0))
     assert (result.chance, result.majority) == (1 / len(expected), 1.0)
 
 
@@ -166,8 +167,20 @@ def test_baselines_count_the_questions(data_dir, adapter):
     assert result.majority == max(np.bincount([row["gold"] for row in rows])) / 10
     value, error = result.metrics["acc"]
     assert error == pytest.approx(np.sqrt(value * (1 - value) / 9))
+    assert len(result.correct) == 10
+    assert result.correct.count("1") == 10 * value
     result = harness.run_task(lm, "triviaqa", tasks["triviaqa"], 4)
     assert (result.metrics.keys(), result.chance, result.majority) == ({"exact_match"}, None, None)
+    assert result.correct is None
+
+
+def test_answers_are_kept_in_the_order_of_the_questions():
+    answers = [{"doc_id": place, "acc": acc} for place, acc in ((2, 1.0), (0, 0.0), (1, 1))]
+    assert harness.correct(answers) == "011"
+    assert harness.correct([*answers, answers[0]]) is None
+    assert harness.correct([{"doc_id": 0, "acc": 0.5}]) is None
+    assert harness.correct([{"doc_id": 0}]) is None
+    assert harness.correct([{"doc_id": i, "acc": 1.0} for i in range(20_001)]) is None
 
 
 @pytest.mark.parametrize(

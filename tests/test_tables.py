@@ -59,10 +59,10 @@ def test_every_budget_is_shown_with_its_mismatch_and_the_matched_one_marked():
     assert rows[0] == ["2 x 128", "1 M", "750 k", "1.02 k", "4 M", "16 M", "8.2 M"]
     assert rows[-1] == ["mismatch", "0.0%", "0.0%", "300.0%", "0.0%", "0.0%", "7.3%"]
     assert rows_of(text(depths()), "blocks") == [
-        ["point", "blocks", "layers"],
-        ["2 x 128", "2", "2"],
-        ["4 x 128", "4", "4"],
-        ["8 x 128", "8", "8"],
+        ["point", "blocks", "layers", "D/L"],
+        ["2 x 128", "2", "2", "64"],
+        ["4 x 128", "4", "4", "32"],
+        ["8 x 128", "8", "8", "16"],
     ]
 
 

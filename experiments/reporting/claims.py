@@ -3,45 +3,15 @@
 `experiments.report` writes the page, <workdir>/claims.md, from records and the paper's tables alone.
 """
 
-import dataclasses
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Hashable, Iterable
+from math import hypot
 
-from experiments.reporting import paper_tables
-from experiments.reporting.tables import Columns, markdown_table, plain, quantity
+from experiments.reporting import judging, paper_tables
+from experiments.reporting.judging import Claim, Judgement
+from experiments.reporting.tables import ASPECTS, Columns, markdown_table, plain, quantity
 from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.verdicts import Comparison
 from mobilellm_jax.analysis.wording import format_difference, phrase
-
-Pairs = Sequence[tuple[str, str]]  # labels of (point, other)
-# For each expectation: the words of a verdict that are for it, and those against it.
-SUPPORTS = {"better": {"better"}, "worse": {"worse"}, "not worse": {"better", "no difference"}}
-CONTRADICTS = {"better": {"worse"}, "worse": {"better"}, "not worse": {"worse"}}
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """A claim of the paper about shapes, and the comparisons that test it.
-
-    Attributes:
-      text, where: the claim, and its place in the paper.
-      study: the study that tests it.
-      pairs: the comparisons; the claim is that the first is `expected` compared with the second. A star
-        matches any text. Empty: all pairs of the study.
-      paper: the same pairs by the labels of the paper's table, if different. A size group has the pairs of
-        which it has both rows.
-      expected: "better", "worse" or "not worse".
-      note: what weakens the paper's evidence.
-    """
-
-    text: str
-    where: str
-    study: str
-    pairs: Pairs = ()
-    paper: Pairs = ()
-    expected: str = "better"
-    note: str = ""
-
 
 CLAIMS = (
     Claim(
@@ -56,6 +26,8 @@ CLAIMS = (
             ("32 x 896", "15 x 1280"),
             ("66 x 640", "32 x 896"),
         ),
+        needs="any",
+        in_range=True,
         note="Its deeper models have more parameters outside the embedding, 77 to 110 of 134 million; "
         "our study holds those equal.",
     ),
@@ -146,90 +118,121 @@ TITLE = "# What the paper claims, and what we found"
 _INTRODUCTION = (
     "Written by `python -m experiments.report` from the records beside this file and the tables of [the "
     "paper](https://arxiv.org/abs/2402.14905). The paper gives the average zero-shot accuracy on eight "
-    "tasks, of one run each at one learning rate. We compare held-out loss in nats per token, lower is "
-    "better, over several seeds, each point at its own best learning rate.",
-    "*Agree* and *disagree* are said where a difference is significant after Holm's correction, or "
-    "shown to be too small to matter where that is the claim; the rest is *cannot tell*. Very small "
-    "models at the start of training say little about 125 million parameters and 0.25 trillion tokens: "
-    "where they disagree, the claim may still hold at its own scale.",
+    "tasks, of one run each at one learning rate. Behind ± is the standard error of a difference from the "
+    "choice of their questions alone: less than that is no evidence, less than twice that is little. We "
+    "compare held-out loss in nats per token, lower is better, over several seeds, each point at its own "
+    "best learning rate.",
+    "*Agree* and *disagree* are said where differences are significant after Holm's correction; where the "
+    "claim is that something costs little, if they are shown to be below, or above, the smallest difference "
+    "that matters. A claim about several pairs needs all of them, and one of them refutes it. That depth has "
+    "an optimum needs one better shape, and only all of the shapes that the paper covers (width over layers "
+    f"{ASPECTS[0]} to {ASPECTS[1]}) refute it. A study run under two parameterizations has to say the same "
+    "under both; the word of one under a single parameterization is about that one. The rest is *cannot "
+    "tell*. Very small models at the start of training say little about 125 million parameters and 0.25 "
+    "trillion tokens: where they disagree, the claim may still hold at its own scale.",
 )
+_STAR = "A star: architecture cannot be judged at that size, as the report says first."
 
 
 def page(studies: Iterable[Study]) -> str:
     """The page in Markdown, from every study at every preset."""
     studies = sorted(studies, key=lambda study: study.facts.preset)
     columns: Columns = {"claim": [], **{word: [] for word in ("agree", "disagree", "cannot tell")}}
+    known: dict[Hashable, tuple[Study, str]] = {}
+    pairs: list[frozenset[Hashable]] = []
     parts = []
     for claim in CLAIMS:
         judged: dict[str, list[str]] = {}
         ours = []
         for study in (study for study in studies if study.facts.study == claim.study):
             preset = plain(study.facts.preset)
-            if asked := _asked(claim, study):
-                word = judge([c.word for c in asked], claim.expected)
-                judged.setdefault(word, []).append(preset)
-                ours.append(_ours(word, study, asked))
+            if found := judging.judgement(claim, study):
+                star = "\\*" * _is_blind(study)
+                judged.setdefault(found.word, []).append(preset + star)
+                compared = [c for c in found.counted if c.difference]
+                labels = [name for c in (*compared, *found.outside) for name in (c.point, c.other)]
+                again = judging.same_runs(known, study, labels)
+                ours.append(_ours(found, study, again))
+                pairs += [_identity(c, study) for c in compared]
             else:
                 ours.append(f"- At {preset} there are no records yet of the points it is about.")
         columns["claim"].append(claim.text)
         for word in list(columns)[1:]:
             columns[word].append(", ".join(judged.get(word, [])))
         parts += [f"## {claim.text}", _paper_says(claim), "\n".join(ours) or "Not run here."]
-    parts = [TITLE, *_INTRODUCTION, markdown_table(columns), *parts]
+    head = [markdown_table(columns)]
+    if any(map(_is_blind, studies)):
+        head.append(_STAR)
+    if unknown := [of for of in studies if any(not found.floor for found in of.verdict.regimes.values())]:
+        head.append(
+            f"For {len(unknown)} of the {len(studies)} studies the n-gram floor was not counted: whether "
+            "architecture can show there is not known."
+        )
+    if twice := len(pairs) - len(set(pairs)):
+        head.append(
+            f"Comparisons of different runs that these judgements rest on: {len(set(pairs))}. {twice} more "
+            "are the same runs under another name, and no evidence of their own."
+        )
+    parts = [TITLE, *_INTRODUCTION, *head, *parts]
     parts += ["## Not tested here", "\n".join(f"- {claim}" for claim in UNTESTED)]
     return "\n\n".join(parts) + "\n"
 
 
-def judge(words: Sequence[str], expected: str) -> str:
-    """ "agree", "disagree" or "cannot tell", from the words of the comparisons.
+def _is_blind(study: Study) -> bool:
+    """True if the study is known to be in a regime where architecture cannot be judged."""
+    return any(regime.above_trigram or regime.is_flat for regime in study.verdict.regimes.values())
 
-    One significant comparison for the claim, and none against it, is enough to agree; the other way round, to
-    disagree.
-    """
-    supported = any(word in SUPPORTS[expected] for word in words)
-    contradicted = any(word in CONTRADICTS[expected] for word in words)
-    if supported == contradicted:
-        return "cannot tell"
-    return "agree" if supported else "disagree"
+
+def _identity(c: Comparison, study: Study) -> frozenset[Hashable]:
+    return frozenset(judging.identity(study.points[name]) for name in (c.point, c.other))
 
 
 def _paper_says(claim: Claim) -> str:
     said = []
     for group, rows in paper_tables.rows(claim.study).items():
-        accuracy = {row.label: row.accuracy for row in rows}
-        changes = []
-        for point, other in claim.paper or claim.pairs:
-            first, second = accuracy.get(point), accuracy.get(other)
-            if first is not None and second is not None:
-                changes.append(f"{point} {first} against {other} {second} ({first - second:+.1f})")
+        of = {row.label: row for row in rows if row.accuracy is not None}
+        changes = [
+            f"{point} {of[point].accuracy} against {other} {of[other].accuracy} "
+            f"({_change(of[point], of[other])})"
+            for point, other in claim.paper or claim.pairs
+            if point in of and other in of
+        ]
         said.append(f"{group}: " * bool(group) + ", ".join(changes))
     note = f" {claim.note}" if claim.note else ""
     return f"Paper ({claim.where}), accuracy in percent: {'; '.join(said)}.{note}"
 
 
-def _asked(claim: Claim, study: Study) -> list[Comparison]:
-    """The comparisons of the claim's study that test it."""
-    if not claim.pairs:
-        return study.verdict.comparisons
-    return [
-        c
-        for c in study.verdict.comparisons
-        if {c.point, c.other} <= study.points.keys()
-        and any(fnmatchcase(c.point, point) and fnmatchcase(c.other, other) for point, other in claim.pairs)
-    ]
+def _change(point: paper_tables.Row, other: paper_tables.Row) -> str:
+    """Difference of two averages with its standard error, and whether it is within that."""
+    assert point.accuracy is not None
+    assert other.accuracy is not None
+    change = point.accuracy - other.accuracy
+    if point.error is None or other.error is None:
+        return f"{change:+.1f}"
+    error = hypot(point.error, other.error)
+    return f"{change:+.1f} ± {error:.1f}" + (", within it" if abs(change) <= error else "")
 
 
-def _ours(judged: str, study: Study, asked: Sequence[Comparison]) -> str:
-    """Judgement, scale and finding."""
-    facts, seeds = study.facts, max(c.difference.n if c.difference else 0 for c in asked)
+def _ours(found: Judgement, study: Study, again: list[str]) -> str:
+    """Judgement, scale, parameterization and finding."""
+    facts, asked = study.facts, [*found.counted, *found.outside]
+    seeds = max(c.difference.n if c.difference else 0 for c in asked)
     sizes = [run.parameters["non_embedding"] for run in study.runs]
     size = " to ".join(dict.fromkeys(quantity(number) for number in (min(sizes), max(sizes))))
     tokens = quantity(max(run.tokens_seen for run in study.runs))
-    found = "; ".join(_finding(c, facts.metric) for c in asked)
+    arms = [f"{arm}: {word}" for arm, word in found.by_arm.items()]
+    under = f"under {', '.join(found.by_arm)} alone" if len(arms) == 1 else "; ".join(arms)
+    parts = (
+        [f"{plain('; '.join(_finding(c, facts.metric) for c in found.counted))}."] if found.counted else []
+    )
+    if found.outside:
+        shapes = "; ".join(_finding(c, facts.metric) for c in found.outside)
+        parts.append(plain(f"Not counted, of shapes that the paper does not cover: {shapes}."))
+    if again:
+        parts.append(plain(f"The same runs: {'; '.join(again)}."))
     return (
-        f"- **{judged}** at [{facts.preset}](reports/{facts.study}-{facts.preset}.md) "
-        f"({size} non-embedding parameters, {tokens} tokens, {seeds} seeds): "
-        f"{plain(found)}."
+        f"- **{found.word}** at [{facts.preset}](reports/{facts.study}-{facts.preset}.md) "
+        f"({size} non-embedding parameters, {tokens} tokens, {seeds} seeds, {under}): {' '.join(parts)}"
     )
 
 

@@ -9,7 +9,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from experiments.reporting import beside_paper, figures, tables
+from experiments.reporting import beside_paper, evidence, figures, tables
 from experiments.reporting.figures import Image
 from mobilellm_jax.analysis.records import Record
 from mobilellm_jax.analysis.study import Study, study_of
@@ -55,7 +55,10 @@ th:first-child, td:first-child {{ text-align: left }}
 </html>
 """
 WARNINGS = "Read this first"
-BUDGETS = "A star marks the budget held equal. FLOP, KV (key/value cache) and decode bytes are per token."
+BUDGETS = (
+    "A star marks the budget held equal. FLOP, KV (key/value cache) and decode bytes are per token. D/L is "
+    "the width over the layers applied; outside: of the 6 to 320 that the paper's models at 125M have."
+)
 UNITS = {
     "loss": "Held-out loss after the last step, ± a 95 % t interval.",
     "error": "Held-out answers that are exactly right after the last step, in percent, ± a 95 % t interval.",
@@ -96,6 +99,8 @@ def contents(study: Study, images: dict[str, Image]) -> list[Section]:
     pairs = [tables.comparisons(study)] if found.comparisons else []
     pairs += [over_arms] if (over_arms := tables.joint(study)) else []
     paper = beside_paper.table(study)
+    regime = [columns for columns in (evidence.floors(study), evidence.positions(study)) if columns]
+    texts, paired = evidence.documents(study), evidence.paired_questions(study)
 
     def shown(suffix: str) -> list[Block]:
         return [images[suffix]] if suffix in images else []
@@ -103,11 +108,14 @@ def contents(study: Study, images: dict[str, Image]) -> list[Section]:
     return [
         (WARNINGS, [found.warnings] if found.warnings else []),
         ("Verdict", [found.sentence, images[""], *pairs]),
+        ("Floor and context", [evidence.FLOORS, *regime] if regime else []),
+        ("Other held-out documents", [evidence.TEXTS, texts] if texts else []),
         ("Beside the paper", [*shown("-paper"), paper] if paper else []),
         ("Designs", [*tables.head(study)[1:], *tables.designs(study), BUDGETS]),
         ("Learning rates", [*shown("-learning_rates"), *_learning_rates(found.tuning)]),
         ("Outcomes", [UNITS[study.facts.metric], tables.outcomes(study), _seeds(study)]),
         ("Zero-shot accuracy", [SHARES, zero_shot] if (zero_shot := tables.zero_shot(study)) else []),
+        ("Zero-shot, question by question", [evidence.PAIRED, paired] if paired else []),
         ("Against parameters and FLOPs", shown("-costs")),
         ("Training curves", [images["-curves"]]),
         ("Runs that did not finish", _unfinished(study)),

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
@@ -10,6 +11,18 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parents[1] / "paper"
+# Questions of the paper's eight tasks, by column: the test sets of ARC and OpenBookQA, the validation sets of
+# the others, as in lm-evaluation-harness. The files of `experiments.evaluate --data_dir` have as many.
+QUESTIONS = {
+    "ARC-e": 2376,
+    "ARC-c": 1172,
+    "BoolQ": 3270,
+    "PIQA": 1838,
+    "SIQA": 1954,
+    "HellaSwag": 10_042,
+    "OBQA": 500,
+    "WinoGrande": 1267,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +33,7 @@ class Row:
       label: its label in figures and tables.
       printed: parameters in millions, as printed (without norm gains); "" if not given.
       accuracy: average zero-shot accuracy on the paper's eight tasks, in percent; None if not given.
+      error: standard error of `accuracy` from the choice of the questions; None if not given by task.
       x: its place on the x axis of the study's figure; None in studies without one.
       series: its line, if the figure has several over x; else "".
     """
@@ -27,6 +41,7 @@ class Row:
     label: str
     printed: str
     accuracy: float | None
+    error: float | None
     x: float | None
     series: str
 
@@ -126,12 +141,14 @@ def rows(study: str) -> dict[str, list[Row]]:
         return groups
     source = SOURCES[study]
     for row in filter(source.only, table(source.table)):
-        accuracy = row["Avg"] if "Avg" in row else _published_accuracy().get(row["model"], "")
+        scores = row if "Avg" in row else _zero_shot_rows().get(row["model"], {})
+        accuracy = scores.get("Avg")
         groups.setdefault(source.group(row), []).append(
             Row(
                 label=source.label.format_map(row),
                 printed=row[source.printed].partition(" ")[0] if source.printed else "",
                 accuracy=float(accuracy) if accuracy else None,
+                error=sampling_error(scores) if accuracy else None,
                 x=source.x(row) if source.x else None,
                 series=source.series.format_map(row),
             )
@@ -179,9 +196,17 @@ def agrees(printed: str, count: int) -> bool:
     return number in (exact.quantize(number, ROUND_HALF_UP), exact.quantize(number, ROUND_DOWN))
 
 
-def _published_accuracy() -> dict[str, str]:
-    """Average zero-shot accuracy by model, for tables that lack it."""
-    return {model: row["Avg"] for model, row in _zero_shot_rows().items()}
+def sampling_error(row: Cells) -> float | None:
+    """Standard error of the average of the eight tasks, in points: each question right or wrong on its own.
+
+    A difference of two models has sqrt(2) of it, about 0.6 points; less if both fail at the same questions.
+    None where a task is missing.
+    """
+    if not all(row.get(task) for task in QUESTIONS):
+        return None
+    shares = {task: float(row[task]) / 100 for task in QUESTIONS}
+    variance = sum(share * (1 - share) / QUESTIONS[task] for task, share in shares.items())
+    return 100 * math.sqrt(variance) / len(QUESTIONS)
 
 
 def _zero_shot_rows() -> dict[str, Cells]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mobilellm_jax.analysis.facts import Point
 from mobilellm_jax.analysis.records import Record, budget_name
 from mobilellm_jax.analysis.statistics import interval_of_share
 from mobilellm_jax.analysis.study import Study
@@ -36,6 +37,7 @@ _BUDGETS = {  # in the order shown, which a record does not keep; headers short 
     "optimizer_bytes": "optim B",
     "activation_bytes": "activ B",
 }
+ASPECTS = 6, 320  # width over layers applied, of the paper's models: 62 x 384 and 4 x 1280 of table 11 (125M)
 
 
 def text(study: Study) -> str:
@@ -253,6 +255,7 @@ def csv_text(study: Study) -> str:
                 "layer_plan": " ".join(map(str, point.layer_plan)),
                 **{f"model.{name}": value for name, value in sorted(point.config["model"].items())},
                 **{f"parameters_{name}": value for name, value in sorted(point.parameters.items())},
+                "aspect_ratio": aspect_ratio(point),
                 **{name: point.budgets[name] for name in _BUDGETS},
                 "steps": max((r.steps for r in runs), default=None),
                 "tokens_seen": max((r.tokens_seen for r in runs), default=None),
@@ -314,6 +317,16 @@ def quantity(number: float) -> str:
     return f"{number:.3g}"
 
 
+def aspect_ratio(point: Point) -> float:
+    """Width over the layers applied, D/L."""
+    return point.config["model"]["width"] / len(point.layer_plan)
+
+
+def is_outside(point: Point) -> bool:
+    """True if the aspect ratio is none that the paper covers."""
+    return not ASPECTS[0] <= aspect_ratio(point) <= ASPECTS[1]
+
+
 def _shapes(study: Study) -> Columns:
     points = study.points.values()
     settings = {"width": "width", "heads": "num_heads", "kv heads": "num_kv_heads", "ffn": "ffn_width"}
@@ -322,6 +335,7 @@ def _shapes(study: Study) -> Columns:
         "blocks": [str(point.config["model"]["depth"]) for point in points],
         "layers": [str(len(point.layer_plan)) for point in points],
         **{name: [str(p.config["model"][field]) for p in points] for name, field in settings.items()},
+        "D/L": [f"{aspect_ratio(p):.3g}{' (outside)' * is_outside(p)}" for p in points],
         "tokens": [quantity(max(run.tokens_seen for run in point.runs)) for point in points],
     }
 

@@ -50,6 +50,7 @@ def keep(path: AnyPath, result: Any, settings: dict[str, Any]) -> None:
         "chance": result.chance,
         "majority": result.majority,
         "data": result.data,
+        **({"correct": result.correct} if result.correct is not None else {}),
         **settings,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

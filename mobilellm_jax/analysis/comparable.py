@@ -53,6 +53,31 @@ def leakage(card: Mapping[str, Any]) -> str | None:
     )
 
 
+def repetition(runs: Sequence[Record]) -> str | None:
+    """Warning that training went through the text more than once; None if none of the runs did."""
+    splits = [(run, run.data.get("splits", {}).get("train", {})) for run in runs]
+    times = max((run.tokens_seen / of["tokens"] for run, of in splits if of.get("tokens")), default=0.0)
+    if times <= 1:
+        return None
+    return f"The training text was seen {times:.2f} times: it is not all new."
+
+
+def _one_protocol(facts: Facts, runs: Sequence[Record]) -> None:
+    """Raises UserError if some runs have planned seeds or fitted rates, and some do not."""
+    compared = [run for run in runs if run.phase == "comparison"]
+    for what, asked, follows in (
+        ("a plan", compared, lambda run: run.plan is not None),
+        ("a fitted learning rate", runs, lambda run: run.tuning == "fitted"),
+    ):
+        has, lacks = ([run for run in asked if follows(run) is wanted] for wanted in (True, False))
+        if has and lacks:
+            raise UserError(
+                f"{facts.study}:{facts.preset}: records of two protocols: {len(has)}, such as {has[0].name}, "
+                f"have {what}, and {len(lacks)}, such as {lacks[0].name}, do not; one verdict cannot be made "
+                "of both: delete the older records, or use separate --workdirs"
+            )
+
+
 def check_same_data(path: AnyPath, record: Record, card: Mapping[str, Any]) -> None:
     """Raises UserError unless the data of `record`, read from `path`, match the data card."""
     if changes := data_changes(data_card(record), card):
@@ -71,13 +96,14 @@ def check_comparable(facts: Facts, runs: Sequence[Record]) -> list[str]:
 
     Returns:
       Warnings: different code, libraries or devices; a study that was changed between the runs; tuning under
-      other conditions than the comparison; held-out documents in the training text.
+      other conditions than the comparison; held-out documents in the training text; more than one epoch.
 
     Raises:
       UserError: different data, tokenizer, metric, sequence length, batch or steps; comparison runs of one
-        point with different learning rates; one run twice; one label for two designs. The message names the
-        runs and the values.
+        point with different learning rates; one run twice; one label for two designs; records of two
+        protocols. The message names the runs and the values.
     """
+    _one_protocol(facts, runs)
     warnings = []
     seen: dict[tuple[bool, str], dict[str, list[Record]]] = {}
     phases: dict[str, dict[str, set[str]]] = {}
@@ -104,6 +130,7 @@ def check_comparable(facts: Facts, runs: Sequence[Record]) -> list[str]:
         if name.startswith("train.") and not intended and tuned and compared and tuned != compared:
             warnings.append(f"{name} was {tuned} in tuning, but {compared} in the comparison.")
     warnings += dict.fromkeys(filter(None, (leakage(run.data) for run in runs)))
+    warnings += filter(None, [repetition(runs)])
     warnings += _other_pairs(facts, runs)
     (identity, count), *_ = Counter(map(_identity, runs)).most_common()
     if count > 1:

@@ -5,11 +5,13 @@ import functools
 import re
 from collections.abc import Iterable, Sequence
 
-from mobilellm_jax.analysis import statistics, verdicts, wording
+from mobilellm_jax.analysis import documents, regime, statistics, verdicts, wording
 from mobilellm_jax.analysis.comparable import check_comparable
+from mobilellm_jax.analysis.documents import TwoWay
 from mobilellm_jax.analysis.facts import Facts, Point, facts_of, points_of
 from mobilellm_jax.analysis.noise import Noise, noise_of
 from mobilellm_jax.analysis.records import Record
+from mobilellm_jax.analysis.regime import Regime
 from mobilellm_jax.analysis.statistics import Estimate, RateTerm
 from mobilellm_jax.analysis.tuning import Tuning, tuning_searches
 from mobilellm_jax.analysis.verdicts import Comparison, Family, Joint
@@ -31,9 +33,13 @@ class Verdict:
       unstable: seeds of runs that finished, but far above the others, by point; see `verdicts.unstable`.
       mismatch: by budget: max / min - 1 over the points; infinite where min is 0.
       failures: counts and names of failed, diverged and missing runs of both phases; "" if none.
-      warnings: threats to the validity of the verdict, one sentence each.
+      warnings: threats to the validity of the verdict, one sentence each; first, whether architecture can be
+        judged at all.
       seeds_vary: randomness that differs between the runs of a point: "initialisation and data order",
         "initialisation", "data order" or "nothing"; `noise` is the resulting spread.
+      regimes: by point, where it stands beside n-gram counts; {} for synthetic tasks.
+      over_documents: for each of `comparisons`, the difference over other documents too; None where the
+        records do not hold it.
     """
 
     sentence: str
@@ -49,6 +55,8 @@ class Verdict:
     failures: str
     warnings: list[str]
     seeds_vary: str
+    regimes: dict[str, Regime]
+    over_documents: list[TwoWay | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +117,8 @@ def study_of(records: Sequence[Record]) -> Study:
     )
     joint = verdicts.joint(families)
     scores = {label: list(of.values()) for label, of in by_seed.items()}
+    regimes = regime.regimes(facts, points)
+    over_documents = documents.over_documents(facts, points, comparisons)
     found = Verdict(
         sentence=wording.sentence(facts, points, families, joint, spread, tuning, seeds_vary),
         estimates={label: statistics.mean_and_interval(values) for label, values in scores.items()},
@@ -122,10 +132,14 @@ def study_of(records: Sequence[Record]) -> Study:
         mismatch=mismatch,
         failures=" ".join(filter(None, (wording.failures(points, p) for p in ("comparison", "tuning")))),
         warnings=[
+            *regime.warnings(regimes),
             *incomparable,
             *wording.warnings(facts, points, comparisons, spread, unstable, tuning, mismatch),
+            *documents.warnings(comparisons, over_documents),
         ],
         seeds_vary=seeds_vary,
+        regimes=regimes,
+        over_documents=over_documents,
     )
     return Study(facts, points, found)
 

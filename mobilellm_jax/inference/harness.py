@@ -38,6 +38,7 @@ try:
 except ImportError as error:
     raise UserError(f"lm-evaluation-harness is missing: run pip install -e '.[eval]' ({error})") from None
 
+MOST_KEPT = 20_000  # questions whose answers are kept one by one
 _PROMPTS = 32  # generated from at one time
 _NEW_TOKENS = 256  # the default of lm-eval's other models for tasks without a limit
 _BOTH = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
@@ -190,6 +191,8 @@ class TaskResult:
       chance: expected accuracy of a random guess; None where there are no choices.
       majority: accuracy of always choosing the most frequent position (first, second, ...); None likewise.
       samples: lm-eval's log of every question.
+      correct: "1" for each question that `acc` counts as right, "0" for the others, in the order of the data;
+        None if the task does not, or for more than `MOST_KEPT`.
     """
 
     task: str
@@ -199,6 +202,7 @@ class TaskResult:
     chance: float | None
     majority: float | None
     samples: list[dict[str, Any]]
+    correct: str | None
 
 
 def load_tasks(names: Sequence[str], data_dir: Path | None) -> tuple[dict[str, Any], list[str]]:
@@ -287,7 +291,17 @@ def run_task(lm: Any, name: str, task: Any, limit: int | None) -> TaskResult:
         values = float(measured[f"{metric},{filter_name}"]), error if isinstance(error, float) else None
         metrics[f"{metric} ({filter_name})" if several else metric] = values
     chance, majority = _baselines(task, [sample["doc"] for sample in samples])
-    return TaskResult(name, len(samples), str(task.DATASET_PATH), metrics, chance, majority, samples)
+    return TaskResult(
+        name, len(samples), str(task.DATASET_PATH), metrics, chance, majority, samples, correct(samples)
+    )
+
+
+def correct(samples: Sequence[dict[str, Any]]) -> str | None:
+    """Right and wrong answers, see `TaskResult`."""
+    right = {sample["doc_id"]: sample.get("acc") for sample in samples}
+    if len(right) != len(samples) or len(samples) > MOST_KEPT or not {*right.values()} <= {0, 1}:
+        return None  # a question has several filters, or `acc` is no question's own
+    return "".join("1" if right[place] else "0" for place in sorted(right))
 
 
 def _baselines(task: Any, docs: Sequence[Any]) -> tuple[float | None, float | None]:

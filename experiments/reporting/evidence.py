@@ -1,0 +1,99 @@
+"""Tables of what a verdict stands on: n-gram floors, loss by position, other documents, paired questions."""
+
+from experiments.reporting.tables import Columns, quantity
+from mobilellm_jax.analysis.questions import paired_accuracies
+from mobilellm_jax.analysis.regime import CONTEXT, FLAT, NGRAMS
+from mobilellm_jax.analysis.study import Study
+from mobilellm_jax.analysis.wording import format_p
+
+FLOORS = (
+    "Held-out loss in nats per token beside n-grams counted on the same training tokens, and by the place of "
+    f"the target in its row. Above the trigram, or where context beyond {CONTEXT} tokens is worth less than "
+    f"{FLAT:g}, architecture cannot be judged."
+)
+TEXTS = (
+    "The first interval is that of the verdict, over other seeds on the same held-out text; the second is "
+    "over other documents too (95 %, two-way bootstrap, of each pair alone). The last columns are the "
+    "standard errors from the choice of the seeds, and of the documents."
+)
+PAIRED = (
+    "Difference of acc on the same questions, with a 95 % interval over other questions, and over other "
+    "seeds where both have several; each alone, not corrected for their number. The standard error is "
+    "clustered by question. McNemar's test is for one seed of each."
+)
+
+
+def floors(study: Study) -> Columns:
+    """Loss of each design, the n-grams, and context beyond `CONTEXT` tokens; {} if none was counted."""
+    found = {label: regime for label, regime in study.verdict.regimes.items() if regime.floor}
+    if not found:
+        return {}
+    values = found.values()
+    worth = [
+        None if regime.near is None or regime.far is None else regime.far - regime.near for regime in values
+    ]
+    return {
+        "point": list(found),
+        "loss": [f"{regime.loss:.4f}" for regime in values],
+        **{name: [f"{regime.floor[name]:.4f}" for regime in values] for name in NGRAMS},
+        "counted on": [quantity(regime.tokens) for regime in values],
+        f"beyond {CONTEXT} tokens": ["" if value is None else f"{value:+.4f}" for value in worth],
+    }
+
+
+def positions(study: Study) -> Columns:
+    """Loss of each design by the place of the target in the row; {} if it was not measured."""
+    found = {label: of.by_position for label, of in study.verdict.regimes.items() if of.by_position}
+    if not found:
+        return {}
+    ends = sorted({end for places in found.values() for end in places})
+    columns: Columns = {"point": list(found)}
+    for before, end in zip([0, *ends], ends, strict=False):
+        name = f"{end}" if end == before + 1 else f"{before + 1} to {end}"
+        columns[name] = [f"{places[end]:.3f}" if end in places else "" for places in found.values()]
+    return columns
+
+
+def documents(study: Study) -> Columns:
+    """Difference of each pair over seeds, and over other documents too; {} without records of documents."""
+    pairs = [
+        (c, over)
+        for c, over in zip(study.verdict.comparisons, study.verdict.over_documents, strict=True)
+        if over is not None
+    ]
+    if not pairs:
+        return {}
+    return {
+        "pair": [f"{c.point} against {c.other}" for c, _ in pairs],
+        "difference (nats/token)": [f"{over.mean:+.4f}" for _, over in pairs],
+        "over other seeds": [
+            _interval(c.difference.low, c.difference.high) if c.difference else "" for c, _ in pairs
+        ],
+        "over other documents too": [_interval(over.low, over.high) for _, over in pairs],
+        "documents": [str(over.documents) for _, over in pairs],
+        "of seeds": [f"{over.seeds_error:.4f}" for _, over in pairs],
+        "of documents": [f"{over.documents_error:.4f}" for _, over in pairs],
+    }
+
+
+def _interval(low: float | None, high: float | None, scale: int = 1, digits: int = 4) -> str:
+    if low is None or high is None:
+        return ""
+    return f"[{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]"
+
+
+def paired_questions(study: Study) -> Columns:
+    """Differences of zero-shot accuracies on the same questions; {} where the answers were not kept."""
+    found = paired_accuracies(study.points, study.verdict.comparisons)
+    if not found:
+        return {}
+    return {
+        "pair": [f"{of.point} against {of.other}" for of in found],
+        "task": [f"{of.task} ({of.questions:,})" for of in found],
+        "seeds": [f"{of.seeds[0]}, {of.seeds[1]}" for of in found],
+        "acc, points": [f"{100 * of.mean:+.1f} {_interval(of.low, of.high, 100, 1)}".strip() for of in found],
+        "standard error": [f"{100 * of.error:.1f}" for of in found],
+        "McNemar's p": [
+            "" if of.p_value is None else format_p(of.p_value).removeprefix("= ") for of in found
+        ],
+    }

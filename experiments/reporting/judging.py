@@ -1,0 +1,174 @@
+"""The judgement of a claim of the paper by the records of one study: agree, disagree or cannot tell."""
+
+import dataclasses
+from collections.abc import Hashable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from experiments.reporting.tables import is_outside
+from mobilellm_jax.analysis.facts import Point
+from mobilellm_jax.analysis.study import Study
+from mobilellm_jax.analysis.verdicts import Comparison
+from mobilellm_jax.config import IDLE
+
+Pairs = Sequence[tuple[str, str]]  # labels of (point, other)
+Side = Literal["for", "against", "open"]
+Word = Literal["agree", "disagree", "cannot tell"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim of the paper about shapes, and the comparisons that test it.
+
+    Attributes:
+      text, where: the claim, and its place in the paper.
+      study: the study that tests it.
+      pairs: the comparisons, by the labels of designs; the claim is that the first is `expected` compared
+        with the second. A star matches any text. Empty: all pairs of the study.
+      paper: the same pairs by the labels of the paper's table, if different. A size group has the pairs of
+        which it has both rows.
+      expected: "better", "worse", or "not worse" by as much as the study's margin.
+      needs: pairs that the claim needs: "all" of them, or "any": an optimum somewhere along a line, which its
+        far end does not contradict.
+      in_range: only pairs of designs with aspect ratios that the paper covers count.
+      note: what weakens the paper's evidence.
+    """
+
+    text: str
+    where: str
+    study: str
+    pairs: Pairs = ()
+    paper: Pairs = ()
+    expected: Literal["better", "worse", "not worse"] = "better"
+    needs: Literal["all", "any"] = "all"
+    in_range: bool = False
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What one study says of a claim.
+
+    Attributes:
+      word: "agree" or "disagree" only where all arms say so.
+      by_arm: the word of each arm, by parameterization.
+      counted: the comparisons that were judged.
+      outside: comparisons of shapes that the paper does not cover.
+    """
+
+    word: Word
+    by_arm: dict[str, Word]
+    counted: list[Comparison]
+    outside: list[Comparison]
+
+
+def judgement(claim: Claim, study: Study) -> Judgement | None:
+    """Judges a claim by the study that tests it; None without a record of any of its points."""
+    by_arm: dict[str, Word] = {}
+    counted: list[Comparison] = []
+    outside: list[Comparison] = []
+    for arm in arms(study):
+        asked = _asked(claim, study, arm)
+        kept = [c for c in asked if not (claim.in_range and _is_outside(c, study))]
+        missing: list[Side] = ["open" for pair in claim.pairs if not any(_is(c, pair, study) for c in asked)]
+        by_arm[arm] = judge([*(side(c, study, claim.expected) for c in kept), *missing], claim.needs)
+        counted += kept
+        outside += [c for c in asked if c not in kept]
+    if not counted and not outside:
+        return None
+    words = set(by_arm.values())
+    return Judgement(words.pop() if len(words) == 1 else "cannot tell", by_arm, counted, outside)
+
+
+def judge(sides: Sequence[Side], needs: str) -> Word:
+    """Judges by comparisons that are each for the claim, against it, or open.
+
+    A claim about all of them is refuted by one, and a claim that there is one is shown by one; the rest of
+    each is known only if none is open.
+    """
+    if not sides:
+        return "cannot tell"
+    whole: dict[Side, bool] = {s: all(found == s for found in sides) for s in ("for", "against")}
+    if needs == "all":
+        return "disagree" if "against" in sides else "agree" if whole["for"] else "cannot tell"
+    return "agree" if "for" in sides else "disagree" if whole["against"] else "cannot tell"
+
+
+def side(c: Comparison, study: Study, expected: str) -> Side:
+    """What a comparison is to the claim that its point is `expected` compared with the other.
+
+    "better" and "worse" go by the word of the verdict. "not worse" is non-inferiority: for, if the upper
+    bound of the difference is below the margin, against, if the lower one is above it. A point that diverged
+    with some seeds gains nothing by those that survived.
+    """
+    if expected != "not worse":
+        opposite = {"better": "worse", "worse": "better"}[expected]
+        return "for" if c.word == expected else "against" if c.word == opposite else "open"
+    low, high = bounds(c)
+    is_same = c.word == "no difference" and high is None
+    if is_same or (high is not None and high < study.facts.margin):
+        return "open" if _diverged(study.points[c.point]) else "for"
+    if low is not None and low > study.facts.margin:
+        return "open" if _diverged(study.points[c.other]) else "against"
+    return "open"
+
+
+def bounds(c: Comparison) -> tuple[float | None, float | None]:
+    """The interval of the difference that the verdict goes by; None without one."""
+    return (c.difference.low, c.difference.high) if c.difference else (None, None)
+
+
+def arms(study: Study) -> list[str]:
+    """The parameterizations that the study was run under, in its order."""
+    return list(dict.fromkeys(_arm(point) for point in study.points.values()))
+
+
+def identity(point: Point) -> Hashable:
+    """Equal for points whose finished runs are the same computations, in whatever study."""
+    model = {k: v for k, v in point.config["model"].items() if f"model.{k}" not in IDLE}
+    named = {"sharing", "num_repeats"}  # the plan says what they do
+    shape = tuple(sorted((k, str(v)) for k, v in model.items() if k not in named))
+    runs = tuple((run.seed, run.learning_rate, run.score) for run in point.finished)
+    return shape, tuple(point.layer_plan), runs
+
+
+def same_runs(known: dict[Hashable, tuple[Study, str]], study: Study, labels: Iterable[str]) -> list[str]:
+    """Names the points whose runs another study has as well, and adds the others to `known`."""
+    said = []
+    for label in dict.fromkeys(labels):
+        point = study.points[label]
+        if not point.finished:
+            continue
+        there, name = known.setdefault(identity(point), (study, label))
+        if there.stem != study.stem:
+            said.append(f"{label!r} is {name!r} of {there.facts.study}:{there.facts.preset}")
+    return said
+
+
+def _arm(point: Point) -> str:
+    """The arm, or in a study without arms the parameterization of the config."""
+    settings = point.config["model"]
+    return point.runs[0].arm or settings.get("parameterization") or "standard"
+
+
+def _asked(claim: Claim, study: Study, arm: str) -> list[Comparison]:
+    """The comparisons of one arm that test the claim, of points that have records."""
+    there = [
+        c
+        for c in study.verdict.comparisons
+        if {c.point, c.other} <= study.points.keys() and _arm(study.points[c.point]) == arm
+    ]
+    return [c for c in there if not claim.pairs or any(_is(c, pair, study) for pair in claim.pairs)]
+
+
+def _is(c: Comparison, pair: tuple[str, str], study: Study) -> bool:
+    designs = (study.points[name].runs[0].design or name for name in (c.point, c.other))
+    return all(fnmatchcase(design, pattern) for design, pattern in zip(designs, pair, strict=True))
+
+
+def _is_outside(c: Comparison, study: Study) -> bool:
+    return any(is_outside(study.points[name]) for name in (c.point, c.other))
+
+
+def _diverged(point: Point) -> bool:
+    return any(run.status == "diverged" for run in point.comparison)

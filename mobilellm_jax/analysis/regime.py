@@ -1,0 +1,105 @@
+"""The regime of a study: whether its designs are past n-gram counts, and use what is far back in the row.
+
+Where a trigram counted on the same tokens is better than a model, or its loss is flat beyond a few tokens,
+its architecture has nothing to do yet: a comparison shows how fast each design learns to count neighbours.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from mobilellm_jax.analysis.facts import Facts, Point
+from mobilellm_jax.analysis.records import Record
+
+CONTEXT = 8  # tokens; a trigram reads 2
+FLAT = 0.01  # nats per token; context beyond `CONTEXT` tokens that is worth less counts as unused
+NGRAMS = ("unigram", "bigram", "trigram")
+
+
+@dataclasses.dataclass(frozen=True)
+class Regime:
+    """Where a design stands, in nats per token, as means over its finished comparison runs that say so.
+
+    Attributes:
+      loss: final held-out loss.
+      floor: loss of n-grams counted on the same training rows: "unigram", "bigram", "trigram"; {} if not
+        counted.
+      tokens: training tokens that they were counted on; 0 if not counted.
+      by_position: last position of each bin, counted from 1 -> loss; {} if not measured.
+      near: loss at the last bin up to `CONTEXT` tokens; None if not measured.
+      far: mean loss of all targets beyond; None if not measured, or if the rows are not longer.
+    """
+
+    loss: float
+    floor: dict[str, float]
+    tokens: int
+    by_position: dict[int, float]
+    near: float | None
+    far: float | None
+
+    @property
+    def above_trigram(self) -> bool:
+        return bool(self.floor) and self.loss > self.floor["trigram"]
+
+    @property
+    def is_flat(self) -> bool:
+        return self.near is not None and self.far is not None and self.far > self.near - FLAT
+
+
+def regimes(facts: Facts, points: Mapping[str, Point]) -> dict[str, Regime]:
+    """The regime of every point with a finished comparison run; {} for synthetic tasks, which have none."""
+    if facts.metric == "error":
+        return {}
+    return {label: _regime(point.finished) for label, point in points.items() if point.finished}
+
+
+def _regime(runs: Sequence[Record]) -> Regime:
+    floors = [run.floor for run in runs if run.floor is not None]
+    places = [run.by_position for run in runs if run.by_position is not None]
+    floor = {name: _mean([of_run[name] for of_run in floors]) for name in NGRAMS} if floors else {}
+    tokens = int(max((of_run["tokens"] for of_run in floors), default=0))
+    loss = _mean([run.loss for run in runs])
+    if not places:
+        return Regime(loss, floor, tokens, {}, None, None)
+    losses = np.mean([np.array(of_run["loss"], float) for of_run in places], axis=0)
+    ends, targets = np.array(places[0]["to"], int), np.array(places[0]["targets"], float)  # as in all runs
+    ends, losses, targets = ends[targets > 0], losses[targets > 0], targets[targets > 0]
+    beyond = ends > CONTEXT
+    near = float(losses[~beyond][-1]) if not beyond.all() else None
+    far = float(np.average(losses[beyond], weights=targets[beyond])) if beyond.any() else None
+    return Regime(loss, floor, tokens, dict(zip(ends.tolist(), losses.tolist(), strict=True)), near, far)
+
+
+def warnings(found: Mapping[str, Regime]) -> Iterator[str]:
+    """Says whether architecture can be judged; nothing where it can, or where there are no regimes."""
+    reasons = list(filter(None, (_above(found), _flat(found))))
+    if reasons:
+        yield f"Architecture cannot be judged here: {'; '.join(reasons)}."
+    unknown = [label for label, regime in found.items() if not regime.floor]
+    if unknown:
+        which = "" if len(unknown) == len(found) else f" for {', '.join(map(repr, unknown))}"
+        yield f"The n-gram floor was not counted{which}: whether architecture can show here is not known."
+
+
+def _above(found: Mapping[str, Regime]) -> str:
+    names = [
+        f"{label!r} ({regime.loss:.3f} against {regime.floor['trigram']:.3f})"
+        for label, regime in found.items()
+        if regime.above_trigram
+    ]
+    return f"a trigram counted on the same training tokens is better than {', '.join(names)}" if names else ""
+
+
+def _flat(found: Mapping[str, Regime]) -> str:
+    names = [
+        f"{label!r} ({regime.near:.3f} up to there, {regime.far:.3f} beyond)"
+        for label, regime in found.items()
+        if regime.is_flat
+    ]
+    said = f"context beyond {CONTEXT} tokens is worth less than {FLAT:g} nats per token to"
+    return f"{said} {', '.join(names)}" if names else ""
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
