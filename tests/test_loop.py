@@ -192,7 +192,8 @@ def test_the_loop_is_a_plain_loop(tmp_path, monkeypatch, now, task):
             assert found.by_position is found.documents is None
             continue
         rows = np.concatenate(list(prepared.eval_batches(batch_size=1, rows=config.train.eval_rows)))
-        log_p = np.asarray(jax.nn.log_softmax(model.apply(params[-1], rows[:, :-1], config.model)))
+        logits = model.apply(params[-1], jnp.asarray(rows[:, :-1]), config.model)
+        log_p = np.asarray(jax.nn.log_softmax(logits))
         nats = -np.take_along_axis(log_p, rows[:, 1:, None], axis=2)[..., 0]
         bins = [(0, 1), (1, 2), (2, 4), (4, 8), (8, 9)]
         expected = {
