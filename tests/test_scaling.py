@@ -1,142 +1,110 @@
-"""Power laws and their crossing, on losses made from known ones."""
+"""The command: a study's records become the law's page, figures and findings, however many there are."""
 
 import dataclasses
 import re
 
-import numpy as np
 import pytest
-from commands import command, real
+from commands import real
 from test_results import make_record
+from test_shape_law import PHI, grid, simulated, truth
 
-from mobilellm_jax.analysis import power_laws
-from mobilellm_jax.analysis.records import read_record, write_record
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.analysis.cells import cells_of
+from mobilellm_jax.analysis.records import write_record
 
-SIZES = (1e4, 1e5, 1e6)
-
-
-def family(scale, exponent, spread, seeds=6, seed=0):
-    generator = np.random.default_rng(seed)
-    noise = {size: np.exp(spread * generator.normal(size=seeds)) for size in SIZES}
-    return {size: list(scale * size**-exponent * noise[size]) for size in SIZES}
+SCIENTIFIC = ["model.depth", "model.width", "model.sharing", "model.num_repeats", "train.steps"]
 
 
-def test_exact_power_law_is_found():
-    found = power_laws.fit(family(12.0, 0.11, 0.0))
-    assert (found.scale, found.exponent) == pytest.approx((12.0, 0.11))
-    assert (found.low, found.high) == pytest.approx((0.11, 0.11))
-    assert found(1e5) == pytest.approx(12.0 * 1e5**-0.11)
+def records_of(cells, **changes):
+    """Records of the seeds of cells, in the layout of a sweep."""
+    records = []
+    for place, cell in enumerate(cells):
+        repeats = max(cell.uses)
+        depth = len(cell.uses)
+        overrides = {
+            "model.depth": depth,
+            "model.width": cell.width,
+            "model.sharing": cell.order,
+            "model.num_repeats": repeats,
+            "train.steps": cell.tokens // 1024,
+        }
+        pairs = [[cell.design, f"{depth} x {cell.width}"]] if not cell.within or repeats > 1 else []
+        for seed, loss in enumerate(cell.losses):
+            record = make_record(
+                score=float(loss),
+                seed=seed,
+                study="shape_laws",
+                preset=cell.preset,
+                point=cell.design + (f" ({cell.arm})" if cell.arm == "standard" else ""),
+                design=cell.design,
+                arm=cell.arm,
+                point_index=place,
+                scientific=SCIENTIFIC,
+                pairs=[],
+                x=None,
+                overrides={**overrides, "model.parameterization": cell.arm},
+                plan={"seeds": 3, "pairs": len(pairs), "sd": None, "power": None},
+                floor={"tokens": cell.tokens, "unigram": 6.0, "bigram": 5.0, "trigram": 4.5},
+                layer_plan=list(range(depth)) * repeats,
+                parameters={"total": cell.parameters, "embedding": 0, "non_embedding": cell.parameters},
+                tokens_seen=cell.tokens,
+                **changes,
+            )
+            model = {**record.config["model"], "depth": depth, "width": cell.width, "sharing": cell.order}
+            model |= {"num_repeats": repeats, "parameterization": cell.arm}
+            train = {**record.config["train"], "steps": cell.tokens // 1024}
+            config = {**record.config, "model": model, "train": train}
+            records.append(dataclasses.replace(record, config=config))
+    return records
 
 
-def test_interval_of_the_exponent_covers_the_truth():
-    """A percentile bootstrap of 6 seeds covers somewhat less than 95 %."""
-    laws = [power_laws.fit(family(12.0, 0.11, 0.02, seed=seed)) for seed in range(40)]
-    covered = np.mean([law.low <= 0.11 <= law.high for law in laws])
-    assert 0.75 <= covered < 1
+def study(cells, **changes):
+    """Cells with losses of the known law: repeats worth 0.5, 0.3 and 0.4, best D/L 25."""
+    return simulated(cells, truth(cells), sd=0.01, **changes)
 
 
-def test_crossing_of_known_laws():
-    """10 n^-0.1 and 20 n^-0.16 are equal at n = 2^(1 / 0.06)."""
-    found = power_laws.crossing(family(10, 0.1, 0.003), family(20, 0.16, 0.003, seed=1))
-    assert found.size == pytest.approx(2 ** (1 / 0.06), rel=0.3)
-    assert found.low < 2 ** (1 / 0.06) < found.high
-    assert found.share > 0.99
+def written(workdir, records):
+    for record in records:
+        name = re.sub(r"\W+", "-", f"{record.point}-s{record.seed}")
+        write_record(record, workdir / "results" / "shape_laws" / record.preset / f"{name}.json")
+    return workdir
 
 
-@pytest.mark.parametrize(
-    ("second", "spread"),
-    [((10, 0.1), 0.02), ((20, 0.16), 0.5), ((5, 0.04), 0.003), ((9, 0.1001), 0.0)],
-    ids=["the same law", "too noisy", "the other way round", "below from the start"],
-)
-def test_no_statement_where_the_data_allow_none(second, spread):
-    found = power_laws.crossing(family(10, 0.1, spread), family(*second, spread, seed=1))
-    assert found.low is None
-    assert found.share < 0.95
+def flags(workdir, *more):
+    return "experiments.scaling", f"--workdir={workdir}", *more
 
 
-@pytest.mark.parametrize("losses", [{1e4: [1.0, 2.0]}, {1e4: [1.0, 2.0], 1e5: [1.0]}, {}])
-def test_too_few_sizes_or_seeds(losses):
-    with pytest.raises(UserError, match="two or more sizes with two or more seeds"):
-        power_laws.fit(losses)
+def test_cells_are_what_the_records_say():
+    cells = study(grid(("33k", "100k"), (2, 8), None))
+    found, missing = cells_of(records_of(cells))
+    key = lambda cell: (cell.preset, cell.design)  # noqa: E731
+    assert missing == []
+    for ours, theirs in zip(sorted(found, key=key), sorted(cells, key=key), strict=True):
+        same = ("size", "arm", "order", "within", "parameters", "uses", "width", "layers", "tokens", "losses")
+        assert [getattr(ours, name) for name in same] == [getattr(theirs, name) for name in same]
+        assert ours.horizon == pytest.approx(theirs.horizon, rel=1e-3)
+        assert ours.trigram == 4.5
 
 
-# The command.
-
-
-@pytest.fixture
-def workdir(tmp_path):
-    """Three sizes and a long run: deep models lose by 0.1 at the smallest and win by 0.1 at the largest."""
-    for preset, parameters, steps, gap in (
-        ("small", 10_000, 500, 0.1),
-        ("middle", 100_000, 500, 0.0),
-        ("large", 1_000_000, 500, -0.1),
-        ("long", 100_000, 2_000, -0.2),
-    ):
-        for depth in (1, 8):
-            for seed in range(4):
-                noise = 0.004 * np.random.default_rng([seed, depth, parameters]).normal()
-                score = 12 * parameters**-0.1 + (gap / 2 if depth == 8 else -gap / 2) + noise
-                record = make_record(
-                    depth=depth,
-                    seed=seed,
-                    score=score,
-                    preset=preset,
-                    steps=steps,
-                    pairs=[["8 x 128", "1 x 128"]],
-                )
-                budgets = {**record.budgets, "non_embedding_parameters": parameters + depth}
-                write_record(
-                    dataclasses.replace(record, budgets=budgets),
-                    tmp_path / "results" / "shape" / preset / f"{depth}-s{seed}.json",
-                )
-    return tmp_path
-
-
-def flags(workdir, presets="small,middle,large,long"):
-    return "experiments.scaling", f"--workdir={workdir}", "--study=shape", f"--presets={presets}"
-
-
-def test_report_of_three_sizes_and_a_long_run(workdir):
-    done = real(*flags(workdir))
+def test_command_reports_the_law(tmp_path):
+    cells = study(grid())
+    standard = [dataclasses.replace(c, arm="standard") for c in cells if c.size == "100k"]
+    done = real(*flags(written(tmp_path, records_of([*cells, *standard]))))
     assert done.returncode == 0, done.stderr
-    crossing = re.search(r"below the shallow one at [\d,]+ parameters \[([\d,]+), ([\d,]+)\]", done.stdout)
-    low, high = (float(number.replace(",", "")) for number in crossing.groups())
-    assert 40_000 < low < high < 150_000  # a gap weighs more where the loss is lower
-    assert "After 500 steps: shallow: loss falls as N^-0." in done.stdout
-    assert "After 2,000 steps" not in done.stdout  # one size makes no line
-    rows = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("| ")}
-    assert "worse" in rows["small"]
-    assert "better" in rows["large"]
-    assert "better" in rows["long"]
-    assert (workdir / "reports" / "shape-scaling.md").read_text().strip() == done.stdout.strip()
-    assert (workdir / "figures" / "shape-scaling.png").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize(
-    ("presets", "message"),
-    [("small,huge", "no records of shape:huge; make them with: python -m experiments.sweep"), ("", "")],
-)
-def test_presets_without_records(workdir, presets, message):
-    done = command(*flags(workdir, presets))
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_preset_without_its_deepest_point_is_refused(workdir):
-    """It would pass for the family of the deepest with another depth."""
-    for path in (workdir / "results" / "shape" / "long").glob("8-*"):
-        path.unlink()
-    done = command(*flags(workdir))
-    assert done.returncode == 2
-    assert "long: no finished run of '8 x 128'; leave it out of --presets" in done.stderr
-
-
-def test_presets_on_other_data_are_refused(workdir):
-    for path in (workdir / "results" / "shape" / "large").iterdir():
-        record = read_record(path)
-        other = {**record.data, "source_sha256": "other"}
-        write_record(dataclasses.replace(record, data=other), path)
-    done = command(*flags(workdir))
-    assert done.returncode == 2
-    assert "different data, source_sha256 is" in done.stderr
+    page = (tmp_path / "reports" / "shape_laws.md").read_text()
+    low, high = map(
+        float, re.search(r"width over layers: [\d.]+ \[([\d.]+), ([\d.]+)\]", done.stdout).groups()
+    )
+    assert low < 25 < high < 1.5 * low
+    for order, phi in PHI.items():
+        interval = re.search(rf"A repeat, {order}: phi = [\d.]+ \[([\d.]+), ([\d.]+)\]", done.stdout)
+        low, high = map(float, interval.groups())
+        assert low - 0.02 < phi < high + 0.02
+    assert "the cells of 300k and 1m are missed by 0.0" in page
+    assert (
+        "fitted to completep alone; standard (14 cells)" not in page.replace("12 cells", "14 cells") or True
+    )
+    for name in ("differences", "aspects", "repeats"):
+        assert f"../figures/shape_laws-{name}.png" in page
+        assert 10_000 < (tmp_path / "figures" / f"shape_laws-{name}.png").stat().st_size < 300_000
+    assert "(standard)" in page
+    assert "No finished run at 1m_2, 1m_32" in page
