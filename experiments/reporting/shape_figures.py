@@ -43,8 +43,8 @@ def differences(found: Findings) -> Figure | None:
     caption = _wrapped(
         f"Below 0: the design is better. Grey: the margin, ±{found.margin:g} nats. Bars: 95 % for all "
         f"{len(found.differences)} differences at once (moderated t). Aspect ratios are compared with the "
-        "design of D/L about 32, shared designs and their two controls with the unshared design of their width, "
-        f"which has half the layers. D/L is {_ratios(found)}."
+        "design of D/L about 32, shared designs and their two controls with the unshared design of their "
+        f"width, which has half the layers. D/L is {_ratios(found)}."
     )
     figure = drawing.framed(
         "Loss difference against training tokens per parameter", caption, 0.3 + 2.2 * len(rows)
@@ -66,7 +66,7 @@ def differences(found: Findings) -> Figure | None:
         beside.legend(handles=handles, fontsize=8, loc="center left", frameon=False, borderaxespad=0)
         of_row[0].set_ylabel(textwrap.fill(f"{arm}: {row}".removeprefix(": "), 24) + "\nnats", fontsize=9)
     for size, axes in zip(found.sizes, grid[0], strict=False):
-        axes.set_title(f"{size}: {tables.quantity(size_of(found.cells, size))} parameters", fontsize=10)
+        axes.set_title(f"{tables.quantity(size_of(found.cells, size))} parameters", fontsize=10)
     for axes in grid[-1][:-1]:
         axes.set_xlabel("tokens per parameter", fontsize=10)
     return figure
@@ -78,7 +78,7 @@ def _ratios(found: Findings) -> str:
     for size, aspect in meant_aspects(found.cells):
         sizes.setdefault(size, []).append(aspect)
     return "; ".join(
-        f"{', '.join(f'{a:.2g}' for a in sorted(ratios, reverse=True))} at {size}"
+        f"{', '.join(f'{a:.3g}' for a in sorted(ratios, reverse=True))} at {size}"
         for size, ratios in sizes.items()
     )
 
@@ -134,10 +134,10 @@ def aspects(found: Findings) -> Figure | None:
             if law is not None:
                 _draw_law(axes, law, line[0], looks["color"])
         if law is not None and drifting is not None:
-            _draw_optimum(axes, law, drifting, size_of(found.fitted, size))
+            _draw_optimum(axes, law, drifting, float(size_of(found.fitted, size)))
         axes.set_xlim(2.5, 250)
         drawing.log_axis(axes, [4, 12, 32, 96])
-        axes.set_title(f"{size}: {tables.quantity(size_of(found.cells, size))} parameters", fontsize=10)
+        axes.set_title(f"{tables.quantity(size_of(found.cells, size))} parameters", fontsize=10)
         axes.set_xlabel("width / layers")
         axes.tick_params(labelsize=9)
     handles = [

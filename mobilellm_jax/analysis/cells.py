@@ -179,7 +179,7 @@ def _cell(preset: str, runs: Sequence[Record], smallest: int, shortest: int, div
         flops=tokens * run.budgets["train_flops_per_token"],
         losses=tuple(run.loss for run in sorted(runs, key=lambda run: run.seed)),
         diverged=diverged,
-        trigram=run.floor and run.floor["trigram"],
+        trigram=run.floor["trigram"] if run.floor else None,
     )
 
 
@@ -204,7 +204,7 @@ def moderated(cells: Sequence[Cell]) -> tuple[np.ndarray, np.ndarray]:
     excess = float(np.var(logs, ddof=1) - np.mean(special.polygamma(1, d))) if len(logs) > 1 else 0.0
     prior_df, prior = math.inf, pooled
     if excess > special.polygamma(1, 1e6):
-        half = optimize.brentq(lambda x: float(special.polygamma(1, x)) - excess, 1e-3, 2e6)
+        half = optimize.root_scalar(lambda x: special.polygamma(1, x) - excess, bracket=(1e-3, 2e6)).root
         prior_df = 2 * half
         prior = float(np.exp(np.mean(logs) + special.digamma(half) - np.log(half)))
     if math.isinf(prior_df):
@@ -223,7 +223,7 @@ def differences(cells: Sequence[Cell], rate_sd: Mapping[str, float] | None = Non
       cells: of one study.
       rate_sd: by `Cell.name`, standard deviation of the loss from the uncertainty of the learning rate.
     """
-    pairs = []
+    pairs: list[tuple[Cell, Cell]] = []
     meant = meant_aspects(cells)
     for here in _panels(cells):
         unshared = [cell for cell in here if is_plain(cell)]
@@ -240,23 +240,20 @@ def differences(cells: Sequence[Cell], rate_sd: Mapping[str, float] | None = Non
     sd, df = moderated(cells)
     extra = np.array([(rate_sd or {}).get(cell.name, 0.0) for cell in cells])
     error = np.sqrt(sd**2 / [len(cell.losses) for cell in cells] + extra**2)
-    means = np.array([cell.loss for cell in cells])
-    if not error.any():
-        return [
-            Difference(*pair, *_named(*pair, meant), pair[0].loss - pair[1].loss, None, None)
-            for pair in pairs
-        ]
-    generator = np.random.default_rng(0)
-    draws = error * generator.standard_normal((DRAWS, len(cells)))
-    chi = generator.chisquare(np.maximum(df, 1), (DRAWS, len(cells))) / np.maximum(df, 1)
-    draws = draws / np.sqrt(chi)
     scale = np.hypot(error[a], error[b])
-    factor = float(np.quantile(np.max(np.abs(draws[:, a] - draws[:, b]) / scale, axis=1), 0.95))
-    found = zip(pairs, means[a] - means[b], scale, strict=True)
-    return [
-        Difference(*pair, *_named(*pair, meant), float(mean), float(se), float(factor * se))
-        for pair, mean, se in found
-    ]
+    half = np.zeros(len(pairs))
+    if error.any():
+        generator = np.random.default_rng(0)
+        freedom = np.maximum(df, 1)
+        draws = error * generator.standard_normal((DRAWS, len(cells)))
+        draws /= np.sqrt(generator.chisquare(freedom, draws.shape) / freedom)
+        half = scale * np.quantile(np.max(np.abs(draws[:, a] - draws[:, b]) / scale, axis=1), 0.95)
+    found = []
+    for (cell, other), se, band in zip(pairs, scale, half, strict=True):
+        row, label = _named(cell, other, meant)
+        mean = cell.loss - other.loss
+        found.append(Difference(cell, other, row, label, mean, float(se) or None, float(band) or None))
+    return found
 
 
 def is_plain(cell: Cell) -> bool:

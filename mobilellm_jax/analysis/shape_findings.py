@@ -179,7 +179,7 @@ def _fits(cells: Sequence[Cell], rate_sd: Mapping[str, float] | None) -> tuple[d
         return fits, str(error)
     for form in FORMS[1:]:
         try:
-            found = shape_law.fit(cells, form, rate_sd)
+            found = shape_law.fit(cells, form, rate_sd, law.values)
         except UserError:  # it has more constants than the law, and there are too few cells for them
             continue
         if {*found.free} != {*law.free} or (form.shape == "plus" and "kappa" in found.free):

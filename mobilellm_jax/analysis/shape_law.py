@@ -9,7 +9,7 @@ D/L: layers applied; T: training tokens. The factor r^phi is that of arXiv 2604.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy import optimize
@@ -216,21 +216,26 @@ def fit(
     noise = np.sqrt(sd**2 / [len(cell.losses) for cell in cells] + rate**2)
     losses = np.array([cell.loss for cell in cells])
     model = _Model(form, cells, values, free)
-    spread = 0.01
     starts = (
         [np.array([start[name] for name in free])]
         if start and {*free} <= start.keys()
         else [_start(free, losses, alpha, 0.4, aspect) for alpha in (0.1, 0.4) for aspect in (12.0, 40.0)]
     )
-    for _ in range(3):
-        weights = 1 / np.hypot(noise, spread)
-        found = min((_solve(model, losses, weights, start) for start in starts), key=lambda one: one.cost)
-        starts = [found.x]
-        residuals = losses - model(found.x)
-        degrees = len(cells) - len(free)
-        spread = math.sqrt(max(np.sum(residuals**2) / degrees - np.mean(noise**2), 1e-12))
-    values = {**values, **dict(zip(free, map(float, found.x), strict=True))}
+    first = np.hypot(noise, 0.01)
+    theta = min((_solve(model, losses, first, one) for one in starts), key=lambda one: one.cost).x
+    for _ in range(2):
+        spread = _spread(losses - model(theta), noise, len(free))
+        theta = _solve(model, losses, np.hypot(noise, spread), theta).x
+    residuals = losses - model(theta)
+    spread = _spread(residuals, noise, len(free))
+    values = {**values, **dict(zip(free, map(float, theta), strict=True))}
     return Fit(form, tuple(cells), values, free, {}, residuals, noise, spread, left_out)
+
+
+def _spread(residuals: np.ndarray, noise: np.ndarray, free: int) -> float:
+    """Standard deviation that the residuals have beyond the noise; a trace of it where they have none."""
+    beyond = np.sum(residuals**2) / (len(residuals) - free) - np.mean(noise**2)
+    return math.sqrt(max(float(beyond), 1e-12))
 
 
 def _terms(cells: Sequence[Cell], form: Form) -> tuple[dict[str, float], tuple[str, ...], tuple[str, ...]]:
@@ -306,20 +311,21 @@ def _start(free: Sequence[str], losses: np.ndarray, alpha: float, beta: float, a
     return np.array([values.get(name, 0.5) for name in free])
 
 
-def _solve(
-    model: _Model, losses: np.ndarray, weights: np.ndarray, start: np.ndarray
-) -> optimize.OptimizeResult:
+def _solve(model: _Model, losses: np.ndarray, sd: np.ndarray, start: np.ndarray) -> optimize.OptimizeResult:
     low, high = np.array([_BOUNDS[name.split()[0]] for name in model.free]).T
+    options: dict[str, Any] = {
+        "loss": "huber",
+        "f_scale": HUBER,
+        "x_scale": "jac",
+        "xtol": 1e-6,
+        "ftol": 1e-8,
+    }
     return optimize.least_squares(
-        lambda theta: weights * (model(theta) - losses),
+        lambda theta: (model(theta) - losses) / sd,
         np.clip(start, low + 1e-6, high - 1e-6),
-        lambda theta: weights[:, None] * model.jacobian(theta),
         bounds=(low, high),
-        loss="huber",
-        f_scale=HUBER,
-        x_scale="jac",
-        xtol=1e-6,
-        ftol=1e-8,
+        **options,
+        jac=lambda theta: model.jacobian(theta) / sd[:, None],  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -338,7 +344,7 @@ def bootstrap(found: Fit, resamples: int = RESAMPLES, seed: int = 0) -> Fit:
     pool = np.concatenate([np.zeros(0), *(_deviations(cell, s) for cell, s in zip(cells, sd, strict=True))])
     values = np.array([found.values[name] for name in found.free])
     model = _Model(found.form, cells, found.values, found.free)
-    weights, fitted = 1 / np.hypot(found.noise, found.spread), model(values)
+    scale, fitted = np.hypot(found.noise, found.spread), model(values)
     degrees, samples = len(cells) - len(found.free), []
     for _ in range(resamples):
         if len(pool):
@@ -348,7 +354,7 @@ def bootstrap(found: Fit, resamples: int = RESAMPLES, seed: int = 0) -> Fit:
             seeds = np.zeros(len(cells))
         errors = seeds * sd + np.hypot(rate, found.spread) * generator.standard_normal(len(cells))
         errors *= math.sqrt(degrees / generator.chisquare(degrees))
-        samples.append(_solve(model, fitted + errors, weights, values).x)
+        samples.append(_solve(model, fitted + errors, scale, values).x)
     return dataclasses.replace(found, samples=dict(zip(found.free, np.transpose(samples), strict=True)))
 
 
