@@ -73,7 +73,7 @@ class Fit:
         `T0` tokens), kappa, log_a, drift, and phi by order as "phi immediate", or "phi" if common.
       free: names of the fitted ones.
       samples: of the fitted ones by name, from the bootstrap; {} before `bootstrap`.
-      residuals: loss minus fit, by cell.
+      residuals, noise: loss minus fit, and standard error of the loss (seeds and learning rate), by cell.
       spread: standard deviation of the cells about the law beyond that of seeds and learning rates, nats.
       left_out: terms that the cells cannot determine, one sentence each.
     """
@@ -107,14 +107,11 @@ class Fit:
         return ends is not None and (ends[0] < low + room or ends[1] > high - room)
 
     def optimum(self, parameters: float) -> float:
-        """Best D/L at a size; infinite or 0 for a law whose curvature is not positive has no meaning."""
+        """Best D/L at a size; without meaning where `optimum_interval` is None."""
         return float(np.exp(self.values["log_a"] + self.values["drift"] * math.log(parameters / N0)))
 
     def optimum_interval(self, parameters: float) -> tuple[float, float] | None:
-        """Percentile interval of `optimum`; None without samples, or if 5 % of them curve downwards.
-
-        Then the shape has no optimum to speak of.
-        """
+        """Percentile interval of `optimum`; None without samples, or if over 5 % of them curve downwards."""
         if "log_a" not in self.samples or np.mean(self.samples["kappa"] <= 0) > 1 - LEVEL:
             return None
         drift = self.samples.get("drift", np.zeros(1)) * math.log(parameters / N0)
