@@ -2,14 +2,13 @@
 
   python -m experiments.sweep --config=configs/depth_vs_width.py:tiny
 
-`tiny` and `laptop_*` hold the non-embedding parameters equal, which the paper does not: its models hold the
+`tiny` and `small` hold the non-embedding parameters equal, which the paper does not: its models hold the
 total about equal, so that its deep models also spend more of it outside the embedding. Every point gets its
 own learning rate. `tiny` trains 111,000 parameters for 350 steps, about 4 minutes on 2 CPU cores: it shows
 the protocol, and what depth does to very small models at the start of training.
 
-`laptop_*` train 37,000, 110,000 and 330,000 parameters for 1,000 steps, and 110,000 for 3,000 (`long`): the
-trend with size and horizon, together under an hour, see `depth_scaling.py`. `small` asks the same of models
-of about 2M parameters and 66M tokens, on a GPU.
+`small` asks the same of models of about 2M parameters and 66M tokens, on a GPU. How the answer changes with
+size and horizon is the question of `shape_laws.py`.
 
 `paper_125m` and `paper_350m` are the paper's exact shapes and recipe, for a pod.
 """
@@ -20,8 +19,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-LAPTOP = ("laptop_37k", "laptop_110k", "laptop_330k", "laptop_110k_long")
-PRESETS = ("tiny", *LAPTOP, "small", "paper_125m", "paper_350m")
+PRESETS = ("tiny", "small", "paper_125m", "paper_350m")
 
 # depth, num_heads, width
 _PAPER = {
@@ -49,13 +47,10 @@ _PAPER = {
         (66, 10, 640),
     ),
 }
-# depth, num_heads, width, ffn_width, as found by
+# depth, num_heads, width, ffn_width, chosen by hand; those of other sizes are found by
 #   python -m experiments.shapes --budget=non_embedding_parameters:110k --depth=1,2,4,8 --head_dim=16 \
 #       --ffn_band=0.25 --config.model.ffn_width=344
-# (37k: head sizes from 8 to 24 and --ffn_band=0.3; 330k: head size 12; tiny and small were chosen by hand)
 _MATCHED = {
-    "laptop_37k": ((1, 4, 56, 144), (2, 2, 40, 100), (4, 2, 28, 72), (8, 1, 18, 60)),
-    "laptop_330k": ((1, 14, 168, 436), (2, 10, 120, 300), (4, 7, 84, 216), (8, 5, 60, 148)),
     "tiny": ((1, 6, 96, 256), (2, 4, 64, 204), (4, 3, 48, 128), (8, 2, 32, 100)),
     "small": ((2, 8, 256, 688), (4, 6, 192, 432), (8, 4, 128, 344), (16, 3, 96, 216), (32, 2, 64, 168)),
 }
@@ -72,12 +67,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         base.use_small_recipe(config, "small" if preset == "small" else "tiny")
         depth, _, width, _ = _MATCHED[preset][1]
         base.use_base_shape(config, depth, width)
-    if preset in LAPTOP:
-        config.train.steps = 3000 if preset.endswith("long") else 1000
-        config.train.eval_every = config.train.steps // 5
-        config.train.checkpoint_every = config.train.steps // 2
-        config.train.log_every = config.train.steps // 2
-        config.train.eval_rows = 512
     return config
 
 
@@ -92,7 +81,7 @@ def study(preset: str) -> base.Study:
         matched="total_parameters" if paper else "non_embedding_parameters",
         tolerance=0.25 if paper else 0.02,
         baseline=f"{shallowest['model.depth']} x {shallowest['model.width']}",
-        **base.protocol(preset) | ({"seeds": 4} if preset in LAPTOP[:3] else {}),
+        **base.protocol(preset),
     )
 
 
@@ -102,8 +91,7 @@ def sweep(preset: str) -> Iterator[base.Overrides]:
         depths, heads, widths = zip(*_PAPER[preset], strict=True)
         yield from base.zipped(model__depth=depths, model__num_heads=heads, model__width=widths)
     else:
-        rows = _MATCHED["tiny" if preset.startswith("laptop_110k") else preset]
-        depths, heads, widths, ffns = zip(*rows, strict=True)
+        depths, heads, widths, ffns = zip(*_MATCHED[preset], strict=True)
         yield from base.zipped(
             model__depth=depths, model__num_heads=heads, model__width=widths, model__ffn_width=ffns
         )

@@ -1,19 +1,22 @@
-"""Loss against parameters for the shallowest and the deepest models, and where the two would cross.
+"""The law of size, aspect ratio, repeats and horizon, from the records of a study of shape, without jax.
 
-  python -m experiments.sweep --config=configs/depth_scaling.py:laptop --workdir=runs/scaling
-  python -m experiments.scaling --workdir=runs/scaling
+  python -m experiments.sweep --config=configs/shape_laws.py:laptop --workdir=runs/laws
+  python -m experiments.scaling --workdir=runs/laws
 
-Takes the records of all presets of a study that trained on the same data; presets of equal length make one
-fit. Writes figures/<study>-scaling.png and reports/<study>-scaling.md.
+Takes the records of all presets of the study, as far as there are any: what they cannot determine is left
+out, and said. Writes figures/<study>-*.png and reports/<study>.md and .html.
 """
 
 from absl import flags
 
 from experiments import cli
-from experiments.reporting import drawing
-from experiments.reporting.scaling_page import check_same_data, draw, report, size
-from mobilellm_jax.analysis.records import by_study, read_records
-from mobilellm_jax.analysis.study import study_of
+from experiments.reporting import drawing, shape_figures, shape_page
+from experiments.reporting.figures import Image
+from experiments.reporting.pages import to_html, to_markdown
+from mobilellm_jax.analysis.records import read_records
+from mobilellm_jax.analysis.shape_findings import findings_of
+from mobilellm_jax.analysis.shape_law import RESAMPLES
+from mobilellm_jax.analysis.study import file_stem
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import write_atomically
 
@@ -21,33 +24,36 @@ from mobilellm_jax.storage.files import write_atomically
 def main() -> int:
     """Fits, draws and prints what is in --workdir, and returns the exit status."""
     workdir, study = cli.directory("workdir", flags.FLAGS.workdir), flags.FLAGS.study
-    presets = {
-        preset: records
-        for (name, preset), records in by_study(read_records(workdir / "results")).items()
-        if name == study and preset in flags.FLAGS.presets
-    }
-    if not flags.FLAGS.presets:
-        raise UserError("--presets: name the presets to take, separated by commas")
-    if missing := [preset for preset in flags.FLAGS.presets if preset not in presets]:
+    wanted = flags.FLAGS.presets
+    found = [record for record in read_records(workdir / "results") if record.study == study]
+    there = {record.preset for record in found}
+    if not found or (absent := [preset for preset in wanted if preset not in there]):
+        preset = "" if not found else f":{absent[0]}"
         raise UserError(
-            f"{workdir}/results: no records of {study}:{missing[0]}; make them with: "
-            f"python -m experiments.sweep --config=configs/{study}.py:{missing[0]} --workdir={workdir}"
+            f"{workdir}/results: no records of {study}{preset}; make them with: "
+            f"python -m experiments.sweep --config=configs/{study}.py{preset} --workdir={workdir}"
         )
-    sizes = sorted(
-        (size(study_of(records)) for records in presets.values()), key=lambda s: (s.steps, s.parameters)
-    )
-    check_same_data(sizes)
-    text = report(sizes, f"{study}-scaling.png")
-    write_atomically(workdir / "figures" / f"{study}-scaling.png", drawing.render(draw(sizes)))
-    write_atomically(workdir / "reports" / f"{study}-scaling.md", text.encode())
-    print(text)
+    taken = [record for record in found if not wanted or record.preset in wanted]
+    findings = findings_of(taken, resamples=flags.FLAGS.resamples)
+    stem, images = file_stem(study), []
+    for suffix, alt, figure in shape_figures.images(findings):
+        if figure is not None:
+            images.append(Image(f"{stem}-{suffix}.png", alt, drawing.render(figure)))
+            write_atomically(workdir / "figures" / images[-1].name, images[-1].png)
+    sections = shape_page.sections(findings, images)
+    for suffix, page in ((".html", to_html), (".md", to_markdown)):
+        write_atomically(workdir / "reports" / f"{stem}{suffix}", page(shape_page.TITLE, sections).encode())
+    print(shape_page.text(findings))
+    print(f"Report: {workdir}/reports/{stem}.md")
     return 0
 
 
-if __name__ == "__main__":
+def _define_flags() -> None:
     flags.DEFINE_string("workdir", "experiments", "directory of results/, reports/ and figures/")
-    flags.DEFINE_string("study", "depth_vs_width", "the study whose presets differ in size")
-    flags.DEFINE_list(
-        "presets", ["laptop_37k", "laptop_110k", "laptop_330k", "laptop_110k_long"], "its presets to take"
-    )
-    cli.run(main)
+    flags.DEFINE_string("study", "shape_laws", "the study whose presets are sizes and horizons")
+    flags.DEFINE_list("presets", [], "its presets to take; all, if not given")
+    flags.DEFINE_integer("resamples", RESAMPLES, "bootstrap samples of each fit", lower_bound=2)
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags=_define_flags)

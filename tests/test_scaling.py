@@ -1,142 +1,182 @@
-"""Power laws and their crossing, on losses made from known ones."""
+"""The command: a study's records become the law's page, figures and findings, however many there are."""
 
 import dataclasses
 import re
 
-import numpy as np
 import pytest
 from commands import command, real
 from test_results import make_record
+from test_shape_law import PHI, grid, simulated, truth
 
-from mobilellm_jax.analysis import power_laws
+from experiments.reporting import shape_figures, shape_page
+from mobilellm_jax.analysis.cells import cells_of
 from mobilellm_jax.analysis.records import read_record, write_record
+from mobilellm_jax.analysis.shape_findings import findings_of
 from mobilellm_jax.errors import UserError
 
-SIZES = (1e4, 1e5, 1e6)
+SCIENTIFIC = ["model.depth", "model.width", "model.sharing", "model.num_repeats", "train.steps"]
 
 
-def family(scale, exponent, spread, seeds=6, seed=0):
-    generator = np.random.default_rng(seed)
-    noise = {size: np.exp(spread * generator.normal(size=seeds)) for size in SIZES}
-    return {size: list(scale * size**-exponent * noise[size]) for size in SIZES}
+def records_of(cells, **changes):
+    """Records of the seeds of cells, in the layout of a sweep."""
+    records = []
+    for place, cell in enumerate(cells):
+        repeats = max(cell.uses)
+        depth = len(cell.uses)
+        overrides = {
+            "model.depth": depth,
+            "model.width": cell.width,
+            "model.sharing": cell.order,
+            "model.num_repeats": repeats,
+            "train.steps": cell.tokens // 1024,
+        }
+        pairs = [[cell.design, f"{depth} x {cell.width}"]] if not cell.within or repeats > 1 else []
+        for seed, loss in enumerate(cell.losses):
+            record = make_record(
+                score=float(loss),
+                seed=seed,
+                study="shape_laws",
+                preset=cell.preset,
+                point=cell.design + (f" ({cell.arm})" if cell.arm == "standard" else ""),
+                design=cell.design,
+                arm=cell.arm,
+                point_index=place,
+                scientific=SCIENTIFIC,
+                pairs=[],
+                x=None,
+                overrides={**overrides, "model.parameterization": cell.arm},
+                plan={"seeds": 3, "pairs": len(pairs), "sd": None, "power": None},
+                floor={"tokens": cell.tokens, "unigram": 6.0, "bigram": 5.0, "trigram": 4.5},
+                layer_plan=list(range(depth)) * repeats,
+                parameters={"total": cell.parameters, "embedding": 0, "non_embedding": cell.parameters},
+                tokens_seen=cell.tokens,
+                **changes,
+            )
+            model = {**record.config["model"], "depth": depth, "width": cell.width, "sharing": cell.order}
+            model |= {"num_repeats": repeats, "parameterization": cell.arm}
+            train = {**record.config["train"], "steps": cell.tokens // 1024}
+            config = {**record.config, "model": model, "train": train}
+            records.append(dataclasses.replace(record, config=config))
+    return records
 
 
-def test_exact_power_law_is_found():
-    found = power_laws.fit(family(12.0, 0.11, 0.0))
-    assert (found.scale, found.exponent) == pytest.approx((12.0, 0.11))
-    assert (found.low, found.high) == pytest.approx((0.11, 0.11))
-    assert found(1e5) == pytest.approx(12.0 * 1e5**-0.11)
+def study(cells, **changes):
+    """Cells with losses of the known law: repeats worth 0.5, 0.3 and 0.4, best D/L 25."""
+    return simulated(cells, truth(cells), sd=0.01, **changes)
 
 
-def test_interval_of_the_exponent_covers_the_truth():
-    """A percentile bootstrap of 6 seeds covers somewhat less than 95 %."""
-    laws = [power_laws.fit(family(12.0, 0.11, 0.02, seed=seed)) for seed in range(40)]
-    covered = np.mean([law.low <= 0.11 <= law.high for law in laws])
-    assert 0.75 <= covered < 1
+def written(workdir, records):
+    for record in records:
+        name = re.sub(r"\W+", "-", f"{record.point}-s{record.seed}")
+        write_record(record, workdir / "results" / "shape_laws" / record.preset / f"{name}.json")
+    return workdir
 
 
-def test_crossing_of_known_laws():
-    """10 n^-0.1 and 20 n^-0.16 are equal at n = 2^(1 / 0.06)."""
-    found = power_laws.crossing(family(10, 0.1, 0.003), family(20, 0.16, 0.003, seed=1))
-    assert found.size == pytest.approx(2 ** (1 / 0.06), rel=0.3)
-    assert found.low < 2 ** (1 / 0.06) < found.high
-    assert found.share > 0.99
+def flags(workdir, *more):
+    return "experiments.scaling", f"--workdir={workdir}", *more
 
 
-@pytest.mark.parametrize(
-    ("second", "spread"),
-    [((10, 0.1), 0.02), ((20, 0.16), 0.5), ((5, 0.04), 0.003), ((9, 0.1001), 0.0)],
-    ids=["the same law", "too noisy", "the other way round", "below from the start"],
-)
-def test_no_statement_where_the_data_allow_none(second, spread):
-    found = power_laws.crossing(family(10, 0.1, spread), family(*second, spread, seed=1))
-    assert found.low is None
-    assert found.share < 0.95
+def test_cells_are_what_the_records_say():
+    cells = study(grid(("33k", "100k"), (2, 8), None))
+    found, missing = cells_of(records_of(cells))
+    key = lambda cell: (cell.preset, cell.design)  # noqa: E731
+    assert missing == []
+    for ours, theirs in zip(sorted(found, key=key), sorted(cells, key=key), strict=True):
+        same = ("size", "arm", "order", "within", "parameters", "uses", "width", "layers", "tokens", "losses")
+        assert [getattr(ours, name) for name in same] == [getattr(theirs, name) for name in same]
+        assert ours.horizon == pytest.approx(theirs.horizon, rel=1e-3)
+        assert ours.trigram == 4.5
 
 
-@pytest.mark.parametrize("losses", [{1e4: [1.0, 2.0]}, {1e4: [1.0, 2.0], 1e5: [1.0]}, {}])
-def test_too_few_sizes_or_seeds(losses):
-    with pytest.raises(UserError, match="two or more sizes with two or more seeds"):
-        power_laws.fit(losses)
+def test_runs_that_diverged_keep_a_cell_out_of_the_law():
+    records = records_of(study(grid(("33k", "100k"), (2, 8), None)))
+    place = next(i for i, r in enumerate(records) if r.design == "1 x 90")
+    records[place] = dataclasses.replace(records[place], status="diverged", error="loss is nan")
+    found = findings_of(records, resamples=2)
+    (cell,) = [cell for cell in found.cells if cell.diverged]
+    assert (cell.design, cell.diverged, len(cell.losses)) == ("1 x 90", 1, 2)
+    assert cell not in found.fitted
+    said = "\n".join(shape_page.warnings(found))
+    assert "100k_2, 1 x 90 (completep): 1 runs diverged; the cell is left out" in said
+    assert "100k_2: 1 x 90 has 2 of 3 seeds" in said
 
 
-# The command.
-
-
-@pytest.fixture
-def workdir(tmp_path):
-    """Three sizes and a long run: deep models lose by 0.1 at the smallest and win by 0.1 at the largest."""
-    for preset, parameters, steps, gap in (
-        ("small", 10_000, 500, 0.1),
-        ("middle", 100_000, 500, 0.0),
-        ("large", 1_000_000, 500, -0.1),
-        ("long", 100_000, 2_000, -0.2),
-    ):
-        for depth in (1, 8):
-            for seed in range(4):
-                noise = 0.004 * np.random.default_rng([seed, depth, parameters]).normal()
-                score = 12 * parameters**-0.1 + (gap / 2 if depth == 8 else -gap / 2) + noise
-                record = make_record(
-                    depth=depth,
-                    seed=seed,
-                    score=score,
-                    preset=preset,
-                    steps=steps,
-                    pairs=[["8 x 128", "1 x 128"]],
-                )
-                budgets = {**record.budgets, "non_embedding_parameters": parameters + depth}
-                write_record(
-                    dataclasses.replace(record, budgets=budgets),
-                    tmp_path / "results" / "shape" / preset / f"{depth}-s{seed}.json",
-                )
-    return tmp_path
-
-
-def flags(workdir, presets="small,middle,large,long"):
-    return "experiments.scaling", f"--workdir={workdir}", "--study=shape", f"--presets={presets}"
-
-
-def test_report_of_three_sizes_and_a_long_run(workdir):
-    done = real(*flags(workdir))
+def test_command_reports_the_law(tmp_path):
+    cells = study(grid())
+    standard = [dataclasses.replace(c, arm="standard") for c in cells if c.preset == "100k_8"]
+    done = real(*flags(written(tmp_path, records_of([*cells, *standard])), "--resamples=40"))
     assert done.returncode == 0, done.stderr
-    crossing = re.search(r"below the shallow one at [\d,]+ parameters \[([\d,]+), ([\d,]+)\]", done.stdout)
-    low, high = (float(number.replace(",", "")) for number in crossing.groups())
-    assert 40_000 < low < high < 150_000  # a gap weighs more where the loss is lower
-    assert "After 500 steps: shallow: loss falls as N^-0." in done.stdout
-    assert "After 2,000 steps" not in done.stdout  # one size makes no line
-    rows = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("| ")}
-    assert "worse" in rows["small"]
-    assert "better" in rows["large"]
-    assert "better" in rows["long"]
-    assert (workdir / "reports" / "shape-scaling.md").read_text().strip() == done.stdout.strip()
-    assert (workdir / "figures" / "shape-scaling.png").stat().st_size > 10_000
+    page = (tmp_path / "reports" / "shape_laws.md").read_text()
+    ends = re.search(r"width over layers: [\d.]+ \[([\d.]+), ([\d.]+)\]", done.stdout).groups()
+    low, high = map(float, ends)
+    assert 0.95 * low < 25 < 1.05 * high < 1.6 * low
+    for order, phi in PHI.items():
+        interval = re.search(rf"A repeat, {order}: phi = [\d.]+ \[([\d.]+), ([\d.]+)\]", done.stdout)
+        low, high = map(float, interval.groups())
+        assert low - 0.03 < phi < high + 0.03
+    assert "300k and 1m are missed by 0.0" in page
+    assert "fitted to completep alone; standard (14 cells) is" in page
+    assert re.search(r"\d+ of 144 cells are above the loss of a trigram .* at 33k_2, ", page)
+    for name in ("differences", "aspects", "repeats"):
+        assert f"../figures/shape_laws-{name}.png" in page
+        assert 10_000 < (tmp_path / "figures" / f"shape_laws-{name}.png").stat().st_size < 300_000
+    assert "No finished run at 1m_2, 1m_32" in page
+    assert (tmp_path / "reports" / "shape_laws.html").stat().st_size > 100_000
 
 
 @pytest.mark.parametrize(
-    ("presets", "message"),
-    [("small,huge", "no records of shape:huge; make them with: python -m experiments.sweep"), ("", "")],
+    ("cells", "says"),
+    [
+        (grid(("33k",), (2,), None)[:1], "No law: cannot fit a law of size to 1 size (33k)"),
+        (grid(("33k",), (2, 8, 32), None), "No law: cannot fit a law of size to 1 size (33k)"),
+        (grid(("33k", "100k"), (2,), None), "Left out: no term of tokens"),
+        ([c for c in grid(("33k", "100k"), (2, 8), None) if c.order == "none"], "Left out: no exponent for"),
+        (
+            grid(("33k",), (2, 8, 32), None) + grid(("100k",), (2,), None),
+            "No finished run at 100k_8, 100k_32",
+        ),
+    ],
 )
-def test_presets_without_records(workdir, presets, message):
-    done = command(*flags(workdir, presets))
+def test_a_study_that_has_just_begun_is_reported_as_far_as_it_goes(cells, says):
+    found = findings_of(records_of(study(cells)), resamples=4)
+    images = [drawn for _, _, drawn in shape_figures.images(found)]
+    assert says in "\n".join(shape_page.warnings(found))
+    assert shape_page.sections(found, [])
+    assert (images[0] is None) == (len(cells) == 1)
+    assert images[1] is not None
+    assert shape_page.text(found)
+
+
+def test_another_form_that_predicts_better_is_named():
+    cells = grid()
+    cells = simulated(cells, truth(cells, plus=True), sd=0.003)
+    found = findings_of(records_of(cells), resamples=2)
+    assert 'another form predicts better: "shape as a term of its own"' in shape_page.best_form(found)
+    assert found.score("the law") > 2 * found.score("shape as a term of its own")
+
+
+def test_no_records_of_the_study_or_preset(tmp_path):
+    done = command(*flags(tmp_path))
     assert done.returncode == 2
-    assert message in done.stderr
+    assert "no records of shape_laws; make them with: python -m experiments.sweep" in done.stderr
+    written(tmp_path, records_of(study(grid(("33k",), (2,), None))))
+    done = command(*flags(tmp_path, "--presets=33k_2,100k_2"))
+    assert done.returncode == 2
+    assert "no records of shape_laws:100k_2; make them with" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_preset_without_its_deepest_point_is_refused(workdir):
-    """It would pass for the family of the deepest with another depth."""
-    for path in (workdir / "results" / "shape" / "long").glob("8-*"):
-        path.unlink()
-    done = command(*flags(workdir))
-    assert done.returncode == 2
-    assert "long: no finished run of '8 x 128'; leave it out of --presets" in done.stderr
+def test_no_finished_run():
+    records = records_of(study(grid(("33k",), (2,), None)[:1]), phase="tuning")
+    with pytest.raises(UserError, match="shape_laws: no finished comparison run yet"):
+        findings_of(records[:1])
 
 
-def test_presets_on_other_data_are_refused(workdir):
-    for path in (workdir / "results" / "shape" / "large").iterdir():
+def test_presets_on_other_data_are_refused(tmp_path):
+    written(tmp_path, records_of(study(grid(("33k", "100k"), (2,), None))))
+    for path in (tmp_path / "results" / "shape_laws" / "100k_2").iterdir():
         record = read_record(path)
-        other = {**record.data, "source_sha256": "other"}
-        write_record(dataclasses.replace(record, data=other), path)
-    done = command(*flags(workdir))
+        write_record(dataclasses.replace(record, data={**record.data, "source_sha256": "other"}), path)
+    done = command(*flags(tmp_path))
     assert done.returncode == 2
-    assert "different data, source_sha256 is" in done.stderr
+    assert "source_sha256 is other in 100k_2 but abababababab in 33k_2" in done.stderr

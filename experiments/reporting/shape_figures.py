@@ -1,0 +1,238 @@
+"""The figures of a study of shape: differences by horizon, loss by aspect ratio, the worth of a repeat."""
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+from scipy import stats
+
+from experiments.reporting import drawing, tables
+from mobilellm_jax.analysis.cells import Cell, is_plain, meant_aspects, moderated, size_of
+from mobilellm_jax.analysis.shape_findings import Findings
+from mobilellm_jax.analysis.shape_law import Fit
+
+PUBLISHED = 0.46  # exponent of a repeat, arXiv 2604.21106
+_LABELS = (
+    "D/L about 96",
+    "D/L about 32",
+    "D/L about 12",
+    "D/L about 4",
+    "immediate",
+    "repeat_all",
+    "reverse",
+    "equal depth, unshared",
+    "equal FLOPs, unshared",
+)
+_LOOKS = {name: drawing.look(place) for place, name in enumerate(_LABELS[:4])} | {
+    name: drawing.look(place) for place, name in enumerate(_LABELS[4:])
+}
+
+
+@drawing.styled
+def differences(found: Findings) -> Figure | None:
+    """Draws loss differences against tokens per parameter; a column for each size. None without any."""
+    present = {(one.cell.arm, one.row) for one in found.differences}
+    rows = [(arm, row) for arm in found.arms for row in sorted({row for a, row in present if a == arm})]
+    if not rows:
+        return None
+    caption = _wrapped(
+        f"Below 0: the design is better. Grey: the margin, ±{found.margin:g} nats. Bars: 95 % for all "
+        f"{len(found.differences)} differences at once (moderated t). Aspect ratios are compared with the "
+        "design of D/L about 32, shared designs and their two controls with the unshared design of their "
+        f"width, which has half the layers. D/L is {_ratios(found)}."
+    )
+    figure = drawing.framed(
+        "Loss difference against training tokens per parameter", caption, 0.3 + 2.2 * len(rows)
+    )
+    widths = [1.0] * len(found.sizes) + [0.62]
+    grid = figure.subplots(
+        len(rows), len(widths), sharex=True, sharey="row", squeeze=False, width_ratios=widths
+    )
+    for (arm, row), (*of_row, beside) in zip(rows, grid, strict=True):
+        for size, axes in zip(found.sizes, of_row, strict=True):
+            _draw_differences(axes, found, arm, row, size)
+        used = [
+            name
+            for name in _LABELS
+            if any(d.label == name and (d.cell.arm, d.row) == (arm, row) for d in found.differences)
+        ]
+        handles = [Line2D([], [], **_LOOKS[name], ms=5, lw=1.2, label=name) for name in used]
+        beside.set_axis_off()
+        beside.legend(handles=handles, fontsize=8, loc="center left", frameon=False, borderaxespad=0)
+        of_row[0].set_ylabel(textwrap.fill(f"{arm}: {row}".removeprefix(": "), 24) + "\nnats", fontsize=9)
+    for size, axes in zip(found.sizes, grid[0], strict=False):
+        axes.set_title(f"{tables.quantity(size_of(found.cells, size))} parameters", fontsize=10)
+    for axes in grid[-1][:-1]:
+        axes.set_xlabel("tokens per parameter", fontsize=10)
+    return figure
+
+
+def _ratios(found: Findings) -> str:
+    """The aspect ratios of each size, as "52, 19 at 33k; 90, 32 at 100k"."""
+    sizes: dict[str, list[float]] = {}
+    for size, aspect in meant_aspects(found.cells):
+        sizes.setdefault(size, []).append(aspect)
+    return "; ".join(
+        f"{', '.join(f'{a:.3g}' for a in sorted(ratios, reverse=True))} at {size}"
+        for size, ratios in sizes.items()
+    )
+
+
+def _draw_differences(axes: Axes, found: Findings, arm: str, row: str, size: str) -> None:
+    here = [d for d in found.differences if (d.cell.arm, d.row, d.cell.size) == (arm, row, size)]
+    axes.axhspan(-found.margin, found.margin, color="0.9", zorder=0)
+    axes.axhline(0, color="0.4", lw=0.8)
+    names = [name for name in _LABELS if any(d.label == name for d in here)]
+    for place, name in enumerate(names):
+        line = sorted((d for d in here if d.label == name), key=lambda d: d.cell.horizon)
+        at = [d.cell.horizon * 1.09 ** (place - (len(names) - 1) / 2) for d in line]  # side by side
+        bars = [d.half_width or 0.0 for d in line]
+        axes.errorbar(
+            at, [d.mean for d in line], bars, **_LOOKS[name], ms=4, lw=1.2, capsize=2, elinewidth=0.9
+        )
+    drawing.log_axis(axes, sorted({round(cell.horizon, 1) for cell in found.cells}))
+    axes.tick_params(labelsize=8)
+    if not here:
+        axes.text(0.5, 0.6, "no records", ha="center", color="0.5", fontsize=8, transform=axes.transAxes)
+
+
+@drawing.styled
+def aspects(found: Findings) -> Figure | None:
+    """Draws loss against D/L of the unshared designs, and the optimum of the law. None without cells."""
+    cells = [cell for cell in found.fitted if is_plain(cell)]
+    if not cells:
+        return None
+    law = found.law if found.law is not None and "log_a" in found.law.free else None
+    drifting = (
+        found.drifting if law is not None and found.drifting and "drift" in found.drifting.free else law
+    )
+    caption = _wrapped(
+        "Dots: means over seeds with 95 % intervals (moderated t). Lines: the law. Dotted: its optimum, one "
+        "for all sizes. Grey line: the optimum at this size, if it may drift with log N, with its 95 % "
+        "bootstrap interval."
+        if law
+        else "Dots: means over seeds with 95 % intervals (moderated t). No law is drawn: see the report."
+    )
+    sizes = list(dict.fromkeys(cell.size for cell in cells))
+    figure = drawing.framed("Loss against aspect ratio", caption, 3.4)
+    *row, beside = figure.subplots(1, len(sizes) + 1, squeeze=False, width_ratios=[1] * len(sizes) + [0.6])[0]
+    horizons = sorted({_horizon(cell) for cell in cells})
+    sd, df = moderated(found.fitted)
+    spread = {id(cell): pair for cell, *pair in zip(found.fitted, sd, df, strict=True)}
+    for size, axes in zip(sizes, row, strict=True):
+        here = [cell for cell in cells if cell.size == size]
+        for horizon in sorted({_horizon(cell) for cell in here}):
+            line = sorted((c for c in here if _horizon(c) == horizon), key=lambda c: c.aspect)
+            looks = {**drawing.look(horizons.index(horizon)), "ls": "none"}
+            bars = [_half(cell, *spread[id(cell)]) for cell in line]
+            axes.errorbar([c.aspect for c in line], [c.loss for c in line], bars, **looks, ms=5, capsize=3)
+            if law is not None:
+                _draw_law(axes, law, line[0], looks["color"])
+        if law is not None and drifting is not None:
+            _draw_optimum(axes, law, drifting, float(size_of(found.fitted, size)))
+        axes.set_xlim(2.5, 250)
+        drawing.log_axis(axes, [4, 12, 32, 96])
+        axes.set_title(f"{tables.quantity(size_of(found.cells, size))} parameters", fontsize=10)
+        axes.set_xlabel("width / layers")
+        axes.tick_params(labelsize=9)
+    handles = [
+        Line2D([], [], **{**drawing.look(place), "ls": "none"}, label=f"{horizon} tokens\nper parameter")
+        for place, horizon in enumerate(horizons)
+    ]
+    beside.set_axis_off()
+    beside.legend(handles=handles, fontsize=8, loc="center left", frameon=False, borderaxespad=0)
+    row[0].set_ylabel(drawing.VALUES["loss"])
+    return figure
+
+
+def _horizon(cell: Cell) -> int:
+    return max(1, round(cell.horizon))
+
+
+def _draw_law(axes: Axes, law: Fit, cell: Cell, color: Any) -> None:
+    x = np.geomspace(2.7, 220, 60)
+    curve = law.curve(cell, x)
+    axes.plot(x, curve, color=color, lw=1.2)
+
+
+def _draw_optimum(axes: Axes, law: Fit, drifting: Fit, parameters: float) -> None:
+    axes.axvline(law.optimum(parameters), color="0.3", ls=":", lw=1)
+    ends = drifting.optimum_interval(parameters)
+    if ends is not None:
+        axes.axvspan(*np.clip(ends, 2.5, 250), color="0.88", zorder=0)
+        axes.axvline(drifting.optimum(parameters), color="0.45", lw=1)
+
+
+def _half(cell: Cell, sd: float, df: float) -> float:
+    return float(stats.t.ppf(0.975, max(df, 1)) * sd / len(cell.losses) ** 0.5)
+
+
+@drawing.styled
+def repeats(found: Findings) -> Figure | None:
+    """Draws the exponent of a repeat for each order, and common, beside the published one. None without."""
+    rows = worth(found)
+    if not rows:
+        return None
+    caption = _wrapped(
+        "A block applied r times counts as r^phi blocks in the law: with 0 a repeat is worth nothing, with 1 "
+        f"as much as another block. Lines: 95 % bootstrap intervals. Dashed: {PUBLISHED}, arXiv 2604.21106, "
+        "of much larger looped models with 1 to 8 repeats."
+    )
+    figure = drawing.framed("What is a repeat worth?", caption, 0.9 + 0.5 * len(rows))
+    axes = figure.subplots()
+    for value in (0, 1):
+        axes.axvline(value, color="0.8", lw=1)
+    axes.axvline(PUBLISHED, color=drawing.COLORS[1], ls="--", lw=1.5)
+    for place, (_, phi, ends) in enumerate(rows):
+        low, high = ends or (phi, phi)
+        axes.plot([low, high], [place, place], color=drawing.COLORS[0], lw=2)
+        axes.plot(phi, place, "o", color=drawing.COLORS[0], ms=7)
+        axes.annotate(
+            f"{phi:.2f}: two uses count as {2**phi:.2f} blocks",
+            (max(high, phi), place),
+            (6, 0),
+            textcoords="offset points",
+            fontsize=9,
+            va="center",
+            bbox={"fc": "white", "ec": "none", "pad": 1},
+        )
+    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.invert_yaxis()
+    axes.margins(y=0.2)
+    low = min(0.0, *((ends or (phi, phi))[0] for _, phi, ends in rows))
+    high = max(1.0, *((ends or (phi, phi))[1] for _, phi, ends in rows))
+    axes.set_xlim(low - 0.1, high + 0.6 * (high - low))
+    axes.set_xlabel("exponent phi")
+    return figure
+
+
+def worth(found: Findings) -> list[tuple[str, float, tuple[float, float] | None]]:
+    """Order, exponent and its interval, for each order and then common."""
+    rows = []
+    if found.law is not None:
+        rows = [
+            (order, found.law.values[f"phi {order}"], found.law.interval(f"phi {order}"))
+            for order in found.law.orders
+        ]
+    if rows and found.common is not None:
+        rows.append(("all orders alike", found.common.values["phi"], found.common.interval("phi")))
+    return rows
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 128, break_on_hyphens=False)
+
+
+def images(found: Findings) -> Sequence[tuple[str, str, Figure | None]]:
+    """Suffix of the file, alternative text and figure."""
+    return (
+        ("differences", "Loss difference against tokens per parameter", differences(found)),
+        ("aspects", "Loss against width over layers, with the fitted optimum", aspects(found)),
+        ("repeats", "Exponent of a repeat for each order of sharing", repeats(found)),
+    )

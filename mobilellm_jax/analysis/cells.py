@@ -1,0 +1,320 @@
+"""Cells of a study over sizes and horizons: one design at one size and horizon, and differences of cells."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import optimize, special
+
+from mobilellm_jax.analysis.records import Record, by_study
+from mobilellm_jax.analysis.study import study_of
+from mobilellm_jax.errors import UserError
+
+DRAWS = 20_000  # of the largest of all errors
+REFERENCE = 32  # width over layers of the design that other aspect ratios are compared with
+ASPECTS = (96, 32, 12, 4)  # the ratios of the study, which no size has exactly
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One design at one size and horizon, and the final losses of its seeds.
+
+    Attributes:
+      preset, size: "100k_8" and its part before the last "_".
+      horizon: training tokens for each non-embedding parameter, of the designs within the budget.
+      design, arm: as in `Record`; arm is "" where the study has none.
+      order: "none" (every block once) or the sharing strategy.
+      within: False for controls, which have more parameters or more tokens than the size and horizon say.
+      parameters: outside the embeddings.
+      uses: times that each block is applied.
+      width, layers: of the residual stream; applied.
+      tokens, flops: of training.
+      losses: nats per token by seed, of finished runs.
+      diverged: runs that did.
+      trigram: loss of the trigram counted on the same tokens; None where not recorded.
+    """
+
+    preset: str
+    size: str
+    horizon: float
+    design: str
+    arm: str
+    order: str
+    within: bool
+    parameters: int
+    uses: tuple[int, ...]
+    width: int
+    layers: int
+    tokens: int
+    flops: float
+    losses: tuple[float, ...]
+    diverged: int
+    trigram: float | None
+
+    @property
+    def aspect(self) -> float:
+        """Width over layers applied."""
+        return self.width / self.layers
+
+    @property
+    def loss(self) -> float:
+        return float(np.mean(self.losses))
+
+    @property
+    def name(self) -> str:
+        return f"{self.preset}, {self.design}" + f" ({self.arm})" * bool(self.arm)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Loss of `cell` minus that of `other`.
+
+    Attributes:
+      row: what is compared: "depth" (aspect ratios), or sharing and its controls at one aspect ratio.
+      label: the design, in words that are the same at all sizes.
+      mean, error: nats per token; standard error.
+      half_width: of a band that holds for all differences of the study at once in 95 % of studies.
+
+    Without any spread, from one seed for each cell, `error` and `half_width` are None.
+    """
+
+    cell: Cell
+    other: Cell
+    row: str
+    label: str
+    mean: float
+    error: float | None
+    half_width: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trend:
+    """Change of a difference with the horizon: nats for each doubling of tokens, with a 95 % interval.
+
+    `sizes` are those with several horizons; the slope is their mean, weighted by precision.
+    """
+
+    arm: str
+    row: str
+    label: str
+    sizes: tuple[str, ...]
+    slope: float
+    half_width: float
+
+
+def cells_of(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
+    """Collects the cells of all presets of one study from finished comparison runs, smallest size first.
+
+    Returns:
+      The cells, and what is missing from the study so far, one sentence each.
+
+    Raises:
+      UserError: runs of a preset cannot be compared, or the presets were trained on different data.
+    """
+    cells, missing, hashes = [], [], {}
+    for (_, preset), runs in by_study(records).items():
+        study = study_of(runs)
+        done = {label: point for label, point in study.points.items() if point.finished}
+        absent = sorted({label for pair in study.facts.pairs for label in pair} - done.keys())
+        if absent:
+            missing.append(f"{preset}: no finished run of {', '.join(absent)}.")
+        if not done:
+            continue
+        compared = {
+            label: [r for r in point.comparison if r.status == "finished"] for label, point in done.items()
+        }
+        smallest = min(r.parameters["non_embedding"] for found in compared.values() for r in found)
+        shortest = min(r.tokens_seen for found in compared.values() for r in found)
+        for label, found in compared.items():
+            for run in found:
+                for name in ("source_sha256", "tokenizer_sha256"):
+                    hashes.setdefault(name, {}).setdefault(run.data[name], preset)
+            planned = max((run.plan["seeds"] for run in found if run.plan), default=0)
+            if len(found) < planned:
+                missing.append(f"{preset}: {label} has {len(found)} of {planned} seeds.")
+            diverged = sum(run.status == "diverged" for run in done[label].comparison)
+            cells.append(_cell(preset, found, smallest, shortest, diverged))
+    for name, presets in hashes.items():
+        if len(presets) > 1:
+            (one, first), (two, second) = list(presets.items())[:2]
+            raise UserError(
+                f"{name} is {one[:12]} in {first} but {two[:12]} in {second}: such runs cannot be compared; "
+                "name presets of the same data with --presets, or rerun the others"
+            )
+    cells = sorted(cells, key=lambda cell: (size_of(cells, cell.size), cell.horizon))
+    there = {cell.preset for cell in cells}
+    horizons = sorted({(round(cell.horizon), _suffix(cell.preset)) for cell in cells})
+    sizes = dict.fromkeys(cell.size for cell in cells)
+    grid = [f"{size}_{horizon}" for size in sizes for _, horizon in horizons if horizon]
+    if absent := [preset for preset in dict.fromkeys(grid) if preset not in there]:
+        missing.append(f"No finished run at {', '.join(absent)}.")
+    return cells, missing
+
+
+def _suffix(preset: str) -> str:
+    return preset.rpartition("_")[2] if "_" in preset else ""
+
+
+def _cell(preset: str, runs: Sequence[Record], smallest: int, shortest: int, diverged: int) -> Cell:
+    run = runs[0]
+    counts = Counter(run.layer_plan)
+    parameters, tokens = run.parameters["non_embedding"], run.tokens_seen
+    repeated = len(run.layer_plan) > len(counts)
+    return Cell(
+        preset=preset,
+        size=preset.rpartition("_")[0] or preset,
+        horizon=shortest / smallest,
+        design=run.design or run.point,
+        arm=run.arm or "",
+        order=str(run.config["model"].get("sharing", "explicit plan")) if repeated else "none",
+        within=parameters < 1.1 * smallest and tokens < 1.1 * shortest,
+        parameters=parameters,
+        uses=tuple(counts.values()),
+        width=run.config["model"]["width"],
+        layers=len(run.layer_plan),
+        tokens=tokens,
+        flops=tokens * run.budgets["train_flops_per_token"],
+        losses=tuple(run.loss for run in sorted(runs, key=lambda run: run.seed)),
+        diverged=diverged,
+        trigram=run.floor["trigram"] if run.floor else None,
+    )
+
+
+def size_of(cells: Sequence[Cell], size: str) -> int:
+    """Non-embedding parameters of a size: the fewest of its cells."""
+    return min(cell.parameters for cell in cells if cell.size == size)
+
+
+def moderated(cells: Sequence[Cell]) -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviation over seeds of each cell, shrunk towards that of all, and its degrees of freedom.
+
+    A few seeds say little about a spread; what all cells say is a prior, as in limma (Smyth 2004). It is
+    as strong as the cells' spreads are alike. 0 where no cell has two seeds.
+    """
+    df = np.array([len(cell.losses) - 1 for cell in cells])
+    variance = np.array([np.var(cell.losses, ddof=1) if len(cell.losses) > 1 else 0.0 for cell in cells])
+    if not df.any():
+        return np.zeros(len(cells)), df.astype(float)
+    d = df[df > 0] / 2
+    pooled = float(np.sum(df * variance) / np.sum(df))
+    logs = np.log(np.maximum(variance[df > 0], 1e-6 * pooled + 1e-300)) - special.digamma(d) + np.log(d)
+    excess = float(np.var(logs, ddof=1) - np.mean(special.polygamma(1, d))) if len(logs) > 1 else 0.0
+    prior_df, prior = math.inf, pooled
+    if excess > special.polygamma(1, 1e6):
+        half = optimize.root_scalar(lambda x: special.polygamma(1, x) - excess, bracket=(1e-3, 2e6)).root
+        prior_df = 2 * half
+        prior = float(np.exp(np.mean(logs) + special.digamma(half) - np.log(half)))
+    if math.isinf(prior_df):
+        return np.full(len(cells), math.sqrt(prior)), np.full(len(cells), float(np.sum(df)))
+    shrunk = (prior_df * prior + df * variance) / (prior_df + df)
+    return np.sqrt(shrunk), prior_df + df
+
+
+def differences(cells: Sequence[Cell], rate_sd: Mapping[str, float] | None = None) -> list[Difference]:
+    """Compares aspect ratios with the one nearest to 32, and shared designs with the unshared of their shape.
+
+    The controls of a shared design have its width, and so the same unshared design to be compared with. Bands
+    are those of moderated t statistics, with the largest of all errors simulated.
+
+    Args:
+      cells: of one study.
+      rate_sd: by `Cell.name`, standard deviation of the loss from the uncertainty of the learning rate.
+    """
+    pairs: list[tuple[Cell, Cell]] = []
+    meant = meant_aspects(cells)
+    for here in _panels(cells):
+        unshared = [cell for cell in here if is_plain(cell)]
+        if not unshared:
+            continue
+        reference = min(unshared, key=lambda cell: abs(math.log(meant[cell.size, cell.aspect] / REFERENCE)))
+        pairs += [(cell, reference) for cell in unshared if cell is not reference]
+        by_width = {cell.width: cell for cell in unshared}
+        pairs += [(c, by_width[c.width]) for c in here if c not in unshared and c.width in by_width]
+    if not pairs:
+        return []
+    place = {id(cell): index for index, cell in enumerate(cells)}
+    a, b = np.array([[place[id(cell)] for cell in pair] for pair in pairs]).T
+    sd, df = moderated(cells)
+    extra = np.array([(rate_sd or {}).get(cell.name, 0.0) for cell in cells])
+    error = np.sqrt(sd**2 / [len(cell.losses) for cell in cells] + extra**2)
+    scale = np.hypot(error[a], error[b])
+    half = np.zeros(len(pairs))
+    if error.any():
+        generator = np.random.default_rng(0)
+        freedom = np.maximum(df, 1)
+        draws = error * generator.standard_normal((DRAWS, len(cells)))
+        draws /= np.sqrt(generator.chisquare(freedom, draws.shape) / freedom)
+        half = scale * np.quantile(np.max(np.abs(draws[:, a] - draws[:, b]) / scale, axis=1), 0.95)
+    found = []
+    for (cell, other), se, band in zip(pairs, scale, half, strict=True):
+        row, label = _named(cell, other, meant)
+        mean = cell.loss - other.loss
+        found.append(Difference(cell, other, row, label, mean, float(se) or None, float(band) or None))
+    return found
+
+
+def is_plain(cell: Cell) -> bool:
+    """True for the designs whose aspect ratios are compared: unshared, within the budget."""
+    return cell.within and cell.order == "none"
+
+
+def meant_aspects(cells: Sequence[Cell]) -> dict[tuple[str, float], int]:
+    """Which of `ASPECTS` an aspect ratio of a size stands for: one each, the nearest on the whole.
+
+    Small sizes do not reach them all: one block of 33,000 parameters has a width of 52.
+    """
+    found = {}
+    for size in dict.fromkeys(cell.size for cell in cells):
+        there = sorted({cell.aspect for cell in cells if cell.size == size and is_plain(cell)})
+        far = np.abs(np.log(np.array(there)[:, None] / ASPECTS))
+        found |= {
+            (size, aspect): ASPECTS[int(np.argmin(row))] for aspect, row in zip(there, far, strict=True)
+        }
+        for place, one in zip(*optimize.linear_sum_assignment(far**2), strict=True):
+            found[size, there[place]] = ASPECTS[one]
+    return found
+
+
+def _named(cell: Cell, other: Cell, meant: Mapping[tuple[str, float], int]) -> tuple[str, str]:
+    """Row and label of a difference."""
+    if is_plain(cell):
+        return "depth", f"D/L about {meant[cell.size, cell.aspect]}"
+    label = cell.order
+    if label == "none":
+        label = "equal depth, unshared" if cell.layers > other.layers else "equal FLOPs, unshared"
+    return f"sharing at D/L about {meant[other.size, other.aspect]}", label
+
+
+def trends(found: Sequence[Difference]) -> list[Trend]:
+    """Fits a line in log2 horizon to the differences of each design, by weighted least squares."""
+    groups: dict[tuple[str, str, str], dict[str, list[Difference]]] = {}
+    for one in found:
+        if one.error:
+            key = one.cell.arm, one.row, one.label
+            groups.setdefault(key, {}).setdefault(one.cell.size, []).append(one)
+    result = []
+    for key, sizes in groups.items():
+        slopes = {}
+        for size, of_size in sizes.items():
+            x = np.log2([one.cell.horizon for one in of_size])
+            weights = np.array([1 / one.error**2 for one in of_size if one.error])
+            x = x - np.average(x, weights=weights)
+            precision = float(np.sum(weights * x**2))
+            if precision > 1e-6:
+                y = np.array([one.mean for one in of_size])
+                slopes[size] = float(np.sum(weights * x * y)) / precision, precision
+        if slopes:
+            total = sum(precision for _, precision in slopes.values())
+            mean = sum(slope * precision for slope, precision in slopes.values()) / total
+            result.append(Trend(*key, tuple(slopes), mean, 1.96 / math.sqrt(total)))
+    return result
+
+
+def _panels(cells: Sequence[Cell]) -> list[list[Cell]]:
+    groups: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.preset, cell.arm), []).append(cell)
+    return list(groups.values())
