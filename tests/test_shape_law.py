@@ -306,8 +306,9 @@ def test_spreads_are_shrunk_towards_that_of_all():
     assert np.std(np.log(found / sd)) < 0.6 * np.std(np.log(alone / sd))
     assert df == pytest.approx(2 + 8, rel=0.35)  # its own, and those of the prior
     alike, many = moderated(simulated(cells, np.zeros(len(cells)), sd=0.02))
-    assert alike == pytest.approx(0.02, rel=0.1)
-    assert min(many) > 50
+    assert np.mean(alike) == pytest.approx(0.02, rel=0.12)
+    assert np.std(np.log(alike)) < 0.2  # 0.7 for those of three seeds alone
+    assert min(many) > 8
 
 
 def test_bands_hold_for_all_differences_at_once(monkeypatch):
@@ -343,11 +344,16 @@ def test_differences_without_any_spread_have_no_band():
     assert trends(found) == []
 
 
-def test_trend_is_the_slope_over_doublings():
+def test_interval_of_a_trend_covers_it(monkeypatch):
+    monkeypatch.setattr(cells_module, "DRAWS", 100)
     cells = grid(("100k",), (2, 8, 32), None)
     made = np.array([0.03 * math.log2(c.horizon) * (c.design == "8 x 32") for c in cells])
-    found = {(t.row, t.label): t for t in trends(differences(simulated(cells, made, sd=0.01)))}
-    deep, other = found["depth", "D/L about 4"], found["depth", "D/L about 12"]
-    assert abs(deep.slope - 0.03) < deep.half_width < 0.01
-    assert abs(other.slope) < other.half_width
+    hits = []
+    for seed in range(80):
+        found = trends(differences(simulated(cells, made, seed, sd=0.01)))
+        of = {trend.label: trend for trend in found if trend.row == "depth"}
+        deep, other = of["D/L about 4"], of["D/L about 12"]
+        hits += [abs(deep.slope - 0.03) < deep.half_width, abs(other.slope) < other.half_width]
+    assert 0.87 < np.mean(hits) < 0.99
+    assert deep.half_width < 0.01
     assert deep.sizes == ("100k",)
