@@ -27,6 +27,7 @@ OTHER = {
     "train.data_seed": 6,
     "train.eval_every": 7,
     "train.eval_rows": 16,
+    "train.eval_split": "tuning",
     "train.checkpoint_every": 9,
     "train.log_every": 11,
     "mesh.data": 2,

@@ -100,7 +100,7 @@ def test_text_seen_more_than_once_is_said():
     assert warned(2_048_000) == []
 
 
-PLAN = {"seeds": 3, "pairs": 1, "sd": 0.02, "power": 0.8}
+PLAN = {"seeds": 3, "pairs": 1, "sd": 0.02, "power": 0.8, "control": False}
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def records_of(cells, **changes):
                 pairs=[],
                 x=None,
                 overrides={**overrides, "model.parameterization": cell.arm},
-                plan={"seeds": 3, "pairs": len(pairs), "sd": None, "power": None},
+                plan={"seeds": 3, "pairs": len(pairs), "sd": None, "power": None, "control": False},
                 floor={"tokens": cell.tokens, "unigram": 6.0, "bigram": 5.0, "trigram": 4.5},
                 layer_plan=list(range(depth)) * repeats,
                 parameters={"total": cell.parameters, "embedding": 0, "non_embedding": cell.parameters},

@@ -358,7 +358,7 @@ def test_one_arm_alone_is_said_so():
 
 
 def test_more_seeds_than_planned_are_judged_by_a_confidence_sequence():
-    plan = {"seeds": 5, "pairs": 1, "sd": None, "power": None}
+    plan = {"seeds": 5, "pairs": 1, "sd": None, "power": None, "control": False}
     found = {n: verdict(study({2: 3.5, 4: 3.5}, seeds=n, pairs=[PAIRS[0]], plan=plan)) for n in (5, 8)}
     assert found[5].families[0].planned is None
     assert found[8].families[0].planned == 5

@@ -73,11 +73,12 @@ def plain(text: str) -> str:
 
 def head(study: Study) -> list[str]:
     """Lines above the tables: the question, the matched budget, and the facts that all points share."""
-    facts, mismatch = study.facts, study.verdict.mismatch
+    facts, mismatch, unmatched = study.facts, study.verdict.mismatch, study.verdict.unmatched
     held = budget_name(facts.matched)
-    if facts.matched in mismatch:
-        spread = mismatch[facts.matched]
-        held += f", within {max(spread, 0.001):.1%}" if spread else ", exactly"
+    if unmatched is not None:
+        held += f", within {max(unmatched, 0.001):.1%}" if unmatched else ", exactly"
+    if any(point.is_control for point in study.points.values()):
+        held += ", but for the controls"
     rates = {
         "fitted": "fitted for each point",
         "grid": "tuned for each point",
@@ -331,7 +332,7 @@ def _shapes(study: Study) -> Columns:
     points = study.points.values()
     settings = {"width": "width", "heads": "num_heads", "kv heads": "num_kv_heads", "ffn": "ffn_width"}
     return {
-        "point": list(study.points),
+        "point": [label + " (control)" * p.is_control for label, p in study.points.items()],
         "blocks": [str(point.config["model"]["depth"]) for point in points],
         "layers": [str(len(point.layer_plan)) for point in points],
         **{name: [str(p.config["model"][field]) for p in points] for name, field in settings.items()},

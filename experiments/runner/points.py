@@ -42,6 +42,7 @@ class Point:
       seeds: number of runs that count.
       vary: the seeds that change from run to run: "init", "data".
       sd: expected standard deviation of the metric over seeds; None if not known.
+      control: outside the matched budget on purpose.
       notes: what is to be said of its study before a sweep.
     """
 
@@ -53,6 +54,7 @@ class Point:
     seeds: int
     vary: tuple[str, ...]
     sd: float | None = None
+    control: bool = False
     notes: tuple[str, ...] = ()
 
     @property

@@ -156,6 +156,7 @@ def _study_points(
             seeds=seeds or study.seeds,
             vary=tuple(study.vary),
             sd=study.sd,
+            control=designs[index] in study.controls,
         )
         points.append(point)
     notes = _base_shapes(points)
@@ -190,7 +191,8 @@ def _label(design: str, arm: str | None, study: Study) -> str:
 def _planned(points: Sequence[Point]) -> list[Point]:
     """The points of one arm with what is planned for them; `plans.with_power` adds the power."""
     pairs = {tuple(pair) for point in points for pair in point.facts["pairs"]}
-    plans = [{"seeds": p.seeds, "pairs": len(pairs), "sd": p.sd, "power": None} for p in points]
+    same = {"pairs": len(pairs), "power": None}
+    plans = [{"seeds": p.seeds, "sd": p.sd, "control": p.control, **same} for p in points]
     return [
         replace(point, facts={**point.facts, "plan": plan}) for point, plan in zip(points, plans, strict=True)
     ]

@@ -57,6 +57,11 @@ class Point:
     tuning: list[Record]
 
     @property
+    def is_control(self) -> bool:
+        """True for a design that lies outside the matched budget on purpose."""
+        return any(run.plan is not None and run.plan["control"] for run in self.runs)
+
+    @property
     def runs(self) -> list[Record]:
         """All runs, in order of seed."""
         return sorted([*self.comparison, *self.tuning], key=lambda run: run.seed)

@@ -29,7 +29,7 @@ _KEYS = {  # required keys of nested fields
     "best": _EVALUATION,
     "timing": ("wall_s", "compile_s", "train_s", "tokens_per_second"),
     "device": ("platform", "kind", "count"),
-    "plan": ("seeds", "pairs", "sd", "power"),
+    "plan": ("seeds", "pairs", "sd", "power", "control"),
     "by_position": ("to", "loss", "targets"),
     "documents": ("nats", "targets"),
     "floor": ("tokens", "unigram", "bigram", "trigram"),
@@ -79,7 +79,7 @@ class Record:
         has several; `point` names both. Pairs are always within one arm.
       plan: what was decided before the first run: {"seeds", "pairs" (of the arm), "sd" (expected over seeds;
         None if not known), "power" (probability that a pair of equal designs is shown to lie within the
-        margin; None with `sd`)}.
+        margin; None with `sd`), "control" (true: outside the matched budget on purpose)}.
       by_position: final held-out loss by place in the row: {"to": last position of each bin, counted from 1,
         "loss" (nats per token), "targets"}.
       documents: final held-out sums by document: {"nats", "targets"}; neighbours are joined where there are

@@ -32,6 +32,7 @@ class Verdict:
       spread: what the comparisons take for the noise of each point.
       unstable: seeds of runs that finished, but far above the others, by point; see `verdicts.unstable`.
       mismatch: by budget: max / min - 1 over the points; infinite where min is 0.
+      unmatched: that of the matched budget, without the controls; None if it is no budget of the shape.
       failures: counts and names of failed, diverged and missing runs of both phases; "" if none.
       warnings: threats to the validity of the verdict, one sentence each; first, whether architecture can be
         judged at all.
@@ -52,6 +53,7 @@ class Verdict:
     spread: Noise
     unstable: dict[str, list[int]]
     mismatch: dict[str, float]
+    unmatched: float | None
     failures: str
     warnings: list[str]
     seeds_vary: str
@@ -103,6 +105,8 @@ def study_of(records: Sequence[Record]) -> Study:
     incomparable = check_comparable(facts, _runs(points.values()))
     tuning, unstable = tuning_searches(points), verdicts.unstable(points)
     mismatch, seeds_vary = verdicts.mismatch(points), verdicts.seeds_vary(points)
+    designs = {label: point for label, point in points.items() if not point.is_control} or points
+    unmatched = verdicts.mismatch(designs).get(facts.matched)
     by_seed = {label: point.scores for label, point in points.items() if point.scores}
     spread = noise_of(by_seed, may_pair=not verdicts.mixed_orders(points))
     rate_terms = {
@@ -130,11 +134,12 @@ def study_of(records: Sequence[Record]) -> Study:
         spread=spread,
         unstable=unstable,
         mismatch=mismatch,
+        unmatched=unmatched,
         failures=" ".join(filter(None, (wording.failures(points, p) for p in ("comparison", "tuning")))),
         warnings=[
             *regime.warnings(regimes),
             *incomparable,
-            *wording.warnings(facts, points, comparisons, spread, unstable, tuning, mismatch),
+            *wording.warnings(facts, points, comparisons, spread, unstable, tuning, unmatched),
             *documents.warnings(comparisons, over_documents),
         ],
         seeds_vary=seeds_vary,

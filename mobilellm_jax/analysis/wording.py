@@ -258,7 +258,7 @@ def warnings(
     noise: Noise,
     unstable: Mapping[str, Sequence[int]],
     tuning: Mapping[str, Tuning],
-    mismatch: Mapping[str, float],
+    unmatched: float | None,
 ) -> Iterator[str]:
     """Yields threats to the validity of the verdict: seeds, divergence, tuning, unequal budgets."""
     compared = {label: point for label, point in points.items() if point.comparison}
@@ -274,10 +274,10 @@ def warnings(
             "of their own. They count in the comparison."
         )
     yield from _tuning_warnings(facts, list(compared), tuning)
-    if mismatch.get(facts.matched, 0) > TOLERANCE:
+    if unmatched is not None and unmatched > TOLERANCE:
         yield (
             f"The points were to have equal {budget_name(facts.matched)}, but differ by up to "
-            f"{mismatch[facts.matched]:.1%}: that may decide instead of what is compared."
+            f"{unmatched:.1%}: that may decide instead of what is compared."
         )
 
 
