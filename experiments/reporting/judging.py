@@ -50,7 +50,8 @@ class Judgement:
     """What one study says of a claim.
 
     Attributes:
-      word: "agree" or "disagree" only where all arms say so.
+      word: "agree" or "disagree" only where there are several arms, and all say so: what one parameterization
+        alone shows may be about that, not about shapes.
       by_arm: the word of each arm, by parameterization.
       counted: the comparisons that were judged.
       outside: comparisons of shapes that the paper does not cover.
@@ -76,8 +77,9 @@ def judgement(claim: Claim, study: Study) -> Judgement | None:
         outside += [c for c in asked if c not in kept]
     if not counted and not outside:
         return None
-    words = set(by_arm.values())
-    return Judgement(words.pop() if len(words) == 1 else "cannot tell", by_arm, counted, outside)
+    agreed = len(by_arm) > 1 and len(set(by_arm.values())) == 1
+    word = next(iter(by_arm.values())) if agreed else "cannot tell"
+    return Judgement(word, by_arm, counted, outside)
 
 
 def judge(sides: Sequence[Side], needs: str) -> Word:
