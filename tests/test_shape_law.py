@@ -87,7 +87,7 @@ def simulated(cells, losses, seed=0, sd=0.015, rate_sd=0.0, spread=0.0, seeds=3)
     shared = losses + math.hypot(rate_sd, spread) * generator.normal(size=len(cells))
     noise = np.multiply(np.reshape(sd, (-1, 1)), generator.normal(size=(len(cells), seeds)))
     return [
-        dataclasses.replace(c, losses=tuple(map(float, mean + noises)))
+        dataclasses.replace(c, losses=tuple(map(float, mean + noises)), rate_sd=rate_sd)
         for c, mean, noises in zip(cells, shared, noise, strict=True)
     ]
 
@@ -157,9 +157,8 @@ def coverage(studies, resamples, **noise):
     cells = grid()
     losses = truth(cells)
     hits = {}
-    rates = {cell.name: noise.get("rate_sd", 0.0) for cell in cells}
     for seed in range(studies):
-        found = fit(simulated(cells, losses, seed, **noise), rate_sd=rates, start=TRUTH)
+        found = fit(simulated(cells, losses, seed, **noise), start=TRUTH)
         found = bootstrap(found, resamples, seed)
         for name in found.free:
             low, high = found.interval(name)
@@ -194,12 +193,12 @@ def test_intervals_cover(noise):
 
 def test_uncertain_learning_rates_widen_intervals():
     cells = small()
-    rates = {cell.name: 0.03 for cell in cells}
-    sure, unsure = (bootstrap(fit(cells, LAW, one, TRUTH), 40) for one in (None, rates))
+    rates_unsure = [dataclasses.replace(cell, rate_sd=0.03) for cell in cells]
+    sure, unsure = (bootstrap(fit(found, LAW, TRUTH), 40) for found in (cells, rates_unsure))
     for order in PHI:
         (a, b), (c, d) = (found.interval(f"phi {order}") for found in (sure, unsure))
         assert d - c > 2 * (b - a)
-    a, b = (differences(cells, one)[0].half_width for one in (None, rates))
+    a, b = (differences(found)[0].half_width for found in (cells, rates_unsure))
     assert b > 2 * a
 
 
@@ -304,7 +303,7 @@ def test_spreads_are_shrunk_towards_that_of_all():
     found, df = moderated(cells)
     alone = np.array([np.std(c.losses, ddof=1) for c in cells])
     assert np.std(np.log(found / sd)) < 0.6 * np.std(np.log(alone / sd))
-    assert df == pytest.approx(2 + 8, rel=0.35)  # its own, and those of the prior
+    assert np.all((df > 4) & (df < 2 + 8))  # its own, and those of the prior, cautiously
     alike, many = moderated(simulated(cells, np.zeros(len(cells)), sd=0.02))
     assert np.mean(alike) == pytest.approx(0.02, rel=0.12)
     assert np.std(np.log(alike)) < 0.2  # 0.7 for those of three seeds alone

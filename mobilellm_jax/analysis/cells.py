@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import optimize, special
+from scipy import optimize
 
+from mobilellm_jax.analysis.noise import noise_of
 from mobilellm_jax.analysis.records import Record, by_study
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.errors import UserError
@@ -35,6 +36,8 @@ class Cell:
       losses: nats per token by seed, of finished runs.
       diverged: runs that did.
       trigram: loss of the trigram counted on the same tokens; None where not recorded.
+      rate_sd: standard deviation of the loss from the uncertainty of the fitted learning rate; 0 if the rate
+        was not fitted.
     """
 
     preset: str
@@ -53,6 +56,7 @@ class Cell:
     losses: tuple[float, ...]
     diverged: int
     trigram: float | None
+    rate_sd: float = 0.0
 
     @property
     def aspect(self) -> float:
@@ -136,7 +140,10 @@ def cells_of(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
             if len(found) < planned:
                 missing.append(f"{preset}: {label} has {len(found)} of {planned} seeds.")
             diverged = sum(run.status == "diverged" for run in done[label].comparison)
-            cells.append(_cell(preset, found, smallest, shortest, diverged))
+            search = study.verdict.tuning.get(label)
+            # The loss is parabolic at the optimum: an error e of the rate, in octaves, costs c e^2.
+            rate_sd = math.sqrt(2) * search.excess if search and search.excess else 0.0
+            cells.append(_cell(preset, found, smallest, shortest, diverged, rate_sd))
     for name, presets in hashes.items():
         if len(presets) > 1:
             (one, first), (two, second) = list(presets.items())[:2]
@@ -158,7 +165,9 @@ def _suffix(preset: str) -> str:
     return preset.rpartition("_")[2] if "_" in preset else ""
 
 
-def _cell(preset: str, runs: Sequence[Record], smallest: int, shortest: int, diverged: int) -> Cell:
+def _cell(
+    preset: str, runs: Sequence[Record], smallest: int, shortest: int, diverged: int, rate_sd: float
+) -> Cell:
     run = runs[0]
     counts = Counter(run.layer_plan)
     parameters, tokens = run.parameters["non_embedding"], run.tokens_seen
@@ -180,6 +189,7 @@ def _cell(preset: str, runs: Sequence[Record], smallest: int, shortest: int, div
         losses=tuple(run.loss for run in sorted(runs, key=lambda run: run.seed)),
         diverged=diverged,
         trigram=run.floor["trigram"] if run.floor else None,
+        rate_sd=rate_sd,
     )
 
 
@@ -189,39 +199,20 @@ def size_of(cells: Sequence[Cell], size: str) -> int:
 
 
 def moderated(cells: Sequence[Cell]) -> tuple[np.ndarray, np.ndarray]:
-    """Standard deviation over seeds of each cell, shrunk towards that of all, and its degrees of freedom.
+    """Standard deviation over seeds of each cell, moderated by those of all, and its degrees of freedom.
 
-    A few seeds say little about a spread; what all cells say is a prior, as in limma (Smyth 2004). It is
-    as strong as the cells' spreads are alike. 0 where no cell has two seeds.
+    0 where no cell has two seeds.
     """
-    df = np.array([len(cell.losses) - 1 for cell in cells])
-    variance = np.array([np.var(cell.losses, ddof=1) if len(cell.losses) > 1 else 0.0 for cell in cells])
-    if not df.any():
-        return np.zeros(len(cells)), df.astype(float)
-    d = df[df > 0] / 2
-    pooled = float(np.sum(df * variance) / np.sum(df))
-    logs = np.log(np.maximum(variance[df > 0], 1e-6 * pooled + 1e-300)) - special.digamma(d) + np.log(d)
-    excess = float(np.var(logs, ddof=1) - np.mean(special.polygamma(1, d))) if len(logs) > 1 else 0.0
-    prior_df, prior = math.inf, pooled
-    if excess > special.polygamma(1, 1e6):
-        half = optimize.root_scalar(lambda x: special.polygamma(1, x) - excess, bracket=(1e-3, 2e6)).root
-        prior_df = 2 * half
-        prior = float(np.exp(np.mean(logs) + special.digamma(half) - np.log(half)))
-    if math.isinf(prior_df):
-        return np.full(len(cells), math.sqrt(prior)), np.full(len(cells), float(np.sum(df)))
-    shrunk = (prior_df * prior + df * variance) / (prior_df + df)
-    return np.sqrt(shrunk), prior_df + df
+    scores = {str(place): dict(enumerate(cell.losses)) for place, cell in enumerate(cells)}
+    spreads = noise_of(scores, may_pair=False).points.values()
+    return np.sqrt([one.variance for one in spreads]), np.array([one.df for one in spreads], float)
 
 
-def differences(cells: Sequence[Cell], rate_sd: Mapping[str, float] | None = None) -> list[Difference]:
+def differences(cells: Sequence[Cell]) -> list[Difference]:
     """Compares aspect ratios with the one nearest to 32, and shared designs with the unshared of their shape.
 
     The controls of a shared design have its width, and so the same unshared design to be compared with. Bands
     are those of moderated t statistics, with the largest of all errors simulated.
-
-    Args:
-      cells: of one study.
-      rate_sd: by `Cell.name`, standard deviation of the loss from the uncertainty of the learning rate.
     """
     pairs: list[tuple[Cell, Cell]] = []
     meant = meant_aspects(cells)
@@ -238,7 +229,7 @@ def differences(cells: Sequence[Cell], rate_sd: Mapping[str, float] | None = Non
     place = {id(cell): index for index, cell in enumerate(cells)}
     a, b = np.array([[place[id(cell)] for cell in pair] for pair in pairs]).T
     sd, df = moderated(cells)
-    extra = np.array([(rate_sd or {}).get(cell.name, 0.0) for cell in cells])
+    extra = np.array([cell.rate_sd for cell in cells])
     error = np.sqrt(sd**2 / [len(cell.losses) for cell in cells] + extra**2)
     scale = np.hypot(error[a], error[b])
     half = np.zeros(len(pairs))
