@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from scipy import optimize
 
-from mobilellm_jax.analysis.noise import noise_of
+from mobilellm_jax.analysis.noise import Noise, noise_of
 from mobilellm_jax.analysis.records import Record, by_study
+from mobilellm_jax.analysis.statistics import decide
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.errors import UserError
 
-DRAWS = 20_000  # of the largest of all errors
 REFERENCE = 32  # width over layers of the design that other aspect ratios are compared with
 ASPECTS = (96, 32, 12, 4)  # the ratios of the study, which no size has exactly
 
@@ -36,8 +36,8 @@ class Cell:
       losses: nats per token by seed, of finished runs.
       diverged: runs that did.
       trigram: loss of the trigram counted on the same tokens; None where not recorded.
-      rate_sd: standard deviation of the loss from the uncertainty of the fitted learning rate; 0 if the rate
-        was not fitted.
+      rate_excess: loss that the error of the fitted learning rate is expected to cost; 0 if the rate was
+        not fitted.
     """
 
     preset: str
@@ -56,7 +56,7 @@ class Cell:
     losses: tuple[float, ...]
     diverged: int
     trigram: float | None
-    rate_sd: float = 0.0
+    rate_excess: float = 0.0
 
     @property
     def aspect(self) -> float:
@@ -141,9 +141,8 @@ def cells_of(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
                 missing.append(f"{preset}: {label} has {len(found)} of {planned} seeds.")
             diverged = sum(run.status == "diverged" for run in done[label].comparison)
             search = study.verdict.tuning.get(label)
-            # The loss is parabolic at the optimum: an error e of the rate, in octaves, costs c e^2.
-            rate_sd = math.sqrt(2) * search.excess if search and search.excess else 0.0
-            cells.append(_cell(preset, found, smallest, shortest, diverged, rate_sd))
+            excess = search.excess if search and search.excess else 0.0
+            cells.append(_cell(preset, found, smallest, shortest, diverged, excess))
     for name, presets in hashes.items():
         if len(presets) > 1:
             (one, first), (two, second) = list(presets.items())[:2]
@@ -166,7 +165,7 @@ def _suffix(preset: str) -> str:
 
 
 def _cell(
-    preset: str, runs: Sequence[Record], smallest: int, shortest: int, diverged: int, rate_sd: float
+    preset: str, runs: Sequence[Record], smallest: int, shortest: int, diverged: int, excess: float
 ) -> Cell:
     run = runs[0]
     counts = Counter(run.layer_plan)
@@ -189,7 +188,7 @@ def _cell(
         losses=tuple(run.loss for run in sorted(runs, key=lambda run: run.seed)),
         diverged=diverged,
         trigram=run.floor["trigram"] if run.floor else None,
-        rate_sd=rate_sd,
+        rate_excess=excess,
     )
 
 
@@ -203,16 +202,21 @@ def moderated(cells: Sequence[Cell]) -> tuple[np.ndarray, np.ndarray]:
 
     0 where no cell has two seeds.
     """
-    scores = {str(place): dict(enumerate(cell.losses)) for place, cell in enumerate(cells)}
-    spreads = noise_of(scores, may_pair=False).points.values()
+    spreads = _noise(cells).points.values()
     return np.sqrt([one.variance for one in spreads]), np.array([one.df for one in spreads], float)
+
+
+def _noise(cells: Sequence[Cell]) -> Noise:
+    """Noise of the cells by their place; equal seeds of different cells are other runs."""
+    scores = {str(place): dict(enumerate(cell.losses)) for place, cell in enumerate(cells)}
+    return noise_of(scores, may_pair=False)
 
 
 def differences(cells: Sequence[Cell]) -> list[Difference]:
     """Compares aspect ratios with the one nearest to 32, and shared designs with the unshared of their shape.
 
     The controls of a shared design have its width, and so the same unshared design to be compared with. Bands
-    are those of moderated t statistics, with the largest of all errors simulated.
+    are the intervals of `statistics.decide`, for all differences at once.
     """
     pairs: list[tuple[Cell, Cell]] = []
     meant = meant_aspects(cells)
@@ -226,24 +230,21 @@ def differences(cells: Sequence[Cell]) -> list[Difference]:
         pairs += [(c, by_width[c.width]) for c in here if c not in unshared and c.width in by_width]
     if not pairs:
         return []
-    place = {id(cell): index for index, cell in enumerate(cells)}
-    a, b = np.array([[place[id(cell)] for cell in pair] for pair in pairs]).T
-    sd, df = moderated(cells)
-    extra = np.array([cell.rate_sd for cell in cells])
-    error = np.sqrt(sd**2 / [len(cell.losses) for cell in cells] + extra**2)
-    scale = np.hypot(error[a], error[b])
-    half = np.zeros(len(pairs))
-    if error.any():
-        generator = np.random.default_rng(0)
-        freedom = np.maximum(df, 1)
-        draws = error * generator.standard_normal((DRAWS, len(cells)))
-        draws /= np.sqrt(generator.chisquare(freedom, draws.shape) / freedom)
-        half = scale * np.quantile(np.max(np.abs(draws[:, a] - draws[:, b]) / scale, axis=1), 0.95)
+    place = {id(cell): str(index) for index, cell in enumerate(cells)}
+    decisions = decide(
+        {place[id(cell)]: dict(enumerate(cell.losses)) for cell in cells},
+        [(place[id(cell)], place[id(other)]) for cell, other in pairs],
+        margin=0.0,
+        noise=_noise(cells),
+        rate_excess={place[id(cell)]: cell.rate_excess for cell in cells},
+    )
     found = []
-    for (cell, other), se, band in zip(pairs, scale, half, strict=True):
+    for (cell, other), decision in zip(pairs, decisions, strict=True):
         row, label = _named(cell, other, meant)
+        d = decision.difference
+        band = (d.high - d.low) / 2 if d and d.high is not None and d.low is not None else None
         mean = cell.loss - other.loss
-        found.append(Difference(cell, other, row, label, mean, float(se) or None, float(band) or None))
+        found.append(Difference(cell, other, row, label, mean, (d.se if d else 0.0) or None, band))
     return found
 
 

@@ -207,7 +207,7 @@ def fit(
     """
     values, free, left_out = _terms(cells, form)
     sd, _ = moderated(cells)
-    rate = np.array([cell.rate_sd for cell in cells])
+    rate = math.sqrt(2) * np.array([cell.rate_excess for cell in cells])  # c e^2 of a normal error e
     noise = np.sqrt(sd**2 / [len(cell.losses) for cell in cells] + rate**2)
     losses = np.array([cell.loss for cell in cells])
     model = _Model(form, cells, values, free)

@@ -12,7 +12,7 @@ from mobilellm_jax.analysis.facts import Facts, Point, facts_of, points_of
 from mobilellm_jax.analysis.noise import Noise, noise_of
 from mobilellm_jax.analysis.records import Record
 from mobilellm_jax.analysis.regime import Regime
-from mobilellm_jax.analysis.statistics import Estimate, RateTerm
+from mobilellm_jax.analysis.statistics import Estimate
 from mobilellm_jax.analysis.tuning import Drift, Tuning, drifts, tuning_searches
 from mobilellm_jax.analysis.verdicts import Comparison, Family, Joint
 
@@ -112,15 +112,12 @@ def study_of(records: Sequence[Record]) -> Study:
     by_seed = {label: point.scores for label, point in points.items() if point.scores}
     spread = noise_of(by_seed, may_pair=not verdicts.mixed_orders(points))
     moves = drifts(points, tuning)
-    rate_terms = {
-        label: RateTerm(search.curvature, search.se)
+    rate_excess = {
+        label: search.excess
         for label, search in tuning.items()
-        if facts.tuning == "fitted"
-        and facts.metric == "loss"
-        and search.curvature is not None
-        and search.se is not None
+        if facts.tuning == "fitted" and facts.metric == "loss" and search.excess is not None
     }
-    families = verdicts.compare(facts, points, spread, rate_terms)
+    families = verdicts.compare(facts, points, spread, rate_excess)
     order = {pair: place for place, pair in enumerate(facts.pairs)}
     comparisons = sorted(
         (c for family in families for c in family.comparisons), key=lambda c: order[c.point, c.other]
