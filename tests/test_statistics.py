@@ -12,7 +12,6 @@ from mobilellm_jax.analysis.noise import correlation_of, noise_of, variance_prio
 from mobilellm_jax.analysis.statistics import (
     Difference,
     Estimate,
-    RateTerm,
     decide,
     interval_of_sd,
     interval_of_share,
@@ -251,8 +250,8 @@ def test_a_pair_that_cannot_be_tested_counts():
 def test_error_of_the_rate_is_in_the_interval():
     scores = noisy(8, 0.02, 0.02)
     plain = decide(scores, [("p1", "p0")], 0.1)[0].difference
-    terms = {"p1": RateTerm(curvature=0.074, se=0.5), "p0": RateTerm(curvature=0.074, se=0.3)}
-    wide = decide(scores, [("p1", "p0")], 0.1, rate_terms=terms)[0].difference
+    excess = {"p1": 0.074 * 0.5**2, "p0": 0.074 * 0.3**2}
+    wide = decide(scores, [("p1", "p0")], 0.1, rate_excess=excess)[0].difference
     # By simulation: the rate misses by a normal error, which costs curvature x error^2.
     rng = np.random.default_rng(0)
     cost = 0.074 * (rng.normal(0, 0.5, 1_000_000) ** 2 - rng.normal(0, 0.3, 1_000_000) ** 2)

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import optimize, special
+from scipy import optimize
 
+from mobilellm_jax.analysis.noise import Noise, noise_of
 from mobilellm_jax.analysis.records import Record, by_study
+from mobilellm_jax.analysis.statistics import decide
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.errors import UserError
 
-DRAWS = 20_000  # of the largest of all errors
 REFERENCE = 32  # width over layers of the design that other aspect ratios are compared with
 ASPECTS = (96, 32, 12, 4)  # the ratios of the study, which no size has exactly
 
@@ -35,6 +36,8 @@ class Cell:
       losses: nats per token by seed, of finished runs.
       diverged: runs that did.
       trigram: loss of the trigram counted on the same tokens; None where not recorded.
+      rate_excess: loss that the error of the fitted learning rate is expected to cost; 0 if the rate was
+        not fitted.
     """
 
     preset: str
@@ -53,6 +56,7 @@ class Cell:
     losses: tuple[float, ...]
     diverged: int
     trigram: float | None
+    rate_excess: float = 0.0
 
     @property
     def aspect(self) -> float:
@@ -136,7 +140,9 @@ def cells_of(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
             if len(found) < planned:
                 missing.append(f"{preset}: {label} has {len(found)} of {planned} seeds.")
             diverged = sum(run.status == "diverged" for run in done[label].comparison)
-            cells.append(_cell(preset, found, smallest, shortest, diverged))
+            search = study.verdict.tuning.get(label)
+            excess = search.excess if search and search.excess else 0.0
+            cells.append(_cell(preset, found, smallest, shortest, diverged, excess))
     for name, presets in hashes.items():
         if len(presets) > 1:
             (one, first), (two, second) = list(presets.items())[:2]
@@ -158,7 +164,9 @@ def _suffix(preset: str) -> str:
     return preset.rpartition("_")[2] if "_" in preset else ""
 
 
-def _cell(preset: str, runs: Sequence[Record], smallest: int, shortest: int, diverged: int) -> Cell:
+def _cell(
+    preset: str, runs: Sequence[Record], smallest: int, shortest: int, diverged: int, excess: float
+) -> Cell:
     run = runs[0]
     counts = Counter(run.layer_plan)
     parameters, tokens = run.parameters["non_embedding"], run.tokens_seen
@@ -180,6 +188,7 @@ def _cell(preset: str, runs: Sequence[Record], smallest: int, shortest: int, div
         losses=tuple(run.loss for run in sorted(runs, key=lambda run: run.seed)),
         diverged=diverged,
         trigram=run.floor["trigram"] if run.floor else None,
+        rate_excess=excess,
     )
 
 
@@ -189,39 +198,25 @@ def size_of(cells: Sequence[Cell], size: str) -> int:
 
 
 def moderated(cells: Sequence[Cell]) -> tuple[np.ndarray, np.ndarray]:
-    """Standard deviation over seeds of each cell, shrunk towards that of all, and its degrees of freedom.
+    """Standard deviation over seeds of each cell, moderated by those of all, and its degrees of freedom.
 
-    A few seeds say little about a spread; what all cells say is a prior, as in limma (Smyth 2004). It is
-    as strong as the cells' spreads are alike. 0 where no cell has two seeds.
+    0 where no cell has two seeds.
     """
-    df = np.array([len(cell.losses) - 1 for cell in cells])
-    variance = np.array([np.var(cell.losses, ddof=1) if len(cell.losses) > 1 else 0.0 for cell in cells])
-    if not df.any():
-        return np.zeros(len(cells)), df.astype(float)
-    d = df[df > 0] / 2
-    pooled = float(np.sum(df * variance) / np.sum(df))
-    logs = np.log(np.maximum(variance[df > 0], 1e-6 * pooled + 1e-300)) - special.digamma(d) + np.log(d)
-    excess = float(np.var(logs, ddof=1) - np.mean(special.polygamma(1, d))) if len(logs) > 1 else 0.0
-    prior_df, prior = math.inf, pooled
-    if excess > special.polygamma(1, 1e6):
-        half = optimize.root_scalar(lambda x: special.polygamma(1, x) - excess, bracket=(1e-3, 2e6)).root
-        prior_df = 2 * half
-        prior = float(np.exp(np.mean(logs) + special.digamma(half) - np.log(half)))
-    if math.isinf(prior_df):
-        return np.full(len(cells), math.sqrt(prior)), np.full(len(cells), float(np.sum(df)))
-    shrunk = (prior_df * prior + df * variance) / (prior_df + df)
-    return np.sqrt(shrunk), prior_df + df
+    spreads = _noise(cells).points.values()
+    return np.sqrt([one.variance for one in spreads]), np.array([one.df for one in spreads], float)
 
 
-def differences(cells: Sequence[Cell], rate_sd: Mapping[str, float] | None = None) -> list[Difference]:
+def _noise(cells: Sequence[Cell]) -> Noise:
+    """Noise of the cells by their place; equal seeds of different cells are other runs."""
+    scores = {str(place): dict(enumerate(cell.losses)) for place, cell in enumerate(cells)}
+    return noise_of(scores, may_pair=False)
+
+
+def differences(cells: Sequence[Cell]) -> list[Difference]:
     """Compares aspect ratios with the one nearest to 32, and shared designs with the unshared of their shape.
 
     The controls of a shared design have its width, and so the same unshared design to be compared with. Bands
-    are those of moderated t statistics, with the largest of all errors simulated.
-
-    Args:
-      cells: of one study.
-      rate_sd: by `Cell.name`, standard deviation of the loss from the uncertainty of the learning rate.
+    are the intervals of `statistics.decide`, for all differences at once.
     """
     pairs: list[tuple[Cell, Cell]] = []
     meant = meant_aspects(cells)
@@ -235,24 +230,21 @@ def differences(cells: Sequence[Cell], rate_sd: Mapping[str, float] | None = Non
         pairs += [(c, by_width[c.width]) for c in here if c not in unshared and c.width in by_width]
     if not pairs:
         return []
-    place = {id(cell): index for index, cell in enumerate(cells)}
-    a, b = np.array([[place[id(cell)] for cell in pair] for pair in pairs]).T
-    sd, df = moderated(cells)
-    extra = np.array([(rate_sd or {}).get(cell.name, 0.0) for cell in cells])
-    error = np.sqrt(sd**2 / [len(cell.losses) for cell in cells] + extra**2)
-    scale = np.hypot(error[a], error[b])
-    half = np.zeros(len(pairs))
-    if error.any():
-        generator = np.random.default_rng(0)
-        freedom = np.maximum(df, 1)
-        draws = error * generator.standard_normal((DRAWS, len(cells)))
-        draws /= np.sqrt(generator.chisquare(freedom, draws.shape) / freedom)
-        half = scale * np.quantile(np.max(np.abs(draws[:, a] - draws[:, b]) / scale, axis=1), 0.95)
+    place = {id(cell): str(index) for index, cell in enumerate(cells)}
+    decisions = decide(
+        {place[id(cell)]: dict(enumerate(cell.losses)) for cell in cells},
+        [(place[id(cell)], place[id(other)]) for cell, other in pairs],
+        margin=0.0,
+        noise=_noise(cells),
+        rate_excess={place[id(cell)]: cell.rate_excess for cell in cells},
+    )
     found = []
-    for (cell, other), se, band in zip(pairs, scale, half, strict=True):
+    for (cell, other), decision in zip(pairs, decisions, strict=True):
         row, label = _named(cell, other, meant)
+        d = decision.difference
+        band = (d.high - d.low) / 2 if d and d.high is not None and d.low is not None else None
         mean = cell.loss - other.loss
-        found.append(Difference(cell, other, row, label, mean, float(se) or None, float(band) or None))
+        found.append(Difference(cell, other, row, label, mean, (d.se if d else 0.0) or None, band))
     return found
 
 

@@ -1,7 +1,7 @@
 """What the records of a study of shape say together: cells, laws, predictions of sizes left out."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class Prediction:
         return float(np.sqrt(np.mean(self.errors**2)))
 
 
-def leave_out(found: Fit, size: str, rate_sd: Mapping[str, float] | None = None) -> Prediction:
+def leave_out(found: Fit, size: str) -> Prediction:
     """Predicts the cells of one size from those of all other sizes, as far as their orders were seen there.
 
     `found` is the fit to all cells: its form is fitted anew, and its constants are where that starts.
@@ -53,7 +53,7 @@ def leave_out(found: Fit, size: str, rate_sd: Mapping[str, float] | None = None)
     if not held:
         return Prediction(size, (), np.zeros(0), "no cell has an order that other sizes have")
     try:
-        others = shape_law.fit(rest, found.form, rate_sd, found.values)
+        others = shape_law.fit(rest, found.form, found.values)
     except UserError as error:
         return Prediction(size, (), np.zeros(0), str(error))
     return Prediction(size, held, np.array([cell.loss for cell in held]) - others.predict(held))
@@ -124,14 +124,12 @@ class Findings:
 
 def findings_of(
     records: Sequence[Record],
-    rate_sd: Mapping[str, float] | None = None,
     resamples: int = shape_law.RESAMPLES,
 ) -> Findings:
     """Analyses the records of one study, at whatever presets have any.
 
     Args:
       records: of all its presets.
-      rate_sd: by `Cell.name`, standard deviation of the loss from the uncertainty of the learning rate.
       resamples: of each bootstrap.
 
     Raises:
@@ -144,16 +142,14 @@ def findings_of(
     arms = [cell.arm for cell in cells]
     arm = max(dict.fromkeys(arms), key=arms.count)
     fitted = [cell for cell in cells if cell.arm == arm and not cell.diverged]
-    fits, refused = _fits(fitted, rate_sd)
+    fits, refused = _fits(fitted)
     sizes = dict.fromkeys(cell.size for cell in fitted)
-    predictions = {
-        name: {size: leave_out(found, size, rate_sd) for size in sizes} for name, found in fits.items()
-    }
+    predictions = {name: {size: leave_out(found, size) for size in sizes} for name, found in fits.items()}
     law, common, drifting = (
         shape_law.bootstrap(fits[form.name], resamples) if form.name in fits else None
         for form in (LAW, COMMON, DRIFTS)
     )
-    compared = differences(cells, rate_sd)
+    compared = differences(cells)
     return Findings(
         study,
         max(record.margin for record in records),
@@ -170,16 +166,16 @@ def findings_of(
     )
 
 
-def _fits(cells: Sequence[Cell], rate_sd: Mapping[str, float] | None) -> tuple[dict[str, Fit], str]:
+def _fits(cells: Sequence[Cell]) -> tuple[dict[str, Fit], str]:
     """Fits by name of the form, without those that equal the law for want of cells; why there is no law."""
     fits: dict[str, Fit] = {}
     try:
-        law = fits[LAW.name] = shape_law.fit(cells, LAW, rate_sd)
+        law = fits[LAW.name] = shape_law.fit(cells, LAW)
     except UserError as error:
         return fits, str(error)
     for form in FORMS[1:]:
         try:
-            found = shape_law.fit(cells, form, rate_sd, law.values)
+            found = shape_law.fit(cells, form, law.values)
         except UserError:  # it has more constants than the law, and there are too few cells for them
             continue
         if {*found.free} != {*law.free} or (form.shape == "plus" and "kappa" in found.free):

@@ -191,7 +191,6 @@ def _phi(form: Form, order: str) -> str:
 def fit(
     cells: Sequence[Cell],
     form: Form = LAW,
-    rate_sd: Mapping[str, float] | None = None,
     start: Mapping[str, float] | None = None,
 ) -> Fit:
     """Fits a form to cell means by Huber least squares.
@@ -201,7 +200,6 @@ def fit(
 
     Args:
       cells: of one arm; their losses are means over seeds.
-      rate_sd: by `Cell.name`, standard deviation of the loss from the uncertainty of the learning rate.
       start: constants to start from, which takes a tenth of the time; else a few starts, the best counts.
 
     Raises:
@@ -209,7 +207,7 @@ def fit(
     """
     values, free, left_out = _terms(cells, form)
     sd, _ = moderated(cells)
-    rate = np.array([(rate_sd or {}).get(cell.name, 0.0) for cell in cells])
+    rate = math.sqrt(2) * np.array([cell.rate_excess for cell in cells])  # c e^2 of a normal error e
     noise = np.sqrt(sd**2 / [len(cell.losses) for cell in cells] + rate**2)
     losses = np.array([cell.loss for cell in cells])
     model = _Model(form, cells, values, free)

@@ -30,24 +30,6 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
-class RateTerm:
-    """What an estimated learning rate adds to the loss of a point.
-
-    The rate misses the best one by a normal error of standard error `se` (octaves), which costs `curvature`
-    (nats per octave squared) times its square: `curvature` `se`^2 in the mean, with variance
-    2 (`curvature` `se`^2)^2.
-    """
-
-    curvature: float
-    se: float
-
-    @property
-    def excess(self) -> float:
-        """Expected cost, nats per token."""
-        return self.curvature * self.se**2
-
-
-@dataclasses.dataclass(frozen=True)
 class Difference:
     """Difference of the means of two points, a - b.
 
@@ -112,7 +94,7 @@ def decide(
     margin: float,
     *,
     noise: Noise | None = None,
-    rate_terms: Mapping[str, RateTerm] | None = None,
+    rate_excess: Mapping[str, float] | None = None,
     planned: int | None = None,
     draws: int = DRAWS,
 ) -> list[Decision]:
@@ -124,8 +106,9 @@ def decide(
         question, not by the outcome.
       margin: the smallest difference that matters.
       noise: of the study, which may have more points than the family; by default, of `scores`.
-      rate_terms: cost of an estimated learning rate by point. Its variance is added to that of the point;
-        so is the square of the difference in expected cost, without a shift of the mean.
+      rate_excess: by point, loss that the error of its fitted learning rate is expected to cost, curvature x
+        se^2. The variance of that cost, 2 excess^2, is added to that of the point; so is the square of the
+        difference in expected cost, without a shift of the mean.
       planned: seeds planned, where a point has more than these: the intervals are a confidence sequence,
         which holds at all numbers of seeds at once, Bonferroni over the pairs. None: the number of seeds was
         fixed, and intervals are those of the largest |t| of the family (single step, min-p).
@@ -142,9 +125,9 @@ def decide(
       "cannot tell": neither.
     """
     noise = noise_of(scores) if noise is None else noise
-    terms = rate_terms or {}
+    excess = rate_excess or {}
     contrasts = {
-        pair: _contrast(noise, pair, terms)
+        pair: _contrast(noise, pair, excess)
         for pair in pairs
         if all(label in noise.points and noise.points[label].n > 1 for label in pair)
         and _constant(scores, pair) is None
@@ -190,14 +173,14 @@ class _Family:
         return float(np.clip(level, ALPHA / self.tests, ALPHA))
 
 
-def _contrast(noise: Noise, pair: Pair, terms: Mapping[str, RateTerm]) -> Contrast:
+def _contrast(noise: Noise, pair: Pair, excess: Mapping[str, float]) -> Contrast:
     names = list(noise.points)
     a, b = (noise.points[label] for label in pair)
     va, vb = a.variance / a.n, b.variance / b.n
     # Satterthwaite's; the rates add variance, but no knowledge of it.
     df = (va + vb) ** 2 / (va**2 / a.df + vb**2 / b.df) if va + vb else a.df
     df = min(df, noise.df)
-    costs = [terms[label].excess if label in terms else 0.0 for label in pair]
+    costs = [excess.get(label, 0.0) for label in pair]
     extra = 2 * costs[0] ** 2 + 2 * costs[1] ** 2 + (costs[0] - costs[1]) ** 2
     d0, own = noise.prior_df, (a.own_df + b.own_df) / 2
     shared = 1.0 if math.isinf(d0) else d0 / (d0 + own)

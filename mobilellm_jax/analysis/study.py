@@ -12,8 +12,8 @@ from mobilellm_jax.analysis.facts import Facts, Point, facts_of, points_of
 from mobilellm_jax.analysis.noise import Noise, noise_of
 from mobilellm_jax.analysis.records import Record
 from mobilellm_jax.analysis.regime import Regime
-from mobilellm_jax.analysis.statistics import Estimate, RateTerm
-from mobilellm_jax.analysis.tuning import Tuning, tuning_searches
+from mobilellm_jax.analysis.statistics import Estimate
+from mobilellm_jax.analysis.tuning import Drift, Tuning, drifts, tuning_searches
 from mobilellm_jax.analysis.verdicts import Comparison, Family, Joint
 
 
@@ -28,6 +28,7 @@ class Verdict:
         `Facts.pairs`.
       joint: findings over the arms; [] unless there are several.
       tuning: learning-rate search by point; {} if nothing was tuned.
+      drifts: how its optimum moves along the lines of the study's figure.
       noise: standard deviation of the metric over seeds by point; None with one seed.
       spread: what the comparisons take for the noise of each point.
       unstable: seeds of runs that finished, but far above the others, by point; see `verdicts.unstable`.
@@ -49,6 +50,7 @@ class Verdict:
     comparisons: list[Comparison]
     joint: list[Joint]
     tuning: dict[str, Tuning]
+    drifts: list[Drift]
     noise: dict[str, float | None]
     spread: Noise
     unstable: dict[str, list[int]]
@@ -109,12 +111,13 @@ def study_of(records: Sequence[Record]) -> Study:
     unmatched = verdicts.mismatch(designs).get(facts.matched)
     by_seed = {label: point.scores for label, point in points.items() if point.scores}
     spread = noise_of(by_seed, may_pair=not verdicts.mixed_orders(points))
-    rate_terms = {
-        label: RateTerm(search.curvature, search.se)
+    moves = drifts(points, tuning)
+    rate_excess = {
+        label: search.excess
         for label, search in tuning.items()
-        if facts.metric == "loss" and search.curvature is not None and search.se is not None
+        if facts.tuning == "fitted" and facts.metric == "loss" and search.excess is not None
     }
-    families = verdicts.compare(facts, points, spread, rate_terms)
+    families = verdicts.compare(facts, points, spread, rate_excess)
     order = {pair: place for place, pair in enumerate(facts.pairs)}
     comparisons = sorted(
         (c for family in families for c in family.comparisons), key=lambda c: order[c.point, c.other]
@@ -124,12 +127,13 @@ def study_of(records: Sequence[Record]) -> Study:
     regimes = regime.regimes(facts, points)
     over_documents = documents.over_documents(facts, points, comparisons)
     found = Verdict(
-        sentence=wording.sentence(facts, points, families, joint, spread, tuning, seeds_vary),
+        sentence=wording.sentence(facts, points, families, joint, spread, tuning, moves, seeds_vary),
         estimates={label: statistics.mean_and_interval(values) for label, values in scores.items()},
         families=families,
         comparisons=comparisons,
         joint=joint,
         tuning=tuning,
+        drifts=moves,
         noise={label: statistics.standard_deviation(values) for label, values in scores.items()},
         spread=spread,
         unstable=unstable,

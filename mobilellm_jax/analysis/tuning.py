@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy import stats
 
 from mobilellm_jax.analysis.facts import Point
 from mobilellm_jax.analysis.records import Record
@@ -28,7 +29,7 @@ class Tuning:
         diverged, None without neighbours.
       best: the rate tried with the lowest loss, of equal ones preferably `chosen`; None if none finished.
       fitted: the rate at the minimum of the point's parabola, see `fit_rates`. None where it has none within
-        the rates tried, and in studies whose rates are not fitted; the other fields then are None too.
+        the rates tried; the other fields then are None too. Older studies ran at `best` instead.
       se, excess: standard error of log2(fitted) in octaves, and the loss that it is expected to cost; None
         without degrees of freedom.
       curvature: of the parabolas of the arm, in loss per octave^2.
@@ -55,23 +56,71 @@ def tuning_searches(points: Mapping[str, Point]) -> dict[str, Tuning]:
         chosen = point.comparison[0].learning_rate if point.comparison else None
         if trials:
             found[label] = _search(trials, chosen)
-            if all(run.tuning == "fitted" for run in point.tuning):
-                losses = {rate: losses_of(runs) for rate, runs in trials.items()}
-                usable = {rate: values for rate, values in losses.items() if values}
-                if usable:
-                    arms.setdefault(point.tuning[0].arm, {})[label] = usable
+            losses = {rate: losses_of(runs) for rate, runs in trials.items()}
+            if usable := {rate: values for rate, values in losses.items() if values}:
+                arms.setdefault(point.arm, {})[label] = usable
     for of_arm in arms.values():
         fit = fit_rates(of_arm)
         for label, optimum in fit.optima.items():
             if optimum.interior:
+                is_chosen = not points[label].comparison and points[label].tuning[0].tuning == "fitted"
                 found[label] = dataclasses.replace(
                     found[label],
-                    chosen=found[label].chosen if points[label].comparison else optimum.rate,
+                    chosen=optimum.rate if is_chosen else found[label].chosen,
                     fitted=optimum.rate,
                     se=optimum.se,
                     excess=optimum.excess,
                     curvature=fit.curvature,
                 )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """How the fitted optimum moves along one line of a study's figure.
+
+    Attributes:
+      label: what is on the x axis; series: the line, "" where there is one.
+      octaves, low, high: change of log2(rate) for each doubling of x, with a 95 % interval.
+      span: the smallest and largest x.
+    """
+
+    label: str
+    series: str
+    octaves: float
+    low: float
+    high: float
+    span: tuple[float, float]
+
+    @property
+    def total(self) -> float:
+        """Octaves from the smallest x to the largest."""
+        return self.octaves * math.log2(self.span[1] / self.span[0])
+
+
+def drifts(points: Mapping[str, Point], searches: Mapping[str, Tuning]) -> list[Drift]:
+    """Fits log2(rate) = a + b log2(x), weighted by the errors of the optima; lines with 3 or more of them.
+
+    The standard error of b counts how far the optima lie from the line, where that is more than their own
+    errors; its interval has n - 2 degrees of freedom.
+    """
+    lines: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    for label, search in searches.items():
+        x, se = points[label].x, search.se
+        if x and x["value"] > 0 and search.fitted and se:
+            line = lines.setdefault((x["label"], x.get("series", "")), [])
+            line.append((math.log2(x["value"]), math.log2(search.fitted), se))
+    found = []
+    for (label, series), optima in lines.items():
+        x, rate, se = np.array(optima).T
+        if len(set(x)) > 2:
+            design, weights = np.vander(x, 2), 1 / se
+            b, a = np.linalg.lstsq(design * weights[:, None], rate * weights, rcond=None)[0]
+            misfit = float(np.sum(((rate - a - b * x) * weights) ** 2)) / (len(x) - 2)
+            unit = np.linalg.inv((design * weights[:, None] ** 2).T @ design)[0, 0]
+            half = stats.t.ppf(0.975, len(x) - 2) * math.sqrt(unit * max(1.0, misfit))
+            span = (2.0 ** min(x), 2.0 ** max(x))
+            found.append(Drift(label, series, float(b), float(b - half), float(b + half), span))
     return found
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from mobilellm_jax.analysis import statistics
 from mobilellm_jax.analysis.facts import Facts, Point
 from mobilellm_jax.analysis.noise import Noise
-from mobilellm_jax.analysis.statistics import Decision, Difference, RateTerm
+from mobilellm_jax.analysis.statistics import Decision, Difference
 
 DEPENDS = "depends on the parameterization"
 UNSTABLE = 5.0  # robust standard deviations above the median of a point, or above a run's own minimum
@@ -84,7 +84,7 @@ class Joint:
 
 
 def compare(
-    facts: Facts, points: Mapping[str, Point], noise: Noise, rate_terms: Mapping[str, RateTerm]
+    facts: Facts, points: Mapping[str, Point], noise: Noise, rate_excess: Mapping[str, float]
 ) -> list[Family]:
     """Decides every pair of the study, by arm, in the order of `facts.pairs`.
 
@@ -100,7 +100,7 @@ def compare(
         pairs = [pair for pair in facts.pairs if _arm(points, pair) == arm]
         planned = _planned(points, pairs)
         decisions = statistics.decide(
-            scores, pairs, facts.margin, noise=noise, rate_terms=rate_terms, planned=planned
+            scores, pairs, facts.margin, noise=noise, rate_excess=rate_excess, planned=planned
         )
         comparisons = [
             _compare(pair, decision, diverged, facts.margin, points)

@@ -10,7 +10,7 @@ from mobilellm_jax.analysis.facts import Facts, Point
 from mobilellm_jax.analysis.noise import Noise
 from mobilellm_jax.analysis.records import budget_name
 from mobilellm_jax.analysis.statistics import Difference, Estimate
-from mobilellm_jax.analysis.tuning import Tuning
+from mobilellm_jax.analysis.tuning import Drift, Tuning
 from mobilellm_jax.analysis.verdicts import DEPENDS, Comparison, Family, Joint
 
 TOLERANCE = 0.02  # largest mismatch of the matched budget without a warning
@@ -85,6 +85,7 @@ def sentence(
     joint: Sequence[Joint],
     noise: Noise,
     tuning: Mapping[str, Tuning],
+    drifts: Sequence[Drift],
     seeds_vary: str,
 ) -> str:
     """The finding in plain words: differences, equal and undecided pairs, how sure, then failed runs.
@@ -102,9 +103,19 @@ def sentence(
         alone = _alone(points)
         parts = [f"Under {alone} alone:"] if alone else []
         parts += [*_findings(families[0].comparisons, facts.metric), *_grounds(families, noise, facts)]
+    parts += map(_drift, drifts)
     if scores and seeds_vary != "nothing":
         parts.append(f"Seeds change {seeds_vary}.")
     return " ".join([*parts, failures(points, "comparison")]).strip()
+
+
+def _drift(drift: Drift) -> str:
+    line = f" ({drift.series})" if drift.series else ""
+    low, high = (f"{x:.6g}" for x in drift.span)
+    return (
+        f"The best learning rate{line} moves by {drift.octaves:+.2f} [{drift.low:+.2f}, {drift.high:+.2f}] "
+        f"octaves for each doubling of {drift.label}, {drift.total:+.2f} from {low} to {high}."
+    )
 
 
 def _alone(points: Mapping[str, Point]) -> str:
