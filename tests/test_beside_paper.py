@@ -51,7 +51,7 @@ def twins(study, seeds=2, gain=0.05, **changes):
                 **changes,
             },
         )
-        for point in points_of(f"configs/{study}.py:tiny", {}, None, ())
+        for point in points_of(f"configs/{study}.py:tiny", {}, None, (), ("completep",))
         for seed in range(seeds)
     ]
 

@@ -101,17 +101,39 @@ def shapes(scores, **changes):
 DEPTH = claims.CLAIMS[0]
 
 
+def under_both(study):
+    """The same runs once more, as those of a second arm."""
+    runs = []
+    for place, end in enumerate(("", " (standard)")):
+        runs += [
+            dataclasses.replace(
+                run,
+                point=run.point + end,
+                point_index=run.point_index + place * len(study.points),
+                design=run.point,
+                arm=("completep", "standard")[place],
+                pairs=[[a + end, b + end] for a, b in run.pairs],
+            )
+            for run in study.runs
+        ]
+    return study_of(runs)
+
+
 def test_depth_has_an_optimum_that_its_far_end_does_not_contradict():
     def word(scores):
-        found = judging.judgement(DEPTH, shapes(scores))
+        one, found = (judging.judgement(DEPTH, s) for s in (shapes(scores), under_both(shapes(scores))))
+        assert one is not None
         assert found is not None
-        return found.word, [c.point for c in found.outside]
+        assert one.word == "cannot tell"  # under one parameterization alone
+        assert set(one.by_arm.values()) == {found.word}
+        assert [c.point for c in found.outside] == [far, f"{far} (standard)"]
+        return found.word
 
     far = "9 x 32"  # 3.6, outside of the paper's 6 to 320
-    assert word({(1, 96): 3.5, (3, 64): 3.4, (5, 48): 3.6, (9, 32): 3.8}) == ("agree", [far])
-    assert word({(1, 96): 3.5, (3, 64): 3.5, (5, 48): 3.5, (9, 32): 3.8}) == ("cannot tell", [far])
-    assert word({(1, 96): 3.5, (3, 64): 3.6, (5, 48): 3.7, (9, 32): 3.2}) == ("disagree", [far])
-    assert word({(1, 96): 3.5, (9, 32): 3.2}) == ("cannot tell", [far])
+    assert word({(1, 96): 3.5, (3, 64): 3.4, (5, 48): 3.6, (9, 32): 3.8}) == "agree"
+    assert word({(1, 96): 3.5, (3, 64): 3.5, (5, 48): 3.5, (9, 32): 3.8}) == "cannot tell"
+    assert word({(1, 96): 3.5, (3, 64): 3.6, (5, 48): 3.7, (9, 32): 3.2}) == "disagree"
+    assert word({(1, 96): 3.5, (9, 32): 3.2}) == "cannot tell"
     text = claims.page([shapes({(1, 96): 3.5, (3, 64): 3.6, (9, 32): 3.8})])
     assert "3 x 64 against 1 x 96: +0.1" in section(text, DEPTH.text)
     assert "Not counted, of shapes that the paper does not cover: 9 x 32 against" in section(text, DEPTH.text)
@@ -205,7 +227,7 @@ def test_star_where_architecture_cannot_be_judged():
             dataclasses.replace(run, point=changes[run.point], pairs=[["immediate", "none"]])
             for run in records
         ]
-        text = claims.page([study_of(named)])
+        text = claims.page([under_both(study_of(named))])
         (row,) = [line for line in text.splitlines() if line.startswith("| Every order")]
         assert row == f"| Every order of applying blocks twice is better than once. |  | {star}  |"
         assert ("architecture cannot be judged at that size" in text) == (records is blind)

@@ -220,6 +220,7 @@ def test_two_trainings_in_one_directory_exclude_each_other_until_one_is_killed(t
         first.communicate()
     third = train(study, tmp_path / "w")
     try:
+        assert "the text is seen" in third.stdout.readline()
         assert "resuming after step" in third.stdout.readline()
         assert any(line.startswith("step ") for line in third.stdout)
         third.send_signal(signal.SIGTERM)

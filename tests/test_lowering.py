@@ -27,7 +27,8 @@ def all_configs() -> Iterator[tuple[str, Config]]:
     seen = set()
     yield "base", from_config_dict(base.get_config())
     for study in STUDIES:
-        for preset in study.PRESETS:
+        collections = getattr(study, "COLLECTIONS", ())
+        for preset in (preset for preset in study.PRESETS if preset not in collections):
             for overrides in study.sweep(preset):
                 config = from_config_dict(base.update(study.get_config(preset), overrides))
                 if config not in seen:

@@ -39,6 +39,7 @@ def result(task, share, **metrics):
         metrics=metrics or {"acc": (share, 0.01), "acc_norm": (share, 0.01)},
         chance=0.5 if not metrics else None,
         majority=0.6 if not metrics else None,
+        correct=None,
     )
 
 

@@ -23,6 +23,7 @@ PAIRS = [["4 x 128", "2 x 128"], ["8 x 128", "2 x 128"]]
 SCORES = {2: (3.62, 3.65, 3.6), 4: (3.55, 3.57, 3.56), 8: (3.61, 3.66, 3.6)}
 HEADINGS = [
     "Verdict",
+    "Floor and context",
     "Designs",
     "Learning rates",
     "Outcomes",

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from configs import base, depth_vs_width, khop, layer_sharing, lr_transfer, noise
+from configs import base, depth_vs_width, khop, layer_sharing, lr_transfer, noise, shape_laws
 from experiments import cli
 from experiments.runner import progress, sweeping, workers
 from experiments.runner.leases import Leases
@@ -738,7 +738,7 @@ def test_bad_choices(study, overrides, only, message):
 
 
 def test_labels_with_commas_are_shown_as_only_takes_them():
-    with pytest.raises(UserError, match=r'valid: untied, tied, "tied, 1 more block"$'):
+    with pytest.raises(UserError, match=r'valid: untied, tied, "tied, 1 more block", untied \(standard\)'):
         points_of("configs/embedding_sharing.py:tiny", {}, None, ["tied", "1 more block"])
 
 
@@ -774,7 +774,7 @@ def test_a_collection_runs_its_studies(tmp_path):
 def test_every_point_of_every_study_is_valid_and_matched(module):
     for preset in module.PRESETS:
         found = points(Path(f"{module.__name__.replace('.', '/')}.py:{preset}"))
-        assert len(found) == len(list(module.sweep(preset)))
+        assert len(found) == len(list(module.sweep(preset))) * max(1, len(module.study(preset).arms))
         runs = [run for point in found for run in point.comparison_runs(1e-3)]
         assert len({run.name for run in runs}) == len(runs) == module.study(preset).seeds * len(found)
 
@@ -792,6 +792,20 @@ def test_paper_presets_have_the_papers_parameter_counts():
     for preset, expected in (("paper_125m", 138.1), ("paper_350m", 386.7)):
         config = from_config_dict(layer_sharing.get_config(preset))
         assert round(accounting.parameters(config.model).as_printed / 1e6, 1) == expected
+
+
+def test_controls_of_equal_flops_cost_what_the_shared_designs_do():
+    for cell in shape_laws.CELLS:
+        rows = dict(zip(shape_laws.study(cell).labels, shape_laws.sweep(cell), strict=True))
+        for label in (label for label in rows if label.endswith(", equal FLOPs")):
+            long, shared = (rows[name] for name in (label, label.replace(", equal FLOPs", " immediate")))
+            cost = [
+                config.train.steps * accounting.train_flops_per_token(config.model, 256)
+                for row in (long, shared)
+                for config in [from_config_dict(base.update(shape_laws.get_config(cell), row))]
+            ]
+            steps = shared["train.steps"]
+            assert cost[0] / cost[1] == pytest.approx(1, abs=0.0005 + 0.5 / steps)
 
 
 def test_a_config_file_alone_says_how_to_run_it():
@@ -885,6 +899,7 @@ def test_arms_are_fitted_apart_and_a_shard_helps_to_tune_its_arm(tuned_study, tm
         "pairs": 1,
         "sd": 0.02,
         "power": power_of_equivalence(0.02, 2, 1, 0.1),
+        "control": False,
     }
 
 

@@ -5,6 +5,7 @@ each side has its own metric and its own x axis, with better values further up: 
 can be compared.
 """
 
+import dataclasses
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from experiments.reporting import claims, drawing, paper_tables, tables
-from mobilellm_jax.analysis.study import Study
+from mobilellm_jax.analysis.study import Study, study_of
 from mobilellm_jax.analysis.wording import format_estimate
 
 ROOM = 38  # characters of tick labels that fit side by side below a panel of half the width
@@ -25,9 +26,11 @@ def draw(study: Study) -> Figure | None:
     A study that compares each of its points with the one before is drawn as a staircase, with the change at
     every step.
     """
-    facts, groups = study.facts, accuracies(study.facts.study)
+    groups = accuracies(study.facts.study)
     if not groups:
         return None
+    arm, study = _first_arm(study)
+    facts = study.facts
     source = paper_tables.SOURCES[facts.study]
     notes = [claim.note for claim in claims.CLAIMS if claim.study == facts.study and claim.note]
     first = (
@@ -47,10 +50,28 @@ def draw(study: Study) -> Figure | None:
     axes = right.subplots()
     drawing.draw_values(axes, study, looks, ROOM, is_reversed=True)
     up = "axis reversed: up is better" if facts.metric == "loss" else "up is better"
-    axes.set_title(f"ours, {facts.preset}; {up}\n{axes.get_title()}", fontsize=10, color="0.25")
+    under = f", {arm}" if arm else ""
+    axes.set_title(f"ours, {facts.preset}{under}; {up}\n{axes.get_title()}", fontsize=10, color="0.25")
     if is_stairs:
         _climb(axes, study)
     return figure
+
+
+def _first_arm(study: Study) -> tuple[str | None, Study]:
+    """The study's first arm, and its records alone, analysed without the other arms."""
+    arm = next(iter(study.points.values())).arm
+    if arm is None:
+        return None, study
+    runs = [run for point in study.points.values() if point.arm == arm for run in point.runs]
+    return arm, study_of([dataclasses.replace(run, arm=None, x=_without(arm, run.x)) for run in runs])
+
+
+def _without(arm: str, x: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The place on the x axis, with the arm left out of the line's name."""
+    if not x or "series" not in x:
+        return x
+    line = x["series"].removesuffix(arm).removesuffix(", ")
+    return {**x, "series": line} if line else {k: v for k, v in x.items() if k != "series"}
 
 
 def table(study: Study) -> tables.Columns:

@@ -109,7 +109,7 @@ class PreparedData:
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise _damaged(path, ValueError("checksum mismatch"))
         first_R, T = self._eval_order(split, rows) * self.sequence_length, self.sequence_length
-        starts = np.load(io.BytesIO(content))
+        starts = np.lib.format.read_array(io.BytesIO(content))
         return np.searchsorted(starts, first_R[:, None] + np.arange(1, T + 1), side="right") - 1
 
     def _eval_order(self, split: str, rows: int) -> np.ndarray:
