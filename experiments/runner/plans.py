@@ -6,6 +6,7 @@ from typing import Any
 
 from experiments.runner.points import Point
 from experiments.runner.studies import by_study
+from mobilellm_jax.costs import accounting
 
 
 def with_power(points: Sequence[Point]) -> list[Point]:
@@ -41,6 +42,7 @@ def lines(
     said = []
     for (study, preset), of_study in by_study(points).items():
         name = f"{study}:{preset}"
+        said += [_regime(name, of_study)]
         said += list(dict.fromkeys(note for point in of_study for note in point.notes))
         said += _plan(name, max(of_study, key=lambda point: point.facts["plan"]["pairs"]))
         if other_plans.get(name):
@@ -52,6 +54,22 @@ def lines(
             )
         said += _epochs(name, of_study, cards)
     return said
+
+
+def _regime(name: str, points: Sequence[Point]) -> str:
+    """Parameterizations, size and horizon, so that nobody takes the answer for one about another regime."""
+    models = [point.config.model for point in points]
+    under = " and ".join(dict.fromkeys(model.parameterization for model in models))
+    sizes = [accounting.parameters(model).non_embedding for model in models]
+    horizons = [point.tokens / size for point, size in zip(points, sizes, strict=True)]
+    return (
+        f"{name}: under {under}; {_span(sizes, ',.0f')} non-embedding parameters, "
+        f"{_span(horizons, '.2g')} training tokens for each"
+    )
+
+
+def _span(numbers: Sequence[float], form: str) -> str:
+    return " to ".join(dict.fromkeys(format(number, form) for number in (min(numbers), max(numbers))))
 
 
 def _plan(name: str, point: Point) -> list[str]:
