@@ -34,7 +34,6 @@ setup(
         "scipy>=1.15",
         "safetensors>=0.6",
         "sentencepiece>=0.2.1",
-        "statsmodels>=0.15",
         "tensorboardX>=2.6.4",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.22",
@@ -65,6 +64,7 @@ setup(
             "pytest>=9.0",
             "pytest-xdist>=3.8",
             "ruff>=0.14",
+            "statsmodels>=0.15",  # a reference
             "submitit>=1.5.4",
         ],
         "dev": ["pre-commit>=4.3"],

@@ -34,7 +34,7 @@ LIBRARIES = """
 absl.app flax.linen fsspec grain jax.experimental.compilation_cache.compilation_cache jaxtyping
 jax.experimental.multihost_utils matplotlib.backends.backend_agg matplotlib.figure ml_collections.config_flags
 optax.contrib orbax.checkpoint pandas safetensors.numpy scipy.stats sentencepiece tensorboardX.summary
-statsmodels.stats.multitest statsmodels.stats.power tensorboardX.event_file_writer tokenizers tqdm yaml
+tensorboardX.event_file_writer tokenizers tqdm yaml
 """
 _STREAMS = ("p2cread", "c2pwrite", "errwrite")  # the names that `subprocess` has for the child's 0, 1, 2
 # The libraries of mathematics and memory, and jax where it is no option, look only once.

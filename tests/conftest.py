@@ -6,7 +6,6 @@ array shapes in them.
 """
 
 import functools
-import gc
 import os
 import signal
 import subprocess
@@ -47,9 +46,6 @@ loop.compile_programs = functools.cache(loop.compile_programs.__wrapped__)
 # Where a shell started the tests in the background, they ignore Ctrl-C, and so would all that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# Every verdict collects garbage (statsmodels does), for 0.3 s if it has to look through all of jax.
-gc.freeze()
 
 # Sizes differ wherever they may, so that swapped axes cannot pass unseen.
 _TINY = {

@@ -7,11 +7,9 @@ is better known than the accuracies (Miller, Adding error bars to evals, arXiv 2
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar
 
 from mobilellm_jax.analysis.facts import Point
 from mobilellm_jax.analysis.records import Record
@@ -77,8 +75,8 @@ def paired_accuracy(point: str, other: str, task: str, a: Array, b: Array) -> Pa
         low, high = mean - half, mean + half
     p_value = None
     if len(a) == len(b) == 1:
-        test: Any = mcnemar([[np.sum(a * b), np.sum(a > b)], [np.sum(a < b), 0]], exact=True)
-        p_value = float(test.pvalue)
+        wins, losses = int(np.sum(a > b)), int(np.sum(a < b))  # McNemar's exact test
+        p_value = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
     return PairedAccuracy(point, other, task, questions, (len(a), len(b)), mean, error, low, high, p_value)
 
 
