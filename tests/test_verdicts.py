@@ -327,8 +327,14 @@ def arms(losses, **changes):
             3.8,
             3.5,
             "depends on the parameterization",
-            "It depends on the parameterization: '8 x 128' against '4 x 128' is worse under standard, "
+            "It depends on the parameterization: '8 x 128' against '4 x 128': worse under standard, "
             "no difference larger than 0.0",
+        ),
+        (
+            3.8,
+            3.545,
+            "cannot tell",
+            "Cannot tell under both parameterizations: '8 x 128' and '4 x 128' (worse under standard alone).",
         ),
     ],
 )

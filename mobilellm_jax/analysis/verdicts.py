@@ -74,7 +74,7 @@ class Joint:
     Attributes:
       design, other: labels of the architectures.
       words: by arm.
-      word: the word of all arms, or `DEPENDS`.
+      word: the word of all arms; "cannot tell" if one cannot, or was not run; else `DEPENDS`.
     """
 
     design: str
@@ -156,9 +156,15 @@ def joint(families: Sequence[Family]) -> list[Joint]:
         for c in family.comparisons:
             words.setdefault(c.designs, {})[family.arm or ""] = c.word
     return [
-        Joint(*pair, of, of[arms[0]] if len(of) == len(arms) and len({*of.values()}) == 1 else DEPENDS)
+        Joint(*pair, of, _joint_word([of.get(arm, "cannot tell") for arm in arms]))
         for pair, of in words.items()
     ]
+
+
+def _joint_word(words: Sequence[str]) -> str:
+    if len({*words}) == 1:
+        return words[0]
+    return "cannot tell" if "cannot tell" in words else DEPENDS
 
 
 def unstable(points: Mapping[str, Point]) -> dict[str, list[int]]:

@@ -162,17 +162,18 @@ def _joint_findings(joint: Sequence[Joint], families: Sequence[Family], metric: 
             yield f"{winner!r} is better than {loser!r} under {every} ({sizes})."
         elif pair.word == DEPENDS:
             said = ", ".join(f"{phrase(c, metric)} under {arm}" for arm, c in of_arm.items())
-            missing = "".join(f", not compared under {arm}" for arm in arms if arm not in of_arm)
-            parts.setdefault("It depends on the parameterization", []).append(
-                f"{a!r} against {b!r} is {said}{missing}"
-            )
+            parts.setdefault("It depends on the parameterization", []).append(f"{a!r} against {b!r}: {said}")
         elif pair.word == "no difference" and all(c.bound is not None for c in of_arm.values()):
             bound = format_bound(max(c.bound or 0.0 for c in of_arm.values()), metric)
             parts.setdefault(f"No difference larger than {bound} under {every}", []).append(
                 f"{a!r} and {b!r}"
             )
         else:
-            parts.setdefault(f"{pair.word.capitalize()} under {every}", []).append(f"{a!r} and {b!r}")
+            alone = [
+                f"{phrase(c, metric)} under {arm}" for arm, c in of_arm.items() if c.word != "cannot tell"
+            ]
+            only = f" ({', '.join(alone)} alone)" if alone and pair.word == "cannot tell" else ""
+            parts.setdefault(f"{pair.word.capitalize()} under {every}", []).append(f"{a!r} and {b!r}{only}")
     yield from (f"{said}: {'; '.join(names)}." for said, names in parts.items())
 
 
