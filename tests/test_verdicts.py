@@ -313,6 +313,17 @@ def arms(losses, **changes):
     return records
 
 
+def test_an_undecided_arm_leaves_the_pair_undecided():
+    records = arms(
+        {"standard": {"8 x 128": 3.8, "4 x 128": 3.5}, "completep": {"8 x 128": 3.52, "4 x 128": 3.5}}
+    )
+    lone = [run for run in records if run.arm == "standard" or run.seed == 0]
+    found = verdict(lone)
+    assert [pair.word for pair in found.joint] == ["cannot tell"]
+    said = "Cannot tell under both parameterizations: '8 x 128' and '4 x 128' (worse under standard alone)."
+    assert found.sentence.startswith(said)
+
+
 @pytest.mark.parametrize(
     ("standard", "completep", "word", "begins"),
     [
@@ -329,12 +340,6 @@ def arms(losses, **changes):
             "depends on the parameterization",
             "It depends on the parameterization: '8 x 128' against '4 x 128': worse under standard, "
             "no difference larger than 0.0",
-        ),
-        (
-            3.8,
-            3.545,
-            "cannot tell",
-            "Cannot tell under both parameterizations: '8 x 128' and '4 x 128' (worse under standard alone).",
         ),
     ],
 )
