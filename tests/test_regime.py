@@ -47,10 +47,14 @@ def test_first_line_says_which_designs_are_above_the_trigram_or_flat():
     )
     found = study_of(records).verdict
     assert found.warnings[0] == (
-        "Architecture cannot be judged here: a trigram counted on the same training tokens is better than "
-        "'2 x 128' (3.710 against 3.153); context beyond 8 tokens is worth less than 0.01 nats per token to "
-        "'2 x 128' (3.698 up to there, 3.690 beyond)."
+        "Architecture cannot be judged here: a trigram counted on the same training tokens (3.153 nats) is "
+        "better than '2 x 128' (3.710); context beyond 8 tokens is worth less than 0.01 nats per token to "
+        "'2 x 128'."
     )
+    both = study_of(
+        [dataclasses.replace(run, final={**run.final, "loss": 4.0 + run.seed}) for run in records]
+    )
+    assert "(3.153 nats) is better than all 2 designs (5.000); context" in both.verdict.warnings[0]
     assert found.regimes["4 x 128"].floor["trigram"] == pytest.approx(3.153)
     assert found.regimes["4 x 128"].by_position[8] == pytest.approx(3.2)
 

@@ -289,7 +289,9 @@ def _draw_effects(
     axes.grid(axis="y", visible=False)
     left, right = "\N{LEFTWARDS ARROW} first is better", "first is worse \N{RIGHTWARDS ARROW}"
     axes.set_xlabel(f"{left}      difference in {DIFFERENCES[facts.metric]}      {right}")
-    at_once = f" for all {len(rows)} pairs at once" if len(rows) > 1 else ""
+    most = max(len(family.comparisons) for family in study.verdict.families)
+    under = " of a parameterization" if len(study.verdict.families) > 1 else ""
+    at_once = f" for all {most} pairs{under} at once" if most > 1 else ""
     notes = [f"difference of means, 95 % interval{at_once}"]
     unit = " points" if facts.metric == "error" else ""
     notes += [f"grey: within {margin:g}{unit}, too small to matter"] if margin else []

@@ -83,22 +83,28 @@ def warnings(found: Mapping[str, Regime]) -> Iterator[str]:
 
 
 def _above(found: Mapping[str, Regime]) -> str:
-    names = [
-        f"{label!r} ({regime.loss:.3f} against {regime.floor['trigram']:.3f})"
-        for label, regime in found.items()
-        if regime.above_trigram
-    ]
-    return f"a trigram counted on the same training tokens is better than {', '.join(names)}" if names else ""
+    above = {label: regime for label, regime in found.items() if regime.above_trigram}
+    if not above:
+        return ""
+    losses, floors = [r.loss for r in above.values()], [r.floor["trigram"] for r in above.values()]
+    return (
+        f"a trigram counted on the same training tokens ({_span(floors)} nats) is better than "
+        f"{_names(above, found)} ({_span(losses)})"
+    )
 
 
 def _flat(found: Mapping[str, Regime]) -> str:
-    names = [
-        f"{label!r} ({regime.near:.3f} up to there, {regime.far:.3f} beyond)"
-        for label, regime in found.items()
-        if regime.is_flat
-    ]
+    flat = {label: regime for label, regime in found.items() if regime.is_flat}
     said = f"context beyond {CONTEXT} tokens is worth less than {FLAT:g} nats per token to"
-    return f"{said} {', '.join(names)}" if names else ""
+    return f"{said} {_names(flat, found)}" if flat else ""
+
+
+def _names(some: Mapping[str, Regime], found: Mapping[str, Regime]) -> str:
+    return f"all {len(found)} designs" if len(some) == len(found) > 1 else ", ".join(map(repr, some))
+
+
+def _span(numbers: Sequence[float]) -> str:
+    return " to ".join(dict.fromkeys(f"{number:.3f}" for number in (min(numbers), max(numbers))))
 
 
 def _mean(values: Sequence[float]) -> float:
