@@ -29,6 +29,7 @@ def test_each_run_has_its_part_of_the_devices(study, tmp_path):
     assert [(record.status, record.device["count"]) for record in records] == [("finished", 2)] * 2
 
 
+@pytest.mark.slow
 def test_a_process_that_sees_other_devices_than_its_own_does_not_start(study, tmp_path):
     environments = [{"JAX_NUM_CPU_DEVICES": "8"}, {"JAX_NUM_CPU_DEVICES": "3"}]  # 8 as here: right
     with pytest.raises(UserError, match=r"the process of mini/tiny/none \(status 1\) ended early"):

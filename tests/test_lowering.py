@@ -31,8 +31,8 @@ def all_configs() -> Iterator[tuple[str, Config]]:
         for preset in (preset for preset in study.PRESETS if preset not in collections):
             for overrides in study.sweep(preset):
                 config = from_config_dict(base.update(study.get_config(preset), overrides))
-                if config not in seen:
-                    seen.add(config)
+                if (key := compile_key(config)) not in seen:
+                    seen.add(key)
                     words = " ".join(str(value) for value in overrides.values())
                     yield f"{study.__name__.removeprefix('configs.')}:{preset} {words}", config
     muon = base.update(mobilellm.get_config("125m"), {"optimizer.name": "muon"})

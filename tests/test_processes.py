@@ -90,6 +90,7 @@ def assert_same_records(actual: Path, expected: Path, pattern: str = "*.json") -
             np.testing.assert_allclose(sums[1], sums[0], rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_two_processes_leaves_the_records_of_one(study, tmp_path, capsys):
     arguments = [f"--config={study}", f"--workdir={tmp_path}/two", "--seeds=1", "--only=reverse"]
     first, second = run_all(on_every_process(2, "experiments.sweep", *arguments))

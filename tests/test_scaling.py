@@ -101,6 +101,7 @@ def test_runs_that_diverged_keep_a_cell_out_of_the_law():
     assert "100k_2: 1 x 90 has 2 of 3 seeds" in said
 
 
+@pytest.mark.slow
 def test_command_reports_the_law(tmp_path):
     cells = study(grid())
     standard = [dataclasses.replace(c, arm="standard") for c in cells if c.preset == "100k_8"]

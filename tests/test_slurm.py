@@ -113,6 +113,7 @@ LONG = [
 ]
 
 
+@pytest.mark.slow
 def test_a_task_here_that_is_preempted_resumes_and_what_is_complete_is_not_submitted(study, tmp_path):
     workdir, name = tmp_path / "w", "mini/tiny/reverse"
     process = launch(study, workdir, "--cluster=local", "--only=reverse", *LONG)

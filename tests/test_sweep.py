@@ -556,6 +556,7 @@ def test_a_typo_in_a_study_is_named(study, before, after, message):
         points(study)
 
 
+@pytest.mark.slow
 def test_points_side_by_side_give_the_same_records_as_one_after_the_other(tuned_study, tmp_path, capfd):
     """Real processes with one core each; the command of the record is the sweep's."""
     for workdir, jobs in (("one", 1), ("two", 2)):
@@ -589,6 +590,7 @@ def test_a_process_that_dies_is_named_and_the_others_finish(study, tmp_path):
     ],
     ids=["ctrl-c", "preemption", "preemption of a run on each device", "the sweep alone is killed"],
 )
+@pytest.mark.slow
 def test_a_signal_stops_all_processes_after_a_checkpoint(study, tmp_path, number, status, flag):
     """It goes to all of them at once, as from a terminal or a scheduler, while both are in a run.
 

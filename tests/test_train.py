@@ -332,6 +332,7 @@ def contents(workdir):
     return step, jax.device_get(state), lines
 
 
+@pytest.mark.slow
 def test_killed_or_interrupted_and_resumed_is_bit_for_bit_the_same(tmp_path, corpus):
     straight, killed, stopped = (tmp_path / name for name in ("straight", "killed", "stopped"))
 

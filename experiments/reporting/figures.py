@@ -205,7 +205,8 @@ def learning_rates(study: Study) -> Figure | None:
         tried = {rate: value for rate, value in tuning.curve if value is not None}
         axes.plot(list(tried), list(tried.values()), **look, ms=5, lw=1.5, label=drawing.legend(point))
         best += [min(tried.values())] if tried else []
-        if tried and math.isfinite(tuning.chosen):  # a fitted rate lies between those tried
+        is_fitted = study.facts.tuning == "fitted" and tried and min(tried) <= tuning.chosen <= max(tried)
+        if tuning.chosen in tried or is_fitted:  # which lies between those tried
             at = np.interp(np.log(tuning.chosen), np.log(list(tried)), list(tried.values()))
             ring = {"marker": "o", "ms": 14, "mfc": "none", "mew": 2, "color": look["color"]}
             axes.plot(tuning.chosen, at, **ring)

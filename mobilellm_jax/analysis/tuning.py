@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from mobilellm_jax.analysis.facts import Point
 from mobilellm_jax.analysis.records import Record
@@ -118,7 +118,7 @@ def drifts(points: Mapping[str, Point], searches: Mapping[str, Tuning]) -> list[
             b, a = np.linalg.lstsq(design * weights[:, None], rate * weights, rcond=None)[0]
             misfit = float(np.sum(((rate - a - b * x) * weights) ** 2)) / (len(x) - 2)
             unit = np.linalg.inv((design * weights[:, None] ** 2).T @ design)[0, 0]
-            half = stats.t.ppf(0.975, len(x) - 2) * math.sqrt(unit * max(1.0, misfit))
+            half = float(special.stdtrit(len(x) - 2, 0.975)) * math.sqrt(unit * max(1.0, misfit))
             span = (2.0 ** min(x), 2.0 ** max(x))
             found.append(Drift(label, series, float(b), float(b - half), float(b + half), span))
     return found
