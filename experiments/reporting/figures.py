@@ -14,6 +14,7 @@ and the numbers behind them as .csv, -paper.csv and -comparisons.csv.
 import dataclasses
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -290,8 +291,8 @@ def _draw_effects(
     axes.grid(axis="y", visible=False)
     left, right = "\N{LEFTWARDS ARROW} first is better", "first is worse \N{RIGHTWARDS ARROW}"
     axes.set_xlabel(f"{left}      difference in {DIFFERENCES[facts.metric]}      {right}")
-    most = max(len(family.comparisons) for family in study.verdict.families)
-    under = " of a parameterization" if len(study.verdict.families) > 1 else ""
+    arms = Counter(c.arm for c in comparisons)
+    most, under = max(arms.values()), " of a parameterization" * (len(arms) > 1)
     at_once = f" for all {most} pairs{under} at once" if most > 1 else ""
     notes = [f"difference of means, 95 % interval{at_once}"]
     unit = " points" if facts.metric == "error" else ""
