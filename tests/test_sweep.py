@@ -574,7 +574,7 @@ def test_a_process_that_dies_is_named_and_the_others_finish(study, tmp_path):
     for path in tmp_path.glob("*.txt"):
         path.write_text(path.read_text() * 20)
     chosen = points(study)
-    broken = dataclasses.replace(chosen[0], facts={**chosen[0].facts, "margin": "not a number"})
+    broken = dataclasses.replace(chosen[0], facts={**chosen[0].facts, "question": 7})
     with pytest.raises(UserError, match=r"the process of mini/tiny/none \(status 1\) ended early"):
         sweeping.sweep([broken, chosen[1]], tmp_path / "w", jobs=2)
     assert {r.point for r in read_records(tmp_path / "w" / "results")} == {"reverse"}
