@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, special
 
 from mobilellm_jax.analysis.noise import Noise, noise_of
 from mobilellm_jax.analysis.records import Record, by_study
@@ -198,12 +198,29 @@ def size_of(cells: Sequence[Cell], size: str) -> int:
 
 
 def moderated(cells: Sequence[Cell]) -> tuple[np.ndarray, np.ndarray]:
-    """Standard deviation over seeds of each cell, moderated by those of all, and its degrees of freedom.
+    """Standard deviation over seeds of each cell, shrunk towards that of all, and its degrees of freedom.
 
-    0 where no cell has two seeds.
+    A few seeds say little about a spread; what all cells say is a prior, as in limma (Smyth 2004), as strong
+    as the cells' spreads are alike. 0 where no cell has two seeds. Not `noise.variance_prior`, which is
+    cautious for the sake of few points: with it the law's intervals cover 0.90 instead of 0.95.
     """
-    spreads = _noise(cells).points.values()
-    return np.sqrt([one.variance for one in spreads]), np.array([one.df for one in spreads], float)
+    df = np.array([len(cell.losses) - 1 for cell in cells])
+    variance = np.array([np.var(cell.losses, ddof=1) if len(cell.losses) > 1 else 0.0 for cell in cells])
+    if not df.any():
+        return np.zeros(len(cells)), df.astype(float)
+    d = df[df > 0] / 2
+    pooled = float(np.sum(df * variance) / np.sum(df))
+    logs = np.log(np.maximum(variance[df > 0], 1e-6 * pooled + 1e-300)) - special.digamma(d) + np.log(d)
+    excess = float(np.var(logs, ddof=1) - np.mean(special.polygamma(1, d))) if len(logs) > 1 else 0.0
+    prior_df, prior = math.inf, pooled
+    if excess > special.polygamma(1, 1e6):
+        half = optimize.root_scalar(lambda x: special.polygamma(1, x) - excess, bracket=(1e-3, 2e6)).root
+        prior_df = 2 * half
+        prior = float(np.exp(np.mean(logs) + special.digamma(half) - np.log(half)))
+    if math.isinf(prior_df):
+        return np.full(len(cells), math.sqrt(prior)), np.full(len(cells), float(np.sum(df)))
+    shrunk = (prior_df * prior + df * variance) / (prior_df + df)
+    return np.sqrt(shrunk), prior_df + df
 
 
 def _noise(cells: Sequence[Cell]) -> Noise:
