@@ -9,6 +9,7 @@ from math import hypot
 from experiments.reporting import judging, paper_tables
 from experiments.reporting.judging import Claim, Judgement
 from experiments.reporting.tables import ASPECTS, Columns, markdown_table, plain, quantity
+from mobilellm_jax.analysis.records import span
 from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.verdicts import Comparison
 from mobilellm_jax.analysis.wording import format_difference, phrase
@@ -218,7 +219,7 @@ def _ours(found: Judgement, study: Study, again: list[str]) -> str:
     facts, asked = study.facts, [*found.counted, *found.outside]
     seeds = max(c.difference.n if c.difference else 0 for c in asked)
     sizes = [run.parameters["non_embedding"] for run in study.runs]
-    size = " to ".join(dict.fromkeys(quantity(number) for number in (min(sizes), max(sizes))))
+    size = span(sizes, quantity)
     tokens = quantity(max(run.tokens_seen for run in study.runs))
     arms = [f"{arm}: {word}" for arm, word in found.by_arm.items()]
     under = "; ".join(arms) + ", and no other parameterization" * (len(arms) == 1)

@@ -18,7 +18,7 @@ from PIL import Image
 from experiments.reporting import tables
 from mobilellm_jax.analysis.comparable import data_card, text_name
 from mobilellm_jax.analysis.facts import Point
-from mobilellm_jax.analysis.records import Record
+from mobilellm_jax.analysis.records import Record, span
 from mobilellm_jax.analysis.statistics import Estimate
 from mobilellm_jax.analysis.study import Study
 
@@ -304,19 +304,18 @@ def _scale(study: Study) -> str:
     compared = [run for run in runs if run.phase == "comparison"] or runs
     ended = [run for run in compared if run.status == "finished"] or compared
 
-    def span(values: Iterable[float]) -> str:
-        numbers = sorted(values)
-        return " to ".join(dict.fromkeys(tables.quantity(number) for number in (numbers[0], numbers[-1])))
+    def size(values: Iterable[float]) -> str:
+        return span(values, tables.quantity)
 
     def known(name: str, digits: int) -> str:
         return ", ".join(sorted({str(r.data[name])[:digits] for r in runs if name in r.data})) or "unknown"
 
-    seeds = span([e.n for e in study.verdict.estimates.values()] or [len({run.seed for run in compared})])
+    seeds = size([e.n for e in study.verdict.estimates.values()] or [len({run.seed for run in compared})])
     parts = [
-        f"{span(r.parameters['total'] for r in runs)} parameters "
-        f"({span(r.parameters['non_embedding'] for r in runs)} non-embedding)",
+        f"{size(r.parameters['total'] for r in runs)} parameters "
+        f"({size(r.parameters['non_embedding'] for r in runs)} non-embedding)",
         f"vocabulary of {known('vocab_size', 9)}",
-        f"{span(r.tokens_seen for r in ended)} training tokens in {span(r.steps for r in ended)} steps",
+        f"{size(r.tokens_seen for r in ended)} training tokens in {size(r.steps for r in ended)} steps",
         f"data: {', '.join(sorted({text_name(data_card(r)) for r in ended}))} "
         f"(sha256 {known('source_sha256', 8)})",
         f"{seeds} seed{'' if seeds == '1' else 's'}",

@@ -6,6 +6,7 @@ from typing import Any
 
 from experiments.runner.points import Point
 from experiments.runner.studies import by_study
+from mobilellm_jax.analysis.records import span
 from mobilellm_jax.costs import accounting
 
 
@@ -63,13 +64,9 @@ def _regime(name: str, points: Sequence[Point]) -> str:
     sizes = [accounting.parameters(model).non_embedding for model in models]
     horizons = [point.tokens / size for point, size in zip(points, sizes, strict=True)]
     return (
-        f"{name}: under {under}; {_span(sizes, ',.0f')} non-embedding parameters, "
-        f"{_span(horizons, '.2g')} training tokens for each"
+        f"{name}: under {under}; {span(sizes, '{:,.0f}'.format)} non-embedding parameters, "
+        f"{span(horizons, '{:.2g}'.format)} training tokens for each"
     )
-
-
-def _span(numbers: Sequence[float], form: str) -> str:
-    return " to ".join(dict.fromkeys(format(number, form) for number in (min(numbers), max(numbers))))
 
 
 def _plan(name: str, point: Point) -> list[str]:

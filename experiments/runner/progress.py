@@ -47,8 +47,10 @@ class Progress:
             names = tuple(f"{Path(p.name).name}-" for p in self._points if Path(p.name).parent == study)
             for path, record in self._read(study, names):
                 there.setdefault((record.study, record.preset, record.point), {})[path.stem] = record
-        label = lambda point: tuple(point.facts[name] for name in ("study", "preset", "point"))  # noqa: E731
-        return {point.name: there.get(label(point), {}) for point in self._points}
+        return {
+            point.name: there.get((point.facts["study"], point.facts["preset"], point.facts["point"]), {})
+            for point in self._points
+        }
 
     def rates(self) -> dict[str, float]:
         """Fitted rates of the comparisons that have begun, by the point's name; read as in `records`."""

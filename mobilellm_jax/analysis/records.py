@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from mobilellm_jax.config import SHOWN, flatten
@@ -271,3 +271,9 @@ def _validated(fields: Any, where: str) -> Record:
 def budget_name(key: str) -> str:
     """Readable name of a key of `Record.budgets`: "non_embedding_parameters", "non-embedding parameters"."""
     return key.replace("non_", "non-").replace("_", " ").replace("kv", "key/value").replace("flops", "FLOPs")
+
+
+def span(numbers: Iterable[int | float], show: Callable[[float], str]) -> str:
+    """Smallest and largest number, "3.10 to 3.25"; one alone if both are shown alike."""
+    ordered = sorted(numbers)
+    return " to ".join(dict.fromkeys(map(show, (ordered[0], ordered[-1]))))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from mobilellm_jax.analysis.facts import Facts, Point
-from mobilellm_jax.analysis.records import Record
+from mobilellm_jax.analysis.records import Record, span
 
 CONTEXT = 8  # tokens; a trigram reads 2
 FLAT = 0.01  # nats per token; context beyond `CONTEXT` tokens that is worth less counts as unused
@@ -88,8 +88,8 @@ def _above(found: Mapping[str, Regime]) -> str:
         return ""
     losses, floors = [r.loss for r in above.values()], [r.floor["trigram"] for r in above.values()]
     return (
-        f"a trigram counted on the same training tokens ({_span(floors)} nats) is better than "
-        f"{_names(above, found)} ({_span(losses)})"
+        f"a trigram counted on the same training tokens ({span(floors, _show)} nats) is better than "
+        f"{_names(above, found)} ({span(losses, _show)})"
     )
 
 
@@ -103,8 +103,8 @@ def _names(some: Mapping[str, Regime], found: Mapping[str, Regime]) -> str:
     return f"all {len(found)} designs" if len(some) == len(found) > 1 else ", ".join(map(repr, some))
 
 
-def _span(numbers: Sequence[float]) -> str:
-    return " to ".join(dict.fromkeys(f"{number:.3f}" for number in (min(numbers), max(numbers))))
+def _show(loss: float) -> str:
+    return f"{loss:.3f}"
 
 
 def _mean(values: Sequence[float]) -> float:
