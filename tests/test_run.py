@@ -226,8 +226,53 @@ def test_the_floor_is_that_of_the_rows_of_the_run(tmp_path):
     # A run of many epochs counts every row once, with any seed.
     longer = [tiny_config(**{**fields, "train.steps": 900, "train.data_seed": seed}) for seed in (3, 4)]
     one, other = (_floor_fields(config, prepared) for config in longer)
-    assert one is other
+    assert one == other
     assert one["tokens"] == prepared.num_rows("train") * LENGTH
+    kept = sorted((prepared.directory / "floors").iterdir())
+    assert len(kept) == 2  # of 24 rows, and of all
+
+
+def test_a_floor_is_counted_once_and_anew_where_its_file_is_corrupt(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some words, and some more of them; " * 60)
+    fields = {
+        "model.vocab_size": 258,
+        "data.source": f"files:{tmp_path}/a.txt",
+        "data.tokenizer": "bytes",
+        "data.cache_dir": str(tmp_path / "cache"),
+    }
+    config = tiny_config(**fields)
+    prepared = data.prepare(config.data, 258)
+    counted = []
+
+    def count(*rows):
+        counted.append(rows)
+        return ngram_losses(*rows)
+
+    monkeypatch.setattr("mobilellm_jax.data.ngrams.ngram_losses", count)
+    first = _floor_fields(config, prepared)
+    assert _floor_fields(config, prepared) == first
+    assert len(counted) == 1
+    (kept,) = (prepared.directory / "floors").iterdir()
+    kept.write_text(kept.read_text().replace('"trigram": ', '"trigram": 1'))
+    assert _floor_fields(config, prepared) == first
+    assert _floor_fields(config, prepared) == first
+    assert len(counted) == 2
+    kept.unlink()
+    kept.mkdir()  # cannot be written
+    assert _floor_fields(config, prepared) == first
+
+
+def test_runs_judged_on_tuning_documents_have_no_floor(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "number {i} " }}\n' * 5 for i in range(30)))
+    fields = {
+        "model.vocab_size": 258,
+        "data.source": f"files:{tmp_path}/a.jsonl",
+        "data.tokenizer": "bytes",
+        "data.cache_dir": str(tmp_path / "cache"),
+    }
+    config = tiny_config(**fields)
+    prepared = data.prepare(config.data, 258)
+    assert _floor_fields(config, prepared) is not None
     assert _floor_fields(tiny_config(**fields, **{"train.eval_split": "tuning"}), prepared) is None
 
 

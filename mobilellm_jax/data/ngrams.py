@@ -6,6 +6,7 @@ Letters: R rows of S = T + 1 tokens, V vocabulary. Contexts are the tokens of th
 import numpy as np
 from jaxtyping import Float, Int
 
+VERSION = 1  # raise it when the same rows would give other losses
 _BUCKETS = 64
 
 

@@ -1,9 +1,10 @@
 """One run, from config to record: check, prepare the data, train, fill in the record."""
 
+import contextlib
 import dataclasses
 import datetime
-import functools
 import itertools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,9 @@ from mobilellm_jax.analysis.comparable import data_hashes
 from mobilellm_jax.analysis.records import Record, read_record
 from mobilellm_jax.config import Config, to_dict
 from mobilellm_jax.costs import accounting
-from mobilellm_jax.data.ngrams import ngram_losses
+from mobilellm_jax.data import ngrams
 from mobilellm_jax.data.rows import is_target
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition, processes
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import (
@@ -31,7 +33,8 @@ from mobilellm_jax.runs.directory import (
     repeats_note,
 )
 from mobilellm_jax.runs.provenance import device
-from mobilellm_jax.storage.files import AnyPath
+from mobilellm_jax.storage.files import AnyPath, write_atomically
+from mobilellm_jax.storage.sealed import parse, seal, unseal
 from mobilellm_jax.training.loop import Outcome, train
 
 
@@ -125,9 +128,21 @@ def _floor_fields(config: Config, prepared: data.Dataset) -> dict[str, int | flo
     return _floor(prepared.directory, seed, min(seen, rows), t.eval_rows, t.eval_split)
 
 
-@functools.lru_cache(maxsize=8)  # the points of a study see the same rows, seed by seed
 def _floor(directory: Path, seed: int, seen: int, eval_rows: int, split: str) -> dict[str, int | float]:
-    prepared = data.open_prepared(directory)
+    """Losses of n-grams, kept beside the rows: all points of a study see the same, seed by seed."""
+    name = f"floor{ngrams.VERSION}-of-{seen}-rows-seed{seed}-on-{eval_rows or 'all'}-{split}.json"
+    kept = directory / "floors" / name
+    with contextlib.suppress(OSError, ValueError):
+        return unseal(parse(kept.read_bytes()))
+    floor = _counted_floor(data.open_prepared(directory), seed, seen, eval_rows, split)
+    with contextlib.suppress(UserError):  # a disk that is full or read-only loses no trained run
+        write_atomically(kept, json.dumps(seal(floor)).encode())
+    return floor
+
+
+def _counted_floor(
+    prepared: data.PreparedData, seed: int, seen: int, eval_rows: int, split: str
+) -> dict[str, int | float]:
     size = min(seen, 1024)  # the order of the rows does not depend on it
     batches = itertools.islice(prepared.train_batches(batch_size=size, seed=seed), -(-seen // size))
     train = np.concatenate(list(batches))[:seen]
@@ -135,7 +150,7 @@ def _floor(directory: Path, seed: int, seen: int, eval_rows: int, split: str) ->
     if count := prepared.num_rows("tuning"):
         tuning = np.concatenate(list(prepared.eval_batches(batch_size=1024, split="tuning")))[:count]
     rows = np.concatenate(list(prepared.eval_batches(batch_size=1024, rows=eval_rows, split=split)))
-    return ngram_losses(train, tuning, rows[is_target(rows[:, 1])], prepared.card["vocab_size"])
+    return ngrams.ngram_losses(train, tuning, rows[is_target(rows[:, 1])], prepared.card["vocab_size"])
 
 
 def planned_fields(config: Config) -> dict[str, Any]:
