@@ -58,11 +58,11 @@ def two_points(gap, spread, seeds=5, **changes):
 def test_as_well_is_non_inferiority(gap, spread, word, not_worse):
     study = two_points(gap, spread, margin=0.04)
     (c,) = study.verdict.comparisons
-    low, high = judging.bounds(c)
+    low, high = c.difference.low, c.difference.high
     assert c.word == word
-    assert judging.side(c, study, "not worse") == not_worse
-    assert judging.side(c, study, "better") == {"better": "for", "worse": "against"}.get(word, "open")
-    assert judging.side(c, study, "worse") == {"worse": "for", "better": "against"}.get(word, "open")
+    assert judging.side(c, "not worse") == not_worse
+    assert judging.side(c, "better") == {"better": "for", "worse": "against"}.get(word, "open")
+    assert judging.side(c, "worse") == {"worse": "for", "better": "against"}.get(word, "open")
     if low is not None:
         assert not_worse == ("for" if high < 0.04 else "against" if low > 0.04 else "open")
 
@@ -72,8 +72,8 @@ def test_seeds_that_survive_do_not_show_that_nothing_is_lost():
         study = two_points(gap, 0.003, margin=0.04)
         gone = [make_diverged(depth=depth, seed=5, margin=0.04)]
         survived = study_of([*study.runs, *gone])
-        assert judging.side(study.verdict.comparisons[0], study, "not worse") == whole
-        assert judging.side(survived.verdict.comparisons[0], survived, "not worse") == "open"
+        assert judging.side(study.verdict.comparisons[0], "not worse") == whole
+        assert judging.side(survived.verdict.comparisons[0], "not worse") == "open"
 
 
 def shapes(scores, **changes):

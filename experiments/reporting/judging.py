@@ -72,7 +72,7 @@ def judgement(claim: Claim, study: Study) -> Judgement | None:
         asked = _asked(claim, study, arm)
         kept = [c for c in asked if not (claim.in_range and _is_outside(c, study))]
         missing: list[Side] = ["open" for pair in claim.pairs if not any(_is(c, pair, study) for c in asked)]
-        by_arm[arm] = judge([*(side(c, study, claim.expected) for c in kept), *missing], claim.needs)
+        by_arm[arm] = judge([*(side(c, claim.expected) for c in kept), *missing], claim.needs)
         counted += kept
         outside += [c for c in asked if c not in kept]
     if not counted and not outside:
@@ -96,28 +96,15 @@ def judge(sides: Sequence[Side], needs: str) -> Word:
     return "agree" if "for" in sides else "disagree" if whole["against"] else "cannot tell"
 
 
-def side(c: Comparison, study: Study, expected: str) -> Side:
+def side(c: Comparison, expected: str) -> Side:
     """What a comparison is to the claim that its point is `expected` compared with the other.
 
-    "better" and "worse" go by the word of the verdict. "not worse" is non-inferiority: for, if the upper
-    bound of the difference is below the margin, against, if the lower one is above it. A point that diverged
-    with some seeds gains nothing by those that survived.
+    "better" and "worse" go by the word of the verdict, "not worse" is non-inferiority by the study's margin.
     """
-    if expected != "not worse":
-        opposite = {"better": "worse", "worse": "better"}[expected]
-        return "for" if c.word == expected else "against" if c.word == opposite else "open"
-    low, high = bounds(c)
-    is_same = c.word == "no difference" and high is None
-    if is_same or (high is not None and high < study.facts.margin):
-        return "open" if _diverged(study.points[c.point]) else "for"
-    if low is not None and low > study.facts.margin:
-        return "open" if _diverged(study.points[c.other]) else "against"
-    return "open"
-
-
-def bounds(c: Comparison) -> tuple[float | None, float | None]:
-    """The interval of the difference that the verdict goes by; None without one."""
-    return (c.difference.low, c.difference.high) if c.difference else (None, None)
+    if expected == "not worse":
+        return "open" if c.not_worse is None else "for" if c.not_worse else "against"
+    opposite = {"better": "worse", "worse": "better"}[expected]
+    return "for" if c.word == expected else "against" if c.word == opposite else "open"
 
 
 def arms(study: Study) -> list[str]:
@@ -170,7 +157,3 @@ def _is(c: Comparison, pair: tuple[str, str], study: Study) -> bool:
 
 def _is_outside(c: Comparison, study: Study) -> bool:
     return any(is_outside(study.points[name]) for name in (c.point, c.other))
-
-
-def _diverged(point: Point) -> bool:
-    return any(run.status == "diverged" for run in point.comparison)

@@ -302,7 +302,7 @@ def comparisons_csv(study: Study) -> str:
             "p_value_all_pairs": c.p_value,
             "verdict": c.word,
             "phrase": phrase(c, facts.metric),
-            "not_worse": c.not_worse(facts.margin),
+            "not_worse": c.not_worse,
             "verdict_of_all_arms": words.get(c.designs),
         }
         for c in study.verdict.comparisons

@@ -28,6 +28,8 @@ class Comparison:
         for a difference that is too small to matter; else None.
       diverged: points that the finished seeds favour but that diverged with other seeds, so that the word is
         "cannot tell".
+      not_worse: whether `point` is worse by less than the margin, see `statistics.not_worse`; None if not
+        shown, or if it is seeds that survived who say so.
       arm: parameterization of the two points; None in a study without arms.
       designs: labels of the two architectures, the same in all arms.
     """
@@ -37,17 +39,14 @@ class Comparison:
     word: str
     difference: Difference | None
     bound: float | None
-    diverged: tuple[str, ...] = ()
-    arm: str | None = None
-    designs: tuple[str, str] = ("", "")
+    diverged: tuple[str, ...]
+    not_worse: bool | None
+    arm: str | None
+    designs: tuple[str, str]
 
     @property
     def p_value(self) -> float | None:
         return self.difference and self.difference.p_value
-
-    def not_worse(self, margin: float) -> bool | None:
-        """Whether `point` is worse by less than the margin; None if not shown, or if survivors flatter."""
-        return None if self.diverged else statistics.not_worse(self.difference, margin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +140,14 @@ def _compare(
         word = "cannot tell"
     if word == "cannot tell" or (word != "no difference" and bound is not None and bound > margin):
         bound = None
+    not_worse = statistics.not_worse(decision.difference, margin)
+    if not_worse is not None and (point if not_worse else other) in diverged:
+        not_worse = None
     arm = _arm(points, pair)
     first, second = (points[label].design or label if label in points else label for label in pair)
-    return Comparison(point, other, word, decision.difference, bound, survivors, arm, (first, second))
+    return Comparison(
+        point, other, word, decision.difference, bound, survivors, not_worse, arm, (first, second)
+    )
 
 
 def joint(families: Sequence[Family]) -> list[Joint]:
