@@ -65,6 +65,7 @@ def test_pytorch_takes_the_same_steps():
     assert ratio.values == measure.ratios(ours.values, eager.values)
 
 
+@pytest.mark.slow
 def test_the_command_leaves_a_record_that_can_be_shown(tmp_path):
     flags = ["experiments.bench", "--only=trials", f"--workdir={tmp_path}"]
     measured = command(*flags, "--quick")

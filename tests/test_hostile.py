@@ -83,12 +83,13 @@ def changes(draw) -> dict:
     }
 
 
-def test_a_random_config_builds_or_the_error_names_a_field():
-    """2,000 of them, through all that is looked at before the first program is compiled."""
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_random_config_builds_or_the_error_names_a_field(count):
+    """As many of them, through all that is looked at before the first program is compiled."""
     plain = config.to_dict(tiny_config())
     counts = Counter()
 
-    @DETERMINISTIC
+    @settings(DETERMINISTIC, max_examples=count)
     @given(changes())
     def build(changes: dict) -> None:
         values = {group: dict(fields) for group, fields in plain.items()}
@@ -109,8 +110,8 @@ def test_a_random_config_builds_or_the_error_names_a_field():
             counts["built"] += 1
 
     build()
-    assert counts.total() == 2000, counts
-    assert min(counts["built"], counts["refused"]) >= 300, counts
+    assert counts.total() == count, counts
+    assert min(counts["built"], counts["refused"]) >= 0.15 * count, counts
 
 
 LLAMA = {  # every field of a config.json that import reads

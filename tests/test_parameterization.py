@@ -70,7 +70,7 @@ def growth(small, large):
     return np.divide(changes(large), changes(small))
 
 
-@pytest.mark.parametrize("parameterization", ["mup", "completep"])
+@pytest.mark.parametrize("parameterization", [pytest.param("mup", marks=pytest.mark.slow), "completep"])
 def test_changes_do_not_grow_with_width(parameterization):
     """8 times the width. The logits of the narrow model still hold noise of the initialisation."""
     stream, logits = growth(config(parameterization), config(parameterization, width=256))
@@ -112,7 +112,10 @@ def gradient_size(c):
     return float(jnp.sqrt(jnp.mean(gradient["blocks"]["ffn"]["down"] ** 2)))
 
 
-@pytest.mark.parametrize(("sharing", "num_repeats"), [("none", 1), ("immediate", 4), ("repeat_all", 4)])
+@pytest.mark.parametrize(
+    ("sharing", "num_repeats"),
+    [("none", 1), pytest.param("immediate", 4, marks=pytest.mark.slow), ("repeat_all", 4)],
+)
 def test_epsilon_follows_the_gradient_of_a_block(sharing, num_repeats):
     """8 times the blocks: each has an eighth of the gradient, however often it is used."""
     small, large = (

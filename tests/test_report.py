@@ -274,6 +274,7 @@ def test_study_with_next_to_nothing_is_reported(tmp_path, records):
     assert page.tags.count("img") == (3 if records[0].phase == "tuning" else 2)
 
 
+@pytest.mark.slow
 def test_command_gives_the_same_bytes_elsewhere(tmp_path):
     records = [*study(), make_diverged(depth=2, phase="tuning", learning_rate=16e-3, pairs=PAIRS)]
     for i, record in enumerate(reversed(records)):

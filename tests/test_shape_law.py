@@ -309,6 +309,7 @@ def test_spreads_are_shrunk_towards_that_of_all():
     assert min(many) > 8
 
 
+@pytest.mark.slow
 def test_bands_hold_for_all_differences_at_once():
     cells = grid(("33k",), (2, 8), None)
     sd = np.linspace(0.01, 0.03, len(cells))
@@ -341,6 +342,7 @@ def test_differences_without_any_spread_have_no_band():
     assert trends(found) == []
 
 
+@pytest.mark.slow
 def test_interval_of_a_trend_covers_it():
     cells = grid(("100k",), (2, 8, 32), None)
     made = np.array([0.03 * math.log2(c.horizon) * (c.design == "8 x 32") for c in cells])

@@ -115,7 +115,7 @@ def test_at_least_as_close_as_the_shapes_chosen_by_hand(preset, row):
     assert abs(shape.mismatch) <= mismatch
 
 
-@pytest.mark.parametrize("depth", [4, 30, 62])
+@pytest.mark.parametrize("depth", [pytest.param(4, marks=pytest.mark.slow), 30, 62])
 @pytest.mark.parametrize("budget", ["total_parameters", "train_flops_per_token"])
 def test_large_models_take_few_evaluations(depth, budget, monkeypatch):
     """Of about 50 microseconds each, so that the search takes less than a second."""
