@@ -68,5 +68,7 @@ setup(
             "submitit>=1.5.4",
         ],
         "dev": ["pre-commit>=4.3"],
+        # The documentation site: python -m experiments.docs && zensical build --strict
+        "docs": ["mkdocstrings-python>=2.0", "zensical>=0.0.73"],
     },
 )

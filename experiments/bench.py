@@ -13,13 +13,10 @@ part compares. The machine should be idle.
 import datetime
 import importlib
 import json
-from typing import Any
-
 from absl import flags
 
 from experiments import cli
 from experiments.benchmarks import measure, shapes
-from experiments.reporting import tables
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.storage.files import AnyPath, write_atomically
@@ -88,7 +85,7 @@ def main() -> int:
         name = "-".join([part, *shapes.asked()])
         path = bench / device["platform"] / f"{name}.json"
         write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
-        print("\n".join(table(record)), flush=True)
+        print("\n".join(measure.table(record)), flush=True)
     return 0
 
 
@@ -104,25 +101,12 @@ def show(bench: AnyPath, parts: list[str]) -> list[str]:
     lines = []
     for path in paths:
         try:
-            lines += table(json.loads(path.read_text()))
+            lines += measure.table(json.loads(path.read_text()))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: not a benchmark record ({error!r}); delete it, or measure again"
             ) from None
     return lines
-
-
-def table(record: dict[str, Any]) -> list[str]:
-    """The table of one record, with the machine above it."""
-    lines = [measure.Line.from_json(line) for line in record["lines"]]
-    device, versions = record["device"], record["versions"]
-    machine = f"{device['count']} x {device['kind']}, {device['cores']} cores"
-    return [
-        "",
-        f"{record['part']}: {machine}, jax {versions['jax']}, {record['created'][:10]}",
-        "",
-        *tables.markdown_table(measure.columns(lines)).splitlines(),
-    ]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from experiments.reporting import tables
+
 
 @dataclasses.dataclass(frozen=True)
 class Line:
@@ -117,6 +119,19 @@ def columns(lines: Sequence[Line]) -> dict[str, list[str]]:
         ],
         "target": [_target(line) for line in lines],
     }
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """The table of one record, with the machine above it."""
+    lines = [Line.from_json(line) for line in record["lines"]]
+    device, versions = record["device"], record["versions"]
+    machine = f"{device['count']} x {device['kind']}, {device['cores']} cores"
+    return [
+        "",
+        f"{record['part']}: {machine}, jax {versions['jax']}, {record['created'][:10]}",
+        "",
+        *tables.markdown_table(columns(lines)).splitlines(),
+    ]
 
 
 def _target(line: Line) -> str:

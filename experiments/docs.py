@@ -1,0 +1,64 @@
+"""Write the parts of the documentation that are made from code and records, and gather the pages of its site.
+
+  python -m experiments.docs                                # brings the pages in docs/ up to date
+  python -m experiments.docs && zensical build --strict     # the site, in site/; pip install -e '.[docs]'
+  python -m experiments.docs && zensical serve              # the same, at http://localhost:8000
+
+Made are the reference of the config (from its dataclasses and `configs/base.py`), the tables of the performance
+page (from `experiments/bench/`) and the picture of the layer plans. The pages, with reports and figures, go to
+`build/docs`; a link to a file that the site does not have becomes one to the repository, `repo_url` in
+`mkdocs.yml`.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import yaml
+
+from experiments import cli
+from experiments.benchmarks import measure
+from experiments.reporting import reference, site
+from mobilellm_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> int:
+    """Writes the pages, and returns the exit status."""
+    if not (ROOT / "mkdocs.yml").is_file():
+        raise UserError(f"{ROOT}: no mkdocs.yml there; run the command in a checkout of the repository")
+    for name, text in made().items():
+        (ROOT / name).write_text(text, encoding="utf-8")
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    target = ROOT / settings["docs_dir"]
+    shutil.rmtree(target, ignore_errors=True)
+    pages = site.gather(ROOT, target, settings["repo_url"])
+    print(f"{len(pages)} pages in {target.relative_to(ROOT)}; to build the site: zensical build --strict")
+    return 0
+
+
+def made() -> dict[str, str]:
+    """The files that are made wholly or in part, by path, as they should be."""
+    benchmarks = [json.loads(path.read_text()) for path in sorted(ROOT.glob("experiments/bench/*/*.json"))]
+    tables = [line for record in benchmarks for line in _section(measure.table(record))]
+    parts = {
+        "docs/reference/configuration.md": ("fields", reference.configuration()),
+        "docs/performance.md": ("tables", "\n".join(tables)),
+    }
+    texts = {
+        name: site.fill((ROOT / name).read_text(encoding="utf-8"), part, content)
+        for name, (part, content) in parts.items()
+    }
+    return {**texts, "docs/assets/layer_plans.svg": reference.layer_plans()}
+
+
+def _section(table: list[str]) -> list[str]:
+    """The lines of `measure.table`, with a heading for the part and a line for the machine."""
+    _, title, *rest = table
+    part, _, machine = title.partition(": ")
+    return [f"### {part}", "", f"Measured on {machine}.", *rest, ""]
+
+
+if __name__ == "__main__":
+    cli.run(main)
