@@ -13,6 +13,7 @@ part compares. The machine should be idle.
 import datetime
 import importlib
 import json
+
 from absl import flags
 
 from experiments import cli

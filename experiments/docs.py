@@ -4,9 +4,9 @@
   python -m experiments.docs && zensical build --strict     # the site, in site/; pip install -e '.[docs]'
   python -m experiments.docs && zensical serve              # the same, at http://localhost:8000
 
-Made are the reference of the config (from its dataclasses and `configs/base.py`), the tables of the performance
-page (from `experiments/bench/`) and the picture of the layer plans. The pages, with reports and figures, go to
-`build/docs`; a link to a file that the site does not have becomes one to the repository, `repo_url` in
+Made from code and records are the reference of the config (its dataclasses and `configs/base.py`), the tables
+of the performance page (`experiments/bench/`) and the picture of the layer plans. All pages, with reports and
+figures, go to `build/docs`. A link to a file that is no page becomes one to the repository, `repo_url` in
 `mkdocs.yml`.
 """
 

@@ -24,11 +24,11 @@ def configuration() -> str:
     for group in dataclasses.fields(Config):
         types = typing.get_type_hints(typing.get_type_hints(Config)[group.name])
         rows = [
-            f"| `{group.name}.{name}` | {_default(f'{group.name}.{name}', kind)} "
+            f"| `{group.name}.{name}`<br>{_default(f'{group.name}.{name}', kind)} "
             f"| {_meaning(f'{group.name}.{name}')} |"
             for name, kind in types.items()
         ]
-        head = ["| field | default | meaning |", "|---|---|---|"]
+        head = ["| field and default | meaning |", "|---|---|"]
         parts += [f"## {group.name}", _GROUPS[group.name], "\n".join([*head, *rows])]
     return "\n\n".join(parts)
 

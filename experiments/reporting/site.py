@@ -1,14 +1,15 @@
-"""Pages of the documentation: their generated parts, and their links, which differ between repository and site.
+"""Pages of the documentation: parts that are generated, and links, which a site has to have its own of.
 
 Pages are written for the repository, where a link may lead to any file. A site has pages only, so links to
 other files lead to the repository on the web.
 """
 
+import functools
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from mobilellm_jax.errors import UserError
 
@@ -16,7 +17,8 @@ from mobilellm_jax.errors import UserError
 BESIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "experiments/claims.md", "experiments/reports/*.md")
 IMAGES = (".png", ".svg")
 _FENCE = re.compile(r"^( *)(```+|~~~+)")
-_LINK = re.compile(r"(?<=\]\()([^()\s]+(?:\([^()\s]*\)[^()\s]*)*)(?=\))")
+# A span of code, which holds no links, or the target of a link.
+_LINK = re.compile(r"`[^`\n]*`|(?<=\]\()([^()\s]+(?:\([^()\s]*\)[^()\s]*)*)(?=\))")
 
 
 def fill(text: str, name: str, content: str) -> str:
@@ -51,8 +53,8 @@ def prose(page: str) -> Iterable[tuple[str, bool]]:
 
 def links(page: str) -> list[str]:
     """The targets of all links and images of a page, in order; those in code are none."""
-    without_code = "".join(re.sub(r"`[^`\n]*`", "", line) for line, is_prose in prose(page) if is_prose)
-    return [target for target in _LINK.findall(without_code) if target != "..."]
+    lines = [line for line, is_prose in prose(page) if is_prose]
+    return [target for line in lines for target in _LINK.findall(line) if target]
 
 
 def is_relative(target: str) -> bool:
@@ -76,14 +78,9 @@ def gather(root: Path, target: Path, repository: str) -> list[Path]:
     """
     pages = sorted({*root.glob("docs/**/*.md"), *(path for name in BESIDE for path in root.glob(name))})
     for page in pages:
-        text = "".join(
-            _LINK.sub(
-                lambda match, page=page: _on_site(match[1], page, pages, root, target, repository), line
-            )
-            if is_prose
-            else line
-            for line, is_prose in prose(page.read_text(encoding="utf-8"))
-        )
+        lines = prose(page.read_text(encoding="utf-8"))
+        put = functools.partial(_on_site, page=page, pages=pages, root=root, target=target, web=repository)
+        text = "".join(_LINK.sub(put, line) if is_prose else line for line, is_prose in lines)
         copy = target / _place(page.relative_to(root))
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(text, encoding="utf-8")
@@ -98,7 +95,13 @@ def _place(path: Path) -> Path:
     return path.relative_to("docs") if path.parts[0] == "docs" else path
 
 
-def _on_site(link: str, page: Path, pages: list[Path], root: Path, target: Path, repository: str) -> str:
+def _on_site(
+    found: re.Match[str], *, page: Path, pages: list[Path], root: Path, target: Path, web: str
+) -> str:
+    """What stands in the site for a match of `_LINK` on a page; copies an image that it leads to."""
+    link = found[1]
+    if link is None:
+        return found[0]
     name, mark, anchor = link.partition("#")
     if not is_relative(link) or not name:
         return link
@@ -108,10 +111,10 @@ def _on_site(link: str, page: Path, pages: list[Path], root: Path, target: Path,
     path = file.relative_to(root)
     if file not in pages and file.suffix not in IMAGES:
         kind = "tree" if file.is_dir() else "blob"
-        return f"{repository}/{kind}/main/{path.as_posix()}{mark}{anchor}"
+        return f"{web}/{kind}/main/{quote(path.as_posix())}{mark}{anchor}"
     if file.suffix in IMAGES:
         copy = target / _place(path)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(file.read_bytes())
     here = _place(page.relative_to(root)).parent
-    return Path(os.path.relpath(_place(path), here)).as_posix() + mark + anchor
+    return quote(Path(os.path.relpath(_place(path), here)).as_posix()) + mark + anchor
