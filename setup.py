@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["mobilellm_jax", "mobilellm_jax.*"]),
+    entry_points={"console_scripts": ["mobilellm = mobilellm_jax.__main__:main"]},
     install_requires=[
         "absl-py>=2.3",
         "array_record>=0.8",

@@ -23,18 +23,28 @@ from mobilellm_jax.storage.files import AnyPath, is_bucket, path_of, reason
 from mobilellm_jax.training import signals
 from mobilellm_jax.training.malloc import keep_freed_memory
 
+ROOT = Path(__file__).parents[1]
+
+
+def _here(spec: str) -> str:
+    """The spec of a config, with the path of the file in this checkout if there is none in the folder."""
+    path, colon, preset = spec.partition(":")
+    is_ours = not Path(path).is_file() and (ROOT / path).is_file()
+    return f"{ROOT / path}{colon}{preset}" if is_ours else spec
+
 
 def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:
     """The module, preset and config of "configs/<file>.py:<preset>" (no preset: the file's first).
 
+    A path that leads to no file from the current folder is taken from this checkout.
+
     Raises:
       UserError: there is no such file, it is no config, or it has no such preset.
     """
-    path, _, preset = spec.partition(":")
+    path, _, preset = _here(spec).partition(":")
     if not Path(path).is_file():
-        there = sorted(str(p) for p in Path("configs").glob("[!_]*.py"))
-        hint = did_you_mean(path, there) if there else "run commands from the folder that holds configs/"
-        raise UserError(f"--config={spec}: there is no file {path}; {hint}")
+        there = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("configs/[!_]*.py"))
+        raise UserError(f"--config={spec}: there is no file {path}; {did_you_mean(path, there)}")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--config={spec}: {path} is not a Python file")
@@ -109,7 +119,7 @@ def config_first(argv: Sequence[str], default_config: str) -> list[str]:
         name = argument.lstrip("-").partition("=")[0].removeprefix("no")
         if argument.startswith("-") and name.startswith("config."):
             check_field(config, name.removeprefix("config."), "--config.")
-    return [argv[0], f"--config={spec}", *rest]
+    return [argv[0], f"--config={_here(spec)}", *rest]
 
 
 def directory(flag: str, name: str) -> AnyPath:
@@ -171,6 +181,7 @@ def run(
     quiet.settings()
     signals.watch()
     try:
+        sys.argv = ["--help" if argument == "-h" else argument for argument in sys.argv]
         before = set(flags.FLAGS)
         define_flags()
         if default_config:

@@ -3,6 +3,7 @@
   python -m experiments.train --config=configs/base.py --workdir=runs/first
   python -m experiments.train --config=configs/mobilellm.py:125m --config.train.steps=1000 --workdir=runs/125m
   python -m experiments.train --distributed --workdir=/shared/runs/first     # on every host
+  python -m experiments.train --config=configs/mobilellm.py:125m --workdir=runs/125m --dry_run
 
 The same command again resumes from the newest intact checkpoint; once finished, it prints the result. SIGTERM
 and SIGHUP save a checkpoint and exit with status 75, which asks a scheduler to start the command again.
@@ -19,11 +20,13 @@ from experiments import cli
 from experiments.runner import hosts
 from experiments.runner.leases import Leases
 from mobilellm_jax.analysis.records import Record, write_record
-from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.config import Config, from_config_dict
+from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs import provenance
-from mobilellm_jax.runs.run import agreed_record, enable_compilation_cache, run
+from mobilellm_jax.runs.directory import check_workdir
+from mobilellm_jax.runs.run import agreed_record, check, enable_compilation_cache, run
 from mobilellm_jax.storage.files import AnyPath, reason
 
 FLAGS = flags.FLAGS
@@ -31,6 +34,11 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "directory of the run; made if it is not there")
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "check the config and what is in --workdir, print what the run is, and read, write and train nothing",
+    )
     hosts.define_flags()
 
 
@@ -65,6 +73,10 @@ def main() -> int:
     )
     path = workdir / "record.json"
     record = agreed_record(path, config)
+    if FLAGS.dry_run:
+        lines = _described(config, workdir, record)
+        processes.of_first(lambda: print("\n".join(lines)))
+        return 0
     if record is None:
         enable_compilation_cache()
         with _alone(workdir):
@@ -79,6 +91,32 @@ def main() -> int:
     in_bits = f", {bits:.4f} bits per byte" if bits else ""
     print(f"finished: held-out loss {record.score:.4f} nats per token{in_bits}; see {path}")
     return 0
+
+
+def _described(config: Config, workdir: AnyPath, record: Record | None) -> list[str]:
+    """What the run is, line by line: shape, length, data, devices and directory.
+
+    Raises:
+      UserError: the devices do not fit the config, or the directory holds another run.
+    """
+    mesh, model, train, data = check(config), config.model, config.train, config.data
+    check_workdir(workdir, config)
+    counts, device = accounting.parameters(model), provenance.device()
+    tokens = train.steps * train.batch_size * data.sequence_length
+    flops = tokens * accounting.train_flops_per_token(model, data.sequence_length)
+    begun = any(workdir.glob("checkpoints/*"))
+    state = "finished" if record else "to be resumed from its newest checkpoint" if begun else "new"
+    rows = {
+        "model": f"{model.depth} blocks, {model.effective_depth} layers, width {model.width}; "
+        f"{counts.total:,} parameters, {counts.non_embedding:,} of them outside the embedding",
+        "training": f"{train.steps:,} steps of {train.batch_size:,} rows of {data.sequence_length:,} tokens; "
+        f"{tokens:,} tokens, {flops:.3g} FLOPs",
+        "data": f"{data.source}, tokenizer {data.tokenizer}",
+        "devices": f"{device['count']} x {device['kind']} ({device['platform']}), "
+        f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",
+        "workdir": f"{workdir} ({state})",
+    }
+    return [f"{name:10}{text}" for name, text in rows.items()] + ["dry run: nothing was trained"]
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
-"""Bad flags and files: one line on stderr, exit status 2, no traceback."""
+"""Flags, and bad ones: one line on stderr, exit status 2, no traceback. The console command."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -98,6 +99,40 @@ def test_help_is_no_error():
     assert (result.returncode, result.stderr) == (0, "")
     for flag in ("--workdir:", "--config:"):
         assert flag in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ([], 0, "  train      Train one model.\n"),
+        (["-h"], 0, "usage: mobilellm <command>"),
+        (["--version"], 0, f"mobilellm_jax {importlib.metadata.version('mobilellm_jax')}\n"),
+        (["shapes", "-h"], 0, "--budget: "),
+        (["sweep", "--config=configs/khop.py:tiny", "--list"], 0, "khop   1 x 48 x none"),
+        (["trian"], 2, "error: trian: no such command; did you mean train?\n"),
+        (["shapes"], 2, "error: --budget=: expected <name>:<value>"),
+    ],
+    ids=str,
+)
+def test_the_console_command_works_in_any_folder(tmp_path, arguments, status, said):
+    line = [Path(sys.executable).with_name("mobilellm"), *arguments]
+    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == status, result.stderr
+    assert said in (result.stderr if status else result.stdout)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_what_the_run_is(tmp_path):
+    flags = [f"--workdir={tmp_path}/run", "--config.model.sharing=immediate", "--config.model.num_repeats=2"]
+    result = command("experiments.train", "--dry_run", "--config.data.source=files:x", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "4 blocks, 8 layers, width 128; 1,311,872 parameters, 1,049,728 of them outside" in result.stdout
+    assert "500 steps of 16 rows of 256 tokens; 2,048,000 tokens, " in result.stdout
+    assert f"{tmp_path}/run (new)" in result.stdout
+    assert not list(tmp_path.iterdir())
+    result = command("experiments.train", "--dry_run", "--config.mesh.fsdp=3", *flags)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "mesh: data=-1, fsdp=3" in result.stderr
 
 
 def test_list_and_a_closed_pipe():

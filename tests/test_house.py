@@ -77,6 +77,7 @@ LAYERS = {
         ["training", "inference"],
         ["runs", "diagnostics"],
         ["formats"],
+        ["__main__"],  # starts the commands, and imports next to nothing
     ],
     "experiments": [["cli"], ["reporting"], ["runner"], ["commands"]],
 }
