@@ -216,15 +216,20 @@ def test_the_readme_is_short():
 
 
 def test_findings_are_those_of_the_reports():
-    """Every number with a decimal point is a rounded number of the report that the finding leads to."""
+    """Differences are rounded ones of the pairs of the report that a finding leads to; sizes stand there."""
     findings = README.partition("\n## Findings")[2].partition("\n## ")[0]
     checked = 0
     for finding in re.findall(r"^- (.*)", findings, re.MULTILINE):
-        (report,) = [link for link in site.links(finding) if link.endswith(".md")]
-        numbers = re.findall(r"\d+\.\d+|\d+", (ROOT / report).read_text())
-        for said in re.findall(r"(?<![\w.])(\d+\.\d+|\d+(?= points| k ))", finding):
+        (link,) = [link for link in site.links(finding) if link.endswith(".md")]
+        report = (ROOT / link).read_text()
+        pairs = report.partition("| pair |")[2].partition("\n\n")[0]
+        differences = [abs(float(number)) for number in re.findall(r"\| ([-+][\d.]+) \[", pairs)]
+        for said in re.findall(r"\b0\.\d+|\d+(?= points)", finding):
             places = len(said.partition(".")[2])
-            assert said in {f"{float(number):.{places}f}" for number in numbers}, finding
+            assert said in {f"{difference:.{places}f}" for difference in differences}, finding
+            checked += 1
+        for size in re.findall(r"[\d.]+ [kM]\b", finding):
+            assert re.search(rf"(?<![\d.]){re.escape(size)}\b", report), (finding, size)
             checked += 1
     assert checked >= 8
 
