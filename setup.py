@@ -70,6 +70,6 @@ setup(
         ],
         "dev": ["pre-commit>=4.3"],
         # The documentation site: python -m experiments.docs && zensical build --strict
-        "docs": ["mkdocstrings-python>=2.0", "zensical>=0.0.73"],
+        "docs": ["mkdocstrings-python>=2.0", "zensical>=0.0.73,<0.1"],
     },
 )

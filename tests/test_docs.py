@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from absl import flags
 from commands import command
 
@@ -130,6 +131,14 @@ def test_gather_makes_links_those_of_a_site(tmp_path):
     (root / "code.py").unlink()
     with pytest.raises(UserError, match=r"docs/index.md: the link ../code.py leads to no file"):
         site.gather(root, target, "https://r.org/o/n")
+
+
+def test_the_site_has_all_pages_and_its_menu_no_other(tmp_path):
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    pages = {page.as_posix() for page in site.gather(ROOT, tmp_path, settings["repo_url"])}
+    shown = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    assert {page for page in pages if not page.startswith("experiments/reports/")} == set(shown)
 
 
 # Commands.
