@@ -13,6 +13,7 @@ figures, go to `build/docs`. A link to a file that is no page becomes one to the
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -41,7 +42,7 @@ def main() -> int:
 def made() -> dict[str, str]:
     """The files that are made wholly or in part, by path, as they should be."""
     benchmarks = [json.loads(path.read_text()) for path in sorted(ROOT.glob("experiments/bench/*/*.json"))]
-    tables = [line for record in benchmarks for line in _section(measure.table(record))]
+    tables = [line for record in benchmarks for line in _section(record)]
     parts = {
         "docs/reference/configuration.md": ("fields", reference.configuration()),
         "docs/performance.md": ("tables", "\n".join(tables)),
@@ -53,11 +54,11 @@ def made() -> dict[str, str]:
     return {**texts, "docs/assets/layer_plans.svg": reference.layer_plans()}
 
 
-def _section(table: list[str]) -> list[str]:
-    """The lines of `measure.table`, with a heading for the part and a line for the machine."""
-    _, title, *rest = table
-    part, _, machine = title.partition(": ")
-    return [f"### {part}", "", f"Measured on {machine}.", *rest, ""]
+def _section(record: dict[str, Any]) -> list[str]:
+    """The table of a part of the benchmark, with a heading and a line for the machine."""
+    _, title, *table = measure.table(record)
+    platform = record["device"]["platform"].upper()
+    return [f"### {record['part']}, {platform}", "", f"Measured on {title.partition(': ')[2]}.", *table, ""]
 
 
 if __name__ == "__main__":
