@@ -12,29 +12,41 @@ from jaxtyping import Array, Float
 
 
 def _linear(product: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Computes `jnp.einsum(product, x, w)`; `w` has first the axes that `x` loses, then those that it gains.
+    """Computes `jnp.einsum(product, x, w)`; `w` has first the axes that `x` loses, its last, in their order.
 
     XLA on a CPU transposes the first operand of the weight-gradient product; the custom gradient puts the
     smaller operand first. Against JAX's own gradient, a training step 128 wide takes 0.6 of the time, one 576
     wide 0.85.
     """
-    return jnp.einsum(product, x, w)
+    lost = _lost(product)
+    return _product(x, w, range(x.ndim - lost, x.ndim), range(lost))
 
 
 def _linear_forward(product: str, x: Array, w: Array) -> tuple[Array, Any]:
-    return jnp.einsum(product, x, w), (x, w)
+    return _linear(product, x, w), (x, w)
 
 
 def _linear_backward(product: str, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, w = kept
-    x_axes, w_axes, y_axes = product.replace("->", ",").split(",")
-    dx = jnp.einsum(f"{y_axes},{w_axes}->{x_axes}", dy, w)
+    (x, w), lost = kept, _lost(product)
+    common = range(x.ndim - lost)  # axes of both x and y, the first ones
+    dx = _product(dy, w, range(len(common), dy.ndim), range(lost, w.ndim))
     if x.size <= dy.size:
-        return dx, jnp.einsum(f"{x_axes},{y_axes}->{w_axes}", x, dy)
-    gained_first = "".join(sorted(w_axes, key=lambda axis: axis in x_axes))
-    dw = jnp.einsum(f"{y_axes},{x_axes}->{gained_first}", dy, x)
+        return dx, _product(x, dy, common, common)
+    dw = _product(dy, x, common, common)
     dw = lax.optimization_barrier(dw)  # else XLA would fuse the transposition below into the product
-    return dx, jnp.einsum(f"{gained_first}->{w_axes}", dw)
+    return dx, jnp.moveaxis(dw, range(w.ndim - lost, w.ndim), range(lost))
+
+
+def _lost(product: str) -> int:
+    """Number of axes of x that are summed over."""
+    x_axes, _, y_axes = product.replace("->", ",").split(",")
+    return len(set(x_axes) - set(y_axes))
+
+
+def _product(a: Array, b: Array, of_a: range, of_b: range) -> Array:
+    """Sums over axes of both, in their order: `jnp.einsum` sorts them by letter, and XLA copies a matrix."""
+    y = lax.dot_general(a, b, ((tuple(of_a), tuple(of_b)), ((), ())))
+    return y.astype(a.dtype)
 
 
 linear = jax.custom_vjp(_linear, nondiff_argnums=(0,))
