@@ -5,8 +5,6 @@ order differs. To add a strategy, add one function to `STRATEGIES`: everything e
 the forward pass, the sweeps) follows from the plan.
 """
 
-import itertools
-import math
 import re
 
 from mobilellm_jax.errors import UserError, did_you_mean
@@ -82,9 +80,3 @@ def layer_plan(sharing: str, depth: int, num_repeats: int) -> LayerPlan:
             f"(model.depth={depth}) and no other"
         )
     return plan
-
-
-def uses_in_a_row(plan: LayerPlan, most: int = 8) -> int:
-    """Largest n, at most `most`, such that every run of equal blocks in the plan has a multiple of n uses."""
-    common = math.gcd(*(len(list(uses)) for _, uses in itertools.groupby(plan)))
-    return max(n for n in range(1, most + 1) if common % n == 0)

@@ -1,6 +1,7 @@
 """Text piece by piece: the same logits as all at once, the same text alone and in a batch, honest draws."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from mobilellm_jax.data.tokenizers import BytesTokenizer, SentencePieceTokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference import generate
 from mobilellm_jax.inference.generate import Generator, Sampling, TextStream
+from mobilellm_jax.model.stack import unstack
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3]]
@@ -36,9 +38,9 @@ logits = jax.jit(model.logits)
 )
 def test_text_in_parts_has_the_logits_of_the_whole(overrides, tolerance):
     m = tiny_model(**overrides)
-    params, (tokens_BT, _) = random_params(m), random_batch(m)
-    whole_BTV = apply(params, tokens_BT, m)
-    for parts in [(9,), (4, 4, 1), (1,) * 9]:
+    stacked, (tokens_BT, _) = random_params(m), random_batch(m)
+    whole_BTV, listed = apply(stacked, tokens_BT, m), unstack(stacked)
+    for params, parts in itertools.product([stacked, listed], [(9,), (4, 4, 1), (1,) * 9]):
         cache = model.empty_cache(jnp.zeros(len(tokens_BT), int), 12, m)  # more room than is used
         read, start = [], 0
         for length in parts:
@@ -68,9 +70,9 @@ def test_padding_changes_nothing():
 def test_the_cache_has_an_entry_for_every_layer_applied():
     m = tiny_model(sharing="0 1 0 0")
     cache = model.empty_cache(jnp.zeros(3, int), 7, m)
-    assert cache.keys.shape == cache.values.shape == (4, 3, 7, 2, 10)
+    assert [array.shape for layer in cache.layers for array in layer] == 4 * 2 * [(3, 2, 7, 10)]
     bfloat16 = tiny_model(compute_dtype="bfloat16")
-    assert model.empty_cache(jnp.zeros(3, int), 7, bfloat16).keys.dtype == "bfloat16"
+    assert model.empty_cache(jnp.zeros(3, int), 7, bfloat16).layers[0][0].dtype == "bfloat16"
 
 
 def test_a_step_of_decoding_copies_no_cache():
@@ -81,6 +83,17 @@ def test_a_step_of_decoding_copies_no_cache():
     memory, size = step.memory_analysis(), 4 * 2 * m.effective_depth * 2 * 256 * 2 * 10
     assert memory.alias_size_in_bytes >= size  # updated where it stands
     assert memory.temp_size_in_bytes < size / 4
+
+
+def test_a_step_of_decoding_copies_no_weights():
+    m = tiny_model(width=160, num_heads=4, head_dim=40, ffn_width=1000, sharing="immediate", num_repeats=2)
+    generator = Generator(random_params(m), m, GREEDY, context=16)
+    generator.start([[2]], 2, None, 0)
+    ((_, step),) = generator._programs.values()
+    output = (
+        4 * m.num_heads * m.head_dim * m.width
+    )  # bytes; the others are larger, or as small as activations
+    assert step.memory_analysis().temp_size_in_bytes < output
 
 
 # --- prompts -------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats import huggingface
 from mobilellm_jax.formats.huggingface_config import check_exportable, model_fields, read_object
 from mobilellm_jax.formats.huggingface_weights import INDEX, WEIGHTS, read_params, write_params
+from mobilellm_jax.inference.generate import Generator, Sampling
 from mobilellm_jax.runs.directory import IMPORTED, TOKENIZER, claim_workdir, open_run, open_tokenizer
 from mobilellm_jax.storage.checkpoint import Checkpoints
 from mobilellm_jax.storage.sealed import seal, unseal
@@ -171,6 +172,9 @@ def test_stories260k_says_what_it_said_elsewhere(tmp_path):
     best = np.argmax(apply(params, greedy[None], config.model)[0], axis=-1)
     assert best[:-1].tolist() == greedy[1:].tolist()
     assert greedy[0] == read_object(tmp_path / "run" / IMPORTED)["config"]["bos_token_id"]
+    generator = Generator(params, config.model, Sampling(temperature=0.0, top_k=0, top_p=1.0), context=256)
+    steps = generator.start([greedy[:1].tolist()], None, None, 0)
+    assert [token for (token,) in steps] == greedy[1:].tolist()
 
 
 # --- round trips ----------------------------------------------------------------------------------------

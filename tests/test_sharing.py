@@ -3,7 +3,7 @@
 import pytest
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.sharing import STRATEGIES, layer_plan, uses_in_a_row
+from mobilellm_jax.sharing import STRATEGIES, layer_plan
 
 
 @pytest.mark.parametrize(
@@ -55,20 +55,3 @@ def test_refusal(sharing, depth, num_repeats, field, parts):
 def test_every_strategy_has_a_row_above():
     """A new strategy must come with its plan written out."""
     assert set(STRATEGIES) == {"none", "immediate", "repeat_all", "reverse"}
-
-
-@pytest.mark.parametrize(
-    ("plan", "uses"),
-    [
-        ((0, 1, 2), 1),
-        ((0, 0, 1, 1), 2),
-        ((0, 0, 0, 1, 1, 1), 3),
-        ((0, 1, 1, 0), 1),
-        ((0, 0, 1, 1, 1, 1), 2),
-        ((0,) * 24, 8),  # no more are unrolled
-        ((0,) * 11, 1),
-    ],
-)
-def test_uses_in_a_row(plan, uses):
-    assert uses_in_a_row(plan) == uses
-    assert all(len(set(plan[i : i + uses])) == 1 for i in range(0, len(plan), uses))

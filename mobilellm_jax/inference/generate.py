@@ -19,7 +19,7 @@ from mobilellm_jax import validation as rules
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data import Tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.stack import cast
+from mobilellm_jax.model.stack import cast, unstack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,8 @@ class Generator:
         """Takes float32 parameters; `context` limits the length of a prompt with its continuation."""
         rules.check_rule("context", context, rules.POSITIVE_INT)
         self.config, self.sampling, self.context = config, sampling, context
-        self._params = jax.device_put(cast(params, config))  # once, not at every step
+        # Once, not at every step. A list: `extend` reads its blocks where they stand.
+        self._params = jax.device_put(unstack(cast(params, config)))
         self._programs: dict[tuple[int, int, int], tuple[Any, Any]] = {}
 
     def start(

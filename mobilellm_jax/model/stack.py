@@ -84,7 +84,7 @@ def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) ->
 
     x_BTD = embed(params, tokens_BT, config)
     if config.scan_unroll >= config.effective_depth:
-        blocks, layer = _unstack(params["blocks"]), remat(apply_block)
+        blocks, layer = unstack(params)["blocks"], remat(apply_block)
         for u in config.plan:
             x_BTD = layer(blocks[u], x_BTD)
     else:
@@ -122,18 +122,20 @@ def head_matrix(params: Params) -> Float[Array, "V D"]:
 # --- weights and meshes ---------------------------------------------------------------------------------
 
 
-def pick(blocks: Params, u: Int[Array, ""]) -> Params:
-    """Block u of the stack."""
+def pick(blocks: Params | list[Params], u: Int[Array, ""]) -> Params:
+    """Block u of a stack, or of a list."""
+    if isinstance(blocks, list):
+        return lax.switch(u, [lambda block=block: block for block in blocks])
     return jax.tree.map(lambda w_U: lax.dynamic_index_in_dim(w_U, u, keepdims=False), blocks)
 
 
-def _unstack(blocks: Params) -> list[Params]:
-    """Splits the stack into blocks.
+def unstack(params: Params) -> Params:
+    """Splits the stack of blocks into a list of blocks.
 
     Their gradients are concatenated once; those of `pick` would be added up as a whole stack for each use.
     """
-    leaves, tree = jax.tree.flatten(blocks)
-    return [tree.unflatten(block) for block in zip(*map(jnp.unstack, leaves), strict=True)]
+    leaves, tree = jax.tree.flatten(params["blocks"])
+    return {**params, "blocks": [tree.unflatten(b) for b in zip(*map(jnp.unstack, leaves), strict=True)]}
 
 
 def cast(params: Params, config: ModelConfig, prefix: str = "") -> Params:

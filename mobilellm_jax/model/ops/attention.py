@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 # Residuals that are expensive to recompute: their name for `jax.checkpoint`, and the primitives of cuDNN.
 KEPT = "attention"
@@ -65,6 +65,29 @@ def attend_padded(
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -H % 8))) for x in (q_BTNH, k_BTKH, v_BTKH))
     attend: Any = jax.nn.dot_product_attention
     return attend(q, k, v, is_causal=True, scale=H**-0.5, implementation=implementation)[..., :H]
+
+
+def attend_to(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BKSH: Float[Array, "B K S H"],
+    v_BKSH: Float[Array, "B K S H"],
+    sees_BTS: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """Computes softmax(q k^T / sqrt(H)) v over the positions that a query sees, with softmax in float32.
+
+    Keys and values have heads first, as batches of matrix products need them. A query that sees nothing gets
+    the mean of all values.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BKSH.shape[1]
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    score_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    # Not -inf: a row of these would be NaN, which a later layer would cache and multiply by a weight of 0.
+    least = jnp.finfo(jnp.float32).min
+    score_BKGTS = jnp.where(sees_BTS[:, None, None, :, :], score_BKGTS * H**-0.5, least)
+    weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BKSH.dtype)
+    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weight_BKGTS, v_BKSH)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 @jax.custom_vjp
