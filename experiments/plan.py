@@ -24,6 +24,7 @@ from mobilellm_jax.costs import accounting
 from mobilellm_jax.costs.collectives import Collective, count_collectives, partitioned_text
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition
+from mobilellm_jax.runs.run import with_dtype
 from mobilellm_jax.training.programs import make_programs
 
 FLAGS = flags.FLAGS
@@ -68,7 +69,7 @@ def define_flags() -> None:
 
 def main() -> int:
     """Prints the plan, and returns the exit status."""
-    config = from_config_dict(cli.one_config())
+    config = with_dtype(from_config_dict(cli.one_config()), lambda: "tpu")  # or a GPU, with the same dtype
     sizes = parse_mesh(FLAGS.mesh)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", math.prod(sizes))

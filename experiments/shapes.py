@@ -17,10 +17,12 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
+from experiments.runner import devices
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.costs.shapes import BUDGETS, Rules, Shape, solve
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.runs.run import with_dtype
 
 FLAGS = flags.FLAGS
 
@@ -48,7 +50,7 @@ def main() -> int:
     budget, target = parse_budget(FLAGS.budget)
     if bool(FLAGS.depth) == bool(FLAGS.width):
         raise UserError("--depth, --width: give exactly one of them, such as --depth=4,8,16")
-    config = from_config_dict(cli.one_config())
+    config = with_dtype(from_config_dict(cli.one_config()), devices.platform)
     length, rows = config.data.sequence_length, config.train.batch_size // config.train.accumulation_steps
     spread = FLAGS.tolerance
     rules = Rules(

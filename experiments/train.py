@@ -14,6 +14,7 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from experiments import cli
@@ -26,7 +27,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import check_workdir
-from mobilellm_jax.runs.run import agreed_record, check, enable_compilation_cache, run
+from mobilellm_jax.runs.run import agreed_record, check, enable_compilation_cache, run, with_dtype
 from mobilellm_jax.storage.files import AnyPath, reason
 
 FLAGS = flags.FLAGS
@@ -48,6 +49,7 @@ def main() -> int:
         raise UserError("--workdir: missing; name the directory of the run, such as --workdir=runs/first")
     config = from_config_dict(cli.one_config())
     hosts.start()
+    config = with_dtype(config, jax.default_backend)
     workdir = cli.directory("workdir", FLAGS.workdir)
     study, _, preset = cli.config_spec().partition(":")
     describe = functools.partial(

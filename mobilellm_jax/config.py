@@ -17,6 +17,7 @@ from mobilellm_jax.roles import Role, cadence, identity, placement, roles_of, sc
 from mobilellm_jax.sharing import LayerPlan, layer_plan
 
 FFN_KINDS = ("swiglu", "relu", "gelu")
+COMPUTE_DTYPES = ("float32", "bfloat16", "auto")
 REMAT_POLICIES = ("none", "dots", "full")
 PARAMETERIZATIONS = ("standard", "mup", "completep")
 OPTIMIZERS = ("adamw", "muon")
@@ -82,7 +83,8 @@ class ModelConfig:
     base_width: int = science("the width at which 'mup' and 'completep' equal 'standard'")
     base_depth: int = science("the depth at which 'completep' equals 'standard'")
     compute_dtype: str = science(
-        "'float32' or 'bfloat16', the dtype of matrix products; parameters stay float32, and norms, softmax, "
+        "'float32' or 'bfloat16', the dtype of matrix products, or 'auto', whichever of them is faster where "
+        "the run starts (records say which); parameters stay float32, and norms, softmax, "
         "logits and loss are computed in float32. On GPU and TPU, float32 products are rounded (TF32, "
         "bfloat16 passes) unless JAX's `jax_default_matmul_precision` says otherwise"
     )
@@ -107,7 +109,7 @@ class ModelConfig:
                 **dict.fromkeys(["rope_base", "norm_epsilon", "init_std"], rules.POSITIVE),
                 "ffn_kind": rules.one_of(FFN_KINDS),
                 "parameterization": rules.one_of(PARAMETERIZATIONS),
-                "compute_dtype": rules.one_of(("float32", "bfloat16")),
+                "compute_dtype": rules.one_of(COMPUTE_DTYPES),
                 "remat": rules.one_of(REMAT_POLICIES),
             },
             "model.",

@@ -94,6 +94,19 @@ def test_synthetic_tasks_and_tuning_alone_have_no_regime():
         assert not [w for w in found.warnings if "rchitecture" in w]
 
 
+def test_two_compute_dtypes_are_said():
+    def with_dtypes(*dtypes):
+        config = make_record().config
+        configs = [config | {"model": config["model"] | {"compute_dtype": dtype}} for dtype in dtypes]
+        runs = [make_record(config=c, seed=seed) for seed, c in enumerate(configs)]
+        return [w for w in check_comparable(facts_of(runs), runs) if "dtype" in w]
+
+    assert with_dtypes("float32", "float32") == []
+    assert with_dtypes("float32", "bfloat16", "float32") == [
+        "The runs differ in model.compute_dtype: float32 (2 runs), bfloat16 (1 runs)."
+    ]
+
+
 def test_text_seen_more_than_once_is_said():
     def warned(tokens):
         card = make_record().data | {"splits": {"train": {"tokens": tokens}, "valid": {"documents": 3}}}

@@ -4,6 +4,7 @@ The process that starts the others must not touch an accelerator: whoever opens 
 on a GPU it takes most of the memory. A short process of its own looks at what is there.
 """
 
+import functools
 import re
 import subprocess
 import sys
@@ -46,6 +47,12 @@ def of_host() -> tuple[str, int]:
         last = (found.stderr.strip().splitlines() or [f"status {found.returncode}"])[-1]
         raise UserError(f"--devices_per_run: jax finds no devices on this host ({last})")
     return match[1], int(match[2])
+
+
+@functools.cache
+def platform() -> str:
+    """Platform of this host's devices, which this process does not open."""
+    return of_host()[0]
 
 
 def stay_off(count: int) -> None:

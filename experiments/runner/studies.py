@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs.base import Study
 from experiments import cli
-from experiments.runner import names
+from experiments.runner import devices, names
 from experiments.runner.points import Point
 from mobilellm_jax.analysis.records import budget_name
 from mobilellm_jax.config import Config, from_config_dict, to_dict
@@ -19,6 +19,7 @@ from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import flatten
+from mobilellm_jax.runs.run import with_dtype
 
 Pairs = list[list[str]]  # of labels
 
@@ -224,7 +225,7 @@ def _config(module: Any, spec: str, preset: str, row: dict[str, Any], overrides:
         for name, value in {**row, **overrides}.items():
             cli.check_field(config_dict, name)
             _set(config_dict, name, value)
-        return from_config_dict(config_dict)
+        return with_dtype(from_config_dict(config_dict), devices.platform)
     except UserError as error:
         raise UserError(f"--config={spec}, point {row}: {error}") from None
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mobilellm_jax import data
+from mobilellm_jax import validation as rules
 from mobilellm_jax.analysis.comparable import data_hashes
 from mobilellm_jax.analysis.records import Record, read_record
 from mobilellm_jax.config import Config, to_dict
@@ -22,6 +23,7 @@ from mobilellm_jax.costs import accounting
 from mobilellm_jax.data import ngrams
 from mobilellm_jax.data.rows import is_target
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.ops.precision import fastest_dtype
 from mobilellm_jax.parallel import partition, processes
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import (
@@ -48,8 +50,22 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def with_dtype(config: Config, platform: Callable[[], str]) -> Config:
+    """Replaces `compute_dtype="auto"` by the fastest dtype on a platform of JAX, such as "cpu"."""
+    if config.model.compute_dtype != "auto":
+        return config
+    dtype = fastest_dtype(platform())
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
+
+
 def check(config: Config) -> Mesh:
-    """Builds the mesh of a run and checks it against the devices, the model and the batch."""
+    """Builds the mesh of a run and checks it against the devices, the model and the batch.
+
+    Raises:
+      UserError: it does not fit, or the compute dtype is still "auto".
+    """
+    is_known, valid = config.model.compute_dtype != "auto", "a dtype by now; see `with_dtype`"
+    rules.check(is_known, "model.compute_dtype", config.model.compute_dtype, valid)
     mesh = partition.make_mesh(config.mesh)
     partition.check_divisible(config, mesh)
     return mesh

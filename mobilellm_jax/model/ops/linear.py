@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from mobilellm_jax.model.ops.precision import sum_dtype
+
 
 def _linear(product: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:
     """Computes `jnp.einsum(product, x, w)`; `w` has first the axes that `x` loses, its last, in their order.
@@ -45,8 +47,8 @@ def _lost(product: str) -> int:
 
 def _product(a: Array, b: Array, of_a: range, of_b: range) -> Array:
     """Sums over axes of both, in their order: `jnp.einsum` sorts them by letter, and XLA copies a matrix."""
-    y = lax.dot_general(a, b, ((tuple(of_a), tuple(of_b)), ((), ())))
-    return y.astype(a.dtype)
+    axes = (tuple(of_a), tuple(of_b)), ((), ())
+    return lax.dot_general(a, b, axes, preferred_element_type=sum_dtype(a.dtype)).astype(a.dtype)
 
 
 linear = jax.custom_vjp(_linear, nondiff_argnums=(0,))

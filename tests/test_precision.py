@@ -1,0 +1,93 @@
+"""The dtype that "auto" stands for, by platform and processor; products in low precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from experiments.runner import devices
+from experiments.runner.studies import points_of
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.ops import linear, precision
+from mobilellm_jax.runs.run import check, with_dtype
+
+XEON = "processor\t: 0\nflags\t\t: fpu avx512_bf16 amx_bf16 amx_tile amx_int8\n"
+EPYC = "processor\t: 0\nflags\t\t: fpu avx2 fma\nmodel name: not_amx_bf16\n"
+
+
+@pytest.fixture
+def processor(tmp_path, monkeypatch):
+    """Sets the text of /proc/cpuinfo."""
+
+    def becomes(text):
+        (tmp_path / "cpuinfo").write_text(text)
+        precision.has_amx.cache_clear()
+
+    monkeypatch.setattr(precision, "_CPUINFO", tmp_path / "cpuinfo")
+    yield becomes
+    precision.has_amx.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "platform", "dtype"),
+    [
+        (XEON, "cpu", "bfloat16"),
+        (EPYC, "cpu", "float32"),
+        (EPYC, "gpu", "bfloat16"),
+        (EPYC, "tpu", "bfloat16"),
+    ],
+)
+def test_auto_is_what_the_platform_is_fast_at(processor, text, platform, dtype):
+    processor(text)
+    config = tiny_config(**{"model.compute_dtype": "auto"})
+    assert with_dtype(config, lambda: platform) == tiny_config(**{"model.compute_dtype": dtype})
+    for given in ("float32", "bfloat16"):
+        config = tiny_config(**{"model.compute_dtype": given})
+        assert with_dtype(config, lambda: platform) is config
+
+
+def test_a_system_without_cpuinfo_has_no_amx(processor):
+    precision.has_amx.cache_clear()
+    assert not precision.has_amx()
+
+
+def test_points_of_a_sweep_have_a_dtype(monkeypatch):
+    monkeypatch.setattr(devices, "platform", lambda: "tpu")
+    points = points_of("configs/noise.py:tiny", {"model.compute_dtype": "auto"}, None, ())
+    assert {point.config.model.compute_dtype for point in points} == {"bfloat16"}
+
+
+def test_auto_is_refused_where_no_dtype_was_chosen():
+    with pytest.raises(
+        UserError, match=r"model\.compute_dtype: 'auto' is not valid; expected a dtype by now"
+    ):
+        check(tiny_config(**{"model.compute_dtype": "auto"}))
+
+
+@pytest.mark.parametrize("text", [XEON, EPYC])
+@pytest.mark.parametrize(
+    ("product", "w_shape"), [("BTD,DNH->BTNH", (24, 4, 8)), ("BTNH,NHD->BTD", (4, 8, 24))]
+)
+def test_bfloat16_products_round_sums_once(processor, text, product, w_shape):
+    """Against float64 on the same bfloat16 numbers: half a unit in the last place, of 8 bits."""
+    processor(text)
+    jax.clear_caches()  # the choice is made when a product is traced
+    rng = np.random.default_rng(0)
+    x_shape = (2, 5, *w_shape[: len(product.split(",")[0]) - 2])
+    x, w = (jnp.array(rng.normal(size=shape), jnp.bfloat16) for shape in (x_shape, w_shape))
+    y, gradients = jax.vjp(lambda x, w: linear.linear(product, x, w), x, w)
+    dy = jnp.array(rng.normal(size=y.shape), jnp.bfloat16)
+    x64, w64, dy64 = (np.asarray(a, np.float64) for a in (x, w, dy))
+    x_axes, w_axes, y_axes = product.replace("->", ",").split(",")
+    expected = (
+        np.einsum(product, x64, w64),
+        np.einsum(f"{y_axes},{w_axes}->{x_axes}", dy64, w64),
+        np.einsum(f"{x_axes},{y_axes}->{w_axes}", x64, dy64),
+    )
+    for actual, exact in zip((y, *gradients(dy)), expected, strict=True):
+        assert actual.dtype == jnp.bfloat16
+        assert actual.shape == exact.shape
+        np.testing.assert_allclose(np.asarray(actual, np.float64), exact, rtol=2**-8, atol=1e-5)
+    asked = jax.make_jaxpr(lambda x, w: linear.linear(product, x, w))(x, w)
+    assert ("preferred_element_type=float32" in str(asked)) is (text is XEON)
