@@ -52,7 +52,6 @@ def get_config(preset: str = "laptop") -> ConfigDict:
     config.model.head_dim = 16
     config.model.share_embedding = False
     base.use_base_shape(config, 2, 64)  # in all cells, so that rates carry over from cell to cell
-    config.model.remat = "dots"
     config.data.sequence_length = _LENGTH
     config.optimizer.schedule = "linear"
     config.optimizer.final_fraction = 0.0
