@@ -23,7 +23,8 @@ PARAMETERIZATIONS = ("standard", "mup", "completep")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 EVAL_SPLITS = ("valid", "tuning")
-TASKS = ("khop", "addition", "recall")  # synthetic, see `data/tasks.py`
+# synthetic, see `data/tasks/`
+TASKS = ("khop", "addition", "recall", "structure", "manipulation", "knowledge", "breadth")
 _SOURCES = {"bundled": "text", "files": "text", "tfds": "text", "tokens": "token ids"} | {t: t for t in TASKS}
 
 
@@ -142,7 +143,7 @@ class DataConfig:
 
     source: str = science(
         "'bundled', 'files:<glob>', 'tokens:<glob>' (jsonl of {'token_ids': [...]}), 'tfds:<name>', or a "
-        "synthetic task such as 'khop:...' (`data/tasks.py`); of imported weights 'imported', not known",
+        "synthetic task such as 'khop:...' (`data/tasks/`); of imported weights 'imported', not known",
         compiled=False,
         decisive=True,
         shown=True,
