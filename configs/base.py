@@ -41,8 +41,9 @@ class Study:
       seeds: comparison runs of each point, in addition to its tuning runs.
       sd: expected standard deviation of the metric over seeds, for the power of the plan; None if not known.
       vary: what a seed changes: "init" (parameters), "data" (order of the rows), or both.
-      metric: what is compared, lower is better: "loss" (held-out, nats per token) or "error" (of synthetic
-        tasks, share of answers that are not exactly right).
+      metric: what is compared, lower is better: "loss" (held-out, nats per token) or, of synthetic tasks,
+        "error" (share of rows that are not all right), "wrong" (of answers, as a mean over levels),
+        "log_divergence" (structure) or "forgotten" (share of bits not stored: knowledge).
       margin: the smallest difference in it that matters.
       baseline: label of the point that the others are compared with; None compares all pairs.
       pairs: compares these pairs of labels only.

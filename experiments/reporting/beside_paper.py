@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from experiments.reporting import claims, drawing, paper_tables, tables
+from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.study import Study, study_of
 from mobilellm_jax.analysis.wording import format_estimate
 
@@ -49,7 +50,7 @@ def draw(study: Study) -> Figure | None:
     _draw_paper(left, groups, looks, facts.x["label"] if facts.x else "", is_stairs)
     axes = right.subplots()
     drawing.draw_values(axes, study, looks, ROOM, is_reversed=True)
-    up = "axis reversed: up is better" if facts.metric == "loss" else "up is better"
+    up = "up is better" if MEASURES[facts.metric].is_share else "axis reversed: up is better"
     under = f", {arm}" if arm else ""
     axes.set_title(f"ours, {facts.preset}{under}; {up}\n{axes.get_title()}", fontsize=10, color="0.25")
     if is_stairs:
@@ -90,7 +91,7 @@ def table(study: Study) -> tables.Columns:
         "point": column("point"),
         "parameters": [_size(row["parameters_printed"], row["parameters"]) for row in rows],
         "accuracy, %": column("accuracy"),
-        "loss (nats/token)" if metric == "loss" else "exact match, %": [
+        MEASURES[metric].column: [
             format_estimate(estimate, metric) if estimate else "" for estimate in estimates
         ],
         "seeds": column("seeds"),
@@ -212,7 +213,7 @@ def _climb(axes: Axes, study: Study) -> None:
             places = [points.index(point) for point in ends]
             means = [drawing.shown(metric, found.estimates[point].mean) for point in ends]
             axes.step(places, means, where="mid", color="0.5", lw=1.2)
-            change = f"{comparison.difference.mean * drawing.SCALE[metric]:+.2g}"
+            change = f"{comparison.difference.mean * MEASURES[metric].scale:+.2g}"
             said = {"ha": "center", "va": "bottom", "fontsize": 9, "color": drawing.WORDS[comparison.word][1]}
             text = f"{change}\n{comparison.word}".replace("cannot tell", "cannot\ntell")
             axes.text(places[1], 0.02, text, transform=axes.get_xaxis_transform(), **said)

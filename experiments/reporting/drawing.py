@@ -18,6 +18,7 @@ from PIL import Image
 from experiments.reporting import tables
 from mobilellm_jax.analysis.comparable import data_card, text_name
 from mobilellm_jax.analysis.facts import Point
+from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import Record, span
 from mobilellm_jax.analysis.statistics import Estimate
 from mobilellm_jax.analysis.study import Study
@@ -44,9 +45,6 @@ STYLE = {
     "text.parse_math": False,
 }
 styled = matplotlib.style.context(["default", STYLE])
-# Labels of the axes. For "error", the axis shows its complement in percent: 100 is perfect.
-VALUES = {"loss": "held-out loss (nats per token)", "error": "exact match, held out (%)"}
-SCALE = {"loss": 1, "error": 100}
 
 
 @styled
@@ -100,8 +98,8 @@ def look(index: int) -> dict[str, Any]:
 
 
 def shown(metric: str, value: float) -> float:
-    """Converts a value of `metric` to the unit of the axis, see `VALUES`."""
-    return 100 * (1 - value) if metric == "error" else value
+    """Converts a value of `metric` to the unit of its axis."""
+    return MEASURES[metric].shown(value)
 
 
 def absent(runs: Sequence[Record]) -> str:
@@ -171,7 +169,7 @@ def draw_point(
     `shift` to the right, in points (1/72 inch), separates points at the same place.
     """
     metric = point.comparison[0].metric
-    half = None if estimate.half_width is None else estimate.half_width * SCALE[metric]
+    half = None if estimate.half_width is None else estimate.half_width * MEASURES[metric].scale
     mean, at = shown(metric, estimate.mean), {"transform": moved(axes, shift)} if shift else {}
     axes.errorbar(place, mean, half, **looks, ms=7, capsize=4, **at)
     seeds = [shown(metric, score) for score in point.scores.values()]
@@ -201,9 +199,9 @@ def draw_values(
       looks: style of each line by series ("" if there is only one), for points that are joined to lines.
         None: one style for each line in a study of several lines, else one for each point.
       room: characters that fit side by side below the axis.
-      is_reversed: invert the y axis of a loss, so that lower values are above.
+      is_reversed: invert the y axis where lower values are better, so that they are above.
     """
-    metric, places, lines = study.facts.metric, places_of(study), series_of(study)
+    measure, places, lines = MEASURES[study.facts.metric], places_of(study), series_of(study)
     of_lines = looks or {line: look(index) for index, line in enumerate(lines)}
     if places is None:
         _draw_points(axes, study, {label: i for i, label in enumerate(study.points)}, looks and looks[""])
@@ -215,18 +213,33 @@ def draw_values(
             _draw_points(axes, study, places)
         _label_x_axis(axes, study, places, room)
     axes.margins(x=0.08, y=0.08)
-    if is_reversed and metric == "loss":
+    if is_reversed and not measure.is_share:
         axes.invert_yaxis()
     if any(absent(point.comparison) for point in study.points.values()):  # room for their marks
         low, high = axes.get_ylim()
         axes.set_ylim(low, high + 0.22 * (high - low))
-    if metric == "error":  # the room above 100 % is for the marks
+    _draw_ends(axes, study)
+    if measure.is_share:  # the room above 100 % is for the marks
         axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 100])
-    axes.set_ylabel(VALUES[metric])
+    axes.set_ylabel(measure.axis)
     axes.set_title(_bars(axes, study), fontsize=10, color="0.25")
     if places and lines:
         handles = [Line2D([], [], **of_lines[line], label=line) for line in lines]
         axes.legend(handles=handles, fontsize=9, handlelength=4)
+
+
+def _draw_ends(axes: Axes, study: Study) -> None:
+    """Draws the best value of a task's measure, and that of nothing learned, where the axis reaches them."""
+    metric, limits = study.facts.metric, axes.get_ylim()
+    known = [run.measures for run in study.runs if run.measures is not None]
+    for name in ("floor", "ceiling"):
+        ends = {shown(metric, of[name][metric]) for of in known if metric in of[name]}
+        for end in ends if len(ends) == 1 else ():
+            if min(limits) <= end <= max(limits):
+                axes.axhline(end, color="0.45", ls=(0, (2, 2)), lw=1.2)
+                beside = {"transform": axes.get_yaxis_transform(), "fontsize": 9, "color": "0.35"}
+                axes.text(1.0, end, f" {name}", va="center", ha="left", **beside)
+    axes.set_ylim(limits)
 
 
 def _draw_points(

@@ -1,5 +1,7 @@
 """Tables of what a verdict stands on: n-gram floors, loss by position, other documents, paired questions."""
 
+import numpy as np
+
 from experiments.reporting.tables import Columns, quantity
 from mobilellm_jax.analysis.questions import paired_accuracies
 from mobilellm_jax.analysis.regime import CONTEXT, FLAT, NGRAMS
@@ -16,11 +18,33 @@ TEXTS = (
     "over other documents too (95 %, two-way bootstrap, of each pair alone). The last columns are the "
     "standard errors from the choice of the seeds, and of the documents."
 )
+LEVELS = (
+    "Right answers by level of difficulty in percent, mean over the seeds; in brackets the number of "
+    "answers. Floor: what the best guess without a look at the problem gets right."
+)
 PAIRED = (
     "Difference of acc on the same questions, with a 95 % interval over other questions, and over other "
     "seeds where both have several; each alone, not corrected for their number. The standard error is "
     "clustered by question. McNemar's test is for one seed of each."
 )
+
+
+def levels(study: Study) -> Columns | None:
+    """Right answers of a task by level, in percent, means over the seeds; None where there are no levels."""
+    found = {
+        label: of
+        for label, point in study.points.items()
+        if (of := [r.measures["levels"] for r in point.finished if r.measures and r.measures["levels"]])
+    }
+    if not found or any(of["level"] != one["level"] for ofs in found.values() for of in ofs for one in ofs):
+        return None
+    one = next(iter(found.values()))[0]
+    columns: Columns = {"point": [*found, "floor"]}
+    for place, (level, answers) in enumerate(zip(one["level"], one["answers"], strict=True)):
+        means = [float(np.mean([of["accuracy"][place] for of in ofs])) for ofs in found.values()]
+        cells = [f"{100 * share:.1f}" for share in (*means, one["floor"][place])]
+        columns[f"{level} {one['name']} ({answers:,})"] = cells
+    return columns
 
 
 def floors(study: Study) -> Columns:

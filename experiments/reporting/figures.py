@@ -24,16 +24,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from experiments.reporting import beside_paper, drawing, tables
-from experiments.reporting.drawing import SCALE, VALUES, WORDS, styled
+from experiments.reporting.drawing import WORDS, styled
 from mobilellm_jax.analysis.facts import Facts
+from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import Record, by_study, read_records
 from mobilellm_jax.analysis.study import Study, study_of
 from mobilellm_jax.analysis.verdicts import Comparison
 from mobilellm_jax.analysis.wording import phrase
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
-
-DIFFERENCES = {"loss": "loss (nats per token)", "error": "error (percentage points)"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +154,7 @@ def costs(study: Study) -> Figure | None:
         title = "nearly equal x: side by side" if any(shifts.values()) else ""
         axes.set_title(title, fontsize=10, color="0.25")
     panels.suptitle("mean, 95 % t interval; dots are seeds", fontsize=10, color="0.25")
-    panels.axes[0].set_ylabel(VALUES[study.facts.metric])
+    panels.axes[0].set_ylabel(MEASURES[study.facts.metric].axis)
     marks = [Line2D([], [], **drawing.look(order.index(point))) for point in points]
     panels.legend(marks, labels, loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
     return panels.figure
@@ -178,14 +177,14 @@ def curves(study: Study) -> Figure:
         common = sorted(set.intersection(*(set(curve) for curve in finished))) if finished else []
         means = [float(np.mean([curve[tokens] for curve in finished])) for tokens in common]
         axes.plot(common, means, **look, ms=5, lw=1.8, label=labels[label])
-    if late and metric == "loss":  # the steep start, and a run that diverges, would squeeze the rest
+    if late and not MEASURES[metric].is_share:  # the start, or a diverging run, would squeeze the rest
         low, high = min(late), max(late)
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
     axes.set_xlabel("training tokens seen")
-    axes.set_ylabel(VALUES[metric])
+    axes.set_ylabel(MEASURES[metric].axis)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tables.quantity(value)))
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    start = "; steep start cut off" if metric == "loss" else ""
+    start = "" if MEASURES[metric].is_share else "; steep start cut off"
     axes.set_title(f"mean; thin lines are seeds{start}", fontsize=10, color="0.25")
     axes.figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
     return figure
@@ -231,7 +230,7 @@ def learning_rates(study: Study) -> Figure | None:
     axes.set_xticks(marked, [f"{rate:.2g}" for rate in marked], rotation=30 if len(marked) > 8 else 0)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("learning rate")
-    axes.set_ylabel(VALUES["loss"])
+    axes.set_ylabel(MEASURES["loss"].axis)
     crosses = "; cross: diverged or failed" if gone else ""
     axes.set_title(f"ring: the rate of the comparison{crosses}", fontsize=10, color="0.25")
     axes.figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
@@ -257,7 +256,8 @@ def _draw_effects(
     axes: Axes, rows: list[str], said: list[str], comparisons: list[Comparison], facts: Facts
 ) -> None:
     """Draws one row for each pair. An interval far wider than all differences is clipped, with an arrow."""
-    scale, margin = SCALE[facts.metric], SCALE[facts.metric] * facts.margin
+    measure = MEASURES[facts.metric]
+    scale, margin = measure.scale, measure.scale * facts.margin
     known = [c.difference for c in comparisons if c.difference]
     means = [scale * difference.mean for difference in known]
     ends = [
@@ -290,13 +290,12 @@ def _draw_effects(
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
     left, right = "\N{LEFTWARDS ARROW} first is better", "first is worse \N{RIGHTWARDS ARROW}"
-    axes.set_xlabel(f"{left}      difference in {DIFFERENCES[facts.metric]}      {right}")
+    axes.set_xlabel(f"{left}      difference in {measure.of_differences}      {right}")
     arms = Counter(c.arm for c in comparisons)
     most, under = max(arms.values()), " of a parameterization" * (len(arms) > 1)
     at_once = f" for all {most} pairs{under} at once" if most > 1 else ""
     notes = [f"difference of means, 95 % interval{at_once}"]
-    unit = " points" if facts.metric == "error" else ""
-    notes += [f"grey: within {margin:g}{unit}, too small to matter"] if margin else []
+    notes += [f"grey: within {margin:g}{measure.suffix}, too small to matter"] if margin else []
     axes.set_title("; ".join(notes), fontsize=10, color="0.25")
 
 
@@ -316,5 +315,5 @@ def _curve(run: Record) -> dict[int, float]:
     return {
         int(evaluation["step"] or 0) * tokens_per_step: drawing.shown(run.metric, value)
         for evaluation in run.evaluations
-        if (value := evaluation[run.metric]) is not None
+        if (value := evaluation.get(run.metric)) is not None
     }

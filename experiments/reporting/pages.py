@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 
 from experiments.reporting import beside_paper, evidence, figures, tables
 from experiments.reporting.figures import Image
+from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import Record
 from mobilellm_jax.analysis.study import Study, study_of
 from mobilellm_jax.analysis.tuning import Tuning
-from mobilellm_jax.analysis.wording import format_score
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
 
 
@@ -59,11 +59,6 @@ BUDGETS = (
     "A star marks the budget held equal. FLOP, KV (key/value cache) and decode bytes are per token. D/L is "
     "the width over the layers applied; outside: of the 6 to 320 that the paper's models at 125M have."
 )
-UNITS = {
-    "loss": "Held-out loss after the last step, ± a 95 % t interval.",
-    "error": "Held-out answers that are exactly right after the last step, in percent, ± a 95 % t interval.",
-}
-
 SHARES = (
     "acc / acc_norm in percent, mean over the seeds; in brackets the number of questions. Chance is the "
     "expected share of a guess, majority that of the place that is right most often."
@@ -113,7 +108,8 @@ def contents(study: Study, images: dict[str, Image]) -> list[Section]:
         ("Beside the paper", [*shown("-paper"), paper] if paper else []),
         ("Designs", [*tables.head(study)[1:], *tables.designs(study), BUDGETS]),
         ("Learning rates", [*shown("-learning_rates"), *_learning_rates(found.tuning)]),
-        ("Outcomes", [UNITS[study.facts.metric], tables.outcomes(study), _seeds(study)]),
+        ("Outcomes", [MEASURES[study.facts.metric].caption, tables.outcomes(study), _seeds(study)]),
+        ("By level", [evidence.LEVELS, levels] if (levels := evidence.levels(study)) else []),
         ("Zero-shot accuracy", [SHARES, zero_shot] if (zero_shot := tables.zero_shot(study)) else []),
         ("Zero-shot, question by question", [evidence.PAIRED, paired] if paired else []),
         ("Against parameters and FLOPs", shown("-costs")),
@@ -154,7 +150,7 @@ def _seeds(study: Study) -> tables.Columns:
 def _outcome(run: Record) -> str:
     if run.status != "finished":
         return run.status
-    return format_score(1 - run.score if run.metric == "error" else run.score, run.metric)
+    return f"{MEASURES[run.metric].shown(run.score):.{MEASURES[run.metric].digits}f}"
 
 
 def _unfinished(study: Study) -> list[Block]:

@@ -13,6 +13,7 @@ from scipy import stats
 
 from experiments.reporting import drawing, tables
 from mobilellm_jax.analysis.cells import Cell, is_plain, meant_aspects, moderated, size_of
+from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.shape_findings import Findings
 from mobilellm_jax.analysis.shape_law import Fit
 
@@ -146,7 +147,7 @@ def aspects(found: Findings) -> Figure | None:
     ]
     beside.set_axis_off()
     beside.legend(handles=handles, fontsize=8, loc="center left", frameon=False, borderaxespad=0)
-    row[0].set_ylabel(drawing.VALUES["loss"])
+    row[0].set_ylabel(MEASURES["loss"].axis)
     return figure
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mobilellm_jax.analysis.facts import Point
+from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import Record, budget_name
 from mobilellm_jax.analysis.statistics import interval_of_share
 from mobilellm_jax.analysis.study import Study
@@ -85,9 +86,9 @@ def head(study: Study) -> list[str]:
         "transferred": "transferred from another shape",
         "none": "the same for all points, not tuned",
     }
-    smallest = format_bound(facts.margin, facts.metric) + (
-        " nats per token" if facts.metric == "loss" else ""
-    )
+    measure = MEASURES[facts.metric]
+    smallest = format_bound(facts.margin, facts.metric)
+    smallest += "" if measure.is_share else f" {measure.unit_of_mean}"
     constants = _split(_shapes(study))[1]
     first, *others = study.points.values()
     equal = [name for name in _BUDGETS if others and not mismatch[name]]
@@ -129,7 +130,7 @@ def outcomes(study: Study) -> Columns:
     at the edge of those tried. `unstable` counts finished runs, with the 95 % interval of their share.
     """
     metric, found = study.facts.metric, study.verdict
-    score = "loss (nats/token)" if metric == "loss" else "exact match, %"
+    score = MEASURES[metric].column
     names = ["point", "learning rate", "sensitivity", score, "bits/byte", "noise (sd)"]
     names += ["finished", "unstable", "diverged", "failed"]
     columns: Columns = {name: [] for name in names}
@@ -164,7 +165,7 @@ def comparisons(study: Study) -> Columns:
     Where there are arms, each pair is of one arm, and is corrected for the pairs of that arm.
     """
     metric, found = study.facts.metric, study.verdict.comparisons
-    unit = "nats/token" if metric == "loss" else "error, points"
+    unit = MEASURES[metric].column_of_differences
     return {
         "pair": [f"{c.point} against {c.other}" for c in found],
         "seeds": [_counts(c) for c in found],

@@ -95,7 +95,7 @@ def over_documents(
     facts: Facts, points: Mapping[str, Point], comparisons: Sequence[Comparison]
 ) -> list[TwoWay | None]:
     """One for each comparison; None where the records do not hold the same documents for both points."""
-    if facts.metric == "error":
+    if facts.metric != "loss":
         return [None] * len(comparisons)
     found = {label: _sums(point.finished) for label, point in points.items()}
     results: list[TwoWay | None] = []

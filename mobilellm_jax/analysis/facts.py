@@ -27,7 +27,7 @@ class Facts:
     scientific: list[str]
     nuisance: list[str]
     tuning: Literal["fitted", "grid", "transferred", "none"]
-    metric: Literal["loss", "error"]
+    metric: str
     pairs: list[tuple[str, str]]
     margin: float
     x: dict[str, Any] | None

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.config import SHOWN, flatten
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import files_below, path_of, write_atomically
@@ -16,11 +17,12 @@ from mobilellm_jax.validation import from_mapping
 
 SCHEMA = 2
 Scalar = bool | int | float | str | None
-# {"step", "loss" (nats per token), "bits_per_byte", "error" (share of answers that are not exactly right)};
-# None: the number was not finite, or does not apply to the data.
+# {"step", "loss" (nats per token), "bits_per_byte", "error" (share of rows that are not all right)}, and of a
+# task what it measures, by name. None: the number was not finite, or does not apply to the data.
 Evaluation = dict[str, int | float | None]
 _EVALUATION = ("step", "loss", "bits_per_byte", "error")
-_LATER = ("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor")  # not in older records
+# Not in older records.
+_LATER = ("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor", "measures")
 _KEYS = {  # required keys of nested fields
     "x": ("label", "value", "log"),
     "parameters": ("total", "embedding", "non_embedding"),
@@ -33,6 +35,7 @@ _KEYS = {  # required keys of nested fields
     "by_position": ("to", "loss", "targets"),
     "documents": ("nats", "targets"),
     "floor": ("tokens", "unigram", "bigram", "trigram"),
+    "measures": ("floor", "ceiling", "levels"),
 }
 
 
@@ -53,7 +56,7 @@ class Record:
       tuning: where the learning rate comes from: "fitted", the minimum of a parabola through the losses of
         each point's grid; "grid", the best of that grid; "transferred" from another shape by the
         parameterization; or "none": one for all points, as given.
-      metric: the compared key of the evaluations, "loss" or "error"; lower is better.
+      metric: the compared key of the evaluations, one of `measures.MEASURES`; lower is better.
       pairs: [point, other] for every requested comparison that names this point; in older records for all
         points. `facts.pairs_of` merges those of a study: the family that Holm's method corrects.
       margin: the smallest difference in `metric` that matters.
@@ -86,6 +89,9 @@ class Record:
         more than 500.
       floor: held-out loss of n-grams counted on the rows that the run was trained on: {"tokens", "unigram",
         "bigram", "trigram" (nats per token)}.
+      measures: of a task: {"floor" (by name of a measure, its value where nothing was learned), "ceiling"
+        (its best value), "levels": {"name", "level", "accuracy", "floor", "ceiling", "answers"}, lists by
+        level of difficulty, or None without levels}. The measures themselves are in `evaluations`.
 
     The fields from `zero_shot` on are None where they do not apply, and in records older than the field.
     """
@@ -102,7 +108,7 @@ class Record:
     scientific: list[str]
     nuisance: list[str]
     tuning: Literal["fitted", "grid", "transferred", "none"]
-    metric: Literal["loss", "error"]
+    metric: str
     pairs: list[list[str]]
     margin: float
     x: dict[str, Any] | None
@@ -133,6 +139,7 @@ class Record:
     by_position: dict[str, list[Any]] | None = None
     documents: dict[str, list[Any]] | None = None
     floor: dict[str, int | float] | None = None
+    measures: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -154,7 +161,7 @@ class Record:
         return self._final("loss")
 
     def _final(self, name: str) -> float:
-        value = self.final[name] if self.final else None
+        value = self.final.get(name) if self.final else None
         if self.status != "finished" or value is None:
             raise ValueError(f"{self.name} did not finish")
         return float(value)
@@ -259,7 +266,8 @@ def _validated(fields: Any, where: str) -> Record:
     pairs = all(len(pair) == 2 for pair in fields["train_curve"])
     require(pairs, "train_curve", "expected pairs [step, loss]")
     metric = fields["metric"]
-    has_score = fields["final"] is not None and fields["final"][metric] is not None
+    require(metric in MEASURES, "metric", f"{metric!r} is unknown; known: {', '.join(MEASURES)}")
+    has_score = fields["final"] is not None and fields["final"].get(metric) is not None
     require(has_score or not finished, f"final.{metric}", "missing from a finished run")
     require(all(len(pair) == 2 for pair in fields["pairs"]), "pairs", "expected pairs [point, other]")
     for name in ("source_sha256", "tokenizer_sha256"):

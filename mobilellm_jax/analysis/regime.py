@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from mobilellm_jax.analysis.facts import Facts, Point
+from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import Record, span
 
 CONTEXT = 8  # tokens; a trigram reads 2
@@ -48,8 +49,8 @@ class Regime:
 
 
 def regimes(facts: Facts, points: Mapping[str, Point]) -> dict[str, Regime]:
-    """The regime of every point with a finished comparison run; {} for synthetic tasks, which have none."""
-    if facts.metric == "error":
+    """The regime of every point with a finished comparison run; {} for synthetic tasks, see `saturation`."""
+    if facts.metric != "loss" or any(run.measures for of in points.values() for run in of.finished):
         return {}
     return {label: _regime(point.finished) for label, point in points.items() if point.finished}
 
@@ -80,6 +81,34 @@ def warnings(found: Mapping[str, Regime]) -> Iterator[str]:
     if unknown:
         which = "" if len(unknown) == len(found) else f" for {', '.join(map(repr, unknown))}"
         yield f"The n-gram floor was not counted{which}: whether architecture can show here is not known."
+
+
+def saturation(facts: Facts, points: Mapping[str, Point]) -> Iterator[str]:
+    """Says that a task's measure cannot tell designs apart: all at its best value, or all at nothing learned.
+
+    At means within the smallest difference that matters.
+    """
+    finished = {label: point.finished for label, point in points.items() if point.finished}
+    runs = [run for of in finished.values() for run in of]
+    known = [run.measures for run in runs if run.measures is not None]
+    if not known or len(known) < len(runs):
+        return
+    means = [_mean([run.score for run in of]) for of in finished.values()]
+    measure = MEASURES[facts.metric]
+    values = span(map(measure.shown, means), lambda value: f"{value:.{measure.digits}f}")
+    for name, where in (("ceiling", "reach the best there is"), ("floor", "are no better than a guess")):
+        ends = [of[name][facts.metric] for of in known if facts.metric in of[name]]
+        if len(ends) < len(known):
+            continue
+        past = [mean <= max(ends) + facts.margin for mean in means]
+        if name == "floor":
+            past = [mean >= min(ends) - facts.margin for mean in means]
+        if all(past):
+            end = measure.shown(_mean(ends))
+            yield (
+                f"Cannot tell designs apart here: all {len(means)} designs {where}, "
+                f"{end:.{measure.digits}f} in {measure.axis}, to within what matters ({values})."
+            )
 
 
 def _above(found: Mapping[str, Regime]) -> str:

@@ -142,6 +142,7 @@ def study_of(records: Sequence[Record]) -> Study:
         failures=" ".join(filter(None, (wording.failures(points, p) for p in ("comparison", "tuning")))),
         warnings=[
             *regime.warnings(regimes),
+            *regime.saturation(facts, points),
             *incomparable,
             *wording.warnings(facts, points, comparisons, spread, unstable, tuning, unmatched),
             *documents.warnings(comparisons, over_documents),

@@ -7,6 +7,7 @@ import numpy as np
 
 from mobilellm_jax.analysis import statistics, verdicts
 from mobilellm_jax.analysis.facts import Facts, Point
+from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.noise import Noise
 from mobilellm_jax.analysis.records import budget_name
 from mobilellm_jax.analysis.statistics import Difference, Estimate
@@ -17,27 +18,29 @@ TOLERANCE = 0.02  # largest mismatch of the matched budget without a warning
 
 
 def format_score(value: float, metric: str) -> str:
-    """Formats a loss in nats per token with four decimals, an error in percent with two."""
-    return f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f}"
+    """Formats a loss in nats per token with four decimals, a share in percent with two."""
+    measure = MEASURES[metric]
+    return f"{measure.scale * value:.{measure.digits}f}"
 
 
 def format_bound(value: float, metric: str) -> str:
-    """Rounds up to two digits, to stay a bound: 0.0123 -> "0.013"; of an error, percentage "points"."""
-    value = value if metric == "loss" else 100 * value
+    """Rounds up to two digits, to stay a bound: 0.0123 -> "0.013"; of a share, percentage "points"."""
+    measure = MEASURES[metric]
+    value = measure.scale * value
     step = 10.0 ** (math.floor(math.log10(value)) - 1) if value else 1.0
-    return f"{math.ceil(value / step - 1e-9) * step:.6g}" + ("" if metric == "loss" else " points")
+    return f"{math.ceil(value / step - 1e-9) * step:.6g}{measure.suffix}"
 
 
 def format_estimate(estimate: Estimate, metric: str) -> str:
     """Formats mean and half width, "3.1234 ± 0.0012", or the mean; an error as exact match in percent."""
-    mean = estimate.mean if metric == "loss" else 1 - estimate.mean
+    mean = 1 - estimate.mean if MEASURES[metric].is_share else estimate.mean
     half = "" if estimate.half_width is None else f" ± {format_score(estimate.half_width, metric)}"
     return format_score(mean, metric) + half
 
 
 def format_difference(difference: Difference, metric: str) -> str:
-    """Formats mean and interval, "+0.0120 [-0.0010, +0.0250]", or the mean; an error in percentage points."""
-    scale, digits = (1, 4) if metric == "loss" else (100, 2)
+    """Formats mean and interval, "+0.0120 [-0.0010, +0.0250]", or the mean; a share in percentage points."""
+    scale, digits = MEASURES[metric].scale, MEASURES[metric].digits
     mean, low, high = (
         v if v is None else scale * v for v in (difference.mean, difference.low, difference.high)
     )
@@ -180,7 +183,7 @@ def _joint_findings(joint: Sequence[Joint], families: Sequence[Family], metric: 
 def _grounds(families: Sequence[Family], noise: Noise, facts: Facts) -> Iterator[str]:
     """Unit, what p and intervals hold for, pairing, seeds beyond the plan, and seeds for equality."""
     comparisons = [c for family in families for c in family.comparisons]
-    unit = "nats per token" if facts.metric == "loss" else "percentage points of exact match"
+    unit = MEASURES[facts.metric].unit
     if any(c.word in ("better", "worse") for c in comparisons):
         pairs = max(len(family.comparisons) for family in families)
         under = " of one parameterization" if len(families) > 1 else ""
@@ -219,8 +222,8 @@ def _means(scores: Mapping[str, Sequence[float]], metric: str) -> str:
         spread = statistics.standard_deviation(values)
         noise = "" if spread is None else f" (standard deviation {format_score(spread, metric)})"
         found.append(f"{point!r} {format_score(float(np.mean(values)), metric)}{noise}")
-    unit = "nats per token" if metric == "loss" else "%"
-    return f"No comparison was asked for. Mean {metric} in {unit}: {', '.join(found)}."
+    of = MEASURES[metric]
+    return f"No comparison was asked for. Mean {of.what} in {of.unit_of_mean}: {', '.join(found)}."
 
 
 def _join(names: Sequence[str]) -> str:
@@ -311,7 +314,8 @@ def _seed_warnings(
             only = ": all pairs are compared over the common seeds only" if noise.paired else ""
             yield f"{point!r} has no finished run with seed {_numbers(missing)}, unlike other points{only}."
     if same := [c for c in comparisons if c.difference and c.difference.n > 1 and c.difference.se == 0]:
-        why = "the error is saturated" if facts.metric == "error" else "both are one computation"
+        is_share = MEASURES[facts.metric].is_share
+        why = f"the {MEASURES[facts.metric].what} is saturated" if is_share else "both are one computation"
         yield (
             f"The same difference in every seed: {'; '.join(f'{c.point!r} and {c.other!r}' for c in same)}. "
             f"Either {why}, or the seeds have no effect."

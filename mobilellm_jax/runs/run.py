@@ -123,6 +123,8 @@ def run(
     processes.check_same("data", ", ".join(f"{k} {v}" for k, v in data_hashes(card, rows=True).items()))
     warning = processes.of_first(lambda: claim_data(workdir, card))
     prepared.check_rows(config.train.eval_split)
+    if isinstance(prepared, data.TaskData):
+        prepared.train.check_steps(config.train.steps, config.train.batch_size)
     for line in filter(None, (warning, *data_notes(card), repeats_note(config, card))):
         say(line)
     if jax.process_index() == 0 and (tokenizer := prepared.tokenizer()):
@@ -224,6 +226,7 @@ def measured_fields(config: Config, card: dict[str, Any], outcome: Outcome) -> d
         "train_curve": thin(outcome.train_curve, 200),
         "by_position": outcome.by_position,
         "documents": outcome.documents,
+        "measures": outcome.measures,
         "timing": {
             "wall_s": outcome.wall_s,
             "compile_s": outcome.compile_s,

@@ -8,7 +8,8 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mobilellm_jax.errors import UserError
@@ -26,8 +27,8 @@ class MetricsLog:
     """Appends to the log of a run; when resuming, first drops the lines later than the checkpoint.
 
     Attributes:
-      evaluations: {"step", "loss", "bits_per_byte", "error"} of all evaluations up to now, those before a
-        resume included.
+      evaluations: {"step", "loss", "bits_per_byte", "error"}, and what a task measures, of all evaluations up
+        to now, those before a resume included.
       train_curve: [step, loss] of all training lines up to now.
       train_s: seconds of training up to the last line.
     """
@@ -67,9 +68,17 @@ class MetricsLog:
         line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
         self._add("train", {**line, "train_s": round(train_s, 3)})
 
-    def evaluation(self, step: int, loss: float, bits_per_byte: float | None, error: float | None) -> None:
-        """Adds an evaluation on the held-out split."""
-        self._add("eval", {"step": step, "loss": loss, "bits_per_byte": bits_per_byte, "error": error})
+    def evaluation(
+        self,
+        step: int,
+        loss: float,
+        bits_per_byte: float | None,
+        error: float | None,
+        measures: Mapping[str, float] = types.MappingProxyType({}),
+    ) -> None:
+        """Adds an evaluation on the held-out split, and by name what a task measures."""
+        line = {"step": step, "loss": loss, "bits_per_byte": bits_per_byte, "error": error}
+        self._add("eval", {**line, **measures})
 
     def save(self, step: int, train_s: float) -> None:
         """Adds the training time up to a checkpoint, as its last steps may have no line."""
@@ -138,7 +147,8 @@ def _read(path: AnyPath) -> list[dict[str, Any]]:
     for number, text in enumerate(lines, start=1):
         try:
             line = unseal_if_sealed(parse(text))
-            if line.keys() - {"kind"} != _KEYS[line["kind"]]:
+            more = line.keys() - {"kind"} - _KEYS[line["kind"]]
+            if not _KEYS[line["kind"]] <= line.keys() or (more and line["kind"] != "eval"):
                 raise ValueError
             parsed.append(line)
         except (AttributeError, KeyError, TypeError, ValueError):

@@ -1,10 +1,11 @@
-"""Held-out scores: loss, bits per byte of text and, for synthetic tasks, the share of wrong rows.
+"""Held-out scores: loss, bits per byte of text and, for synthetic tasks, what they measure.
 
 Letters: R evaluated rows of T targets. Losses are added up on the host, in float64.
 """
 
 import functools
 import math
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jaxtyping import Float, Int
 
 from mobilellm_jax import data, model
 from mobilellm_jax.config import Config
+from mobilellm_jax.costs import accounting
 from mobilellm_jax.training.programs import Programs
 
 _MOST_DOCUMENTS = 500  # of which sums are kept
@@ -27,8 +29,10 @@ class Scores(NamedTuple):
     Attributes:
       loss: nats per token.
       bits_per_byte: the same in bits per byte; None without text.
-      error: share of wrong rows, of tasks.
+      error: share of wrong rows; None where rows are not right or wrong.
       by_position, documents: see `by_position` and `by_document`; None for tasks.
+      measures: of tasks, other than `error`, by name.
+      task: of tasks, `Record.measures`.
     """
 
     loss: float
@@ -36,6 +40,8 @@ class Scores(NamedTuple):
     error: float | None
     by_position: dict[str, list[Any]] | None = None
     documents: dict[str, list[Any]] | None = None
+    measures: Mapping[str, float] = types.MappingProxyType({})
+    task: dict[str, Any] | None = None
 
 
 def evaluate_held_out(
@@ -52,6 +58,10 @@ def evaluate_held_out(
     )
     sums = _evaluated(programs, params, batches)
     loss, error = scores(sums)
+    if isinstance(prepared, data.TaskData):
+        found = _task_measures(programs, params, prepared, config, share, sums)
+        values = dict(found.values)
+        return Scores(loss, None, values.pop("error", None), measures=values, task=found.as_field())
     # Bytes per token is an average over all held-out text, even where `eval_rows` scores only a part of it.
     bytes_per_token = prepared.bytes_per_token(t.eval_split)
     bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
@@ -59,8 +69,40 @@ def evaluate_held_out(
     if document_RT is None:
         return Scores(loss, bits, error)
     order = _order(programs, **share)
-    nats_RT = np.concatenate([np.asarray(batch["nats"])[order] for batch in sums])[: len(document_RT)]
+    nats_RT = _in_order(sums, "nats", order, len(document_RT))
     return Scores(loss, bits, error, by_position(nats_RT), by_document(nats_RT, document_RT))
+
+
+def _task_measures(
+    programs: Programs,
+    params: model.Params,
+    prepared: data.TaskData,
+    config: Config,
+    share: dict[str, int],
+    sums: Sequence[Mapping[str, Any]],
+) -> data.Measures:
+    """What the task measures, of its held-out rows; `sums` is what `eval_step` gives for them."""
+    t, order = config.train, _order(programs, **share)
+    task, rows_RS = prepared.of_split(t.eval_split), prepared.rows(t.eval_split, t.eval_rows, 0)
+    nats_RT, guesses_RT = (_in_order(sums, name, order, len(rows_RS)) for name in ("nats", "guesses"))
+    # Where several answers are right, the rows follow the guesses: at most one more token in each pass.
+    for _ in range(task.length):
+        ahead_RS = task.follow(rows_RS, guesses_RT)
+        (changed,) = np.nonzero((ahead_RS != rows_RS).any(axis=1))
+        if not len(changed):
+            break
+        rows_RS = ahead_RS
+        batches = data.padded_batches(rows_RS.__getitem__, changed, t.eval_batch_size, **share)
+        again = _evaluated(programs, params, batches)
+        guesses_RT[changed] = _in_order(again, "guesses", order, len(changed))
+    counts = accounting.parameters(config.model)
+    sizes = {"total": counts.total, "non_embedding": counts.non_embedding}
+    return task.measures(rows_RS, nats_RT, guesses_RT, sizes)
+
+
+def _in_order(sums: Sequence[Mapping[str, Any]], name: str, order: np.ndarray, rows: int) -> np.ndarray:
+    """The first R rows of what `eval_step` gives, as one process would read them: [R, T]."""
+    return np.concatenate([np.asarray(batch[name])[order] for batch in sums])[:rows]
 
 
 def _evaluated(

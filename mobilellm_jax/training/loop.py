@@ -36,11 +36,12 @@ class Outcome:
       error: for "diverged", names the step and the last good step.
       steps: steps taken, including the one that diverged.
       evaluations: {"step", "loss" (nats per token), "bits_per_byte", "error" (share of rows with a wrong
-        answer)} in order; the last two are None where they do not apply.
+        answer)} and what a task measures, in order; the middle two are None where they do not apply.
       train_curve: [step, loss in nats per token] at every progress line.
       train_s: seconds in training steps, summed over all resumptions, without evaluations and checkpoints.
       by_position, documents: of the last evaluation, see `held_out.by_position` and `by_document`; None for
         tasks and where the run diverged.
+      measures: of the last evaluation of a task, `Record.measures`; None for text and where the run diverged.
       compile_s, wall_s: seconds since the last start or resumption: in compilation (near 0 if an earlier run
         had the same shape), and in total.
     """
@@ -55,6 +56,7 @@ class Outcome:
     wall_s: float
     by_position: dict[str, list[Any]] | None = None
     documents: dict[str, list[Any]] | None = None
+    measures: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,7 @@ def train(
         wall_s=time.perf_counter() - wall_start,
         by_position=scores.by_position if scores else None,
         documents=scores.documents if scores else None,
+        measures=scores.task if scores else None,
     )
 
 

@@ -87,8 +87,9 @@ class Progress:
           Diverged: the held-out loss is not finite.
         """
         loss, bits, error = scores.loss, scores.bits_per_byte, scores.error
-        self._log.evaluation(self.step, loss, bits, error)
+        self._log.evaluation(self.step, loss, bits, error, scores.measures)
         more = f"  {bits:.4f} bits/byte" if bits else "" if error is None else f"  {error:.1%} wrong"
+        more += "".join(f"  {name} {value:.4g}" for name, value in [*scores.measures.items()][:1])
         self._tell(f"held-out loss {loss:.4f}{more}")
         if not math.isfinite(loss):
             raise Diverged("held-out loss", self.step)

@@ -76,9 +76,9 @@ def train_step(
 def eval_step(params: model.Params, rows_BS: Int[Array, "B S"], config: ModelConfig, answers: bool) -> Sums:
     """Scores a batch of held-out rows: `nats` float32 [B, T] of every target, and the number of `targets`.
 
-    `nats` is 0 where there is no target. With `answers` also the number of `rows` that have targets, and of
-    `wrong` rows: those where, at one target or more, another token is more probable. This takes a second
-    forward pass, with logits at all positions.
+    `nats` is 0 where there is no target. With `answers` also the most probable tokens, `guesses` [B, T], the
+    number of `rows` that have targets, and of `wrong` rows: those where a guess is not the target. This takes
+    a second forward pass, with logits at all positions.
     """
     tokens_BT, targets_BT = inputs_and_targets(rows_BS)
     nats_BT = model.token_losses(params, tokens_BT, targets_BT, config)
@@ -89,4 +89,4 @@ def eval_step(params: model.Params, rows_BS: Int[Array, "B S"], config: ModelCon
     guesses_BT = jnp.argmax(model.apply(params, tokens_BT, config), axis=-1)
     wrong = jnp.sum(jnp.any(is_target_BT & (guesses_BT != targets_BT), axis=1))
     rows = jnp.sum(jnp.any(is_target_BT, axis=1))
-    return {"nats": nats_BT, "targets": targets, "wrong": wrong, "rows": rows}
+    return {"nats": nats_BT, "guesses": guesses_BT, "targets": targets, "wrong": wrong, "rows": rows}

@@ -77,10 +77,8 @@ class Breadth(Task):
             for parent in range(min(child, self.parents)):
                 wanted_B = needed_BN[:, child] & is_edge_BNP[:, child, parent]
                 needed_BN[row_B, parent_BNP[:, child, parent]] |= wanted_B
-        arrow_BNP = n + 1 + n * np.take_along_axis(name_BN, parent_BNP.reshape(count, -1), axis=1).reshape(
-            parent_BNP.shape
-        )
-        arrow_BNP = np.where(is_edge_BNP, arrow_BNP + name_BN[:, :, None], n)
+        from_BNP = name_BN[row_B[:, None, None], parent_BNP]
+        arrow_BNP = np.where(is_edge_BNP, n + 1 + n * from_BNP + name_BN[:, :, None], n)
         slots = np.arange(self.parents) < np.arange(n)[:, None]  # as many as a vertex can have
         told_BE = np.take_along_axis(arrow_BNP[:, slots], order_BE, axis=1)
         first_BN = np.argsort(~needed_BN, axis=1, kind="stable")  # those needed, in the order drawn
@@ -123,11 +121,12 @@ class Breadth(Task):
         ready_R1 = parents_RE.max(axis=1)[:, None] < at_R1
         may_R1 = differs_RN.any(axis=1)[:, None] & (from_R1 > at_R1) & ready_R1
         place_N = np.arange(n)
-        moved = np.where(place_N == at_R1, from_R1, np.where((place_N > at_R1) & (place_N <= from_R1), place_N - 1, place_N))
-        answer_RN = np.take_along_axis(answer_RN, np.where(may_R1, moved, place_N), axis=1)
+        later_RN = np.where((place_N > at_R1) & (place_N <= from_R1), place_N - 1, place_N)
+        moved_RN = np.where(place_N == at_R1, from_R1, later_RN)
+        answer_RN = np.take_along_axis(answer_RN, np.where(may_R1, moved_RN, place_N), axis=1)
         return np.concatenate([rows_RS[:, :start], answer_RN, rows_RS[:, start + n :]], axis=1)
 
     def floors(self) -> dict[int, float]:
-        """Share of the commonest answer of m vertices, as drawn: the vertex asked about after m - 1 others."""
+        """Share of the commonest answer of m vertices, as drawn: m - 1 others, then the one asked about."""
         others = self.vertices - 1
         return {m: 1 / math.perm(others, m - 1) for m in range(1, self.vertices + 1)}

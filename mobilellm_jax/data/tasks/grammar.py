@@ -64,7 +64,7 @@ class Grammar:
         return expected
 
     def strings(self, random_SC: np.ndarray) -> np.ndarray:
-        """Strings [S, 3 ** levels] from random uint64 [S, choices]; `symbols` stands where there is no token."""
+        """Strings [S, 3 ** levels] from random uint64 [S, choices]; `symbols` where there is no token."""
         symbol_SX, start = np.zeros((len(random_SC), 1), np.int64), 0
         for depth, level in enumerate(self.rules):
             table = np.full((self.symbols + 1, len(level[0]), 3), self.symbols)
@@ -88,7 +88,9 @@ class Grammar:
         size = max(1, _CHUNK // spans)
         for start in range(0, len(asked), size):
             some = asked[start : start + size]
-            found[some] = self._log_probabilities([strings[i] for i in some], np.array([whole[i] for i in some]))
+            found[some] = self._log_probabilities(
+                [strings[i] for i in some], np.array([whole[i] for i in some])
+            )
         return found
 
     def next_law(self, prefix: Sequence[int]) -> np.ndarray:
@@ -150,7 +152,7 @@ class Grammar:
         starts: int,
         longest: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Of one symbol: probability of every span, and that the rest of a string from i on is a beginning."""
+        """Of one symbol: probabilities of all spans, and to begin like the rest of the string from i on."""
         rules = list(rules)
         most = min(max(sum(inside[y].shape[2] - 1 for y in rule) for rule in rules), longest)
         spans = np.zeros((len(inside[0]), starts, most + 1))

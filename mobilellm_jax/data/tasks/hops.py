@@ -105,7 +105,8 @@ class KHop(Task):
         for k, asked_BN in zip(self._sections, asked, strict=True):
             place_BQ = asked_BN[:, : self.queries]
             question, answer = (
-                self._tokens(on_cycle(place)).reshape(len(place), -1, each) for place in (place_BQ, place_BQ + k)
+                self._tokens(on_cycle(place)).reshape(len(place), -1, each)
+                for place in (place_BQ, place_BQ + k)
             )
             pairs = np.concatenate([no_target(question), answer], axis=2)
             parts += [np.full((len(place_BQ), k), no_target(self._mark)), pairs.reshape(len(place_BQ), -1)]

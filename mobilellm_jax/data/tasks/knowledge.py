@@ -57,7 +57,7 @@ class Knowledge(Task):
         check(2 <= self.values <= 100_000, "values", self.values, "2 to 100000")
         check(1 <= self.wordings <= 1000, "wordings", self.wordings, "1 to 1000")
         check(1 <= self.symbols <= 100_000, "symbols", self.symbols, "1 to 100000")
-        check(1 <= self.exposures, "exposures", self.exposures, "at least 1")
+        check(self.exposures >= 1, "exposures", self.exposures, "at least 1")
         if self.people > self.symbols**NAME:
             symbols = next(s for s in range(self.symbols, self.people + 1) if s**NAME >= self.people)
             raise UserError(
@@ -100,7 +100,8 @@ class Knowledge(Task):
 
     def _told(self, person_B: np.ndarray, random_BA: np.ndarray) -> np.ndarray:
         names, facts = self.table()
-        word_BA = self.values + np.arange(self.attributes) * self.wordings + integers(random_BA, self.wordings)
+        first_A = self.values + np.arange(self.attributes) * self.wordings
+        word_BA = first_A + integers(random_BA, self.wordings)
         name_BN = self.vocab_size - self.symbols + names[person_B]
         pair_BA2 = np.stack([no_target(word_BA), facts[person_B]], axis=2)
         return np.concatenate([no_target(name_BN), pair_BA2.reshape(len(person_B), -1)], axis=1)
@@ -110,9 +111,8 @@ class Knowledge(Task):
         if steps != (wanted := -(-rows // batch_size)):
             times = steps * batch_size / self.people
             raise UserError(
-                f"train.steps: {steps} steps of {batch_size} rows tell of each of {self.people} people {times:.3g} "
-                f"times, but data.source has exposures={self.exposures}; use train.steps={wanted}"
-                + (f", or exposures={times:.0f}" if -(-self.people * round(times) // batch_size) == steps else "")
+                f"train.steps: {steps} steps of {batch_size} rows tell of each of {self.people} people "
+                f"{times:.4g} times, but data.source has exposures={self.exposures}; use train.steps={wanted}"
             )
 
     def levels_of(self, rows_RS: np.ndarray) -> np.ndarray:

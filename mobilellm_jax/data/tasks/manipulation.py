@@ -71,9 +71,8 @@ class Manipulation(Task):
         start_B1 = length - np.argmin(excess_BN[:, ::-1], axis=1)[:, None]
         is_operator_BN = np.take_along_axis(is_operator_BN, (start_B1 + np.arange(length)) % length, axis=1)
         random_BN = random_BR[:, length:]
-        token_BN = np.where(
-            is_operator_BN, self.modulus + integers(random_BN, self.operators), integers(random_BN, self.modulus)
-        )
+        operator_BN = self.modulus + integers(random_BN, self.operators)
+        token_BN = np.where(is_operator_BN, operator_BN, integers(random_BN, self.modulus))
         value_BN = self._values(token_BN)
         before_BN, after_BN = is_operator_BN[:, :-1], token_BN[:, 1:]
         inner = np.where(before_BN, asked(after_BN, value_BN[:, :-1]), no_target(after_BN))
@@ -141,9 +140,7 @@ def _floors(modulus: int, operations: int, operators: int) -> dict[int, float]:
         trees.append(math.comb(2 * size, size) // (size + 1))
         # A tree of this size has `left` operators on the left with a share of trees of both sides.
         shares = [trees[left] * trees[size - 1 - left] / trees[size] for left in range(size)]
-        both = sum(
-            share * np.outer(laws[left], laws[size - 1 - left]) for left, share in enumerate(shares)
-        )
+        both = sum(share * np.outer(laws[left], laws[size - 1 - left]) for left, share in enumerate(shares))
         law = np.zeros(modulus)
         for table in tables[:operators]:
             law += np.bincount(table.ravel(), np.ravel(both), modulus) / operators

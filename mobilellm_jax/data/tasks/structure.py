@@ -46,16 +46,15 @@ class Structure(Task):
     def __post_init__(self) -> None:
         check(1 <= self.levels <= 9, "levels", self.levels, "1 to 9")
         check(2 <= self.symbols <= 100, "symbols", self.symbols, "2 to 100")
-        most = self.symbols + self.symbols**2
-        check(
-            1 <= self.rules <= min(most, 20), "rules", self.rules, f"1 to {min(most, 20)}: no two of a level are equal"
-        )
+        most = min(self.symbols + self.symbols**2, 20)
+        valid = f"1 to {most}, so that no two of a level are equal"
+        check(1 <= self.rules <= most, "rules", self.rules, valid)
         check(self.tokens >= 1, "tokens", self.tokens, "at least 1")
         longest = self.drawn.lengths[0][0][1]
         if longest + 1 > self.tokens:
             raise UserError(
-                f"tokens: {self.tokens} is too short for the longest string of the grammar and its separator; the "
-                f"smallest valid value is {longest + 1} (or lower levels={self.levels})"
+                f"tokens: {self.tokens} is too short for the longest string of the grammar and a separator; "
+                f"the smallest valid value is {longest + 1} (or lower levels={self.levels})"
             )
 
     @property

@@ -102,7 +102,8 @@ class Task(abc.ABC):
         return np.concatenate(parts).reshape(-1, self.draws)
 
     def check_steps(self, steps: int, batch_size: int) -> None:
-        """Raises UserError where the spec asks for another number of training rows."""
+        """Raises UserError where the spec asks for another number of training rows; most ask for none."""
+        del steps, batch_size
 
     def follow(self, rows_RS: np.ndarray, guesses_RT: np.ndarray) -> np.ndarray:
         """Rows in which guesses that are right, but are not the row's target, have taken its place.

@@ -1,0 +1,101 @@
+"""What a study may compare: name, unit, and how readers see it. Lower is better for all of them.
+
+A share of failures is shown as the share of successes, "exact match, %"; its differences stay as they are.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One key of the evaluations of a record.
+
+    Attributes:
+      what: what is measured, for sentences.
+      axis: the label of its axis, and the head of its column.
+      of_differences: the same, of differences.
+      unit, unit_of_mean: of a difference, and of a mean, for sentences.
+      caption: what the numbers are, above their table.
+      is_share: from 0 to 1; written in percent, as its complement.
+    """
+
+    what: str
+    axis: str
+    column: str
+    of_differences: str
+    column_of_differences: str
+    unit: str
+    unit_of_mean: str
+    caption: str
+    is_share: bool = False
+
+    @property
+    def scale(self) -> int:
+        """What a difference is multiplied with before it is written."""
+        return 100 if self.is_share else 1
+
+    @property
+    def digits(self) -> int:
+        """Decimals of what is written."""
+        return 2 if self.is_share else 4
+
+    @property
+    def suffix(self) -> str:
+        """After the size of a difference."""
+        return " points" if self.is_share else ""
+
+    def shown(self, value: float) -> float:
+        """A value as readers see it: 100 percent is perfect."""
+        return 100 * (1 - value) if self.is_share else value
+
+
+def _share(wrong: str, right: str, column: str, unit: str, held_out: str = ", held out") -> Measure:
+    return Measure(
+        what=wrong,
+        axis=f"{right}{held_out} (%)",
+        column=column,
+        of_differences=f"{wrong} (percentage points)",
+        column_of_differences=f"{wrong}, points",
+        unit=f"percentage points of {unit}",
+        unit_of_mean="%",
+        caption="",
+        is_share=True,
+    )
+
+
+_AFTER = "after the last step"
+_INTERVAL = "± a 95 % t interval."
+MEASURES: dict[str, Measure] = {
+    "loss": Measure(
+        what="loss",
+        axis="held-out loss (nats per token)",
+        column="loss (nats/token)",
+        of_differences="loss (nats per token)",
+        column_of_differences="nats/token",
+        unit="nats per token",
+        unit_of_mean="nats per token",
+        caption=f"Held-out loss {_AFTER}, {_INTERVAL}",
+    ),
+    "error": dataclasses.replace(
+        _share("error", "exact match", "exact match, %", "exact match"),
+        caption=f"Held-out answers that are exactly right {_AFTER}, in percent, {_INTERVAL}",
+    ),
+    "wrong": dataclasses.replace(
+        _share("wrong answers", "right answers, mean over levels", "right, %", "right answers"),
+        caption=f"Held-out answers that are right {_AFTER}, in percent, as a mean over levels, {_INTERVAL}",
+    ),
+    "log_divergence": Measure(
+        what="log divergence",
+        axis="divergence from the grammar (ln of nats per token)",
+        column="ln divergence (nats/token)",
+        of_differences="ln divergence",
+        column_of_differences="ln divergence",
+        unit="natural logarithms of the divergence (0.69: half or twice as far from the grammar)",
+        unit_of_mean="ln nats per token",
+        caption=f"Logarithm of the divergence from the grammar {_AFTER}, {_INTERVAL}",
+    ),
+    "forgotten": dataclasses.replace(
+        _share("facts not stored", "facts stored", "facts stored, %", "all bits", ""),
+        caption=f"Bits of the facts that the model has stored {_AFTER}, in percent of all, {_INTERVAL}",
+    ),
+}
