@@ -44,6 +44,14 @@ WORDS = [
     *("bytes", "bpe:512", "bpe:x", "0 1 2 1", "0 0", "1", "²", "0 ٣", "9" * 5000, "\0", "\ud800", ""),
     *("khop:hops=2,min_hops=1,symbols=9,queries=2", "addition:operands=2,digits=2", "khop:hops=9", "recall:"),
     "khop:hops=400000000,min_hops=1,symbols=900000000,queries=2",
+    *("structure:levels=2,symbols=3,rules=2,grammar=1,tokens=16", "breadth:vertices=4,parents=2"),
+    "structure:levels=9,symbols=100,rules=20,grammar=999999999,tokens=999999999",
+    "structure:levels=900000000,symbols=3,rules=2,grammar=1,tokens=128",
+    "manipulation:modulus=5,operations=2,operators=3",
+    "manipulation:modulus=999999937,operations=400000000,operators=3",
+    "knowledge:people=9,attributes=2,values=4,wordings=1,symbols=3,exposures=1",
+    "knowledge:people=900000000,attributes=9,values=9,wordings=9,symbols=900000000,exposures=9",
+    "breadth:vertices=900000000,parents=2",
 ]
 INTEGERS = st.one_of(st.integers(-2, 70), st.sampled_from([*(2**k for k in range(71)), 10**9 + 7, 10**400]))
 VALUES = {

@@ -4,21 +4,20 @@ A symbol of one level becomes two or three symbols of the next, by one of its ru
 symbols of the last level are the tokens. So every string has finitely many derivations, and the inside
 algorithm adds up all of them, however ambiguous the grammar is.
 
-Letters: S strings, N tokens in the longest. In arrays of spans, [s, i, l] is the part of string s that has
-l tokens from token i on.
+Letters: S strings, N places in all of them together, those of the ends included.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from mobilellm_jax.data.tasks.task import Stream
 
 Rule = tuple[int, ...]  # symbols of the next level
-_CHUNK = 1 << 24  # spans computed at a time, 8 bytes each
+_CHUNK = 1 << 20  # strings taken at a time, times the square of their length: spans there could be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +83,7 @@ class Grammar:
         found = np.zeros(len(strings))
         asked = [i for i, string in enumerate(strings) if len(string) or whole[i]]
         longest = max((len(strings[i]) for i in asked), default=0)
-        spans = (longest + 1) * (min(longest, self.lengths[min(1, len(self.rules))][0][1]) + 1) * self.symbols
-        size = max(1, _CHUNK // spans)
+        size = max(1, _CHUNK // (longest + 1) ** 2)
         for start in range(0, len(asked), size):
             some = asked[start : start + size]
             found[some] = self._log_probabilities(
@@ -108,28 +106,27 @@ class Grammar:
 
     def _log_probabilities(self, strings: Sequence[np.ndarray], whole: np.ndarray) -> np.ndarray:
         length_S = np.array([len(string) for string in strings])
-        count, longest = len(strings), int(length_S.max())
-        token_SN = np.full((count, longest + 1), -1)  # a place more, where only the end is
-        token_SN[np.arange(longest + 1) < length_S[:, None]] = np.concatenate(strings)
+        first_S = np.cumsum(length_S + 1) - length_S - 1  # a place more after each string, where only its end is
+        token_N = np.full(int((length_S + 1).sum()), -1)
+        is_end_N = np.zeros(len(token_N), bool)
+        is_end_N[first_S + length_S] = True
+        token_N[~is_end_N] = np.concatenate(strings)
         # Every token counts this much more, so that long strings do not underflow.
         scale = self._scale
-        inside: list[np.ndarray] = []
-        begins: list[np.ndarray] = []
-        is_last_SN = np.arange(longest + 1) == length_S[:, None] - 1
+        inside, begins = [], []
+        is_last_N = np.append(is_end_N[1:], False)
         for token in range(self.symbols):
-            match_SN = np.where(token_SN == token, scale, 0.0)
-            inside.append(np.stack([np.zeros_like(match_SN), match_SN], axis=2))
-            begins.append(match_SN * is_last_SN)
+            (start,) = np.nonzero(token_N == token)
+            inside.append(_Spans(start, start + 1, np.full(len(start), scale)))
+            begins.append(np.where((token_N == token) & is_last_N, scale, 0.0))
         for depth, level in reversed([*enumerate(self.rules)]):
-            starts = longest + 1 if depth else 1
-            both = [self._symbol(of_symbol, inside, begins, starts, longest) for of_symbol in level]
-            inside, begins = [i for i, _ in both], [b for _, b in both]
-        ((of_whole, of_begin),) = zip(inside, begins, strict=True)
-        at_length = np.minimum(length_S, of_whole.shape[2] - 1)
-        fits = at_length == length_S
-        p_S = np.where(whole, np.where(fits, of_whole[np.arange(count), 0, at_length], 0.0), of_begin[:, 0])
+            starts = None if depth else first_S
+            both = [_symbol(of_symbol, inside, begins, starts) for of_symbol in level]
+            inside, begins = [spans for spans, _ in both], [begin for _, begin in both]
+        ((spans,), (begin_N,)) = inside, begins
+        of_whole_S = spans.probability(first_S, first_S + length_S)
         with np.errstate(divide="ignore"):
-            return np.log(p_S) - length_S * math.log(scale)
+            return np.log(np.where(whole, of_whole_S, begin_N[first_S])) - length_S * math.log(scale)
 
     @property
     def _scale(self) -> float:
@@ -144,51 +141,70 @@ class Grammar:
             expected = below
         return math.exp(choices / expected.sum())
 
-    def _symbol(
-        self,
-        rules: Iterable[Rule],
-        inside: Sequence[np.ndarray],
-        begins: Sequence[np.ndarray],
-        starts: int,
-        longest: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Of one symbol: probabilities of all spans, and to begin like the rest of the string from i on."""
-        rules = list(rules)
-        most = min(max(sum(inside[y].shape[2] - 1 for y in rule) for rule in rules), longest)
-        spans = np.zeros((len(inside[0]), starts, most + 1))
-        begin = np.zeros((len(inside[0]), starts))
-        for rule in rules:
-            first, *others = rule
-            covered = inside[first][:, :starts]
-            begin += begins[first][:, :starts]
-            for child in others:  # the first child that reaches the end of the string is this one
-                begin += _then_begins(covered, begins[child])
-                covered = _joined(covered, inside[child], most)
-            spans[:, :, : covered.shape[2]] += covered
-        return spans / len(rules), begin / len(rules)
+
+@dataclasses.dataclass(frozen=True)
+class _Spans:
+    """Parts of strings that a symbol can become, in order of `start`; places count through all strings.
+
+    There are few of them where a grammar is hardly ambiguous, so that long strings are cheap.
+    """
+
+    start: np.ndarray
+    end: np.ndarray
+    p: np.ndarray
+
+    def probability(self, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """Probability of spans, 0 for those that are not here."""
+        found = np.zeros(len(start))
+        size = int(max(end.max(), self.end.max(initial=0))) + 1
+        keys, wanted = self.start * size + self.end, start * size + end
+        place = np.searchsorted(keys, wanted)
+        there = place < len(keys)
+        there[there] = keys[place[there]] == wanted[there]
+        found[there] = self.p[place[there]]
+        return found
 
 
-def _joined(first: np.ndarray, second: np.ndarray, most: int) -> np.ndarray:
-    """Sum over all ways to cut a span, of at most `most` tokens, in two."""
-    (count, starts, of_first), of_second = first.shape, second.shape[2]
-    joined = np.zeros((count, starts, min(of_first + of_second - 2, most) + 1))
-    for length in range(1, of_first):
-        here, room = min(starts, second.shape[1] - length), min(of_second, joined.shape[2] - length)
-        if here <= 0 or room <= 0 or not first[:, :here, length].any():
-            continue
-        rest = second[:, length : length + here, :room]
-        joined[:, :here, length : length + room] += first[:, :here, length, None] * rest
-    return joined
+def _symbol(
+    rules: Sequence[Rule],
+    inside: Sequence[_Spans],
+    begins: Sequence[np.ndarray],
+    starts: np.ndarray | None,
+) -> tuple[_Spans, np.ndarray]:
+    """Of one symbol: its spans, and the probability to begin like the rest of a string from each place on.
+
+    Of its children come both; only spans from `starts` on are wanted, if it is given.
+    """
+    found, begin_N = [], np.zeros(len(begins[0]))
+    for rule in rules:
+        covered = inside[rule[0]]
+        if starts is not None:
+            here = np.isin(covered.start, starts)
+            covered = _Spans(covered.start[here], covered.end[here], covered.p[here])
+        begin_N += begins[rule[0]]
+        for child in rule[1:]:  # the first child that reaches the end of the string is this one
+            weights = covered.p * begins[child][covered.end]
+            begin_N += np.bincount(covered.start, weights, len(begin_N))
+            covered = _joined(covered, inside[child])
+        found.append(covered)
+    return _added(found, 1 / len(rules)), begin_N / len(rules)
 
 
-def _then_begins(covered: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    """Sum over all lengths of a span, where what follows reaches the end: [S, starts]."""
-    found = np.zeros(covered.shape[:2])
-    for length in range(1, covered.shape[2]):
-        here = min(covered.shape[1], begins.shape[1] - length)
-        if here > 0:
-            found[:, :here] += covered[:, :here, length] * begins[:, length : length + here]
-    return found
+def _joined(first: _Spans, second: _Spans) -> _Spans:
+    """All spans made of one of each, without adding up those that are made in several ways."""
+    low, high = (np.searchsorted(second.start, first.end, side) for side in ("left", "right"))
+    count = high - low
+    of_first = np.repeat(np.arange(len(count)), count)
+    of_second = np.arange(len(of_first)) + np.repeat(low - np.cumsum(count) + count, count)
+    return _Spans(first.start[of_first], second.end[of_second], first.p[of_first] * second.p[of_second])
+
+
+def _added(parts: Sequence[_Spans], factor: float) -> _Spans:
+    """All spans of `parts`, each once."""
+    start, end, p = (np.concatenate([getattr(part, name) for part in parts]) for name in ("start", "end", "p"))
+    size = int(end.max(initial=0)) + 1
+    keys, place = np.unique(start * size + end, return_inverse=True)
+    return _Spans(keys // size, keys % size, np.bincount(place, p, len(keys)) * factor)
 
 
 def draw_grammar(levels: int, symbols: int, rules: int, seed: int) -> Grammar:

@@ -21,19 +21,19 @@ _TABLE = 4  # key of the people, beside those of the splits
 class Knowledge(Task):
     """People with attributes, told again and again in other words; the task Capo of arXiv 2512.17351.
 
-    A row tells of one person: a name of three tokens, and for each attribute a word for it and its value.
-    With two attributes, the words u v for the first and w x for the second, and the values 0 to 9:
+    A row tells of one person: a name of three tokens, and then all attributes in random order, a word for
+    each and its value. With two, the words u v for the first and w x for the second, and the values 0 to 9:
 
-      .A .C .B .v =7 .w =2
+      .A .C .B .x =2 .u =7
 
     Names and values are drawn once, from the numbers of the spec alone, each value as likely as another. So
     a model that knows nothing pays log2(values) bits a value, and what it pays less in all is what it has
     learned: nothing else helps. The seed of the data decides who comes when, a permutation of all people in
-    each pass, and in which words. Held out are words only: every split asks for all people in turn.
+    each pass, in which words and order. Held out are these alone: every split asks for all people in turn.
 
     Attributes:
       people: in all; evaluate as many rows, and each is asked about once.
-      attributes: of each person.
+      attributes: of each person; answers are counted by their place in the row.
       values: of each attribute, token ids 0 to values - 1.
       wordings: words for each attribute, the next attributes x wordings ids.
       symbols: tokens that names consist of, the last ids.
@@ -41,7 +41,7 @@ class Knowledge(Task):
         rounded up to whole steps, or the run is refused.
     """
 
-    level: ClassVar[str] = "attribute"
+    level: ClassVar[str] = "place"
     unhashed: ClassVar[tuple[str, ...]] = ("exposures",)
 
     people: int
@@ -75,7 +75,7 @@ class Knowledge(Task):
 
     @property
     def draws(self) -> int:
-        return self.attributes
+        return 2 * self.attributes
 
     @property
     def total_bits(self) -> float:
@@ -98,12 +98,13 @@ class Knowledge(Task):
             person[here] = _order(stream, one, self.people)[place[here]]
         return self._told(person, self.random(stream, count, numbers))
 
-    def _told(self, person_B: np.ndarray, random_BA: np.ndarray) -> np.ndarray:
+    def _told(self, person_B: np.ndarray, random_BR: np.ndarray) -> np.ndarray:
         names, facts = self.table()
-        first_A = self.values + np.arange(self.attributes) * self.wordings
-        word_BA = first_A + integers(random_BA, self.wordings)
+        order_BA = permutations(random_BR[:, : self.attributes])
+        wording_BA = integers(random_BR[:, self.attributes :], self.wordings)
+        word_BA = self.values + order_BA * self.wordings + wording_BA
         name_BN = self.vocab_size - self.symbols + names[person_B]
-        pair_BA2 = np.stack([no_target(word_BA), facts[person_B]], axis=2)
+        pair_BA2 = np.stack([no_target(word_BA), facts[person_B[:, None], order_BA]], axis=2)
         return np.concatenate([no_target(name_BN), pair_BA2.reshape(len(person_B), -1)], axis=1)
 
     def check_steps(self, steps: int, batch_size: int) -> None:
@@ -116,8 +117,8 @@ class Knowledge(Task):
             )
 
     def levels_of(self, rows_RS: np.ndarray) -> np.ndarray:
-        attribute = np.arange(self.attributes)
-        return at_columns(1 + attribute, NAME + 1 + 2 * attribute, rows_RS)
+        place = np.arange(self.attributes)
+        return at_columns(1 + place, NAME + 1 + 2 * place, rows_RS)
 
     def floors(self) -> dict[int, float]:
         return dict.fromkeys(range(1, self.attributes + 1), 1 / self.values)
