@@ -1,4 +1,4 @@
-"""Manipulation, knowledge, breadth and hops, against plain solvers of single rows; floors against sampling."""
+"""Manipulation, knowledge, breadth and hops against plain solvers of single rows; floors against sampling."""
 
 import collections
 import hashlib
@@ -163,8 +163,8 @@ def test_steps_must_tell_of_everybody_as_often_as_the_spec_says():
     with pytest.raises(UserError) as caught:
         task.check_steps(49, 6)
     assert str(caught.value) == (
-        "train.steps: 49 steps of 6 rows tell of each of 50 people 5.88 times, but data.source has exposures=6; "
-        "use train.steps=50"
+        "train.steps: 49 steps of 6 rows tell of each of 50 people 5.88 times, but data.source has "
+        "exposures=6; use train.steps=50"
     )
     with pytest.raises(UserError, match=r"use train\.steps=5$"):
         task.check_steps(6, 64)
@@ -286,7 +286,7 @@ def test_two_tokens_a_node_tell_the_same_problem():
     for short, long in zip(one.rows("train", 50, 3).tolist(), two.rows("train", 50, 3).tolist(), strict=True):
         (inputs, targets), (long_inputs, long_targets) = read(short), read(long)
         expected, answers = [], []
-        for token, target in zip(inputs[:19] + [0], [None, *targets[:19]], strict=True):
+        for token, target in zip([*inputs[:19], 0], [None, *targets[:19]], strict=True):
             if token > 7:  # an arrow
                 for symbol in divmod(token - 8, 7):
                     expected += [symbol // 3, 3 + symbol % 3]

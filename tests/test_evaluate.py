@@ -52,6 +52,8 @@ def test_sums_equal_a_loop(case):
     assert (wrong, count) == (4, 5)  # one row is right, one has no target
     sums = eval_step(params, rows, config, True)
     assert (int(sums["targets"]), int(sums["wrong"]), int(sums["rows"])) == (targets, wrong, count)
+    tokens = np.where(rows < 0, ~rows, rows)[:, :-1]
+    np.testing.assert_array_equal(sums["guesses"], np.argmax(apply(params, tokens, config), axis=-1))
     assert float(sums["nats"].sum()) == pytest.approx(nats, rel=1e-5)
     assert (np.asarray(sums["nats"]) > 0).tolist() == (rows[:, 1:] >= 0).tolist()
     loss, error = scores([sums, sums])

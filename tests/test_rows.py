@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 
-from mobilellm_jax.data.rows import PADDING, inputs_and_targets, is_target, no_target
+from mobilellm_jax.data.rows import PADDING, asked, inputs_and_targets, is_target, no_target, targets_of
 
 
 def test_inputs_and_targets_of_text_are_the_tokens():
@@ -21,6 +21,17 @@ def test_what_is_marked_is_an_input_and_no_target():
     tokens, targets = inputs_and_targets(jax.numpy.array(rows))
     np.testing.assert_array_equal(tokens, [[3, 0, 7, 5, 0]])
     np.testing.assert_array_equal(targets >= 0, [[True, False, True, False, False]])
+
+
+def test_an_answer_that_is_not_fed_back_is_a_target_beside_another_input():
+    """Also at the largest ids; NumPy and JAX read the same."""
+    most = 2**15 - 1
+    rows = np.array([[4, asked(0, most), no_target(3), asked(most, 0), 9, asked(2, 6)]], np.int32)
+    tokens, targets = inputs_and_targets(jax.numpy.array(rows))
+    np.testing.assert_array_equal(tokens, [[4, 0, 3, most, 9]])
+    np.testing.assert_array_equal(targets, [[most, ~3, 0, 9, 6]])
+    np.testing.assert_array_equal(targets_of(rows), targets)
+    assert is_target(rows).tolist() == [[True, True, False, True, True, True]]
 
 
 def test_token_0_can_be_marked():

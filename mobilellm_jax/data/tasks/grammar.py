@@ -106,7 +106,7 @@ class Grammar:
 
     def _log_probabilities(self, strings: Sequence[np.ndarray], whole: np.ndarray) -> np.ndarray:
         length_S = np.array([len(string) for string in strings])
-        first_S = np.cumsum(length_S + 1) - length_S - 1  # a place more after each string, where only its end is
+        first_S = np.cumsum(length_S + 1) - length_S - 1  # after each string, the place of its end
         token_N = np.full(int((length_S + 1).sum()), -1)
         is_end_N = np.zeros(len(token_N), bool)
         is_end_N[first_S + length_S] = True
@@ -201,7 +201,8 @@ def _joined(first: _Spans, second: _Spans) -> _Spans:
 
 def _added(parts: Sequence[_Spans], factor: float) -> _Spans:
     """All spans of `parts`, each once."""
-    start, end, p = (np.concatenate([getattr(part, name) for part in parts]) for name in ("start", "end", "p"))
+    names = ("start", "end", "p")
+    start, end, p = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
     size = int(end.max(initial=0)) + 1
     keys, place = np.unique(start * size + end, return_inverse=True)
     return _Spans(keys // size, keys % size, np.bincount(place, p, len(keys)) * factor)
