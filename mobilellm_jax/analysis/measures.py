@@ -12,8 +12,8 @@ class Measure:
 
     Attributes:
       what: what is measured, for sentences.
-      axis: the label of its axis, and the head of its column.
-      of_differences: the same, of differences.
+      axis, column: label of its axis, and head of its column, in the direction that readers see.
+      of_differences, column_of_differences: the same, of differences.
       unit, unit_of_mean: of a difference, and of a mean, for sentences.
       caption: what the numbers are, above their table.
       is_share: from 0 to 1; written in percent, as its complement.
@@ -49,21 +49,20 @@ class Measure:
         return 100 * (1 - value) if self.is_share else value
 
 
-def _share(wrong: str, right: str, column: str, unit: str, held_out: str = ", held out") -> Measure:
+def _share(wrong: str, axis: str, column: str, unit: str, caption: str) -> Measure:
     return Measure(
         what=wrong,
-        axis=f"{right}{held_out} (%)",
+        axis=axis,
         column=column,
         of_differences=f"{wrong} (percentage points)",
         column_of_differences=f"{wrong}, points",
         unit=f"percentage points of {unit}",
         unit_of_mean="%",
-        caption="",
+        caption=caption,
         is_share=True,
     )
 
 
-_AFTER = "after the last step"
 _INTERVAL = "± a 95 % t interval."
 MEASURES: dict[str, Measure] = {
     "loss": Measure(
@@ -74,15 +73,21 @@ MEASURES: dict[str, Measure] = {
         column_of_differences="nats/token",
         unit="nats per token",
         unit_of_mean="nats per token",
-        caption=f"Held-out loss {_AFTER}, {_INTERVAL}",
+        caption=f"Held-out loss after the last step, {_INTERVAL}",
     ),
-    "error": dataclasses.replace(
-        _share("error", "exact match", "exact match, %", "exact match"),
-        caption=f"Held-out answers that are exactly right {_AFTER}, in percent, {_INTERVAL}",
+    "error": _share(
+        "error",
+        "exact match, held out (%)",
+        "exact match, %",
+        "exact match",
+        f"Held-out answers that are exactly right after the last step, in percent, {_INTERVAL}",
     ),
-    "wrong": dataclasses.replace(
-        _share("wrong answers", "right answers, mean over levels", "right, %", "right answers"),
-        caption=f"Held-out answers that are right {_AFTER}, in percent, as a mean over levels, {_INTERVAL}",
+    "wrong": _share(
+        "wrong answers",
+        "right answers, mean over levels (%)",
+        "right, %",
+        "right answers",
+        f"Held-out answers that are right after the last step, in percent, mean over levels, {_INTERVAL}",
     ),
     "log_divergence": Measure(
         what="log divergence",
@@ -92,10 +97,13 @@ MEASURES: dict[str, Measure] = {
         column_of_differences="ln divergence",
         unit="natural logarithms of the divergence (0.69: half or twice as far from the grammar)",
         unit_of_mean="ln nats per token",
-        caption=f"Logarithm of the divergence from the grammar {_AFTER}, {_INTERVAL}",
+        caption=f"Logarithm of the divergence from the grammar after the last step, {_INTERVAL}",
     ),
-    "forgotten": dataclasses.replace(
-        _share("facts not stored", "facts stored", "facts stored, %", "all bits", ""),
-        caption=f"Bits of the facts that the model has stored {_AFTER}, in percent of all, {_INTERVAL}",
+    "forgotten": _share(
+        "facts not stored",
+        "facts stored (%)",
+        "facts stored, %",
+        "all bits",
+        f"Bits of the facts that the model has stored after the last step, in percent of all, {_INTERVAL}",
     ),
 }
