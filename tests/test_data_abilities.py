@@ -342,6 +342,24 @@ def test_floors_are_the_share_of_the_commonest_answer(spec):
         assert abs(counts.max() / len(answers) - floor) <= tolerance + 2 * error
 
 
+def test_the_floors_of_manipulation_are_those_of_all_expressions():
+    def values(size):
+        """Values of all expressions with so many operators, one for each tree, operator and number."""
+        if size == 0:
+            return [0, 1, 2]
+        return [
+            x % 3
+            for left in range(size)
+            for a, b in itertools.product(values(left), values(size - 1 - left))
+            for x in (a + b, a - b, a * b)
+        ]
+
+    floors = make("manipulation:modulus=3,operations=3,operators=3").train.floors()
+    for size in (1, 2, 3):
+        every = values(size)
+        assert floors[size] == pytest.approx(max(np.bincount(every)) / len(every), rel=1e-12)
+
+
 def test_the_floor_of_hops_is_a_symbol_other_than_the_one_asked_about():
     spec = "khop:hops=2,min_hops=1,symbols=5,queries=1"
     rows = make(spec, 11).rows("train", 20_000, 1)
