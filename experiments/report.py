@@ -8,12 +8,12 @@ reads <workdir>/results/**.json and writes, for each study and preset,
     reports/<study>-<preset>.md     the same; its figures are those in figures/
     figures/                        see `reporting.figures`
 
-and claims.md: what the paper claims beside what the records say, and all figures, with links to config,
+for the playground also reports/ and figures/playground-<size>, all abilities side by side; and claims.md: what the paper claims beside what the records say, and all figures, with links to config,
 command and records. The same records give the same bytes.
 """
 
 from experiments import cli
-from experiments.reporting import claims, figures, gallery
+from experiments.reporting import abilities, claims, figures, gallery
 from experiments.reporting.pages import write_report
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
@@ -37,6 +37,8 @@ def redraw(workdir: str | AnyPath) -> None:
         images = figures.write(study, workdir)
         print(write_report(study, images, workdir), end="\n\n")
         drawn.append((study, images))
+    for said in abilities.write(studies, workdir):
+        print(said, end="\n\n")
     text = "\n".join([claims.page(studies), gallery.section(drawn, path_of(workdir))])
     write_atomically(page, text.encode())
     print(f"Claims and all figures: {page}")

@@ -268,22 +268,27 @@ def _finish(points: Sequence[Point], workdir: AnyPath) -> int:
 
 
 def _report(points: Sequence[Point], workdir: AnyPath) -> int:
-    from experiments.reporting import (
-        pages,  # here: two seconds that the processes of the points need not spend
-    )
+    # Here: two seconds that the processes of the points need not spend.
+    from experiments.reporting import abilities, figures, pages
+    from mobilellm_jax.analysis.study import study_of
 
-    unfinished, refused = [], []
+    unfinished, refused, reported = [], [], []
     for study in dict.fromkeys(Path(point.name).parent for point in points):
         records = read_records(workdir / "results" / study)
         if not records:
             continue
         try:
-            print("\n" + pages.report(records, workdir))
+            analysed = study_of(records)
+            images = figures.write(analysed, workdir)
+            print("\n" + pages.write_report(analysed, images, workdir))
+            reported.append(analysed)
         except UserError as error:  # the other studies are reported all the same
             refused.append(str(error))
         # A rate that diverges in tuning is what the search was looking for: the upper end.
         found = [r for r in records if (r.phase, r.status) != ("tuning", "diverged")]
         unfinished += [record for record in found if record.status != "finished"]
+    for said in abilities.write(reported, workdir):
+        print("\n" + said)
     for record in unfinished:
         print(f"{record.study}, {record.name}: {record.status}: {record.error}")
     if refused:

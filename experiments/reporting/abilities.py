@@ -1,0 +1,125 @@
+"""All abilities of the playground at one size, side by side: one figure and one table."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+from matplotlib.figure import Figure
+
+from experiments.reporting import drawing
+from experiments.reporting.drawing import styled
+from experiments.reporting.figures import Image
+from experiments.reporting.pages import Section, to_html, to_markdown
+from experiments.reporting.tables import Columns, markdown_table
+from mobilellm_jax.analysis.facts import Point
+from mobilellm_jax.analysis.measures import MEASURES
+from mobilellm_jax.analysis.study import Study
+from mobilellm_jax.analysis.verdicts import Comparison
+from mobilellm_jax.analysis.wording import format_bound
+from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
+
+STUDY = "playground"  # its presets are <ability>_<size>
+TITLE = "Which shape learns what: designs of equal size on generated data"
+_NOTE = (
+    "Each cell compares the first design with the second, at equal size and steps unless the row says "
+    "otherwise. Distances are divergences from the grammar, as factors with their intervals; right answers "
+    "and stored facts are percentage points. Intervals hold for all pairs of an ability at once."
+)
+
+
+def by_size(studies: Iterable[Study]) -> dict[str, dict[str, Study]]:
+    """Studies of the playground by size, then by ability; sizes with a single ability are left out."""
+    found: dict[str, dict[str, Study]] = {}
+    for study in studies:
+        ability, _, size = study.facts.preset.rpartition("_")
+        if study.facts.study == STUDY and ability:
+            found.setdefault(size, {})[ability] = study
+    return {size: of for size, of in found.items() if len(of) > 1}
+
+
+def write(studies: Iterable[Study], workdir: str | AnyPath) -> list[str]:
+    """Writes figures/ and reports/playground-<size> for every size, and returns the texts to print."""
+    said = []
+    for size, of_size in by_size(studies).items():
+        name = f"{STUDY}-{size}"
+        image = Image(f"{name}.png", "Every design in every ability", drawing.render(draw(of_size)))
+        write_atomically(path_of(workdir) / "figures" / image.name, image.png)
+        columns = table(of_size)
+        links = [f"{ability}: reports/{study.stem}.md" for ability, study in of_size.items()]
+        sections: list[Section] = [
+            ("All abilities", [image, _NOTE, columns]),
+            ("The report of each ability", [links]),
+        ]
+        path = path_of(workdir) / "reports" / name
+        for suffix, page in ((".html", to_html), (".md", to_markdown)):
+            write_atomically(f"{path}{suffix}", page(TITLE, sections).encode())
+        said.append("\n".join([TITLE, "", markdown_table(columns), "", f"Report: {path}.html"]))
+    return said
+
+
+@styled
+def draw(of_size: Mapping[str, Study]) -> Figure:
+    """Draws a panel for each ability: every design with its seeds, floor and ceiling."""
+    figure = drawing.framed(TITLE, drawing.caption(next(iter(of_size.values()))), 3.4 * len(of_size))
+    parts = figure.subfigures(len(of_size), 1)
+    for part, (ability, study) in zip(parts, of_size.items(), strict=True):
+        axes = part.subplots()
+        drawing.draw_values(axes, study)
+        part.suptitle(ability, fontsize=12)
+    return figure
+
+
+def table(of_size: Mapping[str, Study]) -> Columns:
+    """One row for each comparison of roles, one column for each ability."""
+    cells: dict[str, dict[str, str]] = {}
+    for ability, study in of_size.items():
+        for c in study.verdict.comparisons:
+            if {c.point, c.other} <= study.points.keys():
+                row = _roles(study.points[c.point], study.points[c.other])
+                cells.setdefault(row, {})[ability] = _cell(c, study.facts.metric)
+    columns: Columns = {"comparison": list(cells)}
+    for ability in of_size:
+        columns[ability] = [of_row.get(ability, "") for of_row in cells.values()]
+    return columns
+
+
+def _roles(point: Point, other: Point) -> str:
+    """What the pair is about, in words that hold for every ability."""
+    arm = f" ({point.arm})" if point.arm and point.arm != "completep" else ""
+    blocks, applied = len(set(point.layer_plan)), len(point.layer_plan)
+    if applied == blocks:
+        shape = "more, thinner" if applied > len(other.layer_plan) else "fewer, wider"
+        return f"{shape} blocks, {applied} against {len(other.layer_plan)}{arm}"
+    first = f"{_number(blocks)} {applied // blocks} times, {point.config['model']['sharing']}"
+    if len(other.layer_plan) == applied:
+        second = f"{_number(applied)} once"
+    else:
+        second = "once, for as many FLOPs" if _steps(other) > _steps(point) else "once"
+    return f"{first}, against {second}{arm}"
+
+
+def _number(blocks: int) -> str:
+    return f"{blocks} block{'' if blocks == 1 else 's'}"
+
+
+def _steps(point: Point) -> int:
+    return point.config["train"]["steps"]
+
+
+def _cell(c: Comparison, metric: str) -> str:
+    """The word and, where it is decided, the size with its interval."""
+    measure = MEASURES[metric]
+    d = c.difference
+    if c.word == "no difference":
+        return "no difference" if c.bound is None else f"no difference over {format_bound(c.bound, metric)}"
+    if d is None or d.low is None or d.high is None:
+        return c.word
+    if metric == "log_divergence":
+        mean, low, high = (math.exp(v) for v in (d.mean, d.low, d.high))
+        size = f"{mean:.2f} of the distance [{low:.2f}, {high:.2f}]"
+    else:
+        # A failure less is a success more, so the ends change places.
+        sign = -measure.scale if measure.is_share else 1
+        ends = sorted((sign * d.low, sign * d.high))
+        digits = 1 if measure.is_share else measure.digits
+        size = f"{sign * d.mean:+.{digits}f} [{ends[0]:+.{digits}f}, {ends[1]:+.{digits}f}]"
+    return f"{c.word}, {size}"
