@@ -8,8 +8,9 @@ reads <workdir>/results/**.json and writes, for each study and preset,
     reports/<study>-<preset>.md     the same; its figures are those in figures/
     figures/                        see `reporting.figures`
 
-for the playground also reports/ and figures/playground-<size>, all abilities side by side; and claims.md: what the paper claims beside what the records say, and all figures, with links to config,
-command and records. The same records give the same bytes.
+and figures/ and reports/playground-<size>, with all abilities of the playground, and claims.md: what the
+paper claims beside what the records say, and all figures, with links to config, command and records. The
+same records give the same bytes.
 """
 
 from experiments import cli
