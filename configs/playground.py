@@ -76,7 +76,7 @@ _ABILITIES = {
         steps=250,
         batch_size=16,
         eval_rows=256,
-        learning_rates=(2**-9, 2**-8, 2**-7),
+        learning_rates=(2**-7.5, 2**-6.5, 2**-5.5),
         metric="log_divergence",
         margin=0.25,  # a quarter nearer or farther
         sd=0.15,
@@ -89,7 +89,7 @@ _ABILITIES = {
         shared=(1,),
         flops=(2.0,),
         orders=_TINY_ORDERS,
-        steps=700,
+        steps=600,
         batch_size=64,
         eval_rows=1024,
         learning_rates=(2**-9, 2**-8, 2**-7),
@@ -98,18 +98,18 @@ _ABILITIES = {
         sd=0.03,
     ),
     "knowledge_tiny": _Ability(
-        source="knowledge:people=500,attributes=4,values=32,wordings=2,symbols=8,exposures={exposures}",
-        vocab_size=48,
+        source="knowledge:people=640,attributes=4,values=32,wordings=2,symbols=10,exposures={exposures}",
+        vocab_size=50,
         length=10,
         shapes=_TINY_8K,
         shared=(1,),
         flops=(1.9,),
         orders=_TINY_ORDERS,
-        steps=625,
+        steps=800,
         batch_size=64,
-        eval_rows=500,
+        eval_rows=640,
         exposures=80,
-        learning_rates=(2**-8, 2**-7, 2**-6),
+        learning_rates=(2**-7, 2**-6, 2**-5),
         metric="forgotten",
         margin=0.05,
         sd=0.02,
@@ -140,8 +140,8 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     train = config.train
     train.steps = ability.steps
     train.batch_size = ability.batch_size
-    train.eval_every = train.log_every = max(ability.steps // 2, 1)
-    train.checkpoint_every = 1_000_000  # at the end alone
+    train.eval_every = max(ability.steps // 2, 1)
+    train.log_every = train.checkpoint_every = ability.steps
     train.eval_rows = train.eval_batch_size = ability.eval_rows
     return config
 
