@@ -1,6 +1,7 @@
 """All abilities of the playground at one size, side by side: one figure and one table."""
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping
 
 from matplotlib.figure import Figure
@@ -9,9 +10,10 @@ from experiments.reporting import drawing
 from experiments.reporting.drawing import styled
 from experiments.reporting.figures import Image
 from experiments.reporting.pages import Section, to_html, to_markdown
-from experiments.reporting.tables import Columns, markdown_table
+from experiments.reporting.tables import Columns, markdown_table, quantity
 from mobilellm_jax.analysis.facts import Point
 from mobilellm_jax.analysis.measures import MEASURES
+from mobilellm_jax.analysis.records import span
 from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.verdicts import Comparison
 from mobilellm_jax.analysis.wording import format_bound
@@ -59,13 +61,27 @@ def write(studies: Iterable[Study], workdir: str | AnyPath) -> list[str]:
 @styled
 def draw(of_size: Mapping[str, Study]) -> Figure:
     """Draws a panel for each ability: every design with its seeds, floor and ceiling."""
-    figure = drawing.framed(TITLE, drawing.caption(next(iter(of_size.values()))), 3.4 * len(of_size))
+    caption = "\n".join(textwrap.fill(_caption(ability, study), 120) for ability, study in of_size.items())
+    figure = drawing.framed(TITLE, caption, 3.6 * len(of_size))
     parts = figure.subfigures(len(of_size), 1)
     for part, (ability, study) in zip(parts, of_size.items(), strict=True):
         axes = part.subplots()
         drawing.draw_values(axes, study)
+        axes.set_ylabel(textwrap.fill(axes.get_ylabel(), 32))
         part.suptitle(ability, fontsize=12)
     return figure
+
+
+def _caption(ability: str, study: Study) -> str:
+    """Size, horizon and data of one ability; what threatens it is in its own report."""
+    designs = [point for point in study.points.values() if not point.is_control]
+    sizes = span([point.parameters["non_embedding"] for point in designs], quantity)
+    tokens = span([run.tokens_seen for point in designs for run in point.finished], quantity)
+    seeds = span([len(point.scores) for point in study.points.values()], quantity)
+    return (
+        f"{ability}: {sizes} non-embedding parameters and {tokens} tokens (of the controls, one has twice as "
+        f"many), {seeds} seeds; {designs[0].config['data']['source']}"
+    )
 
 
 def table(of_size: Mapping[str, Study]) -> Columns:
