@@ -21,8 +21,8 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from experiments.runner import hosts, questions
-from experiments.runner.flags import PASSED_ON, asked_points, asked_questions, define_sweep
+from experiments.runner import hosts, quantizing, questions
+from experiments.runner.flags import PASSED_ON, asked_points, asked_questions, asked_schemes, define_sweep
 from experiments.runner.listing import said_to_compare, table
 from experiments.runner.progress import Progress
 from experiments.runner.sweeping import make_workdir
@@ -59,7 +59,7 @@ def main() -> int:
         raise UserError("--distributed: leave it out; on Slurm each point is a task of its own, on one node")
     extra = dict(_option(text) for text in FLAGS.sbatch)
     asked, points = asked_questions(), asked_points()
-    known = questions.load(asked, points) if asked else {}
+    known, schemes = questions.load(asked, points) if asked else {}, asked_schemes()
     workdir = local_directory("workdir", FLAGS.workdir)  # submitit keeps its logs there
     executor = _executor(workdir / "slurm", extra)
     make_workdir(workdir)
@@ -70,7 +70,9 @@ def main() -> int:
     todo = [
         index
         for index, point in enumerate(points)
-        if missing[point.name] or (asked and questions.lacking(point, workdir, asked, known))
+        if missing[point.name]
+        or (asked and questions.lacking(point, workdir, asked, known))
+        or (schemes and quantizing.lacking(point, workdir, schemes))
     ]
     print(f"\n{len(points) - len(todo)} of {len(points)} points are complete", flush=True)
     command = [sys.executable, "-m", "experiments.sweep", *cli.given(*PASSED_ON)]

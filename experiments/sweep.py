@@ -9,6 +9,7 @@
   python -m experiments.sweep --workdir=/shared/runs --distributed   # every run on all hosts
   python -m experiments.sweep --devices_per_run=1                    # a run on each device of this host
   python -m experiments.sweep --tasks=mobilellm --data_dir=eval      # and zero-shot accuracy of every run
+  python -m experiments.sweep --quantize=w8a8,w4:32                  # and what quantization costs it
 
 Every point looks for its own learning rate first, with a seed of its own. When all are through, parabolas of
 one curvature are fitted to the searches of a study, and every point trains with the same seeds as all others
@@ -21,9 +22,9 @@ interruption; SIGTERM saves checkpoints and exits with status 75, "start me agai
 diverges is recorded as such, and the others go on; a process that a signal ended is started once more.
 Sweeps that share a --workdir share the points; the point of one that died is taken over (`runner/leases.py`).
 With --tasks, every finished run answers them at the end, also one that was there before; what its record has
-is not asked again. Points chosen by --only are compared as the study asks, or, where it asks for no pair of
-them, all with each other. In --workdir: results/ has one JSON record for each run, reports/ and figures/ what
-they show, runs/ checkpoints and logs.
+is not asked again. So it is with the schemes of --quantize (`experiments.quantize`). Points chosen by --only
+are compared as the study asks, or, where it asks for no pair of them, all with each other. In --workdir:
+results/ has one JSON record for each run, reports/ and figures/ what they show, runs/ checkpoints and logs.
 """
 
 import os
@@ -32,7 +33,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.runner import devices, hosts
-from experiments.runner.flags import asked_points, asked_questions, define_sweep
+from experiments.runner.flags import asked_points, asked_questions, asked_schemes, define_sweep
 from experiments.runner.listing import said_to_compare, table
 from experiments.runner.studies import shard
 from experiments.runner.sweeping import sweep
@@ -43,7 +44,7 @@ FLAGS = flags.FLAGS
 
 def main() -> int:
     """Runs the sweep, and returns the exit status."""
-    questions, whole = asked_questions(), asked_points()
+    questions, schemes, whole = asked_questions(), asked_schemes(), asked_points()
     points = shard(whole, FLAGS.shard)
     groups = None
     if not FLAGS.list:
@@ -54,7 +55,8 @@ def main() -> int:
     print(table(points))
     if FLAGS.list:
         return 0
-    return sweep(points, cli.directory("workdir", FLAGS.workdir), FLAGS.jobs, groups, questions, whole)
+    workdir = cli.directory("workdir", FLAGS.workdir)
+    return sweep(points, workdir, FLAGS.jobs, groups, questions, whole, schemes)
 
 
 def _groups() -> list[dict[str, str]] | None:

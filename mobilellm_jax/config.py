@@ -132,6 +132,14 @@ class ModelConfig:
         return layer_plan(self.sharing, self.depth, self.num_repeats)
 
     @property
+    def activation_bits(self) -> int:
+        """Bits that activations are rounded to before products with weights; 0: they are not rounded.
+
+        No field, as nothing is trained so: `quantization.apply.QuantizedModel` has other values.
+        """
+        return 0
+
+    @property
     def effective_depth(self) -> int:
         """L, the number of layers applied."""
         return len(self.plan)

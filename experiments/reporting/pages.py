@@ -9,7 +9,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from experiments.reporting import beside_paper, evidence, figures, tables
+from experiments.reporting import beside_paper, evidence, figures, quantized, tables
 from experiments.reporting.figures import Image
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import Record
@@ -110,6 +110,7 @@ def contents(study: Study, images: dict[str, Image]) -> list[Section]:
         ("Learning rates", [*shown("-learning_rates"), *_learning_rates(found.tuning)]),
         ("Outcomes", [MEASURES[study.facts.metric].caption, tables.outcomes(study), _seeds(study)]),
         ("By level", [evidence.LEVELS, levels] if (levels := evidence.levels(study)) else []),
+        ("Quantization", _quantization(study)),
         ("Zero-shot accuracy", [SHARES, zero_shot] if (zero_shot := tables.zero_shot(study)) else []),
         ("Zero-shot, question by question", [evidence.PAIRED, paired] if paired else []),
         ("Against parameters and FLOPs", shown("-costs")),
@@ -135,6 +136,11 @@ def _learning_rates(searches: Mapping[str, Tuning]) -> list[Block]:
     if not best:
         return [columns]
     return [f"The best rates of all points lie within a factor of {max(best) / min(best):.3g}.", columns]
+
+
+def _quantization(study: Study) -> list[Block]:
+    costs, pairs = quantized.costs(study), quantized.pairs(study)
+    return [*([quantized.GAPS, costs] if costs else []), *([quantized.PAIRS, pairs] if pairs else [])]
 
 
 def _seeds(study: Study) -> tables.Columns:

@@ -5,6 +5,7 @@ from absl import flags
 from experiments import cli
 from experiments.runner import hosts
 from experiments.runner.points import Point
+from experiments.runner.quantizing import Quantizing, schemes_of
 from experiments.runner.questions import Questions
 from experiments.runner.studies import points_of
 from mobilellm_jax.errors import UserError
@@ -13,7 +14,7 @@ from mobilellm_jax.storage.files import local_directory
 FLAGS = flags.FLAGS
 
 # What a launcher passes on to the sweeps that it starts, besides the flags of the config.
-PASSED_ON = ("workdir", "only", "arms", "seeds", "tasks", "data_dir", "limit")
+PASSED_ON = ("workdir", "only", "arms", "seeds", "tasks", "data_dir", "limit", "quantize")
 
 
 def define_sweep() -> None:
@@ -45,6 +46,9 @@ def define_sweep() -> None:
         "i/n: only every n-th point, from the i-th on; i from 0 to n - 1. It tunes these, helps to tune the "
         "others of their studies, as learning rates are fitted together, and then compares its own",
     )
+    flags.DEFINE_list(
+        "quantize", [], "schemes that every finished run is quantized to, such as w8a8,w4:32; default: none"
+    )
     hosts.define_flags()
     define_scoring()
 
@@ -59,6 +63,11 @@ def define_scoring() -> None:
 def asked_points() -> list[Point]:
     """The points that the flags choose, of all shards; errors as in `points_of`."""
     return points_of(cli.config_spec(), cli.overrides(), FLAGS.seeds, FLAGS.only, FLAGS.arms)
+
+
+def asked_schemes() -> Quantizing | None:
+    """What --quantize asks for; None without it, UserError if it names an unknown scheme."""
+    return Quantizing(schemes_of("quantize", FLAGS.quantize)) if FLAGS.quantize else None
 
 
 def asked_questions(bos: bool | None = None) -> Questions | None:

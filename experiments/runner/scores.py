@@ -42,19 +42,23 @@ def read(path: AnyPath) -> dict[str, Any]:
     return document
 
 
-def keep(path: AnyPath, result: Any, settings: dict[str, Any]) -> None:
-    """Adds the score of a task (a `harness.TaskResult`) and the settings that it was made with."""
-    entry = {
+def entry(result: Any) -> dict[str, Any]:
+    """The score of a task (a `harness.TaskResult`), as it is kept."""
+    return {
         "items": result.items,
         "metrics": {name: {"value": v, "standard_error": e} for name, (v, e) in result.metrics.items()},
         "chance": result.chance,
         "majority": result.majority,
         "data": result.data,
         **({"correct": result.correct} if result.correct is not None else {}),
-        **settings,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def keep(path: AnyPath, result: Any, settings: dict[str, Any]) -> None:
+    """Adds the score of a task (a `harness.TaskResult`) and the settings that it was made with."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    kept = {**entry(result), **settings, "created": now}
     if path.name != RESULTS:
-        return add_zero_shot(path, result.task, entry)
-    text = json.dumps({**read(path), result.task: entry}, indent=1) + "\n"
+        return add_zero_shot(path, result.task, kept)
+    text = json.dumps({**read(path), result.task: kept}, indent=1) + "\n"
     return write_atomically(path, text.encode())

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.runner import devices, plans, questions, rates, scoring
+from experiments.runner import devices, plans, quantizing, questions, rates, scoring
 from experiments.runner.points import Point, Run
 from experiments.runner.progress import Progress, missing_of, record_path, settled
+from experiments.runner.quantizing import Quantizing
 from experiments.runner.questions import Questions
 from experiments.runner.workers import TUNING, Task, Wait, in_processes, leases_of, say, take
 from mobilellm_jax import data
@@ -39,6 +40,7 @@ def sweep(
     groups: Sequence[Mapping[str, str]] | None = None,
     asked: Questions | None = None,
     whole: Sequence[Point] | None = None,
+    quantized: Quantizing | None = None,
 ) -> int:
     """Does the runs that `workdir` has no record of, reports on all, and returns the exit status.
 
@@ -55,6 +57,7 @@ def sweep(
       asked: questions for every finished run of the points.
       whole: all points of their studies, where `points` is one worker's part. It then helps to tune those
         that share an arm with its own, and waits for what others tune.
+      quantized: how to quantize every finished run of the points.
 
     Raises:
       UserError: bad data, or a `workdir` of another sweep or data; found before anything is compiled.
@@ -71,6 +74,8 @@ def sweep(
     whole = points if whole is None else plans.with_power(whole)
     for point in whole:
         check(point.config)
+        if quantized:
+            quantized.check(point.config)
     known = questions.load(asked, points) if asked else {}
     processes.of_first(lambda: make_workdir(workdir))
     progress = Progress(points, workdir)
@@ -118,6 +123,12 @@ def sweep(
         todo = [point for point in points if left[point.name]]
         score = functools.partial(scoring.score_point, **these)
         broken += _all(todo, workdir, environments, Task(_on_devices(size, score), lacking))
+    if quantized:
+        lacking = functools.partial(quantizing.lacking, asked=quantized)
+        left = processes.of_first(lambda: {point.name: lacking(point, workdir) for point in points})
+        todo = [point for point in points if left[point.name]]
+        do = functools.partial(quantizing.quantize_point, asked=quantized)
+        broken += _all(todo, workdir, environments, Task(_on_devices(size, do), lacking))
     status = 0
     try:
         status = processes.of_first(lambda: _finish(points, workdir))

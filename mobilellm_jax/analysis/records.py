@@ -22,7 +22,7 @@ Scalar = bool | int | float | str | None
 Evaluation = dict[str, int | float | None]
 _EVALUATION = ("step", "loss", "bits_per_byte", "error")
 # Not in older records.
-_LATER = ("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor", "measures")
+_LATER = "zero_shot design arm plan by_position documents floor measures quantized".split()
 _KEYS = {  # required keys of nested fields
     "x": ("label", "value", "log"),
     "parameters": ("total", "embedding", "non_embedding"),
@@ -92,6 +92,8 @@ class Record:
       measures: of a task: {"floor" (by name of a measure, its value where nothing was learned), "ceiling"
         (its best value), "levels": {"name", "level", "accuracy", "floor", "ceiling", "answers"}, lists by
         level of difficulty, or None without levels}. The measures themselves are in `evaluations`.
+      quantized: cost of quantization by scheme, as `experiments.quantize` prints it: {"loss", "gap",
+        "full_loss" (nats per token), "bytes", "full_bytes", "agreement" (share of equal greedy tokens), ...}.
 
     The fields from `zero_shot` on are None where they do not apply, and in records older than the field.
     """
@@ -140,6 +142,7 @@ class Record:
     documents: dict[str, list[Any]] | None = None
     floor: dict[str, int | float] | None = None
     measures: dict[str, Any] | None = None
+    quantized: dict[str, dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -217,6 +220,12 @@ def add_zero_shot(path: str | os.PathLike[str], task: str, entry: dict[str, Any]
     """Adds a task score to the record at `path`, atomically. Errors as in `read_record`, `write_record`."""
     record = read_record(path)
     write_record(dataclasses.replace(record, zero_shot={**(record.zero_shot or {}), task: entry}), path)
+
+
+def add_quantized(path: str | os.PathLike[str], scheme: str, entry: dict[str, Any]) -> None:
+    """Adds the cost of a scheme to the record at `path`, as `add_zero_shot` does a task score."""
+    record = read_record(path)
+    write_record(dataclasses.replace(record, quantized={**(record.quantized or {}), scheme: entry}), path)
 
 
 def read_records(directory: str | os.PathLike[str]) -> list[Record]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.ops.attention import attend_causally
 from mobilellm_jax.model.ops.linear import linear, swiglu
+from mobilellm_jax.model.ops.rounding import round_tokens
 from mobilellm_jax.model.parameterization import multipliers
 from mobilellm_jax.parameters import Parameter, parameter
 
@@ -125,6 +126,8 @@ def project(
     module: Attention | FeedForward, name: str, product: str, x: Float[Array, "..."]
 ) -> Float[Array, "..."]:
     """Computes einsum(product, x, weight), and names the result after the weight, for `remat.py`."""
+    if bits := module.config.activation_bits:
+        x = round_tokens(x, bits)
     return checkpoint_name(linear(product, x, weight(module, name)), name)
 
 

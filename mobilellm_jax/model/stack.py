@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.block import Block, initial, rms_norm, rope_table
 from mobilellm_jax.model.ops.cross_entropy import cross_entropy, head_logits, token_cross_entropy
+from mobilellm_jax.model.ops.rounding import round_tokens
 from mobilellm_jax.model.parameterization import multipliers
 from mobilellm_jax.model.remat import REMAT_POLICIES
 from mobilellm_jax.parameters import Parameter, parameter
@@ -106,7 +107,9 @@ def embed(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> 
 def final_norm(params: Params, x_BTD: Float[Array, "B T D"], config: ModelConfig) -> Float[Array, "B T D"]:
     with jax.named_scope("final_norm"):
         x_BTD = rms_norm(x_BTD, params["final_norm"]["gain"], config.norm_epsilon)
-        return multipliers(config).logits * x_BTD  # here once, instead of at every use of the head
+        x_BTD = multipliers(config).logits * x_BTD  # here once, instead of at every use of the head
+        bits = config.activation_bits
+        return round_tokens(x_BTD, bits) if bits else x_BTD
 
 
 def logits(params: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

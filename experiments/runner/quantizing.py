@@ -1,0 +1,254 @@
+"""Quantizes trained runs and says what that costs, for `experiments.quantize` and `experiments.sweep`."""
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments import cli
+from experiments.runner import scores
+from experiments.runner.points import Point
+from experiments.runner.questions import Questions
+from experiments.runner.workers import say
+from mobilellm_jax import data
+from mobilellm_jax.analysis.records import add_quantized, read_record
+from mobilellm_jax.config import Config
+from mobilellm_jax.data.pipeline import padded_batches
+from mobilellm_jax.data.rows import PADDING
+from mobilellm_jax.data.sources import open_source
+from mobilellm_jax.data.text import read_text
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.inference.quantized import Answers, answers
+from mobilellm_jax.model.stack import Params
+from mobilellm_jax.parallel import partition, processes
+from mobilellm_jax.quantization.apply import check_groups, quantize, short_rows, weight_bytes
+from mobilellm_jax.quantization.schemes import Scheme, parse
+from mobilellm_jax.runs import provenance
+from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
+from mobilellm_jax.runs.run import check
+from mobilellm_jax.storage.checkpoint import newest_intact
+from mobilellm_jax.storage.files import AnyPath, write_atomically
+
+RESULTS = "quantized.json"
+Batches = Callable[[], Iterator[np.ndarray]]
+Entry = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizing:
+    """What to do to every run.
+
+    Attributes:
+      schemes: to quantize to, each from full precision.
+      short_groups: allow a last group that is shorter than the others.
+      questions: zero-shot tasks that every quantized model is asked; None asks none.
+    """
+
+    schemes: tuple[Scheme, ...]
+    short_groups: bool = False
+    questions: Questions | None = None
+
+    def check(self, config: Config) -> None:
+        """Checks that the schemes fit a model; UserError if they do not."""
+        for scheme in self.schemes:
+            check_groups(config.model, scheme, self.short_groups)
+
+
+def schemes_of(flag: str, names: Sequence[str]) -> tuple[Scheme, ...]:
+    """The schemes that a flag names.
+
+    Raises:
+      UserError: there is no such scheme.
+    """
+    try:
+        return tuple(dict.fromkeys(map(parse, names)))
+    except UserError as error:
+        raise UserError(f"--{flag}: {error}") from None
+
+
+# --- rows -----------------------------------------------------------------------------------------------
+
+
+def held_out_rows(config: Config) -> Batches:
+    """The rows that the run is evaluated on, in training's order."""
+    t = config.train
+    prepared = data.prepare(config.data, config.model.vocab_size)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    rows = {"batch_size": t.eval_batch_size, "rows": t.eval_rows, "split": t.eval_split}
+    return lambda: prepared.eval_batches(**rows, **share)
+
+
+def rows_of_text(spec: str, text_field: str, workdir: AnyPath, config: Config) -> Batches:
+    """Rows of a text, as `experiments.evaluate` has them; of "tokens:", each document begins a row.
+
+    Raises:
+      UserError: the source cannot be read, is empty, has ids that the model has not, or needs a tokenizer.
+    """
+    length = config.data.sequence_length
+    if spec.startswith("tokens:"):
+        rows_RS = _token_rows(spec, length, config.model.vocab_size)
+    else:
+        tokenizer = open_tokenizer(workdir)
+        if tokenizer is None:
+            raise UserError(
+                f"{workdir}: this run has no tokenizer, which --text={spec} needs; use tokens:<glob>"
+            )
+        bos = begins_with_bos(workdir, tokenizer)
+        rows_RS = read_text(spec, text_field, tokenizer, length, bos).rows_RS
+    order, size = np.arange(len(rows_RS)), config.train.eval_batch_size
+    share = jax.process_index(), jax.process_count()
+    return lambda: padded_batches(rows_RS.__getitem__, order, size, *share)
+
+
+def _token_rows(spec: str, length: int, vocab_size: int) -> np.ndarray:
+    rows = []
+    for document in open_source(spec, "", "--text").read(lambda count: None):
+        ids = np.array(document, np.int32)
+        if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+            wrong = next(int(i) for i in ids if not 0 <= i < vocab_size)
+            raise UserError(f"--text={spec}: token {wrong} is not valid; expected 0 to {vocab_size - 1}")
+        for start in range(0, len(ids) - 1, length):
+            part = ids[start : start + length + 1]
+            rows.append(np.pad(part, (0, length + 1 - len(part)), constant_values=PADDING))
+    if not rows:
+        raise UserError(f"--text={spec}: has no document of at least 2 tokens")
+    return np.stack(rows)
+
+
+# --- one run --------------------------------------------------------------------------------------------
+
+
+def results_path(workdir: AnyPath, text: str | None) -> AnyPath:
+    """The record of a run; where it has none, or another text is scored, quantized.json in its directory."""
+    record = scores.results_path(workdir)
+    return workdir / RESULTS if text or record.name == scores.RESULTS else record
+
+
+def read(path: AnyPath) -> dict[str, Entry]:
+    """What is known already, by scheme; UserError if the file is damaged."""
+    if path.name != RESULTS:
+        return read_record(path).quantized or {}
+    if not path.exists():
+        return {}
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); delete it to quantize again") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: not results of quantization; delete it to quantize again")
+    return document
+
+
+def keep(path: AnyPath, name: str, entry: Entry) -> None:
+    """Adds the result of a scheme, atomically."""
+    if path.name != RESULTS:
+        return add_quantized(path, name, entry)
+    text = json.dumps({**read(path), name: entry}, indent=1) + "\n"
+    return write_atomically(path, text.encode())
+
+
+def quantize_run(
+    asked: Quantizing,
+    path: AnyPath,
+    workdir: AnyPath,
+    config: Config,
+    params: Params,
+    batches: Batches,
+    text: str | None = None,
+) -> Iterator[tuple[Scheme, Entry]]:
+    """Yields the result of each scheme, as soon as it is kept in `path`.
+
+    Raises:
+      UserError: a scheme does not fit the model, or its weights cannot be quantized.
+    """
+    mesh = check(config)
+    asked.check(config)
+    processes.of_first(lambda: read(path) and None)  # fails before the work if it cannot be read
+    full = answers(params, config.model, mesh, batches())
+    settings = {
+        "text": text or f"{config.train.eval_split}:{config.train.eval_rows or 'all'}",
+        "targets": len(full.best),
+        "full_loss": full.loss,
+        "full_bytes": weight_bytes(config.model, None),
+        "step": newest_intact(workdir / "checkpoints")[0],
+        "compute_dtype": config.model.compute_dtype,
+        "command": cli.command(),
+        "git_commit": provenance.git_commit(),
+    }
+    for scheme in asked.schemes:
+        new, model_config = quantize(params, config.model, scheme, asked.short_groups)
+        found = answers(new, model_config, mesh, batches())
+        entry = {**_entry(scheme, config, full, found), **settings}
+        if asked.questions:
+            quantized = dataclasses.replace(config, model=model_config)
+            entry["zero_shot"] = _zero_shot(asked.questions, workdir, quantized, new, mesh)
+        if jax.process_index() == 0:
+            keep(path, scheme.name, entry)
+        yield scheme, entry
+
+
+def _entry(scheme: Scheme, config: Config, full: Answers, found: Answers) -> Entry:
+    return {
+        "loss": found.loss,
+        "gap": found.loss - full.loss,
+        "bytes": weight_bytes(config.model, scheme),
+        "agreement": full.agreement(found),
+        "short_groups": short_rows(config.model, scheme),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _zero_shot(
+    questions: Questions, workdir: AnyPath, config: Config, params: Params, mesh: Mesh
+) -> dict[str, Entry]:
+    """Scores of a quantized model by task, as `scores.keep` writes those of the run itself."""
+    from mobilellm_jax.inference import harness  # here: it needs the extra `eval`
+
+    tokenizer = open_tokenizer(workdir)
+    if tokenizer is None:
+        raise UserError(f"{workdir}: this run has no tokenizer, which --tasks needs")
+    bos = begins_with_bos(workdir, tokenizer) if questions.bos is None else questions.bos
+    tasks, _ = harness.load_tasks(questions.names, questions.data_dir)
+    params = jax.device_put(params, partition.shardings(params, mesh))
+    lm = harness.Adapter(params, config, tokenizer, mesh, bos)
+    results = [harness.run_task(lm, name, task, questions.limit) for name, task in tasks.items()]
+    return {result.task: scores.entry(result) for result in results}
+
+
+# --- the runs of a sweep --------------------------------------------------------------------------------
+
+
+def lacking(point: Point, workdir: AnyPath, asked: Quantizing) -> int:
+    """Number of finished comparison runs of a point whose record lacks one of the schemes."""
+    return sum(map(bool, _lacking_schemes(point, workdir, asked).values()))
+
+
+def _lacking_schemes(point: Point, workdir: AnyPath, asked: Quantizing) -> dict[str, list[Scheme]]:
+    found = {}
+    for name in point.run_names():
+        path = workdir / "results" / f"{name}.json"
+        record = read_record(path) if path.exists() else None
+        if record is not None and record.status == "finished":
+            known = record.quantized or {}
+            found[name] = [scheme for scheme in asked.schemes if scheme.name not in known]
+    return found
+
+
+def quantize_point(point: Point, workdir: AnyPath, asked: Quantizing) -> None:
+    """Quantizes every finished run of a point to the schemes that its record lacks."""
+    todo: Mapping[str, list[Scheme]] = processes.of_first(lambda: _lacking_schemes(point, workdir, asked))
+    for name, schemes in todo.items():
+        if not schemes:
+            continue
+        directory = workdir / "runs" / name
+        config, params = open_run(directory)
+        config = dataclasses.replace(config, mesh=point.config.mesh)
+        these = dataclasses.replace(asked, schemes=tuple(schemes))
+        path = results_path(directory, None)
+        done = quantize_run(these, path, directory, config, params, held_out_rows(config))
+        say(name, "gap: " + ", ".join(f"{scheme.name} {entry['gap']:+.4f}" for scheme, entry in done))
