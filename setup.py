@@ -68,6 +68,9 @@ setup(
             "statsmodels>=0.15",  # a reference
             "submitit>=1.5.4",
         ],
+        # An independent implementation that one test of quantization compares with; skipped without it. Pinned,
+        # as the test reads a module that is not public.
+        "quantization-test": ["qwix==0.1.8"],
         "dev": ["pre-commit>=4.3"],
         # The documentation site: python -m experiments.docs && zensical build --strict
         "docs": ["mkdocstrings-python>=2.0", "zensical>=0.0.73,<0.1"],
