@@ -68,8 +68,8 @@ setup(
             "statsmodels>=0.15",  # a reference
             "submitit>=1.5.4",
         ],
-        # An independent implementation that one test of quantization compares with; skipped without it. Pinned,
-        # as the test reads a module that is not public.
+        # A test of quantization compares with it, and is skipped without it. Pinned, as the test imports a
+        # module that is not public.
         "quantization-test": ["qwix==0.1.8"],
         "dev": ["pre-commit>=4.3"],
         # The documentation site: python -m experiments.docs && zensical build --strict

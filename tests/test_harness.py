@@ -21,7 +21,9 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats import huggingface
 from mobilellm_jax.inference.local_tasks import LOCAL_TASKS
 from mobilellm_jax.parallel import partition
-from mobilellm_jax.runs.directory import TOKENIZER
+from mobilellm_jax.quantization.apply import quantize
+from mobilellm_jax.quantization.schemes import parse
+from mobilellm_jax.runs.directory import TOKENIZER, open_run, open_tokenizer
 from mobilellm_jax.storage.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries of others
@@ -90,8 +92,6 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(workdir):
     """Returns a function from whether texts begin with BOS to the model of the run."""
-    from mobilellm_jax.runs.directory import open_run, open_tokenizer
-
     config, params = open_run(workdir)
     mesh = partition.make_mesh(config.mesh)  # eight devices
     return lambda bos: harness.Adapter(params, config, open_tokenizer(workdir), mesh, bos)
@@ -216,6 +216,30 @@ def test_the_command_prints_a_table_and_keeps_results(workdir, data_dir):
     assert document["piqa"]["metrics"].keys() == {"acc", "acc_norm"}
     assert document["boolq"]["requests_shortened"] > document["piqa"]["requests_shortened"] == 0
     assert rest[-1] == ["see", str(workdir / "zero_shot.json")]
+
+
+def test_quantized_models_are_asked_the_same_questions(workdir, data_dir, tmp_path):
+    """Of weights alone, the scores are those of a model that holds the rounded weights."""
+    (tmp_path / "text.txt").write_text("a few words " * 20)
+    arguments = [f"--workdir={workdir}", f"--data_dir={data_dir}", "--limit=12", "--tasks=piqa,arc_easy"]
+    text = f"--text=files:{tmp_path}/text.txt"
+    done = command("experiments.quantize", *arguments, text, "--schemes=w8a8,w2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("piqa (12): acc ") == 2
+    found = json.loads((workdir / "quantized.json").read_text())
+    assert found.keys() == {"w8a8", "w2"}
+    config, params = open_run(workdir)
+    rounded, _ = quantize(params, config.model, parse("w2"))
+    tokenizer = open_tokenizer(workdir)
+    lm = harness.Adapter(rounded, config, tokenizer, partition.make_mesh(config.mesh), True)
+    tasks, _ = harness.load_tasks(["piqa", "arc_easy"], data_dir)
+    for name, task in tasks.items():
+        expected = harness.run_task(lm, name, task, 12).metrics
+        kept = found["w2"]["zero_shot"][name]["metrics"]
+        assert {metric: of["value"] for metric, of in kept.items()} == {
+            m: v for m, (v, _) in expected.items()
+        }
+    assert found["w8a8"]["zero_shot"].keys() == tasks.keys()
 
 
 def run_command(name, *arguments):

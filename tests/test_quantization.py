@@ -201,6 +201,7 @@ def test_generation_is_greedy_over_the_same_logits():
     tokens = list(prompt)
     for token in made:
         padded = jnp.array([[*tokens, *[0] * (9 - len(tokens))]])  # what comes later is not seen
+        assert token is not None
         assert token == int(apply(params, padded, quantized)[0, len(tokens) - 1].argmax())
         tokens.append(token)
     assert len(made) == 6

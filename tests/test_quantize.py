@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from experiments.runner import sweeping
 from experiments.runner.quantizing import Quantizing, lacking, quantize_run, read, rows_of_text, schemes_of
 from experiments.runner.studies import points_of
 from mobilellm_jax.analysis.quantized import gap_pairs, gaps
-from mobilellm_jax.analysis.records import add_quantized, read_record, read_records, write_record
+from mobilellm_jax.analysis.records import Record, add_quantized, read_record, read_records, write_record
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.data.rows import PADDING
@@ -30,6 +31,11 @@ from mobilellm_jax.quantization.schemes import parse
 from mobilellm_jax.runs.directory import open_run
 
 STORIES = Path(__file__).parents[2] / "shared/data/weights/stories260K"
+
+
+def quantized(record: Record) -> dict[str, Any]:
+    assert record.quantized is not None
+    return record.quantized
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +53,15 @@ def test_a_sweep_quantizes_every_run(swept, monkeypatch):
     records = read_records(workdir / "results")
     assert len(records) == 4
     for record in records:
-        assert list(record.quantized) == ["w3:8", "w8a8"]  # sorted in the file
-        for entry in record.quantized.values():
+        assert list(quantized(record)) == ["w3:8", "w8a8"]  # sorted in the file
+        assert record.final is not None
+        for entry in quantized(record).values():
             assert entry["full_loss"] == pytest.approx(record.final["loss"], rel=1e-6)
             assert entry["gap"] == pytest.approx(entry["loss"] - entry["full_loss"], abs=1e-12)
             assert 0 < entry["agreement"] <= 1
             assert (entry["text"], entry["targets"]) == ("valid:8", 8 * 16)
-        assert record.quantized["w8a8"]["agreement"] > record.quantized["w3:8"]["agreement"]
-        assert record.quantized["w8a8"]["bytes"] < record.quantized["w8a8"]["full_bytes"] / 2
+        assert quantized(record)["w8a8"]["agreement"] > quantized(record)["w3:8"]["agreement"]
+        assert quantized(record)["w8a8"]["bytes"] < quantized(record)["w8a8"]["full_bytes"] / 2
     report = (workdir / "reports" / "mini-tiny.md").read_text()
     assert "## Quantization" in report
     assert "| reverse against none | w3:8 | " in report
@@ -87,14 +94,14 @@ def test_the_command_prints_a_line_for_each_scheme_and_keeps_it(swept):
     assert names.split()[:3] == ["scheme", "loss", "gap"]
     record = read_record(path)
     for line, name in ((first, "w8a8"), (second, "w2:16")):
-        entry = record.quantized[name]
+        entry = quantized(record)[name]
         words = line.split()
         assert words[0] == name
         assert [float(word) for word in words[1:3]] == pytest.approx([entry["loss"], entry["gap"]], abs=6e-6)
         assert words[3] == f"{entry['bytes']:,}"
     assert last == f"see {path}"
-    assert record.quantized.keys() == {"w8a8", "w3:8", "w2:16"}
-    assert record.quantized["w8a8"]["loss"] == pytest.approx(before.quantized["w8a8"]["loss"], rel=1e-6)
+    assert quantized(record).keys() == {"w8a8", "w3:8", "w2:16"}
+    assert quantized(record)["w8a8"]["loss"] == pytest.approx(quantized(before)["w8a8"]["loss"], rel=1e-6)
     assert dataclasses.replace(record, quantized=None) == dataclasses.replace(before, quantized=None)
 
 
@@ -214,10 +221,15 @@ def test_gaps_have_intervals_over_seeds():
     assert found[3].gap.half_width == pytest.approx((high - low) / 2)
     (eight, four) = gap_pairs(study.points, study.facts.pairs)
     assert (four.point, four.other, four.word, four.margin) == ("4 x 128", "2 x 128", "more fragile", 0.02)
+    assert four.difference is not None
+    assert four.difference.low is not None
+    assert four.difference.high is not None
     assert four.difference.mean == pytest.approx(np.mean(deep) - np.mean(shallow))
     assert 0 < four.difference.low < four.difference.mean < four.difference.high
     # The same, a hundredth as large, and within the margin.
     assert (eight.scheme, eight.margin) == ("w8a8", 0.005)
+    assert eight.difference is not None
+    assert eight.difference.high is not None
     assert eight.difference.high < 0.005
     other = gap_pairs(study.points, [("2 x 128", "4 x 128")])
     assert [pair.word for pair in other][1] == "less fragile"

@@ -25,7 +25,7 @@ from mobilellm_jax.data.text import read_text
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.quantized import Answers, answers
 from mobilellm_jax.model.stack import Params
-from mobilellm_jax.parallel import partition, processes
+from mobilellm_jax.parallel import processes
 from mobilellm_jax.quantization.apply import check_groups, quantize, short_rows, weight_bytes
 from mobilellm_jax.quantization.schemes import Scheme, parse
 from mobilellm_jax.runs import provenance
@@ -78,9 +78,13 @@ def held_out_rows(config: Config) -> Batches:
     """The rows that the run is evaluated on, in training's order."""
     t = config.train
     prepared = data.prepare(config.data, config.model.vocab_size)
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    rows = {"batch_size": t.eval_batch_size, "rows": t.eval_rows, "split": t.eval_split}
-    return lambda: prepared.eval_batches(**rows, **share)
+    return lambda: prepared.eval_batches(
+        batch_size=t.eval_batch_size,
+        rows=t.eval_rows,
+        split=t.eval_split,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 def rows_of_text(spec: str, text_field: str, workdir: AnyPath, config: Config) -> Batches:
@@ -214,7 +218,6 @@ def _zero_shot(
         raise UserError(f"{workdir}: this run has no tokenizer, which --tasks needs")
     bos = begins_with_bos(workdir, tokenizer) if questions.bos is None else questions.bos
     tasks, _ = harness.load_tasks(questions.names, questions.data_dir)
-    params = jax.device_put(params, partition.shardings(params, mesh))
     lm = harness.Adapter(params, config, tokenizer, mesh, bos)
     results = [harness.run_task(lm, name, task, questions.limit) for name, task in tasks.items()]
     return {result.task: scores.entry(result) for result in results}

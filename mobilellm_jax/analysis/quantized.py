@@ -6,6 +6,7 @@ noise of training cancels in it.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def gaps(points: Mapping[str, Point]) -> list[Gap]:
     found = []
     for scheme in _schemes(points):
         for label, point in points.items():
-            entries = [run.quantized[scheme] for run in point.finished if scheme in (run.quantized or {})]
+            entries = [*_entries(point, scheme).values()]
             if entries:
                 found.append(
                     Gap(
@@ -81,21 +82,24 @@ def gap_pairs(points: Mapping[str, Point], pairs: Sequence[tuple[str, str]]) -> 
     """Compares the gaps of the study's pairs, one family of tests a scheme; [] if nothing was quantized."""
     found = []
     for scheme in _schemes(points):
+        of_points = {label: _entries(point, scheme) for label, point in points.items()}
         scores = {
-            label: {
-                run.seed: run.quantized[scheme]["gap"]
-                for run in point.finished
-                if scheme in (run.quantized or {})
-            }
-            for label, point in points.items()
+            label: {seed: entry["gap"] for seed, entry in entries.items()}
+            for label, entries in of_points.items()
+            if entries
         }
-        scores = {label: of_seed for label, of_seed in scores.items() if of_seed}
         margin = MARGIN_8 if scheme.startswith("w8") else MARGIN
         known = [pair for pair in pairs if all(label in points for label in pair)]
         for pair, decision in zip(known, statistics.decide(scores, known, margin), strict=True):
             word = WORDS.get(decision.word, decision.word)
             found.append(GapPair(*pair, scheme, decision.difference, margin, word))
     return found
+
+
+def _entries(point: Point, scheme: str) -> dict[int, dict[str, Any]]:
+    """What the finished runs of a point say of a scheme, by seed."""
+    known = {run.seed: (run.quantized or {}).get(scheme) for run in point.finished}
+    return {seed: entry for seed, entry in known.items() if entry is not None}
 
 
 def _schemes(points: Mapping[str, Point]) -> list[str]:
