@@ -218,6 +218,7 @@ def test_the_command_prints_a_table_and_keeps_results(workdir, data_dir):
     assert rest[-1] == ["see", str(workdir / "zero_shot.json")]
 
 
+@pytest.mark.slow
 def test_quantized_models_are_asked_the_same_questions(workdir, data_dir, tmp_path):
     """Of weights alone, the scores are those of a model that holds the rounded weights."""
     (tmp_path / "text.txt").write_text("a few words " * 20)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import apply, random_batch, tiny_model
+from conftest import apply, equations, random_batch, tiny_model
 from conftest import random_params as numpy_params
 
 from mobilellm_jax import model
@@ -102,15 +102,16 @@ def test_activations_are_rounded_token_by_token():
 
 
 def test_no_bits_change_nothing():
-    """Bit for bit: the program of a model in full precision has no rounding in it."""
-    config = tiny_model()
-    assert config.activation_bits == 0
+    """Bit for bit: the program in full precision has no rounding; the other, one before every product."""
+    config, counts = tiny_model(), []
     tokens = jnp.asarray(random_batch(config)[0])
-    text = str(jax.make_jaxpr(lambda p: model.apply(p, tokens, config))(random_params(config)))
-    assert "round" not in text
-    rounding = QuantizedModel(**{**vars(config), "rounded_to": 8})
-    text = str(jax.make_jaxpr(lambda p: model.apply(p, tokens, rounding))(random_params(config)))
-    assert text.count("round") >= 2
+    for of in (config, QuantizedModel(**{**vars(config), "rounded_to": 8})):
+        program = jax.make_jaxpr(lambda params, of=of: model.apply(params, tokens, of))(random_params(config))
+        counts.append(
+            sum(n for equation, n in equations(program.jaxpr) if equation.primitive.name == "round")
+        )
+    assert config.activation_bits == 0
+    assert counts == [0, 7 * config.depth + 1]  # seven matrices of a block, and the head
 
 
 def integer_linear(product: str, x, w):
@@ -136,6 +137,7 @@ def test_integer_arithmetic_gives_the_same_logits(sharing, monkeypatch, record_p
     expected = np.asarray(apply(params, tokens, fake))
     monkeypatch.setattr(block, "round_tokens", lambda x, bits: x)  # integer_linear does it
     monkeypatch.setattr(block, "linear", integer_linear)
+    params = jax.tree.map(jnp.asarray, params)
     x_BTD = model.hidden(params, tokens, fake)  # rounded already
     found = np.asarray(integer_linear("BTD,VD->BTV", x_BTD, params["embedding"]))
     error = np.abs(found - expected).max() / np.abs(expected).max()

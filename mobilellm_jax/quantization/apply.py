@@ -43,6 +43,8 @@ def quantize(
 ) -> tuple[Params, ModelConfig]:
     """The quantized model: parameters rounded once, and the config under which activations are rounded.
 
+    Rounded parameters are NumPy arrays, as those of a checkpoint.
+
     Args:
       params, config: the model in full precision; neither is changed.
       scheme: what to round to.
@@ -52,8 +54,11 @@ def quantize(
       UserError: groups do not divide, or a matrix holds NaN or nothing but zeros.
     """
     check_groups(config, scheme, short_groups)
-    rounded = map_parameters(lambda of, w: w if of.is_gain else round_weights(of, w, scheme), params)
-    return rounded, quantized_config(config, scheme)
+
+    def rounded(of: Parameter, w: Any) -> Any:
+        return w if of.is_gain else np.asarray(round_weights(of, w, scheme))
+
+    return map_parameters(rounded, params), quantized_config(config, scheme)
 
 
 def quantized_config(config: ModelConfig, scheme: Scheme) -> ModelConfig:
