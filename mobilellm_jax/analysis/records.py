@@ -22,7 +22,10 @@ Scalar = bool | int | float | str | None
 Evaluation = dict[str, int | float | None]
 _EVALUATION = ("step", "loss", "bits_per_byte", "error")
 # Not in older records.
-_LATER = "zero_shot design arm plan by_position documents floor measures quantized".split()
+_LATER = (
+    *("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor"),
+    *("measures", "quantized"),
+)
 _KEYS = {  # required keys of nested fields
     "x": ("label", "value", "log"),
     "parameters": ("total", "embedding", "non_embedding"),
