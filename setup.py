@@ -32,6 +32,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.1",
         "pyyaml>=6.0",
+        "rich>=13.9",  # the live view of a sweep; flax installs it
         "scipy>=1.15",
         "safetensors>=0.6",
         "sentencepiece>=0.2.1",

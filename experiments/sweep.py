@@ -3,6 +3,7 @@
   python -m experiments.sweep                                                  # the first look, on a laptop
   python -m experiments.sweep --config=configs/layer_sharing.py:small --workdir=runs/small
   python -m experiments.sweep --config=configs/depth_vs_width.py:paper_125m --list
+  python -m experiments.sweep --workdir=runs/small --status   # done, missing, at work
   python -m experiments.sweep --only='4 x 48,8 x 32' --seeds=8 --config.train.steps=1000
   python -m experiments.sweep --workdir=/shared/runs                 # on every node: they share the points
   python -m experiments.sweep --workdir=/shared/runs --shard=0/4     # or each has a part of its own
@@ -28,6 +29,7 @@ results/ has one JSON record for each run, reports/ and figures/ what they show,
 """
 
 import os
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -35,8 +37,8 @@ from experiments import cli
 from experiments.runner import devices, hosts
 from experiments.runner.flags import asked_points, asked_questions, asked_schemes, define_sweep
 from experiments.runner.listing import said_to_compare, table
+from experiments.runner.points import Point
 from experiments.runner.studies import shard
-from experiments.runner.sweeping import sweep
 from mobilellm_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -46,6 +48,8 @@ def main() -> int:
     """Runs the sweep, and returns the exit status."""
     questions, schemes, whole = asked_questions(), asked_schemes(), asked_points()
     points = shard(whole, FLAGS.shard)
+    if FLAGS.status:
+        return _print_status(points)
     groups = None
     if not FLAGS.list:
         groups = _groups()
@@ -55,8 +59,20 @@ def main() -> int:
     print(table(points))
     if FLAGS.list:
         return 0
+    from experiments.runner.sweeping import sweep  # here: half of what is imported, --status needs none of it
+
     workdir = cli.directory("workdir", FLAGS.workdir)
-    return sweep(points, workdir, FLAGS.jobs, groups, questions, whole, schemes)
+    return sweep(points, workdir, FLAGS.jobs, groups, questions, whole, schemes, FLAGS.lines_every)
+
+
+def _print_status(points: Sequence[Point]) -> int:
+    from experiments.runner.status import status
+
+    workdir = cli.directory("workdir", FLAGS.workdir)
+    if not workdir.exists():
+        raise UserError(f"--workdir={FLAGS.workdir}: there is no such directory; no sweep has run there")
+    print(status(points, workdir))
+    return 0
 
 
 def _groups() -> list[dict[str, str]] | None:

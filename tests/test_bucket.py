@@ -191,7 +191,7 @@ def test_of_two_sweeps_one_is_killed_and_every_run_is_done_once(where, tmp_path,
     workdir = f"{request.getfixturevalue('bucket')}/sweep" if where == "bucket" else f"{tmp_path}/sweep"
     command = [sys.executable, "-u", "-m", "experiments.sweep", f"--config={write_study(tmp_path)}"]
     command += [f"--workdir={workdir}", "--jobs=1", "--config.train.steps=400", "--config.train.log_every=10"]
-    command += ["--config.train.checkpoint_every=100"]
+    command += ["--config.train.checkpoint_every=100", "--lines_every=0"]
     outputs = [tmp_path / "first.log", tmp_path / "second.log"]
 
     def text(worker):

@@ -95,7 +95,7 @@ def test_a_sweep_of_two_processes_leaves_the_records_of_one(study, tmp_path, cap
     arguments = [f"--config={study}", f"--workdir={tmp_path}/two", "--seeds=1", "--only=reverse"]
     first, second = run_all(on_every_process(2, "experiments.sweep", *arguments))
     assert first[0] == second[0] == 0, first[2] + second[2]
-    assert "mini/tiny/reverse-s0  step 4/4  held-out loss" in first[1]
+    assert "mini/tiny/reverse-s0  finished: loss " in first[1]
     assert second[1] == ""  # one speaks for all
     assert sweeping.sweep(points_of(str(study), {}, 1, ["reverse"]), tmp_path / "one", jobs=1) == 0
     assert_same_records(tmp_path / "two/results", tmp_path / "one/results")
@@ -172,7 +172,7 @@ def test_four_sweeps_share_the_points_and_take_over_from_one_that_is_killed(stud
     study.write_text(text.replace('("none", "reverse"), model__num_repeats=(1, 2)', repr(plans)))
     command = ["-m", "experiments.sweep", f"--config={study}", f"--workdir={tmp_path}/w", "--jobs=1"]
     command += ["--seeds=1", "--config.train.steps=60", "--config.train.checkpoint_every=10"]
-    command += ["--config.train.log_every=10"]
+    command += ["--config.train.log_every=10", "--lines_every=0"]
     with running([command] * 4) as started:
         seen = ""
         for line in started[0].stdout:

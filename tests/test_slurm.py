@@ -110,6 +110,7 @@ LONG = [
     "--config.train.steps=1000",
     "--config.train.log_every=10",
     "--config.train.eval_every=1000",
+    "--lines_every=0",
 ]
 
 

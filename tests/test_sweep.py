@@ -18,7 +18,7 @@ import pytest
 
 from configs import base, depth_vs_width, khop, layer_sharing, lr_transfer, noise, shape_laws
 from experiments import cli
-from experiments.runner import progress, sweeping, workers
+from experiments.runner import progress, sweeping, view, workers
 from experiments.runner.leases import Leases
 from experiments.runner.listing import said_to_compare
 from experiments.runner.studies import points_of, shard
@@ -464,6 +464,8 @@ def test_a_disk_that_is_full_when_a_lease_is_taken_costs_that_point_alone(study,
 
 
 ANYTHING = workers.Task(sweeping.compare_point, lambda *_: 1)
+NAMES = ("mini/tiny/none", "mini/tiny/reverse")
+TALLY = view.Tally(0, dict.fromkeys(NAMES, 2), dict.fromkeys(NAMES, 2), dict.fromkeys(NAMES, 1.0), None)
 
 
 def test_a_process_that_a_signal_ended_has_a_second_try_and_no_third(study, tmp_path, monkeypatch, capsys):
@@ -482,7 +484,7 @@ def test_a_process_that_a_signal_ended_has_a_second_try_and_no_third(study, tmp_
             self.exitcode = statuses[self.name].pop(0)
 
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Process))
-    broken = workers.in_processes(points(study), tmp_path / "w", [{}, {}], ANYTHING)
+    broken = workers.in_processes(points(study), tmp_path / "w", [{}, {}], ANYTHING, view.View(TALLY, 0))
     assert [said.partition(" ended")[0] for said in broken] == [
         "the process of mini/tiny/reverse (status -11)"
     ]
@@ -507,7 +509,7 @@ def test_a_process_that_fails_by_itself_has_no_second_try(study, tmp_path, monke
             os.close(self.sentinel)
 
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Process))
-    broken = workers.in_processes(points(study), tmp_path / "w", [{}], ANYTHING)
+    broken = workers.in_processes(points(study), tmp_path / "w", [{}], ANYTHING, view.View(TALLY, 0))
     assert [said.count("(status 1)") for said in broken] == [2]
 
 
@@ -598,6 +600,7 @@ def test_a_signal_stops_all_processes_after_a_checkpoint(study, tmp_path, number
     """
     command = [sys.executable, "-m", "experiments.sweep", f"--config={study}", f"--workdir={tmp_path}/w"]
     command += [flag, "--config.train.steps=100000", "--config.train.log_every=10", "--seeds=1"]
+    command += ["--lines_every=0"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
@@ -624,7 +627,13 @@ def test_a_sweep_leaves_records_figures_and_a_verdict_and_repeats_nothing(study,
     assert sweeping.sweep(points(study), workdir, jobs=1) == 0
     output = capsys.readouterr().out
     assert "0 of about 4 runs are done already; the rest will take about 0:" in output
-    assert "Q?" in output
+    (lines, _), names = output.split("Q?", 1), [f"{p}-s{s}" for p in ("none", "reverse") for s in (0, 1)]
+    of_runs = [line for line in lines.splitlines() if re.match(r"mini/tiny/\S+-s\d  ", line)]
+    for number, (name, line) in enumerate(zip(names, of_runs, strict=True), 1):
+        left = "0:00" if number == 4 else r"\d:\d\d"
+        told = rf"finished: loss \d\.\d{{4}} in 0:\d\d  \({number} of about 4 runs, {left} left\)"
+        assert re.fullmatch(f"mini/tiny/{name}  {told}", line)
+    assert re.search(r"mini/tiny/reverse  mean loss \d\.\d{4} of 2 seeds: \d\.\d{4} \d\.\d{4}\n", lines)
     assert "'reverse' and 'none'" in output or "'none' is better than 'reverse'" in output
     records = read_records(workdir / "results")
     assert [(r.point, r.seed, r.status) for r in records] == [
@@ -720,8 +729,8 @@ def test_other_logging_and_evaluations_are_the_same_sweep(study, tmp_path, capsy
 
 def test_a_sweep_starts_without_what_reports_and_checkpoints_need():
     """Statistics take longer to load than jax; checkpoints and logs half a second each."""
-    late = {"scipy.stats", "pandas", "orbax.checkpoint", "tensorboardX"}
-    code = f"import sys, experiments.sweep as _; print({late} & set(sys.modules))"
+    late = {"scipy.stats", "pandas", "orbax.checkpoint", "tensorboardX", "rich.live"}
+    code = f"import sys, experiments.sweep, experiments.runner.sweeping; print({late} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
 
 

@@ -14,13 +14,16 @@ from mobilellm_jax.storage.files import local_directory
 FLAGS = flags.FLAGS
 
 # What a launcher passes on to the sweeps that it starts, besides the flags of the config.
-PASSED_ON = ("workdir", "only", "arms", "seeds", "tasks", "data_dir", "limit", "quantize")
+PASSED_ON = ("workdir", "only", "arms", "seeds", "lines_every", "tasks", "data_dir", "limit", "quantize")
 
 
 def define_sweep() -> None:
     """Defines all flags of `experiments.sweep`; the launchers have them too."""
     flags.DEFINE_string("workdir", "runs", "directory of results/, figures/, reports/ and runs/")
     flags.DEFINE_bool("list", False, "print the points with what they cost, and train nothing")
+    flags.DEFINE_bool(
+        "status", False, "print what --workdir has, lacks and is at work on; train and change nothing"
+    )
     flags.DEFINE_list(
         "only",
         [],
@@ -33,6 +36,12 @@ def define_sweep() -> None:
     flags.DEFINE_integer("seeds", None, "number of seeds for each point; default: as the study says", 1)
     flags.DEFINE_integer(
         "jobs", None, "points that run side by side; default: one for each CPU core, 1 on an accelerator", 1
+    )
+    flags.DEFINE_float(
+        "lines_every",
+        60,
+        "seconds between two lines about the steps of a point, where output is no terminal; 0: all lines",
+        0,
     )
     flags.DEFINE_integer(
         "devices_per_run",

@@ -28,10 +28,11 @@ from etils import epath
 
 from experiments.runner.names import escaped
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage.files import reason
+from mobilellm_jax.storage.files import AnyPath, reason
 from mobilellm_jax.training import signals
 
 BEAT_S, LIFE_S = 5.0, 60.0
+IN_WORKDIR = "runs/.leases"  # those on the points of a sweep
 
 
 class LeaseError(UserError):
@@ -150,6 +151,22 @@ class Leases:
             self._seen[path.name] = content, time.monotonic()
             return False
         return _has_died(content) or time.monotonic() - since > LIFE_S
+
+
+def seen(directory: AnyPath) -> dict[str, tuple[str, float]]:
+    """All leases but those of processes of this machine that have died: {name: (worker, age)}.
+
+    The age is in seconds since the lease was last written, by the clocks here and of the disk; that of a
+    worker that died on another machine grows. Nothing is changed.
+    """
+    found = {}
+    for path in directory.iterdir() if directory.exists() else ():
+        name, _, worker = path.name.rpartition("@")
+        with contextlib.suppress(FileNotFoundError):  # released meanwhile
+            if not _has_died(_read(epath.Path(path))):
+                written = epath.Path(path).stat().mtime
+                found[unquote(name)] = worker, max(time.time() - written, 0.0)
+    return found
 
 
 def _content() -> str:

@@ -24,13 +24,18 @@ def table(points: Sequence[Point]) -> str:
     rows = [list(_HEADER), *map(_row, points)]
     if not any(row[_PAPER] for row in rows[1:]):
         rows = [[*row[:_PAPER], *row[_PAPER + 1 :]] for row in rows]
+    return aligned(rows, _LEFT)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    """A table as text; the first `left` columns are aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:
         cells = zip(row, widths, strict=True)
-        return "  ".join(cell.ljust(w) if i < _LEFT else cell.rjust(w) for i, (cell, w) in enumerate(cells))
+        return "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(cells))
 
-    return "\n".join(map(line, rows))
+    return "\n".join(line(row).rstrip() for row in rows)
 
 
 def _row(point: Point) -> list[str]:

@@ -14,7 +14,7 @@ from experiments import cli
 from experiments.runner import scores
 from experiments.runner.points import Point
 from experiments.runner.questions import Questions
-from experiments.runner.workers import say
+from experiments.runner.view import Event, Tell
 from mobilellm_jax import data
 from mobilellm_jax.analysis.records import add_quantized, read_record
 from mobilellm_jax.config import Config
@@ -242,7 +242,7 @@ def _lacking_schemes(point: Point, workdir: AnyPath, asked: Quantizing) -> dict[
     return found
 
 
-def quantize_point(point: Point, workdir: AnyPath, asked: Quantizing) -> None:
+def quantize_point(point: Point, workdir: AnyPath, tell: Tell, asked: Quantizing) -> None:
     """Quantizes every finished run of a point to the schemes that its record lacks."""
     todo: Mapping[str, list[Scheme]] = processes.of_first(lambda: _lacking_schemes(point, workdir, asked))
     for name, schemes in todo.items():
@@ -254,4 +254,5 @@ def quantize_point(point: Point, workdir: AnyPath, asked: Quantizing) -> None:
         these = dataclasses.replace(asked, schemes=tuple(schemes))
         path = results_path(directory, None)
         done = quantize_run(these, path, directory, config, params, held_out_rows(config))
-        say(name, "gap: " + ", ".join(f"{scheme.name} {entry['gap']:+.4f}" for scheme, entry in done))
+        gaps = ", ".join(f"{scheme.name} {entry['gap']:+.4f}" for scheme, entry in done)
+        tell(Event(name, f"gap: {gaps}"))

@@ -13,7 +13,7 @@ from experiments.runner import scores
 from experiments.runner.points import Point
 from experiments.runner.questions import Questions, lacking_tasks, left_out_line
 from experiments.runner.score_table import ScoreTable, percent
-from experiments.runner.workers import say
+from experiments.runner.view import Event, Tell
 from mobilellm_jax import data
 from mobilellm_jax.config import Config
 from mobilellm_jax.errors import UserError
@@ -84,7 +84,9 @@ def score_tasks(
     return done
 
 
-def score_point(point: Point, workdir: AnyPath, questions: Questions, known: Mapping[str, str]) -> None:
+def score_point(
+    point: Point, workdir: AnyPath, tell: Tell, questions: Questions, known: Mapping[str, str]
+) -> None:
     """Asks every finished run of a point the tasks that its record lacks; the record gets the answers."""
     todo = processes.of_first(lambda: lacking_tasks(point, workdir, questions, known))
     for name, tasks in todo.items():
@@ -99,4 +101,4 @@ def score_point(point: Point, workdir: AnyPath, questions: Questions, known: Map
         config = dataclasses.replace(config, mesh=point.config.mesh)
         done = score_tasks(asked, directory, config, params, tokenizer, check(config), show=False)
         shares = [f"{r.task} {percent(*r.metrics['acc'])}" for r in done if "acc" in r.metrics]
-        say(name, f"acc: {', '.join(shares) or 'none'}; the rest is in the record")
+        tell(Event(name, f"acc: {', '.join(shares) or 'none'}; the rest is in the record"))

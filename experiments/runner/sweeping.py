@@ -16,7 +16,8 @@ from experiments.runner.points import Point, Run
 from experiments.runner.progress import Progress, missing_of, record_path, settled
 from experiments.runner.quantizing import Quantizing
 from experiments.runner.questions import Questions
-from experiments.runner.workers import TUNING, Task, Wait, in_processes, leases_of, say, take
+from experiments.runner.view import FINISHED, Event, Tally, Tell, View, view_of
+from experiments.runner.workers import TUNING, Task, Wait, in_processes, leases_of, take
 from mobilellm_jax import data
 from mobilellm_jax.analysis.records import Record, read_records, write_record
 from mobilellm_jax.analysis.tuning import losses_of, next_trial
@@ -24,13 +25,13 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs.run import agreed_record, check, enable_compilation_cache, failed_fields, run
 from mobilellm_jax.storage.files import AnyPath, reason
-from mobilellm_jax.training.progress import duration
+from mobilellm_jax.training.progress import StepLine, duration
 
 # For the expected time only, measured on the tiny studies on 2 CPU cores: the share of the matrix rate that
 # training reaches, and the seconds that a point (process, compilation) and a run (evaluation, saving) cost.
 _EFFICIENCY, _POINT_S, _RUN_S = 0.12, 10.0, 1.2
 
-Do = Callable[[Point, AnyPath], None]
+Do = Callable[[Point, AnyPath, Tell], None]
 
 
 def sweep(
@@ -41,6 +42,7 @@ def sweep(
     asked: Questions | None = None,
     whole: Sequence[Point] | None = None,
     quantized: Quantizing | None = None,
+    lines_every: int | float = 60,
 ) -> int:
     """Does the runs that `workdir` has no record of, reports on all, and returns the exit status.
 
@@ -58,6 +60,7 @@ def sweep(
       whole: all points of their studies, where `points` is one worker's part. It then helps to tune those
         that share an arm with its own, and waits for what others tune.
       quantized: how to quantize every finished run of the points.
+      lines_every: seconds between two lines about the steps of a point, where there is no terminal.
 
     Raises:
       UserError: bad data, or a `workdir` of another sweep or data; found before anything is compiled.
@@ -85,6 +88,7 @@ def sweep(
     of_arms = {point.arm for point in todo if point.learning_rates and point.name not in begun}
     in_arms = [point for point in whole if point.arm in of_arms and point.learning_rates]
     cards = _prepare([*todo, *in_arms], progress)
+    expected_s = None
     if todo:
         for line in plans.lines(todo, progress.other_plans(), cards):
             print(line)
@@ -94,41 +98,46 @@ def sweep(
             rest = f"{min(len(groups), len(todo))} points at a time, each on {each}"
         else:
             seconds = expected_seconds([(point, missing[point.name]) for point in todo])
-            rest = f"the rest will take about {duration(seconds / min(jobs, len(todo)))} (m:ss)"
+            expected_s = seconds / min(jobs, len(todo))
+            rest = f"the rest will take about {duration(expected_s)} (m:ss)"
         # In one piece, as a signal may come while the time is measured, and has a line of its own.
         print(f"\n{total - left} of about {total} runs are done already; {rest}", flush=True)
     environments = groups or [{}] * jobs
     size = jax.device_count() if groups else None
-    broken = []
-    if in_arms:
-        tune = Task(_on_devices(size, tune_point), rates.untuned, TUNING)
-        left = processes.of_first(lambda: rates.unfinished(in_arms, workdir))
-        mine = {point.name for point in points}
-        own_first = sorted(in_arms, key=lambda point: point.name not in mine)
-        broken += _all([point for point in own_first if left[point.name]], workdir, environments, tune, mine)
-    tuned = [point for point in todo if point.learning_rates]
-    rate_of, lines = processes.of_first(lambda: rates.fitted(tuned, [*tuned, *in_arms], workdir))
-    for line in lines:
-        print(line, flush=True)
-    todo = [
-        point.at_rate(rate_of[point.name]) if point.learning_rates else point
-        for point in todo
-        if point.name in rate_of or not point.learning_rates
-    ]
-    broken += _all(todo, workdir, environments, Task(_on_devices(size, compare_point), missing_of))
-    if asked:
-        these = {"questions": asked, "known": known}
-        lacking = functools.partial(questions.lacking, **these)
-        left = processes.of_first(lambda: {point.name: lacking(point, workdir) for point in points})
-        todo = [point for point in points if left[point.name]]
-        score = functools.partial(scoring.score_point, **these)
-        broken += _all(todo, workdir, environments, Task(_on_devices(size, score), lacking))
-    if quantized:
-        lacking = functools.partial(quantizing.lacking, asked=quantized)
-        left = processes.of_first(lambda: {point.name: lacking(point, workdir) for point in points})
-        todo = [point for point in points if left[point.name]]
-        do = functools.partial(quantizing.quantize_point, asked=quantized)
-        broken += _all(todo, workdir, environments, Task(_on_devices(size, do), lacking))
+    untuned = processes.of_first(lambda: rates.unfinished(in_arms, workdir)) if in_arms else {}
+    tally = _tally(points, missing, [point for point in in_arms if untuned[point.name]], expected_s)
+    with view_of(tally, lines_every) as view:
+        broken = []
+        if in_arms:
+            tune = Task(_on_devices(size, tune_point), rates.untuned, TUNING)
+            mine = {point.name for point in points}
+            own_first = sorted(in_arms, key=lambda point: point.name not in mine)
+            chosen = [point for point in own_first if untuned[point.name]]
+            broken += _all(chosen, workdir, environments, tune, view, mine)
+        tuned = [point for point in todo if point.learning_rates]
+        rate_of, lines = processes.of_first(lambda: rates.fitted(tuned, [*tuned, *in_arms], workdir))
+        for line in lines:
+            print(line, flush=True)
+        todo = [
+            point.at_rate(rate_of[point.name]) if point.learning_rates else point
+            for point in todo
+            if point.name in rate_of or not point.learning_rates
+        ]
+        compare = Task(_on_devices(size, compare_point), missing_of)
+        broken += _all(todo, workdir, environments, compare, view)
+        if asked:
+            these = {"questions": asked, "known": known}
+            lacking = functools.partial(questions.lacking, **these)
+            left = processes.of_first(lambda: {point.name: lacking(point, workdir) for point in points})
+            todo = [point for point in points if left[point.name]]
+            score = functools.partial(scoring.score_point, **these)
+            broken += _all(todo, workdir, environments, Task(_on_devices(size, score), lacking), view)
+        if quantized:
+            lacking = functools.partial(quantizing.lacking, asked=quantized)
+            left = processes.of_first(lambda: {point.name: lacking(point, workdir) for point in points})
+            todo = [point for point in points if left[point.name]]
+            do = functools.partial(quantizing.quantize_point, asked=quantized)
+            broken += _all(todo, workdir, environments, Task(_on_devices(size, do), lacking), view)
     status = 0
     try:
         status = processes.of_first(lambda: _finish(points, workdir))
@@ -138,6 +147,21 @@ def sweep(
     if broken:
         raise UserError("\n".join(broken))
     return status
+
+
+def _tally(
+    points: Sequence[Point], missing: Mapping[str, int], untuned: Sequence[Point], expected_s: float | None
+) -> Tally:
+    """Counts the runs of `points`, and the searches of other sweeps that this one helps with."""
+    searches = {point.name: point.runs - point.seeds for point in untuned}
+    own = {point.name: point.seeds for point in points}
+    return Tally(
+        done=sum(point.runs for point in points) - sum(missing.values()),
+        left=searches | missing,
+        compared=dict.fromkeys(searches, 0) | own,
+        costs={point.name: point.cost for point in (*untuned, *points)},
+        expected_s=expected_s,
+    )
 
 
 def _prepare(points: Sequence[Point], progress: Progress) -> dict[str, dict[str, Any]]:
@@ -162,9 +186,9 @@ def _on_devices(size: int | None, do: Do) -> Do:
     return do if size is None else functools.partial(_check_and_do, size, do)
 
 
-def _check_and_do(size: int, do: Do, point: Point, workdir: AnyPath) -> None:
+def _check_and_do(size: int, do: Do, point: Point, workdir: AnyPath, tell: Tell) -> None:
     devices.check_seen(size)
-    do(point, workdir)
+    do(point, workdir, tell)
 
 
 def _all(
@@ -172,6 +196,7 @@ def _all(
     workdir: AnyPath,
     environments: Sequence[Mapping[str, str]],
     task: Task,
+    view: View,
     first: Collection[str] = (),
 ) -> list[str]:
     """Does the points, side by side if there are several, and returns error messages.
@@ -179,13 +204,13 @@ def _all(
     The processes of those named in `first` start first.
     """
     if min(len(environments), len(points)) < 2 and not any(environments):  # an environment needs a process
-        return _one_by_one(points, workdir, task)
+        return _one_by_one(points, workdir, task, view)
     # The longest first, so that no core waits long for the last.
     longest_first = sorted(points, key=lambda point: (point.name not in first, -point.cost))
-    return in_processes(longest_first, workdir, environments[: len(points)], task)
+    return in_processes(longest_first, workdir, environments[: len(points)], task, view)
 
 
-def _one_by_one(points: Sequence[Point], workdir: AnyPath, task: Task) -> list[str]:
+def _one_by_one(points: Sequence[Point], workdir: AnyPath, task: Task, view: View) -> list[str]:
     """Does the points, those of other sweeps last; returns error messages."""
     leases, waiting, broken = leases_of(workdir), {task.lease(point): point for point in points}, []
     untaken: dict[str, list[str]] = {}  # by what the disk said; one line for all of them
@@ -199,52 +224,72 @@ def _one_by_one(points: Sequence[Point], workdir: AnyPath, task: Task) -> list[s
         if error:
             untaken.setdefault(error, []).append(name)
             continue
+        view.begun(point.name)
         try:
-            task.do(point, workdir)
+            task.do(point, workdir, functools.partial(view.hear, point.name))
         except UserError as error:
             broken.append(f"{name}: {error}")
         finally:
+            view.tally.settle(point.name, task.phase == TUNING)
+            view.ended(point.name, task.ended(len(points) - len(waiting), len(points)))
             if jax.process_index() == 0:
                 leases.release(name)
     return broken + [f"{', '.join(names)}: {error}" for error, names in untaken.items()]
 
 
-def tune_point(point: Point, workdir: AnyPath) -> None:
+def tune_point(point: Point, workdir: AnyPath, tell: Tell) -> None:
     """Looks for the learning rate of a point; every run leaves a record.
 
     A failed run ends the search, as there is nothing to learn about learning rates from it.
     """
     tried: dict[float, list[float]] = {}
     while trial := next_trial(tried, point.learning_rates, point.tuning_seeds):
-        record = _do(point.tuning_run(*trial), workdir)
+        record = _do(point.tuning_run(*trial), workdir, tell)
         if record.status == "failed":
             return
         tried.setdefault(trial[0], []).extend(losses_of([record]))
 
 
-def compare_point(point: Point, workdir: AnyPath) -> None:
+def compare_point(point: Point, workdir: AnyPath, tell: Tell) -> None:
     """Does the seeds of a point at the learning rate of its config; every run leaves a record."""
     point = settled(point, workdir)
-    for comparison in point.comparison_runs(point.config.optimizer.learning_rate):
-        _do(comparison, workdir)
+    runs = list(point.comparison_runs(point.config.optimizer.learning_rate))
+    records = [_do(comparison, workdir, tell) for comparison in runs]
+    scores = [record.score for record in records if record.status == "finished"]
+    if scores:
+        seeds = " ".join(f"{score:.4f}" for score in scores)
+        said = f"mean {point.facts['metric']} {sum(scores) / len(scores):.4f} of {len(scores)} seeds: {seeds}"
+        tell(Event(point.name, said))
 
 
-def _do(run_: Run, workdir: AnyPath) -> Record:
+def _do(run_: Run, workdir: AnyPath, tell: Tell) -> Record:
     """The record of a run, which is done if it has none; an error in it becomes a failed record."""
     path, directory = record_path(workdir, run_), workdir / "runs" / run_.name
     if (record := agreed_record(path, run_.config)) is not None:
         return record
     describe = functools.partial(Record, **run_.facts)
-    tell = functools.partial(say, run_.name)
+
+    def say(line: str) -> None:
+        tell(Event(run_.name, line, line.share if isinstance(line, StepLine) else None))
+
     try:
-        record = run(run_.config, directory, describe, tell)
+        record = run(run_.config, directory, describe, say)
     except Exception as error:  # whatever goes wrong in one run, the others are worth having
         if jax.process_count() > 1:  # other processes may wait for this one; its end is what ends them
             raise
         record = describe(**failed_fields(run_.config, f"{type(error).__name__}: {error}".splitlines()[0]))
-        tell(f"failed: {record.error} ({_keep_traceback(directory / 'error.txt')})")
+        say(f"failed: {record.error} ({_keep_traceback(directory / 'error.txt')})")
     processes.of_first(lambda: write_record(record, path))
+    tell(Event(run_.name, _ending(record), over=True))
     return record
+
+
+def _ending(record: Record) -> str:
+    """How a run ended, in a line."""
+    if record.status != "finished":
+        return f"{record.status}: {record.error}"
+    score = f"{record.score:.1%} wrong" if record.metric == "error" else f"loss {record.score:.4f}"
+    return f"{FINISHED}: {score} in {duration(record.timing['wall_s'])}"
 
 
 def _keep_traceback(path: AnyPath) -> str:

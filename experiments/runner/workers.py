@@ -11,12 +11,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 import jax
 
-from experiments.runner.leases import LeaseError, Leases
+from experiments.runner.leases import IN_WORKDIR, LeaseError, Leases
 from experiments.runner.points import Point
+from experiments.runner.view import Event, Tell, View, say
 from mobilellm_jax.errors import Interrupted, UserError
 from mobilellm_jax.runs.run import enable_compilation_cache
 from mobilellm_jax.storage import quiet
@@ -29,26 +31,26 @@ TUNING = "tuning"  # the first phase of a sweep
 _TAKEN = 3  # exit status of a process whose point another sweep took first
 
 
-def say(name: str, line: str) -> None:
-    """Prints a line about a point or run."""
-    print(f"{name}  {line}", flush=True)
-
-
 @dataclasses.dataclass(frozen=True)
 class Task:
     """What to do for every point: `do` it, if there are runs `missing`; both take a point and the workdir.
+
+    `do` also takes what it tells its events to.
 
     Attributes:
       phase: a word in the leases, so that a worker does not wait for later phases of others ("": the last).
     """
 
-    do: Callable[[Point, AnyPath], None]
+    do: Callable[[Point, AnyPath, Tell], None]
     missing: Callable[[Point, AnyPath], int]
     phase: str = ""
 
     def lease(self, point: Point) -> str:
         """What a worker holds while it is at work on a point; no name of a point has a space."""
         return f"{point.name} {self.phase}".rstrip()
+
+    def ended(self, number: int, total: int) -> str:
+        return f"{number} of {total} points {'tuned' if self.phase == TUNING else 'done'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +63,20 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Worker:
-    """A process at work on a point, and the slot that is free when it ends."""
+    """A process at work on a point, the slot that is free when it ends, and where it tells its events."""
 
     process: BaseProcess
     point: Point
     slot: Slot
+    events: Connection
 
 
 def in_processes(
-    points: Sequence[Point], workdir: AnyPath, environments: Sequence[Mapping[str, str]], task: Task
+    points: Sequence[Point],
+    workdir: AnyPath,
+    environments: Sequence[Mapping[str, str]],
+    task: Task,
+    view: View,
 ) -> list[str]:
     """Does the points in processes side by side, one for each of `environments`, which share the CPU cores.
 
@@ -85,26 +92,32 @@ def in_processes(
     free, leases, wait = _slots(environments), leases_of(workdir), Wait()
     waiting, running, broken = list(points), dict[int, Worker](), list[str]()  # running by sentinel
     died: set[str] = set()  # points whose process a signal ended once, as where others took the memory
-    with signals.noted_signals() as received, _ended(running):
+    with signals.noted_signals() as received, _ended(running, view):
         while (waiting or running) and not received:
             while free and (point := _first_free(waiting, leases, task)):
                 waiting.remove(point)
                 if task.missing(point, workdir):  # else another sweep has done it
                     worker = _started(point, workdir, task, free.pop(0))
                     running[worker.process.sentinel] = worker
+                    view.begun(point.name)
+                else:
+                    view.tally.settle(point.name, task.phase == TUNING)
             if waiting and not running:
                 wait(leases)
-            for sentinel in multiprocessing.connection.wait(list(running), _POLL_S) if running else ():
+            for sentinel in _over(running, view):
                 worker = running.pop(sentinel)
                 worker.process.join()
+                _hear(worker, view)
+                worker.events.close()
                 free.append(worker.slot)
                 if _is_to_be_repeated(worker, died):
                     waiting.append(worker.point)
                     continue
                 if worker.process.exitcode:
                     broken.append(f"{worker.point.name} (status {worker.process.exitcode})")
-                left = f"{len(points) - len(waiting) - len(running)} of {len(points)} points"
-                say(worker.point.name, f"{left} {'tuned' if task.phase == TUNING else 'done'}")
+                view.tally.settle(worker.point.name, task.phase == TUNING)
+                ended = len(points) - len(waiting) - len(running)
+                view.ended(worker.point.name, task.ended(ended, len(points)))
     if received:
         raise signals.stopped(received, "with the runs at work, which saved what there was")
     if not broken:
@@ -122,10 +135,38 @@ def _slots(environments: Sequence[Mapping[str, str]]) -> list[Slot]:
 
 def _started(point: Point, workdir: AnyPath, task: Task, slot: Slot) -> Worker:
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_child, args=(task, point, workdir, slot.cores), daemon=True)
+    events, channel = multiprocessing.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(task, point, workdir, slot.cores, channel), daemon=True)
     with _without_sigint(), _variables({**slot.environment, signals.PARENT: str(os.getpid())}):
         process.start()
-    return Worker(process, point, slot)
+    channel.close()  # so that `events` ends with the process
+    return Worker(process, point, slot, events)
+
+
+def _over(running: Mapping[int, Worker], view: View) -> list[int]:
+    """Passes on what the workers tell until some have ended, or `_POLL_S` have passed; their sentinels."""
+    until, telling = time.monotonic() + _POLL_S, {worker.events: worker for worker in running.values()}
+    while running:
+        wait_s = max(until - time.monotonic(), 0.0)
+        ready = multiprocessing.connection.wait([*running, *telling], wait_s)
+        for events in set(ready) & set(telling):
+            if not _hear(telling[events], view):
+                del telling[events]
+        ended = [sentinel for sentinel in running if sentinel in ready]
+        if ended or not ready:
+            return ended
+    return []
+
+
+def _hear(worker: Worker, view: View) -> bool:
+    """Passes on what a worker has told so far; False if nothing more will come."""
+    try:
+        while worker.events.poll():
+            event = worker.events.recv()
+            view.hear(worker.point.name, event)
+    except (EOFError, OSError):  # OSError: it was killed in the middle of a message
+        return False
+    return True
 
 
 def _is_to_be_repeated(worker: Worker, died: set[str]) -> bool:
@@ -140,8 +181,13 @@ def _is_to_be_repeated(worker: Worker, died: set[str]) -> bool:
     return True
 
 
-def _child(task: Task, point: Point, workdir: AnyPath, cores: Sequence[int]) -> None:
+def _child(task: Task, point: Point, workdir: AnyPath, cores: Sequence[int], channel: Connection) -> None:
     """What the process of a point does."""
+
+    def tell(event: Event) -> None:
+        with contextlib.suppress(OSError):  # nobody listens any more: the sweep was killed
+            channel.send(event)
+
     os.sched_setaffinity(0, cores)  # before jax starts its threads
     keep_freed_memory()
     quiet.settings()
@@ -152,15 +198,18 @@ def _child(task: Task, point: Point, workdir: AnyPath, cores: Sequence[int]) -> 
     lease = task.lease(point)
     name, error = take(leases, [lease])
     if error:
-        sys.exit(f"{name}  error: {error}")
+        tell(Event(name or point.name, f"error: {error}", error=True))
+        sys.exit(1)
     if name is None:
         sys.exit(_TAKEN)
     try:
-        task.do(point, workdir)
+        task.do(point, workdir, tell)
     except UserError as error:
-        sys.exit(f"{point.name}  error: {error}")
+        tell(Event(point.name, f"error: {error}", error=True))
+        sys.exit(1)
     except Interrupted as stop:
-        sys.exit(f"{point.name}  {stop}")
+        tell(Event(point.name, str(stop), error=True))
+        sys.exit(1)
     finally:
         leases.release(lease)
 
@@ -194,11 +243,11 @@ def take(leases: Leases, names: Sequence[str]) -> tuple[str | None, str]:
 
 def leases_of(workdir: AnyPath) -> Leases:
     """The leases on the points of `workdir`."""
-    return Leases(workdir / "runs" / ".leases")
+    return Leases(workdir / IN_WORKDIR)
 
 
 @contextlib.contextmanager
-def _ended(running: Mapping[int, Worker]) -> Iterator[None]:
+def _ended(running: Mapping[int, Worker], view: View) -> Iterator[None]:
     """Ends the processes in `running` when it is left; the runs in them save a checkpoint."""
     try:
         yield
@@ -207,6 +256,7 @@ def _ended(running: Mapping[int, Worker]) -> Iterator[None]:
             worker.process.terminate()
         for worker in running.values():
             worker.process.join()
+            _hear(worker, view)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,16 @@ class Diverged(Exception):
         super().__init__(f"the {what} is not finite at step {step}; the last good step is {step - 1}")
 
 
+class StepLine(str):
+    """A line about a run after a step.
+
+    Attributes:
+      share: of the steps of the run that are done, from 0 to 1.
+    """
+
+    share: float
+
+
 def every(n: int, step: int) -> bool:
     """True after every `n`-th step; steps count from 1."""
     return step % n == 0
@@ -107,7 +117,9 @@ class Progress:
         self._log.close()
 
     def _tell(self, line: str) -> None:
-        self._say(f"step {self.step:,}/{self._train.steps:,}  {line}")
+        said = StepLine(f"step {self.step:,}/{self._train.steps:,}  {line}")
+        said.share = self.step / self._train.steps
+        self._say(said)
 
 
 class Clock:

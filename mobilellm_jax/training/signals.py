@@ -25,6 +25,8 @@ from mobilellm_jax.errors import Interrupted, Preempted
 
 RESUME_ME = os.EX_TEMPFAIL  # exit status 75: a scheduler should run the command again
 AGAIN = "Run the same command again to resume"
+# What draws on the terminal sets this; it is called before the line that says why the process ends.
+leave_terminal: Callable[[], object] | None = None
 # Cleanups that `watch` runs before a signal ends the process, newest first: release a lease, stop a child.
 before_end: dict[Any, Callable[[], object]] = {}
 
@@ -156,6 +158,9 @@ def _receive(name: str, tell: bool) -> None:
 
 def _end(line: str, status: int) -> None:
     def clean_up() -> None:
+        with contextlib.suppress(Exception):
+            if leave_terminal:
+                leave_terminal()
         os.write(2, line.encode())
         for act in [*reversed(before_end.values()), sys.stdout.flush]:
             with contextlib.suppress(Exception):  # one that fails must not prevent the others
