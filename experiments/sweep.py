@@ -58,6 +58,7 @@ def main() -> int:
         print(said_to_compare(points))
     print(table(points))
     if FLAGS.list:
+        print(f"\n{_costs(points)}")
         return 0
     from experiments.runner.sweeping import sweep  # here: half of what is imported, --status needs none of it
 
@@ -73,6 +74,18 @@ def _print_status(points: Sequence[Point]) -> int:
         raise UserError(f"--workdir={FLAGS.workdir}: there is no such directory; no sweep has run there")
     print(status(points, workdir))
     return 0
+
+
+def _costs(points: Sequence[Point]) -> str:
+    from experiments.runner.costs import costs
+    from experiments.runner.sweeping import default_jobs, expected_seconds
+
+    try:
+        jobs = min(FLAGS.jobs or default_jobs(), len(points))
+        seconds = expected_seconds([(point, point.runs) for point in points]) / jobs
+    except RuntimeError as error:  # a TPU serves one process at a time
+        return costs(points, None, f"as its devices cannot be used: {str(error).splitlines()[0]}")
+    return costs(points, seconds, f"points side by side: {jobs}, by the rate of matrix products measured now")
 
 
 def _groups() -> list[dict[str, str]] | None:

@@ -14,6 +14,7 @@ from experiments.benchmarks import measure as m
 from experiments.benchmarks.shapes import chosen, config_of
 from experiments.benchmarks.trainer import Trainer
 from mobilellm_jax.costs import accounting
+from mobilellm_jax.costs.datasheet import PEAK_FLOPS
 
 # name: rows and tokens of a row on a CPU, and on an accelerator
 _SHAPES = {
@@ -24,16 +25,6 @@ _SHAPES = {
 }
 _SHARED = " immediate x2"
 MODELS = tuple(label for name in _SHAPES for label in (name, name + _SHARED))
-# bfloat16 FLOP/s, by part of jax's device name; the first match counts, and "TPU v5" alone is v5p.
-_DATASHEET = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 def measure(quick: bool) -> list[m.Line]:
@@ -63,7 +54,7 @@ def _measure(name: str, labels: list[str], quick: bool) -> Iterator[m.Line]:
     peak = m.rates(flops, seconds["product"])
     yield m.Line(f"{name}: rate of matrix products", "GFLOP/s", tuple(rate / 1e9 for rate in peak))
     kind = jax.devices()[0].device_kind
-    datasheet = next((rate for key, rate in _DATASHEET.items() if key in kind), None)
+    datasheet = next((rate for key, rate in PEAK_FLOPS.items() if key in kind), None)
     for label, config in configs.items():
         tokens = m.rates(_steps(name) * rows * length, seconds[label])
         size = f"{label}, {rows} x {length} tokens, {config.model.compute_dtype}"

@@ -20,7 +20,7 @@ PASSED_ON = ("workdir", "only", "arms", "seeds", "lines_every", "tasks", "data_d
 def define_sweep() -> None:
     """Defines all flags of `experiments.sweep`; the launchers have them too."""
     flags.DEFINE_string("workdir", "runs", "directory of results/, figures/, reports/ and runs/")
-    flags.DEFINE_bool("list", False, "print the points with what they cost, and train nothing")
+    flags.DEFINE_bool("list", False, "print the points and what they cost here and elsewhere; train nothing")
     flags.DEFINE_bool(
         "status", False, "print what --workdir has, lacks and is at work on; train and change nothing"
     )

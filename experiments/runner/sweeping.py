@@ -70,8 +70,7 @@ def sweep(
         if jobs not in (None, 1):
             raise UserError(f"--jobs={jobs}: expected 1, as {jax.process_count()} processes share every run")
         jobs = 1
-    if jobs is None:
-        jobs = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
+    jobs = jobs or default_jobs()
     enable_compilation_cache()
     points = plans.with_power(points)
     whole = points if whole is None else plans.with_power(whole)
@@ -147,6 +146,11 @@ def sweep(
     if broken:
         raise UserError("\n".join(broken))
     return status
+
+
+def default_jobs() -> int:
+    """Points side by side: one for each core on a CPU, 1 on an accelerator."""
+    return len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
 
 
 def _tally(

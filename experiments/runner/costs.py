@@ -1,0 +1,77 @@
+"""What a sweep costs: runs, work, memory, hours here and elsewhere, and the seeds that its margin needs."""
+
+from collections.abc import Sequence
+
+from experiments.runner.points import Point
+from experiments.runner.studies import by_study
+from mobilellm_jax.costs import accounting
+from mobilellm_jax.costs.datasheet import PEAK_FLOPS
+
+UTILIZATION = 0.4  # of the peak, by the FLOPs of the model; usual for 125 million parameters and more
+_LARGE = 100_000_000  # parameters from which on that is so
+_DEVICES = {"A100": "A100", "H100": "H100", "v5e": "TPU v5 lite"}
+
+
+def costs(points: Sequence[Point], here_s: float | None, here: str) -> str:
+    """A line for each kind of cost, and one for each study with the seeds that it needs.
+
+    Args:
+      points: what is to run.
+      here_s: seconds that all runs take on this machine; None where that is unknown.
+      here: the machine, or why it is unknown.
+    """
+    runs = sum(point.runs for point in points)
+    flops = sum(point.runs * point.flops for point in points)
+    tokens = sum(point.runs * point.tokens for point in points)
+    about = "about " if any(point.learning_rates for point in points) else ""
+    largest = max(points, key=memory_bytes)
+    small = max(accounting.parameters(point.config.model).total for point in points) < _LARGE
+    rows = {
+        "all": f"{about}{runs:,} runs, {tokens:.3g} tokens, {flops:.3g} FLOPs of training",
+        "memory": f"about {memory_bytes(largest) / 1e9:,.2f} GB for a run of {largest.facts['point']!r} on "
+        "one device: parameters, gradients, AdamW, activations",
+        "here": f"{'not known' if here_s is None else f'about {_time(here_s)}'}, {here}",
+    }
+    for name, kind in _DEVICES.items():
+        seconds = flops / (UTILIZATION * PEAK_FLOPS[kind])
+        at = f"{UTILIZATION:.0%} of {PEAK_FLOPS[kind] / 1e12:.0f} TFLOP/s"
+        rows[name] = f"{_time(seconds)} at {at}, training alone"
+        if small:
+            rows[name] += "; models this small take several times as long"
+    said = [f"{name:8}{text}" for name, text in rows.items()]
+    return "\n".join(said + [_seeds(name, of_study) for name, of_study in by_study(points).items()])
+
+
+def memory_bytes(point: Point) -> int:
+    """Estimated bytes of a run on one device: state and gradients of AdamW, and activations."""
+    c = point.config
+    rows = c.train.batch_size // c.train.accumulation_steps
+    activations = accounting.activation_bytes(c.model, c.data.sequence_length, rows)
+    return accounting.optimizer_bytes(c.model) + activations
+
+
+def _time(seconds: int | float) -> str:
+    if seconds < 60:
+        return "under a minute"
+    hours = seconds / 3600
+    return (
+        f"{seconds / 60:.0f} minutes"
+        if hours < 1
+        else f"{hours:.1f} hours"
+        if hours < 48
+        else f"{hours:,.0f} hours"
+    )
+
+
+def _seeds(study: tuple[str, str], points: Sequence[Point]) -> str:
+    widest = max((point.facts for point in points), key=lambda facts: facts["plan"]["pairs"])
+    sd, pairs, seeds = (widest["plan"][name] for name in ("sd", "pairs", "seeds"))
+    line = f"seeds   {':'.join(study)}: {seeds} planned; "
+    if sd is None or not pairs:
+        why = "the study expects no sd" if pairs else "no pair is compared"
+        return f"{line}how many its margin needs is not known, as {why}"
+    from mobilellm_jax.analysis.statistics import POWER, seeds_for_equivalence  # here: it loads scipy
+
+    needed = seeds_for_equivalence(sd, pairs, widest["margin"])
+    of = f"sd {sd:g}, {pairs} pair{'' if pairs == 1 else 's'}, power {POWER:.0%}"
+    return f"{line}equality within {widest['margin']:g} needs about {needed} ({of})"
