@@ -157,12 +157,25 @@ def check_field(config: ConfigDict, name: str, prefix: str = "") -> None:
         group = group[part]
 
 
+def _fields(config: ConfigDict) -> str:
+    """All fields of a config with their values, as flags."""
+    lines = [
+        f"\nfields of {config_spec()}, of which the points of a study change some; "
+        "docs/reference/configuration.md says what they mean:"
+    ]
+    for group, values in config.items():
+        lines += [f"  --config.{group}.{name}={value}" for name, value in values.items()]
+    return "\n".join(lines)
+
+
 def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         raise UserError(str(error).splitlines()[0]) from None
     except SystemExit:  # absl has printed what --help asks for, and would end with 1
+        if "config" in flags.FLAGS:
+            print(_fields(flags.FLAGS["config"].value))
         sys.exit(0)
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")

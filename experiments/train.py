@@ -76,7 +76,7 @@ def main() -> int:
     path = workdir / "record.json"
     record = agreed_record(path, config)
     if FLAGS.dry_run:
-        lines = _described(config, workdir, record)
+        lines = [*_described(config, workdir, record), "dry run: nothing was trained"]
         processes.of_first(lambda: print("\n".join(lines)))
         return 0
     if record is None:
@@ -84,6 +84,8 @@ def main() -> int:
         with _alone(workdir):
             record = agreed_record(path, config)  # another may have finished it just now
             if record is None:
+                lines = _described(config, workdir, record)
+                processes.of_first(lambda: print("\n".join(lines), flush=True))
                 record = run(config, workdir, describe)
                 processes.of_first(lambda: write_record(record, path))
     if record.status != "finished":
@@ -118,7 +120,7 @@ def _described(config: Config, workdir: AnyPath, record: Record | None) -> list[
         f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",
         "workdir": f"{workdir} ({state})",
     }
-    return [f"{name:10}{text}" for name, text in rows.items()] + ["dry run: nothing was trained"]
+    return [f"{name:10}{text}" for name, text in rows.items()]
 
 
 @contextlib.contextmanager

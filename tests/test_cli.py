@@ -97,7 +97,7 @@ def test_other_errors_of_the_same_kind_keep_their_traceback(error, monkeypatch):
 def test_help_is_no_error():
     result = command("experiments.sweep", "--help")
     assert (result.returncode, result.stderr) == (0, "")
-    for flag in ("--workdir:", "--config:"):
+    for flag in ("--workdir:", "--config:", "--config.model.width=128\n", "--config.train.steps=500\n"):
         assert flag in result.stdout
 
 

@@ -168,7 +168,7 @@ def test_a_resumed_run_says_what_changed_and_refuses_other_data(tmp_path, monkey
     (tmp_path / "a.txt").write_text("a line of text\n\n" * 20)
     one = start()
     note = "files:*.txt is one document: its last 10.0% (32 bytes) are held out"
-    assert said == [note, "the text is seen 2.5 times (32 rows)", "trains"]
+    assert said == [note, "the text is seen 2.5 times (32 rows)", "compiling", "trains"]
     start(**{"train.eval_every": 3})
     assert said[0] == "changed since this run was last started: train.eval_every 100 -> 3"
     assert said[-1] == "trains"

@@ -38,6 +38,7 @@ from mobilellm_jax.runs.provenance import device
 from mobilellm_jax.storage.files import AnyPath, write_atomically
 from mobilellm_jax.storage.sealed import parse, seal, unseal
 from mobilellm_jax.training.loop import Outcome, train
+from mobilellm_jax.training.progress import StepLine
 
 
 def enable_compilation_cache() -> None:
@@ -129,6 +130,7 @@ def run(
         say(line)
     if jax.process_index() == 0 and (tokenizer := prepared.tokenizer()):
         data.save_tokenizer(tokenizer, workdir / TOKENIZER)
+    say(StepLine.at(0.0, "compiling"))
     outcome = train(config, prepared, mesh, workdir, say)
     floor = _floor_fields(config, prepared) if outcome.status == "finished" else None
     return describe(**measured_fields(config, card, outcome), floor=floor)

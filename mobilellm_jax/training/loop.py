@@ -22,9 +22,11 @@ from mobilellm_jax.training import memory
 from mobilellm_jax.training.held_out import Scores, evaluate_held_out
 from mobilellm_jax.training.optimizer import learning_rate_schedule
 from mobilellm_jax.training.programs import Programs, compile_key, compile_programs
-from mobilellm_jax.training.progress import Diverged, Progress, every
+from mobilellm_jax.training.progress import Diverged, Progress, StepLine, duration, every
 from mobilellm_jax.training.signals import noted_signals, stopped
 from mobilellm_jax.training.step import TrainState
+
+_SLOW_S = 10.0  # compilation longer than this is said; programs from the cache take less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,8 @@ def train(
     programs = compile_programs(compile_key(config), mesh)
     memory.check_fits(programs.compiled_step, config)
     compile_s = time.perf_counter() - wall_start
+    if compile_s > _SLOW_S:
+        say(StepLine.at(0.0, f"compiled in {duration(compile_s)}"))
     run, state = _start(config, prepared, programs, mesh, workdir, say)
     progress = run.progress
     status, error, scores = "finished", None, None

@@ -22,13 +22,19 @@ class Diverged(Exception):
 
 
 class StepLine(str):
-    """A line about a run after a step.
+    """A line about a run after a step, or before the first.
 
     Attributes:
       share: of the steps of the run that are done, from 0 to 1.
     """
 
     share: float
+
+    @classmethod
+    def at(cls, share: int | float, text: str) -> "StepLine":
+        line = cls(text)
+        line.share = share
+        return line
 
 
 def every(n: int, step: int) -> bool:
@@ -117,9 +123,8 @@ class Progress:
         self._log.close()
 
     def _tell(self, line: str) -> None:
-        said = StepLine(f"step {self.step:,}/{self._train.steps:,}  {line}")
-        said.share = self.step / self._train.steps
-        self._say(said)
+        said = f"step {self.step:,}/{self._train.steps:,}  {line}"
+        self._say(StepLine.at(self.step / self._train.steps, said))
 
 
 class Clock:
