@@ -223,7 +223,7 @@ def test_two_trainings_in_one_directory_exclude_each_other_until_one_is_killed(t
     try:
         resumes = "resuming after step"
         said = list(itertools.takewhile(lambda line: not line.startswith(resumes), third.stdout))
-        words = "model training data devices workdir the compiling".split()
+        words = ["model", "training", "data", "devices", "workdir", "the", "compiling"]
         assert [line.split()[0] for line in said if not line.startswith("compiled in")] == words
         assert said[4].endswith("(to be resumed from its newest checkpoint)\n")
         assert any(line.startswith("step ") for line in third.stdout)
