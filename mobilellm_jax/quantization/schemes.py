@@ -34,7 +34,7 @@ class Scheme:
 
 
 def parse(name: str) -> Scheme:
-    """Reads a name, w<bits>[a<bits>][:<group>].
+    """Reads a name, `w<bits>[a<bits>][:<group>]`.
 
     Raises:
       UserError: there is no such scheme.
