@@ -34,7 +34,7 @@ class Scheme:
 
 
 def parse(name: str) -> Scheme:
-    """Reads a name, `w<bits>[a<bits>][:<group>]`.
+    """Reads a name such as "w8a8" or "w4:32": bits of weights, bits of activations, size of a group.
 
     Raises:
       UserError: there is no such scheme.
