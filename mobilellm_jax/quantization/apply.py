@@ -46,7 +46,8 @@ def quantize(
     Rounded parameters are NumPy arrays, as those of a checkpoint.
 
     Args:
-      params, config: the model in full precision; neither is changed.
+      params: of the model in full precision; they are not changed.
+      config: its shape.
       scheme: what to round to.
       short_groups: where groups do not divide the inputs, let the last group of each output be shorter.
 
