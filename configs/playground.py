@@ -169,7 +169,8 @@ def study(preset: str) -> base.Study:
         controls += [twice, long]
     return base.Study(
         question=f"What does a shape, or a second use of its blocks, do for {preset.partition('_')[0]}?",
-        scientific=("model.depth", "model.width", "model.sharing", "train.steps"),
+        # A longer training tells each fact more often, which is a number of the source.
+        scientific=("model.depth", "model.width", "model.sharing", "train.steps", "data.source"),
         labels=[label for label, _ in _rows(preset)],
         pairs=pairs,
         arms=base.BOTH,
