@@ -256,11 +256,16 @@ LOADS = ("np", "numpy", "torch", "yaml")  # what of these has "load" in its name
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_unpickles_or_evaluates(path):
-    """`experiments/cli.py` runs the config file that the command line names, and nothing else."""
+    """`experiments/cli.py` runs the config file that the command line names, `mobilellm` a command by name.
+
+    Nothing else that is read is run.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            assert not {name.split(".")[0] for name in names} & set(FORBIDDEN), ast.unparse(node)
+            allowed = {"runpy"} if path.name == "__main__.py" else set()
+            found = {name.split(".")[0] for name in names} & set(FORBIDDEN)
+            assert found <= allowed, ast.unparse(node)
             assert names[-1] not in LOADS or isinstance(node, ast.Import), ast.unparse(node)
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
@@ -268,7 +273,7 @@ def test_no_source_unpickles_or_evaluates(path):
             assert not called.endswith(".exec_module") or path.name == "cli.py", ast.unparse(node)
             assert not any(keyword.arg == "allow_pickle" for keyword in node.keywords), ast.unparse(node)
             module, _, function = called.rpartition(".")
-            assert module not in LOADS or "load" not in function, ast.unparse(node)
+            assert module not in LOADS or "load" not in function or called == "yaml.safe_load", called
 
 
 WATCHED_RUN = """

@@ -14,7 +14,7 @@ from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.costs import accounting
 
-ABILITIES = sorted(set(playground.PRESETS) - set(playground._COLLECTIONS))
+ABILITIES = sorted(set(playground.PRESETS) - set(playground.COLLECTIONS))
 
 
 def designs(preset):
@@ -113,7 +113,7 @@ def test_abilities_stand_side_by_side_by_what_a_pair_is_about(tmp_path):
     columns = abilities.table(abilities.by_size(studies())["tiny"])
     assert list(columns) == ["comparison", "structure", "knowledge"]
     assert columns["comparison"] == [
-        "more, thinner blocks, 3 against 2",
+        "more, thinner blocks",
         "2 blocks 2 times, repeat_all, against once",
         "2 blocks 2 times, repeat_all, against once, for as many FLOPs",
         "2 blocks 2 times, repeat_all, against 4 blocks once",

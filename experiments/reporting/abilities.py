@@ -91,6 +91,8 @@ def table(of_size: Mapping[str, Study]) -> Columns:
         for c in study.verdict.comparisons:
             if {c.point, c.other} <= study.points.keys():
                 row = _roles(study.points[c.point], study.points[c.other])
+                if ability in cells.get(row, {}):  # of several such pairs, the first has the plain words
+                    row = f"{row}, {c.point} against {c.other}"
                 cells.setdefault(row, {})[ability] = _cell(c, study.facts.metric)
     columns: Columns = {"comparison": list(cells)}
     for ability in of_size:
@@ -104,7 +106,7 @@ def _roles(point: Point, other: Point) -> str:
     blocks, applied = len(set(point.layer_plan)), len(point.layer_plan)
     if applied == blocks:
         shape = "more, thinner" if applied > len(other.layer_plan) else "fewer, wider"
-        return f"{shape} blocks, {applied} against {len(other.layer_plan)}{arm}"
+        return f"{shape} blocks{arm}"
     first = f"{_number(blocks)} {applied // blocks} times, {point.config['model']['sharing']}"
     if len(other.layer_plan) == applied:
         second = f"{_number(applied)} once"

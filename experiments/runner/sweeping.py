@@ -292,7 +292,7 @@ def _ending(record: Record) -> str:
     """How a run ended, in a line."""
     if record.status != "finished":
         return f"{record.status}: {record.error}"
-    score = f"{record.score:.1%} wrong" if record.metric == "error" else f"loss {record.score:.4f}"
+    score = f"{record.score:.1%} wrong" if record.metric == "error" else f"{record.metric} {record.score:.4f}"
     return f"{FINISHED}: {score} in {duration(record.timing['wall_s'])}"
 
 
