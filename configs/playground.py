@@ -13,8 +13,8 @@ which no design of equal size reaches the ceiling or stays on the floor. A run t
 Under CompleteP; `--arms=completep,standard` adds the paper's parameterization.
 
 What it cannot show: how these abilities add up to text (configs/shape_laws.py is about that), and sizes at
-which models are used. Learning jumps in the structure task, so that the spread over seeds is large there: four
-seeds tell a factor of 2.5 in the distance from the grammar from none.
+which models are used. Learning jumps in the structure task, so that the spread over seeds is large there:
+four seeds decide about factors of 2.4 and more in the distance from the grammar.
 """
 
 import dataclasses
