@@ -61,7 +61,7 @@ def on_every_process(count: int, *arguments: object) -> list[list[str]]:
 
 def ends(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     """Returns exit status, output and errors of each."""
-    parts = [(process, *process.communicate(timeout=300)) for process in started]
+    parts = [(process, *process.communicate(timeout=1500)) for process in started]
     return [(process.returncode, output, errors) for process, output, errors in parts]
 
 
