@@ -20,7 +20,7 @@ from experiments.runner import sweeping
 from experiments.runner.quantizing import Quantizing, lacking, quantize_run, read, rows_of_text, schemes_of
 from experiments.runner.studies import points_of
 from mobilellm_jax.analysis.quantized import gap_pairs, gaps
-from mobilellm_jax.analysis.records import Record, add_quantized, read_record, read_records, write_record
+from mobilellm_jax.analysis.records import Record, add_entry, read_record, read_records, write_record
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.data.rows import PADDING
@@ -200,8 +200,8 @@ def test_records_keep_results_and_older_code_reads_those_without(tmp_path):
     record = make_record()
     write_record(record, path)
     assert "quantized" not in json.loads(path.read_text())
-    add_quantized(path, "w8a8", entry(0.001))
-    add_quantized(path, "w4:32", entry(0.2))
+    add_entry(path, "quantized", "w8a8", entry(0.001))
+    add_entry(path, "quantized", "w4:32", entry(0.2))
     kept = {"w8a8": entry(0.001), "w4:32": entry(0.2)}
     assert read_record(path) == dataclasses.replace(record, quantized=kept)
 

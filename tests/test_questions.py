@@ -10,7 +10,7 @@ from configs import base, mobilellm
 from experiments.runner import scores
 from experiments.runner.questions import Questions, lacking, lacking_tasks
 from experiments.runner.score_table import ScoreTable
-from mobilellm_jax.analysis.records import add_zero_shot, write_record
+from mobilellm_jax.analysis.records import add_entry, write_record
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.errors import UserError
 
@@ -24,9 +24,9 @@ def test_finished_runs_lack_tasks_that_were_not_asked_of_the_same_data(tmp_path)
         write_record(make_record(), path)
     write_record(make_diverged(), third)
     entry = {"metrics": {}, "data": "piqa.jsonl", "limit": 5}
-    add_zero_shot(first, "piqa", entry)
-    add_zero_shot(first, "boolq", {**entry, "data": "boolq.jsonl"})
-    add_zero_shot(second, "boolq", {**entry, "data": "boolq.jsonl", "limit": 6})
+    add_entry(first, "zero_shot", "piqa", entry)
+    add_entry(first, "zero_shot", "boolq", {**entry, "data": "boolq.jsonl"})
+    add_entry(second, "zero_shot", "boolq", {**entry, "data": "boolq.jsonl", "limit": 6})
     assert list(lacking_tasks(point, tmp_path, asked, known).values()) == [[], ["piqa", "boolq"]]
     assert lacking(point, tmp_path, asked, known) == 1
 

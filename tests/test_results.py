@@ -14,7 +14,7 @@ from conftest import flipped
 from mobilellm_jax.analysis.facts import facts_of, pairs_of, points_of
 from mobilellm_jax.analysis.records import (
     Record,
-    add_zero_shot,
+    add_entry,
     by_study,
     read_record,
     read_records,
@@ -164,11 +164,11 @@ def test_accuracies_are_added_to_a_record(tmp_path):
         for task in ("piqa", "boolq")
     }
     for task, entry in entries.items():
-        add_zero_shot(path, task, entry)
+        add_entry(path, "zero_shot", task, entry)
     assert read_record(path) == dataclasses.replace(record, zero_shot=entries)
     path.write_text(path.read_text().replace("0.4", "0.5", 1))
     with pytest.raises(UserError, match="changed since it was written"):
-        add_zero_shot(path, "piqa", entries["piqa"])
+        add_entry(path, "zero_shot", "piqa", entries["piqa"])
     fields = json.loads(path.read_text())
     del fields[sealed.SEAL]
     path.write_text(json.dumps({**fields, "zero_shot": {"piqa": 0.4}}))

@@ -17,6 +17,13 @@ def record_path(workdir: AnyPath, run: Run) -> AnyPath:
     return workdir / "results" / f"{run.name}.json"
 
 
+def finished_records(point: Point, workdir: AnyPath) -> dict[str, Record]:
+    """Records of the comparison runs of a point that finished, by the run's name."""
+    paths = {name: workdir / "results" / f"{name}.json" for name in point.run_names()}
+    records = {name: read_record(path) for name, path in paths.items() if path.exists()}
+    return {name: record for name, record in records.items() if record.status == "finished"}
+
+
 class Progress:
     """The records of some points and their studies in a workdir: each is read once, by process 0 alone."""
 

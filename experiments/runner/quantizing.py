@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +11,12 @@ from jax.sharding import Mesh
 
 from experiments import cli
 from experiments.runner import scores
+from experiments.runner.kept import Kept
 from experiments.runner.points import Point
+from experiments.runner.progress import finished_records
 from experiments.runner.questions import Questions
 from experiments.runner.view import Event, Tell
 from mobilellm_jax import data
-from mobilellm_jax.analysis.records import add_quantized, read_record
 from mobilellm_jax.config import Config
 from mobilellm_jax.data.pipeline import padded_batches
 from mobilellm_jax.data.rows import PADDING
@@ -32,9 +32,10 @@ from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
 from mobilellm_jax.runs.run import check
 from mobilellm_jax.storage.checkpoint import newest_intact
-from mobilellm_jax.storage.files import AnyPath, write_atomically
+from mobilellm_jax.storage.files import AnyPath
 
-RESULTS = "quantized.json"
+_KEPT = Kept("quantized", what="results of quantization", again="quantize")
+read = _KEPT.read
 Batches = Callable[[], Iterator[np.ndarray]]
 Entry = dict[str, Any]
 
@@ -129,31 +130,7 @@ def _token_rows(spec: str, length: int, vocab_size: int) -> np.ndarray:
 
 def results_path(workdir: AnyPath, text: str | None) -> AnyPath:
     """The record of a run; where it has none, or another text is scored, quantized.json in its directory."""
-    record = scores.results_path(workdir)
-    return workdir / RESULTS if text or record.name == scores.RESULTS else record
-
-
-def read(path: AnyPath) -> dict[str, Entry]:
-    """What is known already, by scheme; UserError if the file is damaged."""
-    if path.name != RESULTS:
-        return read_record(path).quantized or {}
-    if not path.exists():
-        return {}
-    try:
-        document = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); delete it to quantize again") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: not results of quantization; delete it to quantize again")
-    return document
-
-
-def keep(path: AnyPath, name: str, entry: Entry) -> None:
-    """Adds the result of a scheme, atomically."""
-    if path.name != RESULTS:
-        return add_quantized(path, name, entry)
-    text = json.dumps({**read(path), name: entry}, indent=1) + "\n"
-    return write_atomically(path, text.encode())
+    return _KEPT.beside(workdir) if text else _KEPT.path(workdir)
 
 
 def quantize_run(
@@ -192,7 +169,7 @@ def quantize_run(
             quantized = dataclasses.replace(config, model=model_config)
             entry["zero_shot"] = _zero_shot(asked.questions, workdir, quantized, new, mesh)
         if jax.process_index() == 0:
-            keep(path, scheme.name, entry)
+            _KEPT.add(path, scheme.name, entry)
         yield scheme, entry
 
 
@@ -232,14 +209,10 @@ def lacking(point: Point, workdir: AnyPath, asked: Quantizing) -> int:
 
 
 def _lacking_schemes(point: Point, workdir: AnyPath, asked: Quantizing) -> dict[str, list[Scheme]]:
-    found = {}
-    for name in point.run_names():
-        path = workdir / "results" / f"{name}.json"
-        record = read_record(path) if path.exists() else None
-        if record is not None and record.status == "finished":
-            known = record.quantized or {}
-            found[name] = [scheme for scheme in asked.schemes if scheme.name not in known]
-    return found
+    return {
+        name: [scheme for scheme in asked.schemes if scheme.name not in (record.quantized or {})]
+        for name, record in finished_records(point, workdir).items()
+    }
 
 
 def quantize_point(point: Point, workdir: AnyPath, tell: Tell, asked: Quantizing) -> None:

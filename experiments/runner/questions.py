@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.runner.points import Point
-from mobilellm_jax.analysis.records import read_record
+from experiments.runner.progress import finished_records
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import AnyPath
 
@@ -62,15 +62,12 @@ def lacking_tasks(
 ) -> dict[str, list[str]]:
     """The tasks of `known` that the record of each finished run of a point lacks, by the run's name."""
     found = {}
-    for name in point.run_names():
-        path = workdir / "results" / f"{name}.json"
-        record = read_record(path) if path.exists() else None
-        if record is not None and record.status == "finished":
-            entries = record.zero_shot or {}
-            found[name] = [
-                task
-                for task, where in known.items()
-                if task not in entries
-                or (entries[task]["data"], entries[task]["limit"]) != (where, questions.limit)
-            ]
+    for name, record in finished_records(point, workdir).items():
+        entries = record.zero_shot or {}
+        found[name] = [
+            task
+            for task, where in known.items()
+            if task not in entries
+            or (entries[task]["data"], entries[task]["limit"]) != (where, questions.limit)
+        ]
     return found

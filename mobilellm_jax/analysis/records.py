@@ -219,16 +219,14 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     return _validated(fields, str(path))
 
 
-def add_zero_shot(path: str | os.PathLike[str], task: str, entry: dict[str, Any]) -> None:
-    """Adds a task score to the record at `path`, atomically. Errors as in `read_record`, `write_record`."""
-    record = read_record(path)
-    write_record(dataclasses.replace(record, zero_shot={**(record.zero_shot or {}), task: entry}), path)
+def add_entry(path: str | os.PathLike[str], field: str, name: str, entry: dict[str, Any]) -> None:
+    """Adds an entry to a field of the record at `path`, "zero_shot" (by task) or "quantized" (by scheme).
 
-
-def add_quantized(path: str | os.PathLike[str], scheme: str, entry: dict[str, Any]) -> None:
-    """Adds the cost of a scheme to the record at `path`, as `add_zero_shot` does a task score."""
+    Atomically; errors as in `read_record`, `write_record`.
+    """
     record = read_record(path)
-    write_record(dataclasses.replace(record, quantized={**(record.quantized or {}), scheme: entry}), path)
+    entries = {**(getattr(record, field) or {}), name: entry}
+    write_record(dataclasses.replace(record, **{field: entries}), path)
 
 
 def read_records(directory: str | os.PathLike[str]) -> list[Record]:
