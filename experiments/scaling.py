@@ -10,15 +10,13 @@ out, and said. Writes figures/<study>-*.png and reports/<study>.md and .html.
 from absl import flags
 
 from experiments import cli
-from experiments.reporting import drawing, shape_figures, shape_page
-from experiments.reporting.figures import Image
-from experiments.reporting.pages import to_html, to_markdown
+from experiments.reporting import figures, shape_figures, shape_page
+from experiments.reporting.pages import write_page
 from mobilellm_jax.analysis.records import read_records
 from mobilellm_jax.analysis.shape_findings import findings_of
 from mobilellm_jax.analysis.shape_law import RESAMPLES
 from mobilellm_jax.analysis.study import file_stem
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage.files import write_atomically
 
 
 def main() -> int:
@@ -35,16 +33,15 @@ def main() -> int:
         )
     taken = [record for record in found if not wanted or record.preset in wanted]
     findings = findings_of(taken, resamples=flags.FLAGS.resamples)
-    stem, images = file_stem(study), []
-    for suffix, alt, figure in shape_figures.images(findings):
-        if figure is not None:
-            images.append(Image(f"{stem}-{suffix}.png", alt, drawing.render(figure)))
-            write_atomically(workdir / "figures" / images[-1].name, images[-1].png)
-    sections = shape_page.sections(findings, images)
-    for suffix, page in ((".html", to_html), (".md", to_markdown)):
-        write_atomically(workdir / "reports" / f"{stem}{suffix}", page(shape_page.TITLE, sections).encode())
+    stem = file_stem(study)
+    images = [
+        figures.save(f"{stem}-{suffix}", alt, figure, workdir)
+        for suffix, alt, figure in shape_figures.images(findings)
+        if figure is not None
+    ]
+    path = write_page(stem, shape_page.TITLE, shape_page.sections(findings, images), workdir)
     print(shape_page.text(findings))
-    print(f"Report: {workdir}/reports/{stem}.md")
+    print(f"Report: {path}.md")
     return 0
 
 

@@ -104,7 +104,7 @@ def files(folder):
 
 
 def test_files_and_the_text_to_print(tmp_path):
-    text = pages.report(study(), tmp_path)
+    text = pages.report(study_of(study()), tmp_path)
     names = "shape-tiny.png shape-tiny-costs.png shape-tiny-curves.png shape-tiny-learning_rates.png"
     names += " shape-tiny.csv shape-tiny-comparisons.csv"
     expected = {f"figures/{name}" for name in names.split()}
@@ -115,7 +115,7 @@ def test_files_and_the_text_to_print(tmp_path):
 
 
 def test_page_is_whole_in_one_file(tmp_path):
-    pages.report(study(), tmp_path)
+    pages.report(study_of(study()), tmp_path)
     page = Page((tmp_path / "reports" / "shape-tiny.html").read_text())
     assert "script" not in page.tags
     assert "link" not in page.tags
@@ -249,7 +249,7 @@ def test_what_records_say_cannot_become_markup():
 
 
 def test_names_of_files_stay_in_the_folder(tmp_path):
-    pages.report([make_record(study="../../a b", preset="c/d", pairs=[])], tmp_path)
+    pages.report(study_of([make_record(study="../../a b", preset="c/d", pairs=[])]), tmp_path)
     assert (tmp_path / "reports" / "..-..-a-b-c-d.html").is_file()
     assert {path.parent for path in tmp_path.rglob("*.*")} == {tmp_path / "reports", tmp_path / "figures"}
 
@@ -268,7 +268,7 @@ def test_names_of_files_stay_in_the_folder(tmp_path):
     ids=["one run", "all diverged", "only tuned", "all failed"],
 )
 def test_study_with_next_to_nothing_is_reported(tmp_path, records):
-    pages.report(records, tmp_path)
+    pages.report(study_of(records), tmp_path)
     page = Page((tmp_path / "reports" / "shape-tiny.html").read_text())
     assert study_of(records).verdict.sentence in page.text
     assert page.tags.count("img") == (3 if records[0].phase == "tuning" else 2)
@@ -282,7 +282,7 @@ def test_command_gives_the_same_bytes_elsewhere(tmp_path):
     environment = {"PYTHONHASHSEED": "1", "TZ": "Asia/Tokyo"}
     done = real("experiments.report", f"--workdir={tmp_path / 'a'}", env=environment)
     assert done.returncode == 0, done.stderr
-    text = pages.report(records, tmp_path / "b")
+    text = pages.report(study_of(records), tmp_path / "b")
     assert text.replace(str(tmp_path / "b"), str(tmp_path / "a")) in done.stdout
     for folder in ("figures", "reports"):
         assert files(tmp_path / "a" / folder) == files(tmp_path / "b" / folder)
@@ -385,6 +385,6 @@ def test_committed_reports_say_what_the_committed_records_show():
 
 
 def test_a_record_names_no_file_outside_the_workdir(tmp_path):
-    pages.report(study(study="../../x", preset="/y"), tmp_path / "a" / "b")
+    pages.report(study_of(study(study="../../x", preset="/y")), tmp_path / "a" / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]

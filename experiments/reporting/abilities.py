@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from matplotlib.figure import Figure
 
-from experiments.reporting import drawing
+from experiments.reporting import drawing, figures
 from experiments.reporting.drawing import styled
-from experiments.reporting.figures import Image
-from experiments.reporting.pages import Section, to_html, to_markdown
+from experiments.reporting.pages import Section, write_page
 from experiments.reporting.tables import Columns, markdown_table, quantity
 from mobilellm_jax.analysis.facts import Point
 from mobilellm_jax.analysis.measures import MEASURES
@@ -17,7 +16,7 @@ from mobilellm_jax.analysis.records import span
 from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.verdicts import Comparison
 from mobilellm_jax.analysis.wording import format_bound
-from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
+from mobilellm_jax.storage.files import AnyPath
 
 STUDY = "playground"  # its presets are <ability>_<size>
 TITLE = "Which shape learns what: designs of equal size on generated data"
@@ -43,17 +42,14 @@ def write(studies: Iterable[Study], workdir: str | AnyPath) -> list[str]:
     said = []
     for size, of_size in by_size(studies).items():
         name = f"{STUDY}-{size}"
-        image = Image(f"{name}.png", "Every design in every ability", drawing.render(draw(of_size)))
-        write_atomically(path_of(workdir) / "figures" / image.name, image.png)
+        image = figures.save(name, "Every design in every ability", draw(of_size), workdir)
         columns = table(of_size)
         links = [f"{ability}: reports/{study.stem}.md" for ability, study in of_size.items()]
         sections: list[Section] = [
             ("All abilities", [image, _NOTE, columns]),
             ("The report of each ability", [links]),
         ]
-        path = path_of(workdir) / "reports" / name
-        for suffix, page in ((".html", to_html), (".md", to_markdown)):
-            write_atomically(f"{path}{suffix}", page(TITLE, sections).encode())
+        path = write_page(name, TITLE, sections, workdir)
         said.append("\n".join([TITLE, "", markdown_table(columns), "", f"Report: {path}.html"]))
     return said
 

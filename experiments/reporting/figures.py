@@ -80,12 +80,10 @@ def write(study: Study, workdir: str | AnyPath) -> dict[str, Image]:
     }
     folder, name = path_of(workdir) / "figures", study.stem
     images = {
-        suffix: Image(f"{name}{suffix}.png", alt, drawing.render(figure))
+        suffix: save(f"{name}{suffix}", alt, figure, workdir)
         for suffix, (alt, figure) in drawn.items()
         if figure is not None
     }
-    for image in images.values():
-        write_atomically(folder / image.name, image.png)
     texts = {
         "": tables.csv_text(study),
         "-comparisons": tables.comparisons_csv(study),
@@ -95,6 +93,13 @@ def write(study: Study, workdir: str | AnyPath) -> dict[str, Image]:
         if text:
             write_atomically(folder / f"{name}{suffix}.csv", text.encode())
     return images
+
+
+def save(name: str, alt: str, figure: Figure, workdir: str | AnyPath) -> Image:
+    """Writes figures/<name>.png."""
+    image = Image(f"{name}.png", alt, drawing.render(figure))
+    write_atomically(path_of(workdir) / "figures" / image.name, image.png)
+    return image
 
 
 @styled

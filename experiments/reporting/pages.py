@@ -13,7 +13,7 @@ from experiments.reporting import beside_paper, evidence, figures, quantized, ta
 from experiments.reporting.figures import Image
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import Record
-from mobilellm_jax.analysis.study import Study, study_of
+from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.tuning import Tuning
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
 
@@ -65,27 +65,32 @@ SHARES = (
 )
 
 
-def report(records: Sequence[Record], workdir: str | AnyPath) -> str:
+def report(study: Study, workdir: str | AnyPath) -> str:
     """Writes figures, table (CSV) and report (HTML, Markdown) of one study at one preset.
 
     Returns:
       The text to print: warnings, tables, verdict, and the path of the report.
 
     Raises:
-      UserError: the runs cannot be compared, or a file cannot be written.
+      UserError: a file cannot be written.
     """
-    study = study_of(records)
     return write_report(study, figures.write(study, workdir), workdir)
 
 
 def write_report(study: Study, images: dict[str, Image], workdir: str | AnyPath) -> str:
-    found, sections = study.verdict, contents(study, images)
-    path = path_of(workdir) / "reports" / study.stem
-    for suffix, page in ((".html", to_html), (".md", to_markdown)):
-        write_atomically(f"{path}{suffix}", page(study.facts.question, sections).encode())
+    found = study.verdict
+    path = write_page(study.stem, study.facts.question, contents(study, images), workdir)
     said = textwrap.fill(found.sentence, 110, break_long_words=False, break_on_hyphens=False)
     warnings = [f"Warning: {warning}" for warning in found.warnings]
     return "\n".join([*warnings, tables.text(study), "", said, f"Report: {path}.html"])
+
+
+def write_page(name: str, title: str, sections: Sequence[Section], workdir: str | AnyPath) -> AnyPath:
+    """Writes reports/<name>.html and .md, and returns their path without the suffix."""
+    path = path_of(workdir) / "reports" / name
+    for suffix, page in ((".html", to_html), (".md", to_markdown)):
+        write_atomically(f"{path}{suffix}", page(title, sections).encode())
+    return path
 
 
 def contents(study: Study, images: dict[str, Image]) -> list[Section]:

@@ -4,7 +4,7 @@ import functools
 import os
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,18 +124,9 @@ def sweep(
         ]
         compare = Task(_on_devices(size, compare_point), missing_of)
         broken += _all(todo, workdir, environments, compare, view)
-        if asked:
-            these = {"questions": asked, "known": known}
-            lacking = functools.partial(questions.lacking, **these)
-            left = processes.of_first(lambda: {point.name: lacking(point, workdir) for point in points})
+        for do, lacking in _after(asked, known, quantized):
+            left = processes.of_first(lambda: {point.name: lacking(point, workdir) for point in points})  # noqa: B023
             todo = [point for point in points if left[point.name]]
-            score = functools.partial(scoring.score_point, **these)
-            broken += _all(todo, workdir, environments, Task(_on_devices(size, score), lacking), view)
-        if quantized:
-            lacking = functools.partial(quantizing.lacking, asked=quantized)
-            left = processes.of_first(lambda: {point.name: lacking(point, workdir) for point in points})
-            todo = [point for point in points if left[point.name]]
-            do = functools.partial(quantizing.quantize_point, asked=quantized)
             broken += _all(todo, workdir, environments, Task(_on_devices(size, do), lacking), view)
     status = 0
     try:
@@ -146,6 +137,20 @@ def sweep(
     if broken:
         raise UserError("\n".join(broken))
     return status
+
+
+def _after(
+    asked: Questions | None, known: Mapping[str, str], quantized: Quantizing | None
+) -> Iterator[tuple[Do, Callable[[Point, AnyPath], int]]]:
+    """What to do for the finished runs of every point, and how many of them lack it."""
+    if asked:
+        these = {"questions": asked, "known": known}
+        yield functools.partial(scoring.score_point, **these), functools.partial(questions.lacking, **these)
+    if quantized:
+        yield (
+            functools.partial(quantizing.quantize_point, asked=quantized),
+            functools.partial(quantizing.lacking, asked=quantized),
+        )
 
 
 def default_jobs() -> int:
@@ -329,7 +334,7 @@ def _finish(points: Sequence[Point], workdir: AnyPath) -> int:
 
 def _report(points: Sequence[Point], workdir: AnyPath) -> int:
     # Here: two seconds that the processes of the points need not spend.
-    from experiments.reporting import abilities, figures, pages
+    from experiments.reporting import abilities, pages
     from mobilellm_jax.analysis.study import study_of
 
     unfinished, refused, reported = [], [], []
@@ -339,8 +344,7 @@ def _report(points: Sequence[Point], workdir: AnyPath) -> int:
             continue
         try:
             analysed = study_of(records)
-            images = figures.write(analysed, workdir)
-            print("\n" + pages.write_report(analysed, images, workdir))
+            print("\n" + pages.report(analysed, workdir))
             reported.append(analysed)
         except UserError as error:  # the other studies are reported all the same
             refused.append(str(error))
