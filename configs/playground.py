@@ -48,9 +48,9 @@ class _Ability:
     vocab_size: int
     length: int
     shapes: tuple[Shape, ...]
-    shared: tuple[int, ...]
+    shared: tuple[int, ...] = (1,)
     flops: tuple[float, ...]
-    orders: tuple[str, ...]
+    orders: tuple[str, ...] = ("immediate", "repeat_all")
     steps: int
     batch_size: int
     eval_rows: int
@@ -63,16 +63,13 @@ class _Ability:
 
 _TINY_33K: tuple[Shape, ...] = ((1, 3, 52, 146), (2, 2, 38, 100), (4, 2, 26, 62))
 _TINY_8K: tuple[Shape, ...] = ((1, 1, 28, 76), (2, 1, 20, 46), (3, 1, 18, 29))
-_TINY_ORDERS = ("immediate", "repeat_all")
 _ABILITIES = {
     "structure_tiny": _Ability(
         source="structure:levels=3,symbols=3,rules=2,grammar=1,tokens=64",
         vocab_size=4,
         length=64,
         shapes=_TINY_33K,
-        shared=(1,),
         flops=(2.0,),
-        orders=_TINY_ORDERS,
         steps=250,
         batch_size=16,
         eval_rows=256,
@@ -86,9 +83,7 @@ _ABILITIES = {
         vocab_size=6,
         length=7,
         shapes=_TINY_33K,
-        shared=(1,),
         flops=(2.0,),
-        orders=_TINY_ORDERS,
         steps=600,
         batch_size=64,
         eval_rows=1024,
@@ -102,9 +97,7 @@ _ABILITIES = {
         vocab_size=50,
         length=10,
         shapes=_TINY_8K,
-        shared=(1,),
         flops=(1.9,),
-        orders=_TINY_ORDERS,
         steps=800,
         batch_size=64,
         eval_rows=640,

@@ -12,17 +12,15 @@ figures, go to `build/docs`. A link to a file that is no page becomes one to the
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from experiments import cli
 from experiments.benchmarks import measure
+from experiments.cli import ROOT
 from experiments.reporting import reference, site
 from mobilellm_jax.errors import UserError
-
-ROOT = Path(__file__).parents[1]
 
 
 def main() -> int:
