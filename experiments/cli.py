@@ -227,19 +227,6 @@ def _no_devices(error: Exception) -> str:
     )
 
 
-def run_on_records(show: Callable[[AnyPath], None], folders: str) -> None:
-    """Runs a command whose one flag is --workdir, the directory of records: `show` gets its value."""
-
-    def define_flags() -> None:
-        flags.DEFINE_string("workdir", "experiments", f"directory of {folders}")
-
-    def main() -> int:
-        show(directory("workdir", flags.FLAGS.workdir))
-        return 0
-
-    run(main, define_flags=define_flags)
-
-
 def _complain(message: str, status: int) -> int:
     print(message, file=sys.stderr)
     return status

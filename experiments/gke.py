@@ -26,7 +26,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from experiments import cli
 from experiments.runner import hosts
-from experiments.runner.flags import PASSED_ON, asked_points, define_sweep
+from experiments.runner.flags import DEFAULT_STUDY, PASSED_ON, asked_points, define_sweep
 from experiments.runner.studies import shard
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.errors import UserError
@@ -198,4 +198,4 @@ def manifest(name: str, command: list[str], num_hosts: int, chips: int) -> dict[
 
 
 if __name__ == "__main__":
-    cli.run(main, default_config="configs/tour.py:tiny", define_flags=define_flags)
+    cli.run(main, default_config=DEFAULT_STUDY, define_flags=define_flags)

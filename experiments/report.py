@@ -1,8 +1,9 @@
 """Writes tables, figures and a report of every study from its records alone: no training, no jax.
 
     python -m experiments.report [--workdir=experiments]
+    python -m experiments.report --workdir=runs --against=runs/again   # do two experiments agree?
 
-reads <workdir>/results/**.json and writes, for each study and preset,
+The first reads <workdir>/results/**.json and writes, for each study and preset,
 
     reports/<study>-<preset>.html   everything in one file, figures included
     reports/<study>-<preset>.md     the same; its figures are those in figures/
@@ -10,11 +11,14 @@ reads <workdir>/results/**.json and writes, for each study and preset,
 
 and figures/ and reports/playground-<size>, with all abilities of the playground, and claims.md: what the
 paper claims beside what the records say, and all figures, with links to config, command and records. The
-same records give the same bytes.
+same records give the same bytes. The second compares the findings about every pair that both directories
+have, and writes nothing.
 """
 
+from absl import flags
+
 from experiments import cli
-from experiments.reporting import abilities, claims, figures, gallery
+from experiments.reporting import abilities, claims, figures, gallery, replication
 from experiments.reporting.pages import write_report
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
@@ -47,5 +51,31 @@ def redraw(workdir: str | AnyPath) -> None:
         raise UserError("\n".join(refused))
 
 
+def compare(workdir: AnyPath, other: AnyPath) -> None:
+    """Prints where the findings of two directories of records agree.
+
+    Raises:
+      UserError: as in `redraw`, or as in `replication.page`.
+    """
+    (here, refused), (there, also_refused) = figures.read_studies(workdir), figures.read_studies(other)
+    print(replication.page(here, there, (str(workdir), str(other))))
+    if refused or also_refused:
+        raise UserError("\n".join([*refused, *also_refused]))
+
+
+def main() -> int:
+    workdir, other = cli.directory("workdir", flags.FLAGS.workdir), flags.FLAGS.against
+    if other is None:
+        redraw(workdir)
+    else:
+        compare(workdir, cli.directory("against", other))
+    return 0
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("workdir", "experiments", "directory of results/, reports/ and figures/")
+    flags.DEFINE_string("against", None, "another --workdir, made with other seeds: print where both agree")
+
+
 if __name__ == "__main__":
-    cli.run_on_records(redraw, "results/, reports/ and figures/")
+    cli.run(main, define_flags=_define_flags)

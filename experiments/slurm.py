@@ -22,7 +22,14 @@ from absl import flags
 
 from experiments import cli
 from experiments.runner import hosts, quantizing, questions
-from experiments.runner.flags import PASSED_ON, asked_points, asked_questions, asked_schemes, define_sweep
+from experiments.runner.flags import (
+    DEFAULT_STUDY,
+    PASSED_ON,
+    asked_points,
+    asked_questions,
+    asked_schemes,
+    define_sweep,
+)
 from experiments.runner.listing import said_to_compare, table
 from experiments.runner.progress import Progress
 from experiments.runner.sweeping import make_workdir
@@ -147,4 +154,4 @@ def _run_here(executor: Any, names: list[str], tasks: list[list[str]]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, default_config="configs/tour.py:tiny", define_flags=define_flags)
+    cli.run(main, default_config=DEFAULT_STUDY, define_flags=define_flags)

@@ -35,7 +35,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.runner import devices, hosts
-from experiments.runner.flags import asked_points, asked_questions, asked_schemes, define_sweep
+from experiments.runner.flags import DEFAULT_STUDY, asked_points, asked_questions, asked_schemes, define_sweep
 from experiments.runner.listing import said_to_compare, table
 from experiments.runner.points import Point
 from experiments.runner.studies import shard
@@ -104,4 +104,4 @@ def _groups() -> list[dict[str, str]] | None:
 
 
 if __name__ == "__main__":
-    cli.run(main, default_config="configs/tour.py:tiny", define_flags=define_sweep)
+    cli.run(main, default_config=DEFAULT_STUDY, define_flags=define_sweep)

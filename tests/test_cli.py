@@ -46,9 +46,9 @@ def test_the_config_goes_in_front_of_its_overrides():
         (["train", "extra", "--workdir=x"], "unexpected argument 'extra'"),
         (["train"], "--workdir: missing; name the directory"),
         (
-            ["train", "--config=configs/tour.py:tiny", "--workdir=x"],
-            "--config=configs/tour.py:tiny: names 2 studies, and this command takes one config; use "
-            "--config=configs/depth_vs_width.py:tiny or --config=configs/layer_sharing.py:tiny, or",
+            ["train", "--config=configs/playground.py:tiny", "--workdir=x"],
+            "--config=configs/playground.py:tiny: names 3 studies, and this command takes one config; use "
+            "--config=configs/playground.py:structure_tiny or",
         ),
     ],
     ids=str,

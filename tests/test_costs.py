@@ -42,7 +42,8 @@ def test_memory_is_that_of_state_and_activations_of_a_micro_batch():
 
 
 def test_seeds_that_a_margin_needs_are_the_fewest_with_enough_power():
-    points = points_of("configs/tour.py:tiny", {}, None, ())
+    studies = ("depth_vs_width", "layer_sharing")
+    points = [p for s in studies for p in points_of(f"configs/{s}.py:tiny", {}, None, (), ["completep"])]
     lines = [line for line in costs(points, 1.0, "").splitlines() if line.startswith("seeds")]
     assert len(lines) == 2
     for study, line in zip(("depth_vs_width", "layer_sharing"), lines, strict=True):
@@ -56,7 +57,7 @@ def test_seeds_that_a_margin_needs_are_the_fewest_with_enough_power():
 
 
 def test_small_models_and_searches_are_told():
-    points = points_of("configs/tour.py:tiny", {}, None, ())
+    points = points_of("configs/playground.py:tiny", {}, None, ())
     said = cells(costs(points, 374, "here"))
     assert said["all"].startswith(f"about {sum(point.runs for point in points)} runs, ")
     assert said["here"] == "about 6 minutes, here"

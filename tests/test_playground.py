@@ -114,9 +114,9 @@ def test_abilities_stand_side_by_side_by_what_a_pair_is_about(tmp_path):
     assert list(columns) == ["comparison", "structure", "knowledge"]
     assert columns["comparison"] == [
         "more, thinner blocks",
-        "2 blocks 2 times, repeat_all, against once",
-        "2 blocks 2 times, repeat_all, against once, for as many FLOPs",
-        "2 blocks 2 times, repeat_all, against 4 blocks once",
+        "2 blocks twice, repeat_all, against once",
+        "2 blocks twice, repeat_all, against once, for as many FLOPs",
+        "2 blocks twice, repeat_all, against 4 blocks once",
     ]
     assert re.match(r"better, 0\.(49|50|51) of the distance \[0\.4\d, 0\.5\d\]", columns["structure"][1])
     assert columns["knowledge"][0].startswith(("worse, -20.", "worse, -19."))
@@ -126,9 +126,17 @@ def test_abilities_stand_side_by_side_by_what_a_pair_is_about(tmp_path):
 
 def test_the_page_of_all_abilities_leads_to_each(tmp_path):
     (said,) = abilities.write(studies(), tmp_path)
-    assert "| 2 blocks 2 times, repeat_all, against once |" in said
+    found = [
+        "more, thinner blocks: better at structure; worse at knowledge.",
+        "2 blocks twice, repeat_all, against once: better at structure; no difference in knowledge.",
+        "2 blocks twice, repeat_all, against once, for as many FLOPs: worse at knowledge; no difference in "
+        "structure.",
+        "2 blocks twice, repeat_all, against 4 blocks once: worse at structure and knowledge.",
+    ]
+    assert said.splitlines()[2:-2] == [f"- {sentence}" for sentence in found]
     page = (tmp_path / "reports" / "playground-tiny.md").read_text()
     assert "../figures/playground-tiny.png" in page
+    assert all(sentence in page for sentence in found)
     assert "reports/playground-knowledge_tiny.md" in page
     assert 20_000 < (tmp_path / "figures" / "playground-tiny.png").stat().st_size < 300_000
 

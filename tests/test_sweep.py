@@ -20,7 +20,7 @@ from configs import base, depth_vs_width, khop, layer_sharing, lr_transfer, nois
 from experiments import cli
 from experiments.runner import progress, sweeping, view, workers
 from experiments.runner.leases import Leases
-from experiments.runner.listing import said_to_compare
+from experiments.runner.listing import said_to_compare, table
 from experiments.runner.studies import points_of, shard
 from mobilellm_jax import data
 from mobilellm_jax.analysis.records import read_record, read_records, write_record
@@ -332,6 +332,12 @@ def test_seeds_change_what_the_study_varies(study, vary, seeds):
     assert [(t.init_seed, t.data_seed) for t in trains] == seeds
 
 
+def test_seeds_can_start_elsewhere(study):
+    first = {"train.init_seed": 1000, "train.data_seed": 2000}
+    trains = [run.config.train for run in points(study, first)[0].comparison_runs(1e-3)]
+    assert [(t.init_seed, t.data_seed) for t in trains] == [(1000, 2000), (1001, 2001)]
+
+
 @pytest.mark.parametrize(
     ("declaration", "message"),
     [
@@ -529,11 +535,15 @@ def test_points_chosen_are_compared_with_each_other(only, pairs, said):
 
 
 def test_a_chosen_point_of_each_study_has_a_line_each():
-    chosen = points_of("configs/tour.py:tiny", {}, None, ["4 x 48", "8 x 32", "reverse"])
+    chosen = points_of("configs/playground.py:tiny", {}, None, ["4 x 26", "2 x 38", "1 x 28"])
     assert said_to_compare(chosen).splitlines() == [
-        "depth_vs_width: compares '8 x 32' with '4 x 48'",
-        "layer_sharing: one point, so there is nothing to compare",
+        "playground:structure_tiny: compares '4 x 26' with '2 x 38'",
+        "playground:manipulation_tiny: compares '4 x 26' with '2 x 38'",
+        "playground:knowledge_tiny: one point, so there is nothing to compare",
     ]
+    assert {line.split()[0] for line in table(chosen).splitlines()[1:]} == {
+        f"playground:{ability}_tiny" for ability in ("structure", "manipulation", "knowledge")
+    }
 
 
 @pytest.mark.parametrize(
@@ -738,7 +748,6 @@ def test_a_sweep_starts_without_what_reports_and_checkpoints_need():
     ("overrides", "only", "message"),
     [
         ({"model.sharing": "none"}, [], "varies this field"),
-        ({"train.data_seed": 1}, [], "use --seeds"),
         ({}, ["reserve"], "no such point; valid: none, reverse"),
         ({"model.num_heads": 3}, [], r"point .*model.width: 16 is not divisible by model.num_heads=3"),
     ],
@@ -775,8 +784,8 @@ def test_points_that_do_not_match_are_refused(study):
 
 
 def test_a_collection_runs_its_studies(tmp_path):
-    labels = {p.facts["study"] for p in points(Path("configs/tour.py"))}
-    assert labels == {"depth_vs_width", "layer_sharing"}
+    labels = {p.facts["preset"] for p in points(Path("configs/playground.py"))}
+    assert labels == {"structure_tiny", "manipulation_tiny", "knowledge_tiny"}
 
 
 @pytest.mark.parametrize(
@@ -825,9 +834,10 @@ def test_a_config_file_alone_says_how_to_run_it():
     assert json.dumps(cli.load_config("configs/mobilellm.py:125m")[2].to_dict())
 
 
-def test_the_points_of_the_tour_start_in_the_order_of_their_seconds():
+def test_points_start_in_the_order_of_their_seconds():
     """By FLOPs alone, eight thin blocks would be the cheapest, start last and leave a core idle."""
-    points = points_of("configs/tour.py:tiny", {}, None, ())
+    studies = ("depth_vs_width", "layer_sharing")
+    points = [p for s in studies for p in points_of(f"configs/{s}.py:tiny", {}, None, (), ["completep"])]
     names = [point.name.split("/")[-1] for point in sorted(points, key=lambda point: -point.cost)]
     assert set(names[:3]) == {"immediate", "repeat_all", "reverse"}  # 120 to 135 s on a core
     assert names[3:] == ["8-x-32", "4-x-48", "none", "2-x-64", "1-x-96"]  # 83, 64, 68, 58 and 54 s

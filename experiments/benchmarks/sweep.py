@@ -11,12 +11,11 @@ import sys
 import time
 
 from experiments.benchmarks import measure as m
+from experiments.runner.flags import DEFAULT_STUDY
 from experiments.runner.studies import points_of
 from mobilellm_jax import data
 from mobilellm_jax.analysis.records import read_records
 from mobilellm_jax.training import signals
-
-_STUDY = "configs/tour.py:tiny"
 
 
 def measure(quick: bool) -> list[m.Line]:
@@ -24,8 +23,14 @@ def measure(quick: bool) -> list[m.Line]:
     cores = len(os.sched_getaffinity(0))
     flags = ["--config.train.steps=8", "--config.optimizer.warmup_steps=2", "--seeds=1"] if quick else []
     with signals.scratch_directory("bench-") as workdir:
-        command = [sys.executable, "-m", "experiments.sweep", f"--config={_STUDY}", f"--workdir={workdir}"]
-        for point in points_of(_STUDY, {}, None, []):
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.sweep",
+            f"--config={DEFAULT_STUDY}",
+            f"--workdir={workdir}",
+        ]
+        for point in points_of(DEFAULT_STUDY, {}, None, []):
             data.prepare(point.config.data, point.config.model.vocab_size)
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(workdir / "xla")}
         start = time.perf_counter()
@@ -44,7 +49,7 @@ def measure(quick: bool) -> list[m.Line]:
     run_s = sum(record.timing["wall_s"] for record in records)
     all_s = side_by_side * wall_s
     return [
-        m.Line(f"{_STUDY}, {len(records)} runs: wall time", "s", (wall_s,)),
+        m.Line(f"{DEFAULT_STUDY}, {len(records)} runs: wall time", "s", (wall_s,)),
         m.Line("not training steps, share of wall time", "%", (100 * (1 - train_s / all_s),), at_most=15),
         m.Line("of it compilation", "%", (100 * sum(r.timing["compile_s"] for r in records) / all_s,)),
         m.Line(f"of it outside of {evaluate}", "%", (100 * (1 - run_s / all_s),)),

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from experiments.reporting import drawing, figures
 from experiments.reporting.drawing import styled
 from experiments.reporting.pages import Section, write_page
-from experiments.reporting.tables import Columns, markdown_table, quantity
+from experiments.reporting.tables import Columns, quantity
 from mobilellm_jax.analysis.facts import Point
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import span
@@ -20,6 +20,7 @@ from mobilellm_jax.storage.files import AnyPath
 
 STUDY = "playground"  # its presets are <ability>_<size>
 TITLE = "Which shape learns what: designs of equal size on generated data"
+_IN = {"better": "at", "worse": "at", "no difference": "in", "cannot tell": "about"}
 _NOTE = (
     "Each cell compares the first design with the second, at equal size and steps unless the row says "
     "otherwise. Distances are divergences from the grammar, as factors with their intervals; right answers "
@@ -43,14 +44,15 @@ def write(studies: Iterable[Study], workdir: str | AnyPath) -> list[str]:
     for size, of_size in by_size(studies).items():
         name = f"{STUDY}-{size}"
         image = figures.save(name, "Every design in every ability", draw(of_size), workdir)
-        columns = table(of_size)
+        columns, found = table(of_size), sentences(of_size)
         links = [f"{ability}: reports/{study.stem}.md" for ability, study in of_size.items()]
         sections: list[Section] = [
-            ("All abilities", [image, _NOTE, columns]),
+            ("All abilities", [found, image, _NOTE, columns]),
             ("The report of each ability", [links]),
         ]
         path = write_page(name, TITLE, sections, workdir)
-        said.append("\n".join([TITLE, "", markdown_table(columns), "", f"Report: {path}.html"]))
+        lines = [f"- {sentence}" for sentence in found]
+        said.append("\n".join([TITLE, "", *lines, "", f"Report: {path}.html"]))
     return said
 
 
@@ -80,20 +82,41 @@ def _caption(ability: str, study: Study) -> str:
     )
 
 
+def sentences(of_size: Mapping[str, Study]) -> list[str]:
+    """What was found of each comparison of roles: the abilities by verdict, the decided ones first."""
+    found = []
+    for row, of in _by_roles(of_size).items():
+        by_word: dict[str, list[str]] = {}
+        for ability, c in of.items():
+            by_word.setdefault(c.word, []).append(ability)
+        words = sorted(by_word, key=("better", "worse", "no difference", "cannot tell").index)
+        parts = [f"{word} {_IN[word]} {' and '.join(by_word[word])}" for word in words]
+        found.append(f"{row}: {'; '.join(parts)}.")
+    return found
+
+
 def table(of_size: Mapping[str, Study]) -> Columns:
     """One row for each comparison of roles, one column for each ability."""
-    cells: dict[str, dict[str, str]] = {}
+    rows = _by_roles(of_size)
+    columns: Columns = {"comparison": list(rows)}
+    for ability, study in of_size.items():
+        columns[ability] = [
+            _cell(of[ability], study.facts.metric) if ability in of else "" for of in rows.values()
+        ]
+    return columns
+
+
+def _by_roles(of_size: Mapping[str, Study]) -> dict[str, dict[str, Comparison]]:
+    """Comparisons by the words of their roles, then by ability."""
+    rows: dict[str, dict[str, Comparison]] = {}
     for ability, study in of_size.items():
         for c in study.verdict.comparisons:
             if {c.point, c.other} <= study.points.keys():
                 row = _roles(study.points[c.point], study.points[c.other])
-                if ability in cells.get(row, {}):  # of several such pairs, the first has the plain words
+                if ability in rows.get(row, {}):  # of several such pairs, the first has the plain words
                     row = f"{row}, {c.point} against {c.other}"
-                cells.setdefault(row, {})[ability] = _cell(c, study.facts.metric)
-    columns: Columns = {"comparison": list(cells)}
-    for ability in of_size:
-        columns[ability] = [of_row.get(ability, "") for of_row in cells.values()]
-    return columns
+                rows.setdefault(row, {})[ability] = c
+    return rows
 
 
 def _roles(point: Point, other: Point) -> str:
@@ -103,7 +126,7 @@ def _roles(point: Point, other: Point) -> str:
     if applied == blocks:
         shape = "more, thinner" if applied > len(other.layer_plan) else "fewer, wider"
         return f"{shape} blocks{arm}"
-    first = f"{_number(blocks)} {applied // blocks} times, {point.config['model']['sharing']}"
+    first = f"{_number(blocks)} {_times(applied // blocks)}, {point.config['model']['sharing']}"
     if len(other.layer_plan) == applied:
         second = f"{_number(applied)} once"
     else:
@@ -113,6 +136,10 @@ def _roles(point: Point, other: Point) -> str:
 
 def _number(blocks: int) -> str:
     return f"{blocks} block{'' if blocks == 1 else 's'}"
+
+
+def _times(count: int) -> str:
+    return "twice" if count == 2 else f"{count} times"
 
 
 def _steps(point: Point) -> int:

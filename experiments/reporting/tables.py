@@ -47,11 +47,17 @@ def text(study: Study) -> str:
     pairs = [comparisons(study)] if study.verdict.comparisons else []
     pairs += [over_arms] if (over_arms := joint(study)) else []
     for columns in [*designs(study), outcomes(study), *pairs]:
-        widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
-        lines.append("")
-        for first, *rest in [list(columns), *_rows(columns)]:
-            cells = [first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]
-            lines.append("  ".join(cells).rstrip())
+        lines += ["", plain_table(columns)]
+    return "\n".join(lines)
+
+
+def plain_table(columns: Columns) -> str:
+    """Formats a table for a terminal, with the first column left-aligned and the others right-aligned."""
+    widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
+    lines = []
+    for first, *rest in [list(columns), *_rows(columns)]:
+        cells = [first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 

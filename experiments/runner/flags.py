@@ -12,6 +12,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import local_directory
 
 FLAGS = flags.FLAGS
+DEFAULT_STUDY = "configs/playground.py:tiny"
 
 # What a launcher passes on to the sweeps that it starts, besides the flags of the config.
 PASSED_ON = ("workdir", "only", "arms", "seeds", "lines_every", "tasks", "data_dir", "limit", "quantize")

@@ -1,5 +1,6 @@
 """What a sweep prints of its points before it starts, and --list without starting: shapes, costs, pairs."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from experiments.reporting import paper_tables
@@ -21,7 +22,8 @@ def table(points: Sequence[Point]) -> str:
     "no gains" counts parameters without the gains of the norms, as the paper does; "paper" is the count that
     it prints, where the points are rows of the paper.
     """
-    rows = [list(_HEADER), *map(_row, points)]
+    names = _names(points)
+    rows = [list(_HEADER), *([names[_study(point)], *_row(point)] for point in points)]
     if not any(row[_PAPER] for row in rows[1:]):
         rows = [[*row[:_PAPER], *row[_PAPER + 1 :]] for row in rows]
     return aligned(rows, _LEFT)
@@ -43,7 +45,6 @@ def _row(point: Point) -> list[str]:
     printed = paper_tables.of_preset(point.facts["study"], point.facts["preset"])
     plan = " ".join(map(str, c.model.plan))
     return [
-        point.facts["study"],
         point.facts["point"],
         plan if len(plan) <= 24 else f"{plan[:14]} ... ({c.model.effective_depth})",
         f"{counts.total:,}",
@@ -58,10 +59,20 @@ def _row(point: Point) -> list[str]:
 
 def said_to_compare(points: Sequence[Point]) -> str:
     """The pairs that a sweep of these points compares, one line for each study."""
-    lines = []
-    for (study, _), chosen in by_study(points).items():
+    lines, names = [], _names(points)
+    for study, chosen in by_study(points).items():
         said = ", ".join(f"{a!r} with {b!r}" for a, b in pairs_among(chosen))
-        lines.append(
-            f"{study}: {f'compares {said}' if said else 'one point, so there is nothing to compare'}"
-        )
+        compares = f"compares {said}" if said else "one point, so there is nothing to compare"
+        lines.append(f"{names[study]}: {compares}")
     return "\n".join(lines)
+
+
+def _names(points: Sequence[Point]) -> dict[tuple[str, str], str]:
+    """Names of studies, with their presets if one study has several."""
+    keys = dict.fromkeys(map(_study, points))
+    counts = Counter(study for study, _ in keys)
+    return {key: key[0] if counts[key[0]] == 1 else ":".join(key) for key in keys}
+
+
+def _study(point: Point) -> tuple[str, str]:
+    return point.facts["study"], point.facts["preset"]

@@ -306,8 +306,6 @@ def _check_overrides(
             if name in overrides:
                 raise UserError(f"--config.{name}: the arm {arm!r} of {spec} sets this field; use --arms")
     for name in overrides:
-        if name in ("train.init_seed", "train.data_seed"):
-            raise UserError(f"--config.{name}: a sweep sets the seeds; use --seeds=<number of seeds>")
         if any(name in row for row in rows):
             raise UserError(f"--config.{name}: {spec} varies this field; use --only to choose points")
 
