@@ -14,7 +14,7 @@ Under CompleteP; `--arms=completep,standard` adds the paper's parameterization.
 
 What it cannot show: how these abilities add up to text (configs/shape_laws.py is about that), and sizes at
 which models are used. Learning jumps in the structure task, so that the spread over seeds is large there:
-four seeds decide about factors of 2.4 and more in the distance from the grammar.
+six seeds decide about factors of 2 and more in the distance from the grammar.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class _Ability:
       steps, batch_size, eval_rows: rows of training are steps x batch_size.
       exposures: of each fact, 0 where there are none.
       learning_rates: grid of the search.
-      metric, margin: see `Study`.
+      metric, margin, sd, seeds: see `Study`.
     """
 
     source: str
@@ -59,6 +59,7 @@ class _Ability:
     metric: str
     margin: float
     sd: float
+    seeds: int = 6
 
 
 _TINY_33K: tuple[Shape, ...] = ((1, 3, 52, 146), (2, 2, 38, 100), (4, 2, 26, 62))
@@ -171,7 +172,7 @@ def study(preset: str) -> base.Study:
         matched="non_embedding_parameters",
         tolerance=0.02,
         controls=controls,
-        seeds=4,
+        seeds=ability.seeds,
         metric=ability.metric,
         margin=ability.margin,
         sd=ability.sd,
