@@ -20,3 +20,19 @@ def test_nothing_is_lost_and_nothing_goes_unseen():
         assert counted, result.stdout
         assert {text.partition(" ")[2] for text in counted[2].split(", ")} >= set(moments)
     assert result.stdout.count("noticed") == result.stdout.count(": 6 of 6") == 6
+
+
+def test_runs_hear_hangups_under_nohup():
+    child = "import signal; print(signal.getsignal(signal.SIGHUP) is signal.SIG_DFL)"
+    code = f"""
+import signal, subprocess, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from experiments import soak
+{{call}}
+subprocess.run([sys.executable, "-c", {child!r}])
+"""
+    for call, heard in (("", "False"), ("soak.hear_hangups()", "True")):
+        said = subprocess.run(
+            [sys.executable, "-c", code.format(call=call)], capture_output=True, text=True, check=True
+        )
+        assert said.stdout.split() == [heard]
