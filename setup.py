@@ -53,6 +53,9 @@ setup(
         "eval": ["lm_eval>=0.4.13,<0.5"],
         # For experiments.slurm.
         "slurm": ["submitit>=1.5.4"],
+        # For train.writers.
+        "wandb": ["wandb>=0.19"],
+        "trackio": ["trackio>=0.5"],
         # For a --workdir in a bucket of Google Cloud Storage.
         "gcs": ["gcsfs>=2026.4"],
         "test": [

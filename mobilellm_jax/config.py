@@ -23,6 +23,7 @@ PARAMETERIZATIONS = ("standard", "mup", "completep")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 EVAL_SPLITS = ("valid", "tuning")
+WRITERS = ("tensorboard", "wandb", "trackio")
 # synthetic, see `data/tasks/`
 TASKS = ("khop", "addition", "recall", "structure", "manipulation", "knowledge", "breadth")
 _SOURCES = {"bundled": "text", "files": "text", "tfds": "text", "tokens": "token ids"} | {t: t for t in TASKS}
@@ -286,6 +287,10 @@ class TrainConfig:
     eval_batch_size: int = placement("rows in one evaluation batch, in which losses are summed", pinned=True)
     checkpoint_every: int = cadence("steps between checkpoints; there is always one after the last step")
     log_every: int = cadence("steps between progress lines")
+    writers: str = cadence(
+        "copies of metrics.jsonl: '', or some of 'tensorboard,wandb,trackio', joined by commas",
+        before="tensorboard",
+    )
 
     def __post_init__(self) -> None:
         positive = "steps batch_size accumulation_steps eval_every eval_batch_size checkpoint_every log_every"
@@ -298,6 +303,7 @@ class TrainConfig:
                 ),
                 "eval_rows": rules.COUNT,
                 "eval_split": rules.one_of(EVAL_SPLITS),
+                "writers": rules.some_of(WRITERS),
             },
             "train.",
         )
@@ -386,3 +392,5 @@ SEEDS = _where(lambda role: role.kind == "identity")
 IDLE = _where(lambda role: role.idle)
 DECISIVE = _where(lambda role: role.decisive)
 SHOWN = _where(lambda role: role.shown)
+# What a config that lacks a field, being older than it, stands for.
+BEFORE = {name: role.before for name, role in ROLES.items() if role.before is not None}
