@@ -29,7 +29,8 @@ def download(spec: str, field: str) -> tuple[str, ...]:
     name, _, revision = name.partition("@")
     if not owner or not name:
         raise UserError(f"{what}: expected hub:<owner>/<name>, or hub:<owner>/<name>/<pattern of files>")
-    for wanted in [pattern] if pattern else _DEFAULT:
+    patterns = (pattern,) if pattern else _DEFAULT
+    for wanted in patterns:
         try:
             folder = huggingface_hub.snapshot_download(
                 f"{owner}/{name}", repo_type="dataset", revision=revision or None, allow_patterns=wanted
@@ -47,6 +48,6 @@ def download(spec: str, field: str) -> tuple[str, ...]:
         if found := [path for file, path in there.items() if fnmatch.fnmatchcase(file, wanted)]:
             return tuple(found)
     raise UserError(
-        f"{what}: no file matches {wanted!r}; see its files at "
+        f"{what}: no file matches {patterns[-1]!r}; see its files at "
         f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/datasets/{owner}/{name}/tree/main"
     )
