@@ -7,6 +7,7 @@ Ctrl-C, where the same command goes on: after 75 (`signals.RESUME_ME`) a schedul
 import contextlib
 import importlib.util
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -71,8 +72,9 @@ def explained(spec: str, path: str) -> Iterator[None]:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        why = f"{type(error).__name__}: {' '.join(str(message).split())}"
+        message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        message = re.sub(r' Other fields present: "\{.*\}"', "", message)  # ml_collections prints all values
+        why = f"{type(error).__name__}: {' '.join(message.split())}"
         raise UserError(f"--config={spec}: {path}{f', line {line}' if line else ''}: {why}") from None
 
 

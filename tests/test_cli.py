@@ -146,7 +146,10 @@ def test_list_and_a_closed_pipe():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("    return base.update(base.get_config(), {'model.widht': 8})", r"line 4: KeyError: .*'?width"),
+        (
+            "    return base.update(base.get_config(), {'model.widht': 8})",
+            r'line 4: KeyError: Key "widht" does not .*locked\. Did you mean "width"',
+        ),
         ("    return base.get_config().modle", r"line 4: AttributeError: .*modle"),
         ("    return base.get_config(", r"line 4: SyntaxError: '\(' was never closed"),
         ("    raise ValueError('no such size')", "no such size"),
