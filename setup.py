@@ -53,6 +53,11 @@ setup(
         "eval": ["lm_eval>=0.4.13,<0.5"],
         # For experiments.slurm.
         "slurm": ["submitit>=1.5.4"],
+        # For data.source="files:*.parquet" and "hub:...".
+        "parquet": ["pyarrow>=16"],
+        # For train.writers.
+        "wandb": ["wandb>=0.19"],
+        "trackio": ["trackio>=0.5"],
         # For a --workdir in a bucket of Google Cloud Storage.
         "gcs": ["gcsfs>=2026.4"],
         "test": [
@@ -61,6 +66,7 @@ setup(
             "gcsfs>=2026.4",
             "hypothesis>=6.150",
             "jupytext>=1.19",
+            "pyarrow>=16",
             "kubernetes-validate>=1.33",  # the schemas that the output of experiments.gke is checked with
             "pyright[nodejs]>=1.1.400",
             "pytest>=9.0",

@@ -140,6 +140,7 @@ def get_config(preset: str = "") -> ConfigDict:
     train.eval_batch_size = 16
     train.checkpoint_every = 200
     train.log_every = 20
+    train.writers = "tensorboard"  # needs no account; wandb and trackio are extras
 
     mesh = config.mesh = ConfigDict()
     mesh.data = -1  # all devices: plain data parallelism

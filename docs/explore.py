@@ -22,9 +22,9 @@
 # %% [markdown]
 # ## 1. Install
 #
-# In a checkout that is installed this only finds the root folder. Elsewhere, as in Colab, it clones and
-# installs the project, which takes a few minutes. If Colab then asks to restart the session, do so, and start
-# again from here.
+# In a checkout that is installed this only finds the root folder. Elsewhere, as in Colab, set `REPOSITORY` to
+# the copy on GitHub that this notebook comes from, as `owner/name`: the cell clones and installs it, which
+# takes a few minutes. If Colab then asks to restart the session, do so, and start again from here.
 
 # %%
 import os
@@ -32,15 +32,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY = "https://github.com/OWNER/mobilellm_jax"
+REPOSITORY = os.environ.get("REPOSITORY", "")  # @param {type: "string"}
 
 here = Path.cwd()
 places = [here, *here.parents, here / "mobilellm_jax"]
 root = next((place for place in places if (place / "mobilellm_jax/sharing.py").is_file()), None)
 cloned = root is None
 if root is None:
+    if not REPOSITORY:
+        raise ValueError("REPOSITORY: set it to owner/name of the copy on GitHub to install from")
     root = here / "mobilellm_jax"
-    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, root], check=True)
+    address = f"https://github.com/{REPOSITORY}"
+    subprocess.run(["git", "clone", "--depth=1", address, root], check=True)
 os.chdir(root)
 sys.path.insert(0, str(root))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the models below are too small to gain from a GPU

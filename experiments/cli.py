@@ -4,12 +4,14 @@ Exit statuses: 0 done; 1 some run failed or diverged; 2 bad input; 75 stopped by
 Ctrl-C, where the same command goes on: after 75 (`signals.RESUME_ME`) a scheduler should start it again.
 """
 
+import contextlib
 import importlib.util
 import os
+import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,14 +51,31 @@ def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--config={spec}: {path} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    with explained(spec, path):
+        module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={spec}: {path} has no get_config(preset); it is not a config file")
-    try:
+    with explained(spec, path):
         config = module.get_config(*[preset] if preset else [])
-    except ValueError as error:
-        raise UserError(f"--config={spec}: {error}") from None
     return module, preset or getattr(module, "PRESETS", [""])[0], config
+
+
+@contextlib.contextmanager
+def explained(spec: str, path: str) -> Iterator[None]:
+    """Turns an error in the config file at `path` into one line that names the place."""
+    try:
+        yield
+    except ValueError as error:  # what a config raises on purpose
+        raise UserError(f"--config={spec}: {error}") from None
+    except Exception as error:
+        file = Path(path).resolve()
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        message = re.sub(r' Other fields present: "\{.*\}"', "", message)  # ml_collections prints all values
+        why = f"{type(error).__name__}: {' '.join(message.split())}"
+        raise UserError(f"--config={spec}: {path}{f', line {line}' if line else ''}: {why}") from None
 
 
 def config_spec() -> str:

@@ -41,7 +41,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "directory of the run")
-    flags.DEFINE_string("text", None, "text to score: bundled, files:<glob> or tfds:<name>")
+    flags.DEFINE_string("text", None, "text to score: bundled, files:<glob>, hub:<name> or tfds:<name>")
     flags.DEFINE_string("text_field", "text", "field that holds the text in jsonl files and TFDS")
     flags.DEFINE_bool("bos", None, "begin texts of --tasks with BOS; by default as in the model's training")
     flags.DEFINE_integer("batch_size", None, "rows at a time; else as in training")

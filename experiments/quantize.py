@@ -44,7 +44,9 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "directory of the run")
     flags.DEFINE_list("schemes", ["w8a8", "w8", "w4:32", "w3:32"], "w<bits>[a<bits>][:<group>], ...")
     flags.DEFINE_bool("short_groups", False, "let the last group of an output be shorter than the others")
-    flags.DEFINE_string("text", None, "text to score: bundled, files:<glob>, tokens:<glob> or tfds:<name>")
+    flags.DEFINE_string(
+        "text", None, "text to score: bundled, files:<glob>, hub:<name>, tokens:<glob> or tfds:<name>"
+    )
     flags.DEFINE_string("text_field", "text", "field that holds the text in jsonl files and TFDS")
     define_scoring()
 

@@ -1,6 +1,7 @@
 """Writes tables, figures and a report of every study from its records alone: no training, no jax.
 
     python -m experiments.report [--workdir=experiments]
+    python -m experiments.report --workdir=runs --formats=png,svg,pdf,tex   # for a paper
     python -m experiments.report --workdir=runs --against=runs/again   # do two experiments agree?
 
 The first reads <workdir>/results/**.json and writes, for each study and preset,
@@ -15,17 +16,22 @@ same records give the same bytes. The second compares the findings about every p
 have, and writes nothing.
 """
 
+from collections.abc import Collection
+
 from absl import flags
 
 from experiments import cli
 from experiments.reporting import abilities, claims, figures, gallery, replication
 from experiments.reporting.pages import write_report
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
 
 
-def redraw(workdir: str | AnyPath) -> None:
+def redraw(workdir: str | AnyPath, formats: Collection[str] = figures.FORMATS[:1]) -> None:
     """Reports every study that has records in `workdir`, and prints the findings.
+
+    Args:
+      formats: of figures and tables, see `figures.write`.
 
     Raises:
       UserError: there are no records, one is damaged, a claims.md is there that this did not write, or the
@@ -39,10 +45,10 @@ def redraw(workdir: str | AnyPath) -> None:
     studies, refused = figures.read_studies(workdir)
     drawn = []
     for study in studies:
-        images = figures.write(study, workdir)
+        images = figures.write(study, workdir, formats)
         print(write_report(study, images, workdir), end="\n\n")
         drawn.append((study, images))
-    for said in abilities.write(studies, workdir):
+    for said in abilities.write(studies, workdir, formats):
         print(said, end="\n\n")
     text = "\n".join([claims.page(studies), gallery.section(drawn, path_of(workdir))])
     write_atomically(page, text.encode())
@@ -66,14 +72,24 @@ def compare(workdir: AnyPath, other: AnyPath) -> None:
 def main() -> int:
     workdir, other = cli.directory("workdir", flags.FLAGS.workdir), flags.FLAGS.against
     if other is None:
-        redraw(workdir)
+        redraw(workdir, formats_of(flags.FLAGS.formats))
     else:
         compare(workdir, cli.directory("against", other))
     return 0
 
 
+def formats_of(names: list[str]) -> list[str]:
+    """Checks the value of --formats."""
+    for name in names:
+        if name not in figures.FORMATS:
+            raise UserError(f"--formats: no format {name!r}; {did_you_mean(name, figures.FORMATS)}")
+    return names
+
+
 def _define_flags() -> None:
     flags.DEFINE_string("workdir", "experiments", "directory of results/, reports/ and figures/")
+    text = f"of {', '.join(figures.FORMATS)}: figures as SVG and PDF too, tables as LaTeX (booktabs) too"
+    flags.DEFINE_list("formats", ["png"], text)
     flags.DEFINE_string("against", None, "another --workdir, made with other seeds: print where both agree")
 
 

@@ -25,7 +25,8 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 EVAL_SPLITS = ("valid", "tuning")
 # synthetic, see `data/tasks/`
 TASKS = ("khop", "addition", "recall", "structure", "manipulation", "knowledge", "breadth")
-_SOURCES = {"bundled": "text", "files": "text", "tfds": "text", "tokens": "token ids"} | {t: t for t in TASKS}
+_SOURCES = dict.fromkeys(("bundled", "files", "hub", "tfds"), "text") | {"tokens": "token ids"}
+_SOURCES |= {task: task for task in TASKS}
 
 
 def default_ffn_width(ffn_kind: str, width: int) -> int:
@@ -150,7 +151,7 @@ class DataConfig:
     """Source of the text, and its conversion to rows of token ids. See `data/`."""
 
     source: str = science(
-        "'bundled', 'files:<glob>', 'tokens:<glob>' (jsonl of {'token_ids': [...]}), 'tfds:<name>', or a "
+        "'bundled', 'files:<glob>', 'hub:<owner>/<name>', 'tfds:<name>', 'tokens:<glob>' (token ids), or a "
         "synthetic task such as 'khop:...' (`data/tasks/`); of imported weights 'imported', not known",
         compiled=False,
         decisive=True,
@@ -169,7 +170,9 @@ class DataConfig:
         decisive=True,
     )
     text_field: str = science(
-        "field that holds the text in jsonl files and TFDS examples", compiled=False, decisive=True
+        "field or column of the text, where a source has several",
+        compiled=False,
+        decisive=True,
     )
     tokenizer: str = science(
         "'bytes', 'bpe:<vocabulary size>' (trained on `source` at first use), 'sentencepiece:<file.model>' "
@@ -286,6 +289,7 @@ class TrainConfig:
     eval_batch_size: int = placement("rows in one evaluation batch, in which losses are summed", pinned=True)
     checkpoint_every: int = cadence("steps between checkpoints; there is always one after the last step")
     log_every: int = cadence("steps between progress lines")
+    writers: str = cadence("copies of metrics.jsonl: some of tensorboard,wandb,trackio", before="tensorboard")
 
     def __post_init__(self) -> None:
         positive = "steps batch_size accumulation_steps eval_every eval_batch_size checkpoint_every log_every"
@@ -298,6 +302,7 @@ class TrainConfig:
                 ),
                 "eval_rows": rules.COUNT,
                 "eval_split": rules.one_of(EVAL_SPLITS),
+                "writers": rules.some_of(("tensorboard", "wandb", "trackio")),
             },
             "train.",
         )
@@ -386,3 +391,5 @@ SEEDS = _where(lambda role: role.kind == "identity")
 IDLE = _where(lambda role: role.idle)
 DECISIVE = _where(lambda role: role.decisive)
 SHOWN = _where(lambda role: role.shown)
+# What a config that lacks a field, being older than it, stands for.
+BEFORE = {name: role.before for name, role in ROLES.items() if role.before is not None}

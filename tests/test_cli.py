@@ -10,6 +10,7 @@ import pytest
 from commands import command
 
 from experiments import cli
+from experiments.runner import studies
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import files
 
@@ -140,3 +141,34 @@ def test_list_and_a_closed_pipe():
     result = subprocess.run(["bash", "-c", f"{listing} | head -2"], capture_output=True, text=True)
     assert result.stderr == ""
     assert "163,184,640" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "    return base.update(base.get_config(), {'model.widht': 8})",
+            r'line 4: KeyError: Key "widht" does not .*locked\. Did you mean "width"',
+        ),
+        ("    return base.get_config().modle", r"line 4: AttributeError: .*modle"),
+        ("    return base.get_config(", r"line 4: SyntaxError: '\(' was never closed"),
+        ("    raise ValueError('no such size')", "no such size"),
+    ],
+)
+def test_an_error_in_a_config_file_is_one_line_that_names_the_place(tmp_path, line, message):
+    path = tmp_path / "mine.py"
+    path.write_text(f"from configs import base\n\ndef get_config(preset=''):\n{line}\n")
+    with pytest.raises(UserError, match=message) as error:
+        cli.load_config(str(path))
+    assert str(error.value).startswith(f"--config={path}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_study_that_lacks_a_field_is_named(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from configs import base\nget_config = base.get_config\n\n\n"
+        "def study(preset):\n    return base.Study(question='?')\n\n\ndef sweep(preset):\n    yield {}\n"
+    )
+    with pytest.raises(UserError, match=rf"--config={path}: .*mine\.py, line 6: TypeError: .*'scientific'"):
+        studies.points_of(str(path), {}, None, [])

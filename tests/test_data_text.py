@@ -60,7 +60,7 @@ def test_rows_are_those_of_the_held_out_split(folder):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("tokens:x.jsonl", "--text: 'tokens:x.jsonl' is not valid; expected bundled, files:<glob> or"),
+        ("tokens:x.jsonl", "--text: 'tokens:x.jsonl' is not valid; expected bundled, files:<glob>, hub"),
         ("files", "--text: 'files' is not valid"),
         ("files:nowhere/*.txt", r"--text: 'files:nowhere/\*.txt' matches no file"),
     ],

@@ -8,6 +8,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.metrics import MetricsLog
+from mobilellm_jax.storage.writers import TensorBoard
 
 
 def write_steps(log: MetricsLog, steps: range) -> None:
@@ -92,8 +93,12 @@ def test_a_log_without_seals_is_read_and_gets_them(tmp_path):
     assert path.read_bytes() == sealed
 
 
+def with_events(workdir):
+    return MetricsLog(workdir, 0, open_writers=lambda: [TensorBoard(workdir / "tensorboard", 0)])
+
+
 def test_tensorboard_events_hold_the_same_numbers(tmp_path):
-    write_steps(MetricsLog(tmp_path, 0), range(1, 3))
+    write_steps(with_events(tmp_path), range(1, 3))
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, values = path.read_bytes(), {}
     while data:  # records: length (8 bytes), its checksum (4), the event, its checksum (4)
@@ -114,7 +119,7 @@ def test_a_log_that_is_gone_is_not_begun_anew(tmp_path):
 
 
 def test_a_full_disk_is_told_and_nothing_waits_for_it(tmp_path):
-    log = MetricsLog(tmp_path, 0)
+    log = with_events(tmp_path)
     with open("/dev/full", "w") as full:
         os.dup2(full.fileno(), log._file.file.fileno())
     for step in range(1, 15):  # more events than the queue of a SummaryWriter holds

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from commands import real
@@ -280,12 +281,29 @@ def test_command_gives_the_same_bytes_elsewhere(tmp_path):
     for i, record in enumerate(reversed(records)):
         write_record(record, tmp_path / "a" / "results" / record.study / f"{i}.json")
     environment = {"PYTHONHASHSEED": "1", "TZ": "Asia/Tokyo"}
-    done = real("experiments.report", f"--workdir={tmp_path / 'a'}", env=environment)
+    workdir, formats = f"--workdir={tmp_path / 'a'}", ",".join(figures.FORMATS)
+    done = real("experiments.report", workdir, f"--formats={formats}", env=environment)
     assert done.returncode == 0, done.stderr
-    text = pages.report(study_of(records), tmp_path / "b")
+    found = study_of(records)
+    text = pages.write_report(found, figures.write(found, tmp_path / "b", figures.FORMATS), tmp_path / "b")
     assert text.replace(str(tmp_path / "b"), str(tmp_path / "a")) in done.stdout
     for folder in ("figures", "reports"):
         assert files(tmp_path / "a" / folder) == files(tmp_path / "b" / folder)
+
+
+def test_figures_for_a_paper(tmp_path):
+    figures.save("f", "what it shows", figures.curves(study_of(study())), tmp_path, figures.FORMATS)
+    files = {path.suffix: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    assert files.keys() == {".png", ".svg", ".pdf"}
+    ElementTree.fromstring(files[".svg"])
+    assert files[".pdf"].startswith(b"%PDF")
+    assert b"/Type3" not in files[".pdf"]
+    assert not any(b"Date" in content or b"matplotlib v" in content.lower() for content in files.values())
+
+
+def test_unknown_format_is_refused():
+    with pytest.raises(UserError, match="--formats: no format 'svgg'; did you mean svg"):
+        report.formats_of(["png", "svgg"])
 
 
 def test_reports_are_made_without_jax():
@@ -351,8 +369,10 @@ def test_every_figure_leads_to_its_config_command_records_and_report(tmp_path):
     assert "[2 records](results/layer_sharing/tiny)" in first
     assert "First | or \\*last\\*?" in second
     assert f"`{make_record().command}`" in second  # of a study whose config is not here
-    report.redraw(tmp_path)  # its own page may be replaced
+    report.redraw(tmp_path, ["tex"])  # its own page may be replaced
     assert (tmp_path / "claims.md").read_text() == text
+    tex = {path.name for path in (tmp_path / "figures").glob("*.tex")}
+    assert tex == {"shape-tiny.tex", "layer_sharing-tiny.tex", "layer_sharing-tiny-comparisons.tex"}
 
 
 def test_a_page_of_someone_else_is_not_replaced(tmp_path):

@@ -10,7 +10,7 @@ from mobilellm_jax.config import flatten, to_dict
 from mobilellm_jax.roles import Role, cadence, identity, placement, roles_of, science
 
 SEEDS = {"train.init_seed", "train.data_seed"}
-CADENCE = {"train.log_every", "train.eval_every", "train.checkpoint_every"}
+CADENCE = {"train.log_every", "train.eval_every", "train.checkpoint_every", "train.writers"}
 MESH = {"mesh.data", "mesh.fsdp", "mesh.tensor"}
 COMPUTED = {"model.remat", "model.scan_unroll", "model.loss_chunk"}
 DERIVED = {"model.num_kv_heads", "model.head_dim", "model.ffn_width"}

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from matplotlib.figure import Figure
 
@@ -38,12 +38,14 @@ def by_size(studies: Iterable[Study]) -> dict[str, dict[str, Study]]:
     return {size: of for size, of in found.items() if len(of) > 1}
 
 
-def write(studies: Iterable[Study], workdir: str | AnyPath) -> list[str]:
+def write(
+    studies: Iterable[Study], workdir: str | AnyPath, formats: Collection[str] = figures.FORMATS[:1]
+) -> list[str]:
     """Writes figures/ and reports/playground-<size> for every size, and returns the texts to print."""
     said = []
     for size, of_size in by_size(studies).items():
         name = f"{STUDY}-{size}"
-        image = figures.save(name, "Every design in every ability", draw(of_size), workdir)
+        image = figures.save(name, "Every design in every ability", draw(of_size), workdir, formats)
         columns, found = table(of_size), sentences(of_size)
         links = [f"{ability}: reports/{study.stem}.md" for ability, study in of_size.items()]
         sections: list[Section] = [

@@ -1,4 +1,4 @@
-"""Elements of all figures: colours, axes, points with their seeds, captions, and PNG output."""
+"""Elements of all figures: colours, axes, points with their seeds, captions, and files."""
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,6 +43,8 @@ STYLE = {
     "grid.color": "0.9",
     "axes.axisbelow": True,
     "text.parse_math": False,
+    "svg.hashsalt": "mobilellm_jax",  # else names of clip paths are random
+    "pdf.fonttype": 42,  # TrueType: some publishers refuse matplotlib's Type 3
 }
 styled = matplotlib.style.context(["default", STYLE])
 
@@ -55,6 +57,16 @@ def render(figure: Figure) -> bytes:
     # 255 colours look the same at a third of the size; this also drops matplotlib's version metadata.
     Image.open(drawn).convert("RGB").quantize(255).save(small, "png", optimize=True)
     return small.getvalue()
+
+
+@styled
+def vector(figure: Figure, kind: str) -> bytes:
+    """Encodes a figure as "svg" or "pdf"; equal figures give equal bytes."""
+    drawn = BytesIO()
+    # Without the date, and without the version of matplotlib.
+    gone = {"svg": ("Date", "Creator"), "pdf": ("CreationDate", "Creator", "Producer")}[kind]
+    figure.savefig(drawn, format=kind, metadata=dict.fromkeys(gone))
+    return drawn.getvalue()
 
 
 @styled

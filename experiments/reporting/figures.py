@@ -8,14 +8,15 @@ In <workdir>/figures/, for each study and preset,
     <study>-<preset>-curves.png          held-out evaluations during training
     <study>-<preset>-learning_rates.png  the search for the learning rates
 
-and the numbers behind them as .csv, -paper.csv and -comparisons.csv.
+and the numbers behind them as .csv, -paper.csv and -comparisons.csv. On request, the figures are written as
+.svg and .pdf too, and the tables of outcomes and comparisons as .tex and -comparisons.tex.
 """
 
 import dataclasses
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from experiments.reporting import beside_paper, drawing, tables
+from experiments.reporting import beside_paper, drawing, latex, tables
 from experiments.reporting.drawing import WORDS, styled
 from mobilellm_jax.analysis.facts import Facts
 from mobilellm_jax.analysis.measures import MEASURES
@@ -33,6 +34,9 @@ from mobilellm_jax.analysis.verdicts import Comparison
 from mobilellm_jax.analysis.wording import phrase
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
+
+FORMATS = ("png", "svg", "pdf", "tex")  # the pages show the first, which is always written
+_VECTOR = FORMATS[1:3]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +69,10 @@ def read_studies(workdir: str | AnyPath) -> tuple[list[Study], list[str]]:
     return found, refused
 
 
-def write(study: Study, workdir: str | AnyPath) -> dict[str, Image]:
+def write(study: Study, workdir: str | AnyPath, formats: Collection[str] = FORMATS[:1]) -> dict[str, Image]:
     """Writes figures and tables (CSV) of one study at one preset. Returns the figures by suffix.
+
+    `formats` are those of `FORMATS` to write.
 
     Raises:
       UserError: a file cannot be written.
@@ -80,25 +86,32 @@ def write(study: Study, workdir: str | AnyPath) -> dict[str, Image]:
     }
     folder, name = path_of(workdir) / "figures", study.stem
     images = {
-        suffix: save(f"{name}{suffix}", alt, figure, workdir)
+        suffix: save(f"{name}{suffix}", alt, figure, workdir, formats)
         for suffix, (alt, figure) in drawn.items()
         if figure is not None
     }
     texts = {
-        "": tables.csv_text(study),
-        "-comparisons": tables.comparisons_csv(study),
-        "-paper": beside_paper.csv_text(study),
+        ".csv": tables.csv_text(study),
+        "-comparisons.csv": tables.comparisons_csv(study),
+        "-paper.csv": beside_paper.csv_text(study),
     }
+    if "tex" in formats:
+        texts |= {".tex": latex.outcomes(study), "-comparisons.tex": latex.comparisons(study)}
     for suffix, text in texts.items():
         if text:
-            write_atomically(folder / f"{name}{suffix}.csv", text.encode())
+            write_atomically(folder / f"{name}{suffix}", text.encode())
     return images
 
 
-def save(name: str, alt: str, figure: Figure, workdir: str | AnyPath) -> Image:
-    """Writes figures/<name>.png."""
-    image = Image(f"{name}.png", alt, drawing.render(figure))
-    write_atomically(path_of(workdir) / "figures" / image.name, image.png)
+def save(
+    name: str, alt: str, figure: Figure, workdir: str | AnyPath, formats: Collection[str] = FORMATS[:1]
+) -> Image:
+    """Writes figures/<name>.png, and .svg and .pdf where asked for."""
+    image, folder = Image(f"{name}.png", alt, drawing.render(figure)), path_of(workdir) / "figures"
+    write_atomically(folder / image.name, image.png)
+    for kind in _VECTOR:
+        if kind in formats:
+            write_atomically(folder / f"{name}.{kind}", drawing.vector(figure, kind))
     return image
 
 

@@ -9,6 +9,18 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import AnyPath, write_atomically
 
 
+def record_of(workdir: AnyPath) -> AnyPath | None:
+    """The record of the run in `workdir`; None where it has none."""
+    if (workdir / "record.json").exists():
+        return workdir / "record.json"
+    run = workdir.absolute()
+    for parent in run.parents:  # of a sweep, runs/<name> has the record results/<name>.json
+        record = parent.parent / "results" / f"{run.relative_to(parent)}.json"
+        if parent.name == "runs" and record.exists():
+            return record
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Kept:
     """Results of one kind, by name.
@@ -29,14 +41,7 @@ class Kept:
 
     def path(self, workdir: AnyPath) -> AnyPath:
         """The record of the run in `workdir`; where it has none, as an imported one, `beside` it."""
-        if (workdir / "record.json").exists():
-            return workdir / "record.json"
-        run = workdir.absolute()
-        for parent in run.parents:  # of a sweep, runs/<name> has the record results/<name>.json
-            record = parent.parent / "results" / f"{run.relative_to(parent)}.json"
-            if parent.name == "runs" and record.exists():
-                return record
-        return self.beside(workdir)
+        return record_of(workdir) or self.beside(workdir)
 
     def read(self, path: AnyPath) -> dict[str, Any]:
         """The results by name.

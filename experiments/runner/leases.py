@@ -169,6 +169,16 @@ def seen(directory: AnyPath) -> dict[str, tuple[str, float]]:
     return found
 
 
+def left(directory: Path, age: int | float) -> list[Path]:
+    """Leases of processes of this machine that have died, and those not written for `age` seconds."""
+    found = []
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):  # released meanwhile
+            if _has_died(_read(epath.Path(path))) or time.time() - path.stat().st_mtime > age:
+                found.append(path)
+    return found
+
+
 def _content() -> str:
     """Text of a lease: it differs at every call, its length does not."""
     pid, beat = os.getpid(), time.monotonic_ns()

@@ -102,7 +102,8 @@ def _study_points(
     seeds: int | None,
     asked: Sequence[str],
 ) -> list[Point]:
-    study, rows = module.study(preset), list(module.sweep(preset))
+    with cli.explained(spec, module.__file__):
+        study, rows = module.study(preset), list(module.sweep(preset))
     arms = dict(study.arms) or {None: {}}
     _check_overrides(spec, overrides, rows, study)
     _check_arms(spec, study, asked)

@@ -27,11 +27,13 @@ from typing import Any, cast
 
 import zstandard
 
+from mobilellm_jax.data import hub
+from mobilellm_jax.data.compressed import CountedFile, OnRead, ZstdFile
+from mobilellm_jax.data.parquet import check_column, is_parquet, read_column
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.sealed import parse
 
 Document = str | list[int]
-OnRead = Callable[[int], object]
 
 _BLOCK = 1 << 20  # bytes
 _COMPRESSED = (".gz", ".xz", ".zst")
@@ -47,7 +49,7 @@ class Source:
       sha256: hash of the contents, names and order of its files.
       size: bytes that one reading reports to `on_read`, for a progress bar.
       read: yields the documents in a fixed order. It raises `UserError` for bad input.
-      files: real paths of the files that "files:" and "tokens:" read whole; empty for other kinds.
+      files: real paths of the files that "files:", "hub:" and "tokens:" read whole; empty for other kinds.
       is_one_text: a single plain-text file, which is a single document.
     """
 
@@ -63,7 +65,8 @@ def open_source(spec: str, text_field: str, field: str = "data.source") -> Sourc
     """Opens the source `spec`; errors begin with `field`.
 
     Raises:
-      UserError: a file is missing, empty or not readable, or a TFDS dataset cannot be loaded.
+      UserError: a file is missing, empty or not readable, a Parquet file has no such column, or a dataset
+        cannot be loaded.
     """
     kind, _, rest = spec.partition(":")
     if kind == "bundled":
@@ -74,14 +77,16 @@ def open_source(spec: str, text_field: str, field: str = "data.source") -> Sourc
         read = functools.partial(_read_jsonl, key="token_ids", check=_token_ids)
     else:
         read = functools.partial(_read_text_file, text_field=text_field)
-    paths = _matching_files(spec, rest, field)
+    paths = list(hub.download(rest, field)) if kind == "hub" else _matching_files(spec, rest, field)
+    for path in filter(is_parquet, paths):
+        check_column(path, text_field)
     return Source(
-        name=f"{kind}:{Path(rest).name}",
+        name=spec if kind == "hub" else f"{kind}:{Path(rest).name}",
         sha256=_hash_files({path: os.path.basename(path) for path in paths}),
         size=sum(os.path.getsize(path) for path in paths),
         read=lambda on_read: (document for path in paths for document in read(path, on_read)),
         files=frozenset(map(os.path.realpath, paths)),
-        is_one_text=kind == "files" and len(paths) == 1 and not _is_jsonl(paths[0]),
+        is_one_text=kind == "files" and len(paths) == 1 and not _is_table(paths[0]),
     )
 
 
@@ -111,48 +116,6 @@ def _matching_files(spec: str, pattern: str, field: str) -> list[str]:
     return files
 
 
-class _CountedFile(io.FileIO):
-    """A file that reports the bytes read from disk, before decompression."""
-
-    def __init__(self, path: str, on_read: OnRead) -> None:
-        super().__init__(path)
-        self._on_read = on_read
-
-    def readinto(self, buffer: Any, /) -> int:
-        count = super().readinto(buffer) or 0
-        self._on_read(count)
-        return count
-
-
-class _ZstdFile(io.RawIOBase):
-    """Decompressed bytes of zstd frames; zstandard's own reader ends a truncated file without an error."""
-
-    def __init__(self, file: io.BufferedIOBase) -> None:
-        self._file = file
-        self._frame: Any = None
-        self._compressed = b""
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        while not self._ready:
-            self._compressed = self._compressed or self._file.read(1 << 16)
-            if not self._compressed:
-                if self._frame:
-                    raise EOFError("the last frame is not complete")
-                return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._ready = memoryview(self._frame.decompress(self._compressed))
-            self._compressed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-
 @contextlib.contextmanager
 def _readable(path: str) -> Iterator[None]:
     """Turns errors of reading `path` into `UserError`."""
@@ -170,13 +133,13 @@ def _open(path: str, on_read: OnRead) -> Iterator[io.BufferedIOBase]:
     """Opens a file for reading its decompressed bytes; UserError if it changes meanwhile."""
     with _readable(path):
         before = os.stat(path)
-        with io.BufferedReader(_CountedFile(path, on_read), _BLOCK) as raw:
+        with io.BufferedReader(CountedFile(path, on_read), _BLOCK) as raw:
             if path.endswith(".gz"):
                 yield gzip.GzipFile(fileobj=raw)
             elif path.endswith(".xz"):
                 yield cast(io.BufferedIOBase, lzma.LZMAFile(raw))  # noqa: SIM115  (needs no closing)
             elif path.endswith(".zst"):
-                yield io.BufferedReader(_ZstdFile(raw), _BLOCK)
+                yield io.BufferedReader(ZstdFile(raw), _BLOCK)
             else:
                 yield raw
         after = os.stat(path)
@@ -202,9 +165,17 @@ def _is_jsonl(path: str) -> bool:
     return path.endswith((".jsonl", *(f".jsonl{suffix}" for suffix in _COMPRESSED)))
 
 
+def _is_table(path: str) -> bool:
+    return _is_jsonl(path) or is_parquet(path)
+
+
 def _read_text_file(path: str, on_read: OnRead, *, text_field: str) -> Iterator[Document]:
     if _is_jsonl(path):
         yield from _read_jsonl(path, on_read, key=text_field, check=_text)
+        return
+    if is_parquet(path):
+        for number, value in read_column(path, text_field, on_read):
+            yield _checked(value, _text, f"{path}, row {number}", text_field)
         return
     with _open(path, on_read) as file:
         text = _decode(path, b"".join(iter(lambda: file.read(_BLOCK), b"")), 0)
@@ -219,10 +190,14 @@ def _read_jsonl(path: str, on_read: OnRead, key: str, check: Callable[[Any], Doc
         where = f"{path}, line {number}"
         if key not in row:
             raise UserError(f"{where}: no field {key!r}; the row has the fields {', '.join(row)}")
-        try:
-            yield check(row[key])
-        except ValueError as error:
-            raise UserError(f"{where}: {key!r} {error}") from None
+        yield _checked(row[key], check, where, key)
+
+
+def _checked(value: Any, check: Callable[[Any], Document], where: str, key: str) -> Document:
+    try:
+        return check(value)
+    except ValueError as error:
+        raise UserError(f"{where}: {key!r} {error}") from None
 
 
 def read_rows(path: str, on_read: OnRead) -> Iterator[tuple[int, dict[str, Any]]]:

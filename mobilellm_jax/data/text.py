@@ -12,7 +12,7 @@ from mobilellm_jax.data.sources import open_source
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 
-_KINDS = ("bundled", "files", "tfds")
+_KINDS = ("bundled", "files", "hub", "tfds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,9 @@ def read_text(spec: str, text_field: str, tokenizer: Tokenizer, sequence_length:
     """
     kind = spec.partition(":")[0]
     if kind not in _KINDS or (kind == spec) != (kind == "bundled"):
-        raise UserError(f"--text: {spec!r} is not valid; expected bundled, files:<glob> or tfds:<name>")
+        raise UserError(
+            f"--text: {spec!r} is not valid; expected bundled, files:<glob>, hub:<name> or tfds:<name>"
+        )
     drop_space = tokenizers.adds_space(tokenizer)
     bos_id = tokenizer.bos_id if add_bos else None
     before, after = ([] if i is None else [i] for i in (bos_id, tokenizer.eos_id))

@@ -35,6 +35,7 @@ from mobilellm_jax.runs.directory import (
     repeats_note,
 )
 from mobilellm_jax.runs.provenance import device
+from mobilellm_jax.storage import writers
 from mobilellm_jax.storage.files import AnyPath, write_atomically
 from mobilellm_jax.storage.sealed import parse, seal, unseal
 from mobilellm_jax.training.loop import Outcome, train
@@ -116,6 +117,7 @@ def run(
       Interrupted, Preempted: on SIGINT, on SIGTERM or SIGHUP.
     """
     mesh = check(config)
+    processes.of_first(lambda: writers.check(config.train.writers))
     changes = processes.of_first(lambda: claim_workdir(workdir, config))
     if changes:
         say(f"changed since this run was last started: {', '.join(changes)}")

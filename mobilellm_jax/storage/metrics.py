@@ -1,20 +1,20 @@
-"""The log of a run: `metrics.jsonl`, one JSON object a line, and the same numbers as TensorBoard events.
+"""The log of a run: `metrics.jsonl`, one JSON object a line, and the same numbers for its writers.
 
-Every line has a checksum, except in logs of earlier versions. A log in a bucket has no TensorBoard events,
-and is written when a checkpoint is saved.
+Every line has a checksum, except in logs of earlier versions. A log in a bucket is written when a checkpoint
+is saved.
 """
 
 import contextlib
 import json
 import math
-import time
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage.files import AnyPath, Appender, is_bucket, reason
+from mobilellm_jax.storage.files import AnyPath, Appender, reason
 from mobilellm_jax.storage.sealed import parse, seal, unseal_if_sealed
+from mobilellm_jax.storage.writers import Writer
 
 _KEYS = {
     "train": {"step", "loss", "grad_norm", "learning_rate", "train_s"},
@@ -33,8 +33,14 @@ class MetricsLog:
       train_s: seconds of training up to the last line.
     """
 
-    def __init__(self, workdir: AnyPath, start_step: int, write: bool = True):
-        """Opens the log of `workdir`, as it was after `start_step`.
+    def __init__(
+        self,
+        workdir: AnyPath,
+        start_step: int,
+        write: bool = True,
+        open_writers: Callable[[], Sequence[Writer]] = tuple,
+    ):
+        """Opens the log of `workdir`, as it was after `start_step`, and its writers if it is to be written.
 
         Raises:
           UserError: a line is corrupt (an incomplete last line is dropped), or the file is missing; as in all
@@ -47,21 +53,12 @@ class MetricsLog:
         kept = [line for line in _read(path) if line["step"] <= start_step] if start_step else []
         for line in kept:
             self._remember(line)
-        self._file = self._events = None
+        self._file: Appender | None = None
+        self._writers: Sequence[Writer] = ()
         if write:
             with self._explained():
                 self._file = Appender(path, "".join(map(_text, kept)))
-        if write and not is_bucket(workdir):
-            # Here and not above: half a second that only runs need.
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore  (made by the import)
-
-            with self._explained():
-                (workdir / "tensorboard").mkdir(exist_ok=True)
-                # Not SummaryWriter, which hangs for ever once its thread meets a full disk.
-                self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
-                restart = SessionLog(status=SessionLog.START)  # TensorBoard drops the events of later steps
-                self._events.write_event(Event(step=start_step + 1, session_log=restart))
+                self._writers = open_writers()
 
     def train(self, step: int, loss: float, grad_norm: float, learning_rate: float, train_s: float) -> None:
         """Adds the metrics of a training step; a loss that is not finite is written as null."""
@@ -87,17 +84,16 @@ class MetricsLog:
     def flush(self) -> None:
         """Syncs all lines to the disk, so that the log is never behind a checkpoint."""
         with self._explained():
-            for file in (self._file, self._events):
-                if file:
-                    file.flush()
+            for file in (*filter(None, [self._file]), *self._writers):
+                file.flush()
 
     def close(self) -> None:
-        """Closes the files."""
-        file, events, self._file, self._events = self._file, self._events, None, None
+        """Closes the file and the writers."""
+        opened = [*self._writers, *filter(None, [self._file])]
+        self._file, self._writers = None, ()
         with self._explained(), contextlib.ExitStack() as stack:
-            for opened in (events, file):
-                if opened:
-                    stack.callback(opened.close)
+            for one in opened:
+                stack.callback(one.close)
 
     def _add(self, kind: str, values: dict[str, Any]) -> None:
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
@@ -106,15 +102,13 @@ class MetricsLog:
         with self._explained():
             if self._file:
                 self._file.write(_text(line))
-            if self._events:
-                from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
-                from tensorboardX.summary import scalar
-
-                for name, value in values.items():
-                    if name not in ("step", "train_s") and value is not None:
-                        summary = scalar(f"{kind}/{name}", value)
-                        event = Event(step=values["step"], wall_time=time.time(), summary=summary)
-                        self._events.write_event(event)
+            numbers = {
+                f"{kind}/{name}": value
+                for name, value in values.items()
+                if name not in ("step", "train_s") and value is not None
+            }
+            for writer in self._writers if numbers else ():
+                writer.add(values["step"], numbers)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

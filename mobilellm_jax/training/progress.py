@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from mobilellm_jax.config import Config
+from mobilellm_jax.config import Config, to_dict
 from mobilellm_jax.storage.files import AnyPath, is_bucket
 from mobilellm_jax.storage.metrics import MetricsLog
+from mobilellm_jax.storage.writers import Writer, names_of, open_writers
 from mobilellm_jax.training.held_out import Scores
 from mobilellm_jax.training.step import Metrics
 
@@ -55,12 +56,17 @@ class Progress:
 
     def __init__(self, config: Config, workdir: AnyPath, start: int, say: Callable[[str], None]):
         """Opens the log in `workdir`, truncated to step `start`, and starts the clock."""
-        if is_bucket(workdir):
+        names, is_first = names_of(config.train.writers), jax.process_index() == 0
+        if "tensorboard" in names and is_bucket(workdir):
             say(
                 f"{workdir}: TensorBoard events are not written to a bucket; read metrics.jsonl, which is "
                 "updated at every checkpoint"
             )
-        self._log = MetricsLog(workdir, start, write=jax.process_index() == 0)
+
+        def opened() -> list[Writer]:
+            return open_writers(names, workdir, start, to_dict(config), say)
+
+        self._log = MetricsLog(workdir, start, write=is_first, open_writers=opened)
         self._train, self._say = config.train, say
         self._tokens_per_step = config.train.batch_size * config.data.sequence_length
         self._pending: tuple[int, float, Metrics] | None = None
