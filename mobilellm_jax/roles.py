@@ -20,6 +20,7 @@ class Role:
       derived: None stands for a value computed from other fields.
       pinned: must not change when a run is resumed, although it is placement.
       shown: tables and figures read it from records.
+      before: what configs that are older than the field stand for; None: there are none.
     """
 
     kind: Literal["science", "placement", "cadence", "identity"]
@@ -29,6 +30,7 @@ class Role:
     derived: bool = False
     pinned: bool = False
     shown: bool = False
+    before: bool | int | float | str | None = None
 
     @property
     def resumable(self) -> bool:
@@ -42,10 +44,16 @@ class Role:
 
 
 def _field(
-    kind: Any, doc: str, *, derive: Callable[[Mapping[str, Any]], Any] | None = None, **facts: bool
+    kind: Any,
+    doc: str,
+    *,
+    derive: Callable[[Mapping[str, Any]], Any] | None = None,
+    before: bool | int | float | str | None = None,
+    **facts: bool,
 ) -> Any:
-    metadata = {"role": Role(kind, doc, derived=derive is not None, **facts)}
-    return dataclasses.field(metadata=metadata | ({"derive": derive} if derive else {}))
+    metadata: dict[str, Any] = {"role": Role(kind, doc, derived=derive is not None, before=before, **facts)}
+    metadata |= {} if derive is None else {"derive": derive}
+    return dataclasses.field(metadata=metadata | ({} if before is None else {"before": before}))
 
 
 science = functools.partial(_field, "science")

@@ -50,8 +50,9 @@ def from_mapping(cls: type[T], values: Any, prefix: str = "", *, widen: bool = F
     """Builds a dataclass from parsed JSON or a `ConfigDict`, with names and types checked by its annotations.
 
     Annotations are plain types, `X | None`, `Literal`, lists, dictionaries, `Any`, and dataclasses in turn.
-    A field with a default may be missing. A field with `derive` in its metadata may be None, and is then
-    `derive(fields)`, a function of the fields that are given.
+    A field with a default may be missing, and one with `before` in its metadata, which then is its value. A
+    field with `derive` in its metadata may be None, and is then `derive(fields)`, a function of the fields
+    that are given.
 
     Args:
       cls: the dataclass.
@@ -74,7 +75,9 @@ def from_mapping(cls: type[T], values: Any, prefix: str = "", *, widen: bool = F
             raise UserError(f"{prefix}{name}: no such field; {did_you_mean(str(name), known)}")
     fields, derived = {}, []
     for name, (field, wanted) in known.items():
-        if name not in values:
+        if name not in values and "before" in field.metadata:
+            fields[name] = field.metadata["before"]
+        elif name not in values:
             if field.default is dataclasses.MISSING:
                 raise UserError(f"{prefix}{name}: the field is missing")
         elif values[name] is None and "derive" in field.metadata:

@@ -29,11 +29,13 @@ from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import (
     TOKENIZER,
     check_same,
+    check_workdir,
     claim_data,
     claim_workdir,
     data_notes,
     repeats_note,
 )
+from mobilellm_jax.runs.lineage import claim_parent, open_parent
 from mobilellm_jax.runs.provenance import device
 from mobilellm_jax.storage.files import AnyPath, write_atomically
 from mobilellm_jax.storage.sealed import parse, seal, unseal
@@ -106,8 +108,8 @@ def run(
 
     Args:
       config: the run.
-      workdir: its own directory; receives config.json, data.json, metrics.jsonl, tokenizer/, tensorboard/ and
-        checkpoints/.
+      workdir: its own directory; receives config.json, data.json, metrics.jsonl, tokenizer/, tensorboard/,
+        checkpoints/ and, where it begins from another run, parent.json.
       describe: `records.Record` with the fields of the study already set (`functools.partial`).
       say: receives the progress lines.
 
@@ -116,6 +118,8 @@ def run(
       Interrupted, Preempted: on SIGINT, on SIGTERM or SIGHUP.
     """
     mesh = check(config)
+    processes.of_first(lambda: check_workdir(workdir, config))
+    parent = open_parent(config, workdir)
     changes = processes.of_first(lambda: claim_workdir(workdir, config))
     if changes:
         say(f"changed since this run was last started: {', '.join(changes)}")
@@ -123,6 +127,7 @@ def run(
     card = prepared.card
     processes.check_same("data", ", ".join(f"{k} {v}" for k, v in data_hashes(card, rows=True).items()))
     warning = processes.of_first(lambda: claim_data(workdir, card))
+    parent = parent and claim_parent(workdir, parent, card, config)
     prepared.check_rows(config.train.eval_split)
     if isinstance(prepared, data.TaskData):
         prepared.train.check_steps(config.train.steps, config.train.batch_size)
@@ -131,9 +136,12 @@ def run(
     if jax.process_index() == 0 and (tokenizer := prepared.tokenizer()):
         data.save_tokenizer(tokenizer, workdir / TOKENIZER)
     say(StepLine.at(0.0, "compiling"))
-    outcome = train(config, prepared, mesh, workdir, say)
-    floor = _floor_fields(config, prepared) if outcome.status == "finished" else None
-    return describe(**measured_fields(config, card, outcome), floor=floor)
+    outcome = train(config, prepared, mesh, workdir, say, parent and parent.origin(config))
+    # The first rows of the data are those of the parent, where it used some up.
+    own_rows = outcome.status == "finished" and not (parent and parent.lineage["first_batch"])
+    floor = _floor_fields(config, prepared) if own_rows else None
+    lineage = parent and parent.lineage
+    return describe(**measured_fields(config, card, outcome), floor=floor, parent=lineage)
 
 
 def _floor_fields(config: Config, prepared: data.Dataset) -> dict[str, int | float] | None:
