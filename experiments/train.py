@@ -27,6 +27,7 @@ from mobilellm_jax.analysis.records import Record, write_record
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.adapters import adapted
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import check_workdir
@@ -113,13 +114,16 @@ def _described(config: Config, workdir: AnyPath, record: Record | None) -> list[
     check_workdir(workdir, config)
     parent = open_parent(config, workdir)
     counts, device = accounting.parameters(model), provenance.device()
+    trained = accounting.adapters(adapted(config))
     tokens = train.steps * train.batch_size * data.sequence_length
     flops = tokens * accounting.train_flops_per_token(model, data.sequence_length)
     begun = any(workdir.glob("checkpoints/*"))
     state = "finished" if record else "to be resumed from its newest checkpoint" if begun else "new"
     rows = {
         "model": f"{model.depth} blocks, {model.effective_depth} layers, width {model.width}; "
-        f"{counts.total:,} parameters, {counts.non_embedding:,} of them outside the embedding",
+        f"{counts.total:,} parameters, {counts.non_embedding:,} of them outside the embedding"
+        + f"; trained are {trained:,} in adapters of rank {train.lora_rank}"
+        * bool(trained),
         "parent": f"{parent}" + ", with its optimizer" * train.resume_optimizer if parent else "",
         "training": f"{train.steps:,} steps of {train.batch_size:,} rows of {data.sequence_length:,} tokens; "
         f"{tokens:,} tokens, {flops:.3g} FLOPs",

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mobilellm_jax import validation as rules
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.origin import OriginConfig
+from mobilellm_jax.origin import Adapters, OriginConfig
 from mobilellm_jax.roles import Role, cadence, identity, placement, roles_of, science
 from mobilellm_jax.sharing import LayerPlan, layer_plan
 
@@ -139,6 +139,10 @@ class ModelConfig:
         No field, as nothing is trained so: `quantization.apply.QuantizedModel` has other values.
         """
         return 0
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """Low-rank updates of matrices, those of `adapters.AdaptedModel`; None: there are none."""
 
     @property
     def effective_depth(self) -> int:

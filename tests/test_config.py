@@ -63,6 +63,9 @@ OUT_OF_RANGE = {
     "optimizer.epsilon": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
     "optimizer.clip_norm": POSITIVE,
+    "train.lora_rank": [-1, 2],  # without a run to start from
+    "train.lora_targets": ["", "("],
+    "train.lora_alpha": POSITIVE,
     "train.steps": POSITIVE_INT,
     "train.batch_size": POSITIVE_INT,
     "train.accumulation_steps": [0, -1, 3],
@@ -211,6 +214,11 @@ def test_missing_field(path):
         (
             {"train.init_from": "x", "train.resume_optimizer": True, "train.resize_embedding": True},
             ["train.resume_optimizer: True", "train.resize_embedding", "use one of them"],
+        ),
+        ({"train.lora_rank": 2}, ["train.lora_rank: 2", "set train.init_from"]),
+        (
+            {"train.init_from": "x", "train.resume_optimizer": True, "train.lora_rank": 2},
+            ["train.resume_optimizer: True", "train.lora_rank=2", "use one of them"],
         ),
         (
             {"data.source": "imported", "data.valid_source": "files:x"},

@@ -62,14 +62,15 @@ def config_of(folder, parent=None, **changes):
 
 def start(folder, name, parent=None, say=lambda line: None, **changes):
     def describe(**measured):
-        return make_record(parent=measured["parent"], floor=measured["floor"])
+        return make_record(**{name: measured[name] for name in ("parent", "floor", "final")})
 
     return run(config_of(folder, parent, **changes), folder / name, describe, say)
 
 
-def state_of(folder, name):
+def state_of(folder, name, **changes):
     """Returns the step of the last checkpoint of a run, and its state."""
-    programs = loop.compile_programs(loop.compile_key(config_of(folder)), check(config_of(folder)))
+    config = config_of(folder, "first", **changes)
+    programs = make_programs(config, check(config))
     step, state = Checkpoints(folder / name / "checkpoints").restore_latest(programs.state)
     return step, jax.device_get(state)
 
@@ -89,13 +90,13 @@ def test_a_run_starts_with_the_bits_of_its_parent_in_its_own_shardings(folder, t
         save_params(checkpoint, expected)
     mesh = check(config)
     programs = loop.compile_programs(loop.compile_key(config), mesh)
-    state = first_state(programs, 3, Origin(checkpoint, config.model, False, 0), mesh)
+    state = first_state(programs, config, Origin(checkpoint, config.model, False, 0), mesh)
     assert_trees_close(jax.device_get(state.params), expected, tolerance=0)
     wanted = jax.tree.map(lambda leaf: leaf.sharding, programs.state.params)
     assert jax.tree.map(lambda leaf: leaf.sharding, state.params) == wanted
     assert len(state.params["embedding"].sharding.shard_shape((264, 24))) == 2
     assert state.params["embedding"].sharding.shard_shape((264, 24)) == (132, 12)
-    fresh = programs.init(jax.random.key(3))
+    fresh = programs.init(jax.random.key(0))
     assert_trees_close(jax.device_get(state.opt_state), jax.device_get(fresh.opt_state), tolerance=0)
 
 
@@ -105,9 +106,9 @@ def test_an_embedding_is_resized_by_id(folder, vocab_size):
     config = config_of(folder, **{"model.vocab_size": vocab_size, "mesh.tensor": 1, "mesh.data": 4})
     mesh = check(config)
     programs = make_programs(config, mesh)
-    fresh = jax.device_get(programs.init(jax.random.key(3)).params)
+    fresh = jax.device_get(programs.init(jax.random.key(0)).params)
     origin = Origin(folder / "first" / "checkpoints" / "4", smaller.model, False, 0)
-    params = jax.device_get(first_state(programs, 3, origin, mesh).params)
+    params = jax.device_get(first_state(programs, config, origin, mesh).params)
     _, there = open_run(folder / "first")
     common = min(264, vocab_size)
     expected = np.concatenate([there["embedding"][:common], fresh["embedding"][common:]])

@@ -12,6 +12,7 @@ from typing import Any
 from mobilellm_jax.analysis.comparable import data_hashes
 from mobilellm_jax.config import ROLES, Config, ModelConfig, from_config_dict
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.adapters import adapted
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs.directory import DATA, IMPORTED, TOKENIZER, open_tokenizer, read_config
 from mobilellm_jax.storage.checkpoint import fingerprint, has_checkpoint, newest_intact
@@ -49,8 +50,7 @@ class Parent:
         """What the training loop of a run with this config needs."""
         there, first_batch = self.config, self.lineage["first_batch"]
         checkpoint = None if there is None else self.checkpoint
-        m = (there or config).model
-        return Origin(checkpoint, m, config.train.resume_optimizer, first_batch)
+        return Origin(checkpoint, adapted(there or config), config.train.resume_optimizer, first_batch)
 
     def __str__(self) -> str:
         step, sha256 = self.lineage["step"], self.lineage["manifest_sha256"]
@@ -209,6 +209,8 @@ def _check_optimizer(name: str, directory: AnyPath, there: Config, config: Confi
     old, new = there.optimizer.name, config.optimizer.name
     if processes.of_first((directory / IMPORTED).exists):
         why = f"{name} was imported, without an optimizer state"
+    elif there.train.lora_rank:
+        why = f"{name} has an optimizer state for its adapters only"
     elif old != new:
         why = f"the optimizer of {name} is {old!r}, and optimizer.name is {new!r} here"
     else:
@@ -241,8 +243,8 @@ def _check_tokenizer(directory: AnyPath, card: dict[str, Any], config: Config) -
         advice = f"use --config.data.tokenizer={spec}"
     raise UserError(
         f"train.init_from: {name} has another tokenizer than data.tokenizer={config.data.tokenizer!r} "
-        f"(sha256 {there[:12]} there, {here[:12]} here); {advice}, or train.resize_embedding=true, which keeps "
-        "rows by id"
+        f"(sha256 {there[:12]} there, {here[:12]} here); {advice}, or train.resize_embedding=true, which "
+        "keeps rows by id"
     )
 
 

@@ -23,6 +23,7 @@ from mobilellm_jax.costs import accounting
 from mobilellm_jax.data import ngrams
 from mobilellm_jax.data.rows import is_target
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.adapters import adapted
 from mobilellm_jax.model.ops.precision import fastest_dtype
 from mobilellm_jax.parallel import partition, processes
 from mobilellm_jax.runs import provenance
@@ -65,12 +66,13 @@ def check(config: Config) -> Mesh:
     """Builds the mesh of a run and checks it against the devices, the model and the batch.
 
     Raises:
-      UserError: it does not fit, or the compute dtype is still "auto".
+      UserError: it does not fit, adapters do not fit the model, or the compute dtype is still "auto".
     """
     is_known, valid = config.model.compute_dtype != "auto", "a dtype by now; see `with_dtype`"
     rules.check(is_known, "model.compute_dtype", config.model.compute_dtype, valid)
     mesh = partition.make_mesh(config.mesh)
     partition.check_divisible(config, mesh)
+    adapted(config)
     return mesh
 
 
@@ -185,7 +187,8 @@ def planned_fields(config: Config) -> dict[str, Any]:
     """Fields of a record that are known before the run."""
     length = config.data.sequence_length
     rows = config.train.batch_size // config.train.accumulation_steps
-    counts = accounting.parameters(config.model)
+    counts, m = accounting.parameters(config.model), adapted(config)
+    trained = {} if m.adapters is None else {"adapters": accounting.adapters(m)}
     return {
         "config": to_dict(config),
         "layer_plan": list(config.model.plan),
@@ -193,8 +196,12 @@ def planned_fields(config: Config) -> dict[str, Any]:
             **dataclasses.asdict(counts),
             "total": counts.total,
             "non_embedding": counts.non_embedding,
+            **trained,
         },
-        "budgets": accounting.budgets(config.model, length, rows),
+        "budgets": {
+            **accounting.budgets(config.model, length, rows),
+            "optimizer_bytes": accounting.optimizer_bytes(m),
+        },
         "versions": provenance.versions(),
         "device": device(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -155,7 +155,7 @@ def _start(
     checkpoints = Checkpoints(workdir / "checkpoints")
     restored = checkpoints.restore_latest(programs.state)
     if restored is None:
-        start, state = 0, first_state(programs, t.init_seed, origin, mesh)
+        start, state = 0, first_state(programs, config, origin, mesh)
     else:
         start, state = restored
         say(f"resuming after step {start:,}")
