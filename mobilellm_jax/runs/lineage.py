@@ -164,12 +164,13 @@ def _lineage(directory: AnyPath, there: Config, step: int) -> dict[str, Any]:
     """The lineage of a run that begins from `step` of the run in `directory`."""
     t, own = there.train, _read_lineage(directory) if there.train.init_from else None
     before = 0 if own is None else own["tokens"]
-    unknown = before is None or (directory / IMPORTED).exists()
+    imported = (directory / IMPORTED).exists()
+    new = step * t.batch_size * there.data.sequence_length
     return {
         "run": Path(os.path.abspath(directory)).name if isinstance(directory, Path) else directory.name,
         "step": step,
         "manifest_sha256": fingerprint(directory / "checkpoints" / str(step)),
-        "tokens": None if unknown else before + step * t.batch_size * there.data.sequence_length,
+        "tokens": None if before is None or imported else before + new,
         "first_batch": 0,
         "parent": own,
     }
