@@ -13,12 +13,13 @@ from conftest import (
     SHARING,
     apply,
     assert_trees_close,
+    dot_flops,
     init,
     loss_and_gradients,
     random_batch,
     tiny_config,
 )
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from test_lineage import FIELDS, Killed, config_of, folder, no_training, start, state_of  # noqa: F401
 
 from mobilellm_jax import data
@@ -133,6 +134,26 @@ def test_merged_weights_give_the_logits_of_the_adapted_model(unroll):
     assert_trees_close(jax.device_get(merged(params, m)), plain, tolerance=1e-6)
     fresh, unchanged = (init(jax.random.key(0), c) for c in (m, config))
     assert_trees_close(jax.device_get(merged(fresh, m)), jax.device_get(unchanged), tolerance=0)
+
+
+def test_adapters_add_little_work_to_a_step():
+    """FLOPs of all matrix products, of blocks as wide as those of the smallest published model."""
+    shape = {
+        "model.width": 576,
+        "model.num_heads": 9,
+        "model.num_kv_heads": 3,
+        "model.head_dim": 64,
+        "model.ffn_width": 1536,
+        "data.sequence_length": 256,
+        "model.remat": "dots",
+    }
+    mesh = AbstractMesh((1, 1, 1), partition.AXES, axis_types=(AxisType.Auto,) * 3)
+    all_matrices = {**LORA, "train.lora_rank": 8, "train.lora_targets": "attention|ffn"}
+    full, ours = (
+        dot_flops(make_programs(tiny_config(**shape, **fields), mesh).trace_step().jaxpr)
+        for fields in ({}, all_matrices)
+    )
+    assert 1 < ours / full < 1.03
 
 
 def test_adapters_are_split_over_the_mesh_as_their_matrices():
