@@ -129,6 +129,12 @@ def get_config(preset: str = "") -> ConfigDict:
     optimizer.clip_norm = 1.0  # official code
 
     train = config.train = ConfigDict()
+    train.init_from = ""  # random parameters
+    train.resume_optimizer = False  # its moments and their decay belong to another text and rate
+    train.resize_embedding = False  # another vocabulary is a mistake more often than a wish
+    train.lora_rank = 0  # train all parameters
+    train.lora_targets = "attention|ffn"  # all matrices of the blocks
+    train.lora_alpha = 16.0  # a scale of 2 at rank 8
     train.steps = 500
     train.batch_size = 16
     train.accumulation_steps = 1

@@ -4,9 +4,12 @@
   python -m experiments.train --config=configs/mobilellm.py:125m --config.train.steps=1000 --workdir=runs/125m
   python -m experiments.train --distributed --workdir=/shared/runs/first     # on every host
   python -m experiments.train --config=configs/mobilellm.py:125m --workdir=runs/125m --dry_run
+  python -m experiments.train --config=configs/finetune.py:runs/first --workdir=runs/more
 
-The same command again resumes from the newest intact checkpoint; once finished, it prints the result. SIGTERM
-and SIGHUP save a checkpoint and exit with status 75, which asks a scheduler to start the command again.
+The same command again resumes from the newest intact checkpoint; once finished, it prints the result. More
+steps for a finished run, and other data, are a new run that starts from it, see docs/howto/finetuning.md.
+SIGTERM and SIGHUP save a checkpoint and exit with status 75, which asks a scheduler to start the command
+again.
 """
 
 import contextlib
@@ -24,9 +27,11 @@ from mobilellm_jax.analysis.records import Record, write_record
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.adapters import adapted
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import check_workdir
+from mobilellm_jax.runs.lineage import check_apart, open_parent
 from mobilellm_jax.runs.run import agreed_record, check, enable_compilation_cache, run, with_dtype
 from mobilellm_jax.storage.files import AnyPath, reason
 
@@ -74,6 +79,7 @@ def main() -> int:
         git_commit=provenance.git_commit(),
     )
     path = workdir / "record.json"
+    check_apart(config, workdir)
     record = agreed_record(path, config)
     if FLAGS.dry_run:
         lines = [*_described(config, workdir, record), "dry run: nothing was trained"]
@@ -101,18 +107,24 @@ def _described(config: Config, workdir: AnyPath, record: Record | None) -> list[
     """What the run is, line by line: shape, length, data, devices and directory.
 
     Raises:
-      UserError: the devices do not fit the config, or the directory holds another run.
+      UserError: the devices do not fit the config, the directory holds another run, or the parent does not
+        fit.
     """
     mesh, model, train, data = check(config), config.model, config.train, config.data
     check_workdir(workdir, config)
+    parent = open_parent(config, workdir)
     counts, device = accounting.parameters(model), provenance.device()
+    trained = accounting.adapters(adapted(config))
     tokens = train.steps * train.batch_size * data.sequence_length
     flops = tokens * accounting.train_flops_per_token(model, data.sequence_length)
     begun = any(workdir.glob("checkpoints/*"))
     state = "finished" if record else "to be resumed from its newest checkpoint" if begun else "new"
     rows = {
         "model": f"{model.depth} blocks, {model.effective_depth} layers, width {model.width}; "
-        f"{counts.total:,} parameters, {counts.non_embedding:,} of them outside the embedding",
+        f"{counts.total:,} parameters, {counts.non_embedding:,} of them outside the embedding"
+        + f"; trained are {trained:,} in adapters of rank {train.lora_rank}"
+        * bool(trained),
+        "parent": f"{parent}" + ", with its optimizer" * train.resume_optimizer if parent else "",
         "training": f"{train.steps:,} steps of {train.batch_size:,} rows of {data.sequence_length:,} tokens; "
         f"{tokens:,} tokens, {flops:.3g} FLOPs",
         "data": f"{data.source}, tokenizer {data.tokenizer}",
@@ -120,7 +132,7 @@ def _described(config: Config, workdir: AnyPath, record: Record | None) -> list[
         f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",
         "workdir": f"{workdir} ({state})",
     }
-    return [f"{name:10}{text}" for name, text in rows.items()]
+    return [f"{name:10}{text}" for name, text in rows.items() if text]
 
 
 @contextlib.contextmanager

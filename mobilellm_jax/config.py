@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mobilellm_jax import validation as rules
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.origin import Adapters, OriginConfig
 from mobilellm_jax.roles import Role, cadence, identity, placement, roles_of, science
 from mobilellm_jax.sharing import LayerPlan, layer_plan
 
@@ -141,6 +142,10 @@ class ModelConfig:
         return 0
 
     @property
+    def adapters(self) -> Adapters | None:
+        """Low-rank updates of matrices, those of `adapters.AdaptedModel`; None: there are none."""
+
+    @property
     def effective_depth(self) -> int:
         """L, the number of layers applied."""
         return len(self.plan)
@@ -262,8 +267,8 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Length, batch, seeds and cadence of a run. See `training/loop.py`."""
+class TrainConfig(OriginConfig):
+    """Origin, length, batch, seeds and cadence of a run. See `origin.py`, `training/loop.py`."""
 
     steps: int = science("optimizer steps", compiled=False, decisive=True)
     batch_size: int = science(
@@ -292,6 +297,7 @@ class TrainConfig:
     writers: str = cadence("copies of metrics.jsonl: some of tensorboard,wandb,trackio", before="tensorboard")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive = "steps batch_size accumulation_steps eval_every eval_batch_size checkpoint_every log_every"
         rules.check_all(
             self,
@@ -391,5 +397,4 @@ SEEDS = _where(lambda role: role.kind == "identity")
 IDLE = _where(lambda role: role.idle)
 DECISIVE = _where(lambda role: role.decisive)
 SHOWN = _where(lambda role: role.shown)
-# What a config that lacks a field, being older than it, stands for.
-BEFORE = {name: role.before for name, role in ROLES.items() if role.before is not None}
+BEFORE = {name: role.before for name, role in ROLES.items() if role.before is not None}  # in older configs

@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.errors import UserError
 
-Kind = Literal["embedding", "matrix", "gain"]
+Kind = Literal["embedding", "matrix", "gain", "adapter"]
+ADAPTER = "_adapter"  # after the path of a matrix: the folder of its adapter
 
 
 class Axis(NamedTuple):
@@ -31,6 +32,7 @@ AXES = {
     "H": Axis("head_dim", None),
     "F": Axis("ffn_width", "tensor"),
     "V": Axis("vocab_size", "tensor"),
+    "R": Axis("adapter_rank", None),  # of `adapters.AdaptedModel`
 }
 _STACKS = "UL"
 
@@ -58,9 +60,10 @@ class Parameter:
       letters: its axes, as in `AXES`; a matrix has an arrow from inputs to outputs, "U D -> N H".
       kind: "embedding" and "matrix" are cast to the compute dtype and decayed. A "matrix" multiplies
         activations in every layer: Muon orthogonalises it, muP scales its initialisation and learning rate.
-        A "gain" stays float32, is replicated on every device and is not decayed.
+        A "gain" stays float32, is replicated on every device and is not decayed. The two matrices of an
+        "adapter" are decayed; Adam updates them at the learning rate of the config, whatever the others have.
       hugging_face: name of the tensor in a Llama of Hugging Face, with {layer} where it is stacked. A matrix
-        is stored [outputs, inputs] there, everything else as here.
+        is stored [outputs, inputs] there, everything else as here. "" for adapters, which are merged.
       multiplier: the field of `parameterization.Multipliers` that is folded into the exported tensor.
       condition: True for configs whose model has this parameter.
     """
@@ -120,7 +123,20 @@ def _in_block(
     return Parameter(f"blocks/{path}", letters, kind, there, multiplier, condition)
 
 
-PARAMETERS = {
+def _adapter(of: Parameter) -> list[Parameter]:
+    """The rows of the adapter of a matrix, from its inputs to R numbers and from these to its outputs."""
+
+    def has(config: ModelConfig) -> bool:
+        return config.adapters is not None and of.path in config.adapters.targets
+
+    letters = {"reduce": f"{of.stack} {of.inputs} -> R", "expand": f"{of.stack} R -> {of.outputs}"}
+    return [
+        Parameter(f"{of.path}{ADAPTER}/{name}", axes, "adapter", "", condition=has)
+        for name, axes in letters.items()
+    ]
+
+
+_MODEL = {
     parameter.path: parameter
     for parameter in (
         Parameter("embedding", "V D", "embedding", "model.embed_tokens.weight"),
@@ -138,6 +154,9 @@ PARAMETERS = {
         _in_block("ffn/down", "U F -> D", "matrix", "mlp.down_proj", multiplier="residual"),
     )
 }
+
+_ADAPTERS = [row for of in _MODEL.values() if of.kind == "matrix" for row in _adapter(of)]
+PARAMETERS = _MODEL | {parameter.path: parameter for parameter in _ADAPTERS}
 
 
 def parameter(path: str) -> Parameter:

@@ -63,6 +63,9 @@ OUT_OF_RANGE = {
     "optimizer.epsilon": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
     "optimizer.clip_norm": POSITIVE,
+    "train.lora_rank": [-1, 2],  # without a run to start from
+    "train.lora_targets": ["", "("],
+    "train.lora_alpha": POSITIVE,
     "train.steps": POSITIVE_INT,
     "train.batch_size": POSITIVE_INT,
     "train.accumulation_steps": [0, -1, 3],
@@ -153,7 +156,8 @@ def test_out_of_range(name, value):
 
 
 def test_every_field_has_values_out_of_range():
-    assert set(OUT_OF_RANGE) == {f"{group}.{f.name}" for group, f in FIELDS if f.type is not bool}
+    fields = {f"{group}.{f.name}" for group, f in FIELDS if f.type is not bool}
+    assert set(OUT_OF_RANGE) == fields - {"train.init_from"}  # any directory
 
 
 @pytest.mark.parametrize(
@@ -205,6 +209,17 @@ def test_missing_field(path):
         (
             {"data.source": "tokens:x", "data.valid_source": "files:x"},
             ["data.valid_source: 'files:x'", "token ids, like data.source"],
+        ),
+        ({"train.resume_optimizer": True}, ["train.resume_optimizer: True", "set train.init_from"]),
+        ({"train.resize_embedding": True}, ["train.resize_embedding: True", "set train.init_from"]),
+        (
+            {"train.init_from": "x", "train.resume_optimizer": True, "train.resize_embedding": True},
+            ["train.resume_optimizer: True", "train.resize_embedding", "use one of them"],
+        ),
+        ({"train.lora_rank": 2}, ["train.lora_rank: 2", "set train.init_from"]),
+        (
+            {"train.init_from": "x", "train.resume_optimizer": True, "train.lora_rank": 2},
+            ["train.resume_optimizer: True", "train.lora_rank=2", "use one of them"],
         ),
         (
             {"data.source": "imported", "data.valid_source": "files:x"},

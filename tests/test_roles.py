@@ -28,6 +28,7 @@ SETS = {
         *("data.source", "data.sequence_length", "optimizer.learning_rate", "train.batch_size"),
     },
     "COMPILED": ALL
+    - {"train.init_from", "train.resume_optimizer", "train.resize_embedding"}
     - {*SEEDS, *CADENCE, *MESH, "train.steps", *EVALUATED, "data.cache_dir"}
     - {f"data.{name}" for name in DATA - {"sequence_length"}}
     - {f"optimizer.{name}" for name in SCHEDULE},

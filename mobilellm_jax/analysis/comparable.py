@@ -200,6 +200,8 @@ def _facts(record: Record, facts: Facts, varied: set[str]) -> Iterator[tuple[str
         yield "tokens seen", record.tokens_seen, True
     if "eval_split" not in record.config["train"]:  # held out before there was text for tuning
         yield "train.eval_split", "not recorded", True
+    if record.parent and "train.init_from" not in scientific:
+        yield "sha256 of the parent", record.parent["manifest_sha256"], True
     for group, settings in record.config.items():
         for field, value in settings.items():
             name = f"{group}.{field}"

@@ -24,7 +24,7 @@ _EVALUATION = ("step", "loss", "bits_per_byte", "error")
 # Not in older records.
 _LATER = (
     *("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor"),
-    *("measures", "quantized"),
+    *("measures", "quantized", "parent"),
 )
 _KEYS = {  # required keys of nested fields
     "x": ("label", "value", "log"),
@@ -39,6 +39,7 @@ _KEYS = {  # required keys of nested fields
     "documents": ("nats", "targets"),
     "floor": ("tokens", "unigram", "bigram", "trigram"),
     "measures": ("floor", "ceiling", "levels"),
+    "parent": ("run", "step", "manifest_sha256"),
 }
 
 
@@ -97,6 +98,7 @@ class Record:
         level of difficulty, or None without levels}. The measures themselves are in `evaluations`.
       quantized: cost of quantization by scheme, as `experiments.quantize` prints it: {"loss", "gap",
         "full_loss" (nats per token), "bytes", "full_bytes", "agreement" (share of equal greedy tokens), ...}.
+      parent: run that this one began from, see `runs.lineage.Parent`.
 
     The fields from `zero_shot` on are None where they do not apply, and in records older than the field.
     """
@@ -146,6 +148,7 @@ class Record:
     floor: dict[str, int | float] | None = None
     measures: dict[str, Any] | None = None
     quantized: dict[str, dict[str, Any]] | None = None
+    parent: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:

@@ -45,11 +45,16 @@ class Parameters:
 
 def parameters(config: ModelConfig) -> Parameters:
     counts = {field.name: 0 for field in dataclasses.fields(Parameters)}
-    for p in declared(config):
+    for p in (p for p in declared(config) if p.kind != "adapter"):
         of_block = "attention" if p.path.startswith("blocks/attention/") else "ffn"
         part = "norms" if p.is_gain else p.path if p.path in counts else of_block
         counts[part] += math.prod(p.shape(config))
     return Parameters(**counts)
+
+
+def adapters(config: ModelConfig) -> int:
+    """Number of parameters of the adapters; they are no part of `parameters`, into which they are merged."""
+    return sum(math.prod(p.shape(config)) for p in declared(config) if p.kind == "adapter")
 
 
 def forward_flops_per_token(config: ModelConfig, length: int) -> float:
@@ -122,8 +127,12 @@ def decode_bytes_per_token(config: ModelConfig) -> int:
 
 
 def optimizer_bytes(config: ModelConfig) -> int:
-    """Bytes of parameters, gradients and AdamW's two moments, all float32."""
-    return 4 * 4 * parameters(config).total
+    """Bytes of parameters, gradients and AdamW's two moments, all float32.
+
+    Frozen parameters have neither of the latter, but for the gradients of the block at work.
+    """
+    total, trained = parameters(config).total, adapters(config)
+    return 4 * (total + 4 * trained) if trained else 4 * 4 * total
 
 
 def kept_activation_bytes(config: ModelConfig, length: int, rows: int) -> int:

@@ -47,7 +47,7 @@ def import_run(
 ) -> Config:
     """Creates a run directory from a folder with config.json and safetensors; returns the run's config.
 
-    The run has float32 weights but no optimizer state: it can be opened, but training cannot be resumed.
+    The run has float32 weights but no optimizer state: it can be opened, and another run can start from it.
 
     Args:
       folder: the model to import; a tokenizer.json or tokenizer.model in it is copied.

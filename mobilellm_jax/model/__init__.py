@@ -3,7 +3,7 @@
 Letters in tensor names and einsums:
   B batch   T position (query)   S position (key)   D width       F feed-forward width   V vocabulary
   N query heads   K key/value heads   G = N / K queries per key/value head   H head size
-  U distinct blocks   L layers applied (the length of the layer plan)
+  U distinct blocks   L layers applied (the length of the layer plan)   R rank of adapters
 
 The parameters are declared in `parameters.py`: float32, nested dictionaries; the leading axis U of `blocks`
 stacks the blocks.

@@ -11,18 +11,22 @@ from jax.sharding import PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.model.adapters import init_adapters, join, merge
 from mobilellm_jax.model.block import Block, initial, rms_norm, rope_table
 from mobilellm_jax.model.ops.cross_entropy import cross_entropy, head_logits, token_cross_entropy
 from mobilellm_jax.model.ops.rounding import round_tokens
 from mobilellm_jax.model.parameterization import multipliers
 from mobilellm_jax.model.remat import REMAT_POLICIES
-from mobilellm_jax.parameters import Parameter, parameter
+from mobilellm_jax.parameters import Parameter, nest, parameter
 
 Params = dict[str, Any]
 
 
 def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
-    """Initialises float32 parameters: matrices from N(0, init_std) times their multiplier, norm gains 1."""
+    """Initialises float32 parameters: matrices from N(0, init_std) times their multiplier, norm gains 1.
+
+    Adapters as in `init_adapters`.
+    """
     embedding_key, head_key, blocks_key = jax.random.split(key, 3)
     x_BTD, rope = jnp.zeros((1, 1, config.width)), rope_table(jnp.zeros((1, 1), int), config)
 
@@ -36,7 +40,7 @@ def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
     }
     if not config.share_embedding:
         params["head"] = initial(parameter("head"), head_key, config)
-    return params
+    return join(params, nest(init_adapters(blocks_key, config)))
 
 
 def apply(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T V"]:
@@ -80,7 +84,8 @@ def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) ->
     remat = partial(jax.checkpoint, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
 
     def apply_block(weights: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        y_BTD, _ = block.apply({"params": cast(weights, config, "blocks/")}, x_BTD, rope)
+        weights = cast(merge(weights, config), config, "blocks/")
+        y_BTD, _ = block.apply({"params": weights}, x_BTD, rope)
         return constrain(y_BTD, ("data", "fsdp"))
 
     x_BTD = embed(params, tokens_BT, config)

@@ -1,5 +1,6 @@
 """The directory of a run: config, data card, tokenizer and checkpoints, and the checks before a resume."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ from mobilellm_jax.config import BEFORE, RESUMABLE, Config, flatten, from_config
 from mobilellm_jax.data.splits import BY_PLACE, HELD_OUT
 from mobilellm_jax.data.tokenizers import adds_bos
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.adapters import adapted, merged
 from mobilellm_jax.storage.checkpoint import load_params
 from mobilellm_jax.storage.files import AnyPath, reason, write_atomically
 from mobilellm_jax.storage.sealed import parse, seal, unseal, unseal_if_sealed
@@ -48,7 +50,7 @@ def claim_workdir(workdir: AnyPath, config: Config) -> list[str]:
     if (workdir / IMPORTED).exists():
         raise UserError(
             f"--workdir={workdir}: has imported weights without an optimizer state, so training cannot "
-            "resume here; use another --workdir"
+            f"resume here; use another --workdir, and --config.train.init_from={workdir} to start from them"
         )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,8 @@ def claim_data(workdir: AnyPath, card: dict[str, Any]) -> str | None:
 def open_run(workdir: AnyPath) -> tuple[Config, model.Params]:
     """Reads the config of a run and the parameters of its newest intact checkpoint, as NumPy arrays.
 
-    The run may be trained, imported or still in progress; nothing in `workdir` is changed.
+    The run may be trained, imported or still in progress; nothing in `workdir` is changed. Adapters are
+    merged, and the config is that of a model without them.
 
     Raises:
       UserError: there is no run in `workdir`, its config is corrupt, or no checkpoint is intact.
@@ -112,8 +115,13 @@ def open_run(workdir: AnyPath) -> tuple[Config, model.Params]:
     if not path.is_file():
         raise UserError(f"--workdir={workdir}: no run found, {path.name} is missing; check the path")
     config = from_config_dict(read_config(path))
-    like = jax.eval_shape(lambda: model.init(jax.random.key(0), config.model))
-    return config, load_params(workdir / "checkpoints", like)
+    m = adapted(config)
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), m))
+    params = load_params(workdir / "checkpoints", like)
+    if m.adapters is None:
+        return config, params
+    params = jax.device_get(merged(params, m))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, lora_rank=0)), params
 
 
 def open_tokenizer(workdir: AnyPath) -> data.Tokenizer | None:

@@ -23,17 +23,20 @@ from mobilellm_jax.costs import accounting
 from mobilellm_jax.data import ngrams
 from mobilellm_jax.data.rows import is_target
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.adapters import adapted
 from mobilellm_jax.model.ops.precision import fastest_dtype
 from mobilellm_jax.parallel import partition, processes
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import (
     TOKENIZER,
     check_same,
+    check_workdir,
     claim_data,
     claim_workdir,
     data_notes,
     repeats_note,
 )
+from mobilellm_jax.runs.lineage import claim_parent, open_parent
 from mobilellm_jax.runs.provenance import device
 from mobilellm_jax.storage import writers
 from mobilellm_jax.storage.files import AnyPath, write_atomically
@@ -64,12 +67,13 @@ def check(config: Config) -> Mesh:
     """Builds the mesh of a run and checks it against the devices, the model and the batch.
 
     Raises:
-      UserError: it does not fit, or the compute dtype is still "auto".
+      UserError: it does not fit, adapters do not fit the model, or the compute dtype is still "auto".
     """
     is_known, valid = config.model.compute_dtype != "auto", "a dtype by now; see `with_dtype`"
     rules.check(is_known, "model.compute_dtype", config.model.compute_dtype, valid)
     mesh = partition.make_mesh(config.mesh)
     partition.check_divisible(config, mesh)
+    adapted(config)
     return mesh
 
 
@@ -107,8 +111,8 @@ def run(
 
     Args:
       config: the run.
-      workdir: its own directory; receives config.json, data.json, metrics.jsonl, tokenizer/, tensorboard/ and
-        checkpoints/.
+      workdir: its own directory; receives config.json, data.json, metrics.jsonl, tokenizer/, tensorboard/,
+        checkpoints/ and, where it begins from another run, parent.json.
       describe: `records.Record` with the fields of the study already set (`functools.partial`).
       say: receives the progress lines.
 
@@ -118,6 +122,8 @@ def run(
     """
     mesh = check(config)
     processes.of_first(lambda: writers.check(config.train.writers))
+    processes.of_first(lambda: check_workdir(workdir, config))
+    parent = open_parent(config, workdir)
     changes = processes.of_first(lambda: claim_workdir(workdir, config))
     if changes:
         say(f"changed since this run was last started: {', '.join(changes)}")
@@ -125,6 +131,7 @@ def run(
     card = prepared.card
     processes.check_same("data", ", ".join(f"{k} {v}" for k, v in data_hashes(card, rows=True).items()))
     warning = processes.of_first(lambda: claim_data(workdir, card))
+    parent = parent and claim_parent(workdir, parent, card, config)
     prepared.check_rows(config.train.eval_split)
     if isinstance(prepared, data.TaskData):
         prepared.train.check_steps(config.train.steps, config.train.batch_size)
@@ -133,9 +140,12 @@ def run(
     if jax.process_index() == 0 and (tokenizer := prepared.tokenizer()):
         data.save_tokenizer(tokenizer, workdir / TOKENIZER)
     say(StepLine.at(0.0, "compiling"))
-    outcome = train(config, prepared, mesh, workdir, say)
-    floor = _floor_fields(config, prepared) if outcome.status == "finished" else None
-    return describe(**measured_fields(config, card, outcome), floor=floor)
+    outcome = train(config, prepared, mesh, workdir, say, parent and parent.origin(config))
+    # The first rows of the data are those of the parent, where it used some up.
+    own_rows = outcome.status == "finished" and not (parent and parent.lineage["first_batch"])
+    floor = _floor_fields(config, prepared) if own_rows else None
+    lineage = parent and parent.lineage
+    return describe(**measured_fields(config, card, outcome), floor=floor, parent=lineage)
 
 
 def _floor_fields(config: Config, prepared: data.Dataset) -> dict[str, int | float] | None:
@@ -179,7 +189,8 @@ def planned_fields(config: Config) -> dict[str, Any]:
     """Fields of a record that are known before the run."""
     length = config.data.sequence_length
     rows = config.train.batch_size // config.train.accumulation_steps
-    counts = accounting.parameters(config.model)
+    counts, m = accounting.parameters(config.model), adapted(config)
+    trained = {} if m.adapters is None else {"adapters": accounting.adapters(m)}
     return {
         "config": to_dict(config),
         "layer_plan": list(config.model.plan),
@@ -187,8 +198,12 @@ def planned_fields(config: Config) -> dict[str, Any]:
             **dataclasses.asdict(counts),
             "total": counts.total,
             "non_embedding": counts.non_embedding,
+            **trained,
         },
-        "budgets": accounting.budgets(config.model, length, rows),
+        "budgets": {
+            **accounting.budgets(config.model, length, rows),
+            "optimizer_bytes": accounting.optimizer_bytes(m),
+        },
         "versions": provenance.versions(),
         "device": device(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

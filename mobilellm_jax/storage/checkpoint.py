@@ -25,7 +25,7 @@ from etils import epath
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.storage.files import AnyPath, delete, files_below, is_bucket, on_disk, write_atomically
-from mobilellm_jax.storage.sealed import parse, seal, unseal
+from mobilellm_jax.storage.sealed import SEAL, parse, seal, unseal
 
 MANIFEST = "manifest.sha256.json"
 PARAMS = "params.safetensors"  # in the checkpoint of an imported model
@@ -205,6 +205,57 @@ def load_params(directory: AnyPath, like: Any) -> Any:
         return checkpointer.restore(path, args=args)["params"]
 
 
+def place_params(path: AnyPath, like: Any) -> Any:
+    """Reads the parameters of a checkpoint straight onto the devices; every process reads its part.
+
+    Args:
+      path: the checkpoint, of a trained or an imported run.
+      like: a tree of `jax.ShapeDtypeStruct` with shardings, the parameters by the run's config.
+
+    Raises:
+      UserError: a parameter has another shape.
+    """
+    path = _absolute(path)
+    if (path / PARAMS).exists():
+        return _place_tensors(path, like)
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler()
+    there = handler.metadata(epath.Path(path)).tree["params"]
+    _check_same_shapes(path, _shapes(there), _shapes(like))
+    placed = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), like)
+    args = ocp.args.PyTreeRestore({"params": like}, {"params": placed}, partial_restore=True)
+    with ocp.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(path, args=args)["params"]
+
+
+def place_state(path: AnyPath, like: Any) -> Any:
+    """Reads a whole training state; `path`, `like` as in `place_params`."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(_absolute(path), like)
+
+
+def fingerprint(path: AnyPath) -> str | None:
+    """The sha256 of a checkpoint's manifest, which has those of all its files; None where there is none.
+
+    Raises:
+      UserError: the manifest is corrupt.
+    """
+    try:
+        return seal(_read_manifest(path))[SEAL]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / MANIFEST}: is not readable: {error}; restore the file") from None
+
+
+def has_checkpoint(directory: AnyPath) -> bool:
+    """True once a save into `directory` was completed, whether or not it is still intact."""
+    return any((directory / str(step) / MANIFEST).exists() for step in _steps(directory))
+
+
 def save_params(path: AnyPath, params: Any) -> None:
     """Writes a checkpoint of parameters alone, for `load_params`.
 
@@ -221,6 +272,18 @@ def _read_params(path: AnyPath, like: Any) -> Any:
         names = file.keys()
         _check_same_shapes(path, {n: tuple(file.get_slice(n).get_shape()) for n in names}, _shapes(like))
         return jax.tree_util.tree_map_with_path(lambda key, _: file.get_tensor(_name(key)), like)
+
+
+def _place_tensors(path: AnyPath, like: Any) -> Any:
+    with on_disk(path / PARAMS) as local, safetensors.safe_open(local, framework="np") as file:
+        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+        _check_same_shapes(path, {n: tuple(t.get_shape()) for n, t in tensors.items()}, _shapes(like))
+
+        def place(key: tuple[Any, ...], leaf: Any) -> jax.Array:
+            tensor = tensors[_name(key)]
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: tensor[index])
+
+        return jax.tree_util.tree_map_with_path(place, like)
 
 
 def _name(key: tuple[Any, ...]) -> str:

@@ -24,6 +24,7 @@ from mobilellm_jax.training.optimizer import learning_rate_schedule
 from mobilellm_jax.training.programs import Programs, compile_key, compile_programs
 from mobilellm_jax.training.progress import Diverged, Progress, StepLine, duration, every
 from mobilellm_jax.training.signals import noted_signals, stopped
+from mobilellm_jax.training.start import Origin, first_state
 from mobilellm_jax.training.step import TrainState
 
 _SLOW_S = 10.0  # compilation longer than this is said; programs from the cache take less
@@ -88,10 +89,12 @@ def train(
     mesh: Mesh,
     workdir: AnyPath,
     say: Callable[[str], None],
+    origin: Origin | None = None,
 ) -> Outcome:
-    """Trains from scratch, or from the newest intact checkpoint in `workdir`, to `config.train.steps`.
+    """Trains from the newest intact checkpoint in `workdir`, or from `origin`, to `config.train.steps`.
 
-    Writes `metrics.jsonl`, TensorBoard events and checkpoints to `workdir`. `say` gets the progress lines.
+    Without `origin`, the first parameters are random. Writes `metrics.jsonl`, TensorBoard events and
+    checkpoints to `workdir`. `say` gets the progress lines.
 
     Raises:
       Interrupted, Preempted: on SIGINT, on SIGTERM or SIGHUP; a second call resumes.
@@ -104,7 +107,7 @@ def train(
     compile_s = time.perf_counter() - wall_start
     if compile_s > _SLOW_S:
         say(StepLine.at(0.0, f"compiled in {duration(compile_s)}"))
-    run, state = _start(config, prepared, programs, mesh, workdir, say)
+    run, state = _start(config, prepared, programs, mesh, workdir, say, origin)
     progress = run.progress
     status, error, scores = "finished", None, None
     signals: Sequence[str] = ()
@@ -145,25 +148,27 @@ def _start(
     mesh: Mesh,
     workdir: AnyPath,
     say: Callable[[str], None],
+    origin: Origin | None,
 ) -> tuple[_Run, TrainState]:
     """Restores the newest intact checkpoint or initializes the state, and opens data, log and schedule."""
     t = config.train
     checkpoints = Checkpoints(workdir / "checkpoints")
     restored = checkpoints.restore_latest(programs.state)
     if restored is None:
-        start, state = 0, programs.init(jax.random.key(t.init_seed))
+        start, state = 0, first_state(programs, config, origin, mesh)
     else:
         start, state = restored
         say(f"resuming after step {start:,}")
     checkpoints.delete_after(start)
     share = partition.process_share(mesh)
+    first = start + (origin.first_batch if origin else 0)
     run = _Run(
         config=config,
         prepared=prepared,
         programs=programs,
         checkpoints=checkpoints,
         share=share,
-        batches=prepared.train_batches(batch_size=t.batch_size, seed=t.data_seed, start_step=start, **share),
+        batches=prepared.train_batches(batch_size=t.batch_size, seed=t.data_seed, start_step=first, **share),
         learning_rates=_learning_rates(config.optimizer, t.steps),
         stops=processes.StopVote(mesh),
         progress=Progress(config, workdir, start, say),  # last, because it starts the clock

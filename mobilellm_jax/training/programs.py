@@ -17,6 +17,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from mobilellm_jax import model
 from mobilellm_jax.config import COMPILED, Config, flatten, to_dict
+from mobilellm_jax.model.adapters import adapted
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.training.step import Metrics, Sums, TrainState, eval_step, init_state, train_step
 
@@ -83,7 +84,7 @@ class CompiledPrograms(Programs):
 
 def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> JittedPrograms:
     """Builds the programs without compiling them; the mesh may be abstract."""
-    m, o, t = config.model, config.optimizer, config.train
+    m, o, t = adapted(config), config.optimizer, config.train
     shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), m, o))
     shardings = partition.shardings(shapes, mesh)
     batch, scalar = partition.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 from mobilellm_jax import model
 from mobilellm_jax.config import ModelConfig, OptimizerConfig
 from mobilellm_jax.data.rows import inputs_and_targets, is_target
+from mobilellm_jax.model.adapters import join, split
 from mobilellm_jax.training.optimizer import make_optimizer
 
 Metrics = dict[str, Float[Array, ""]]
@@ -17,7 +18,10 @@ Sums = dict[str, Shaped[Array, "*shape"]]
 
 
 class TrainState(NamedTuple):
-    """All state that a step changes; with the config it determines the rest of the run."""
+    """All state that a step changes; with the config it determines the rest of the run.
+
+    `opt_state` is that of the trained parameters, see `model.adapters.split`.
+    """
 
     step: Int[Array, ""]
     params: model.Params
@@ -26,16 +30,23 @@ class TrainState(NamedTuple):
 
 def init_state(key: PRNGKeyArray, model_config: ModelConfig, optimizer: OptimizerConfig) -> TrainState:
     params = model.init(key, model_config)
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optimizer, model_config).init(params))
+    trained, _ = split(params, model_config)
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optimizer, model_config).init(trained))
 
 
 def gradients(
-    params: model.Params, rows_AMS: Int[Array, "A M S"], config: ModelConfig
+    params: model.Params,
+    rows_AMS: Int[Array, "A M S"],
+    config: ModelConfig,
+    frozen: model.Params | None = None,
 ) -> tuple[Float[Array, ""], model.Params]:
-    """Mean loss in nats per token and its gradient over A micro-batches of M rows, S = T + 1."""
+    """Mean loss in nats per token and its gradient over A micro-batches of M rows, S = T + 1.
+
+    The gradient is that of `params`; `frozen` has the other parameters, if any.
+    """
 
     def nats_and_count(params: model.Params, rows_MS: Int[Array, "M S"]) -> Any:
-        return model.loss(params, *inputs_and_targets(rows_MS), config)
+        return model.loss(join(params, frozen or {}), *inputs_and_targets(rows_MS), config)
 
     def add(total: Any, rows_MS: Int[Array, "M S"]) -> tuple[Any, None]:
         value = jax.value_and_grad(nats_and_count, has_aux=True)(params, rows_MS)
@@ -64,11 +75,12 @@ def train_step(
     B, S = rows_BS.shape
     # Micro-batches take every A-th row, so that no row moves to another device.
     rows_AMS = rows_BS.reshape(B // accumulation_steps, accumulation_steps, S).swapaxes(0, 1)
-    loss, grads = gradients(state.params, rows_AMS, model_config)
+    trained, frozen = split(state.params, model_config)
+    loss, grads = gradients(trained, rows_AMS, model_config, frozen)
     with jax.named_scope("optimizer"):
         transformation = make_optimizer(optimizer, model_config)
-        updates, opt_state = transformation.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        updates, opt_state = transformation.update(grads, state.opt_state, trained)
+        params = join(jax.tree.map(lambda p, u: p - learning_rate * u, trained, updates), frozen)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state), metrics
 
