@@ -51,8 +51,8 @@ setup(
         "hf": ["accelerate>=1.0", "torch>=2.6", "transformers>=5.0"],  # accelerate: for lm-eval's own model
         # For `experiments.evaluate --tasks`. It needs no torch; from 0.4.13 on, it imports none of it either.
         "eval": ["lm_eval>=0.4.13,<0.5"],
-        # For experiments.export --format=gguf; and llama.cpp, which checks the files. Pinned, as structures of
-        # its C functions change.
+        # For experiments.export --format=gguf; the second has llama.cpp, which checks the files. Pinned, as
+        # structures of its C functions change.
         "gguf": ["gguf>=0.19"],
         "ondevice": ["gguf>=0.19", "xllamacpp==2026.10.11549"],
         # For experiments.slurm.
