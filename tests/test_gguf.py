@@ -220,7 +220,7 @@ def test_llama_cpp_says_what_it_refuses(tmp_path):
     with pytest.raises(UserError, match=r"x\.gguf: llama\.cpp cannot load it: .*failed to load"):
         llama_cpp.Model(tmp_path / "x.gguf", context=9)
     with pytest.raises(UserError, match=r"x\.gguf: cannot be loaded"):
-        llama_cpp.Model(tmp_path / "x.gguf", context=9, library=tmp_path / "x.gguf")
+        llama_cpp.load(tmp_path / "x.gguf")
 
 
 # --- bad input ------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from mobilellm_jax.data import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats import llama_cpp
 from mobilellm_jax.formats.gguf_parity import Parity, expanded, parity
-from mobilellm_jax.formats.gguf_tokenizer import chat_template, vocabulary
+from mobilellm_jax.formats.gguf_tokenizer import Vocabulary, chat_template, vocabulary
 from mobilellm_jax.formats.huggingface_weights import Place, places, tensors
 from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_run, open_tokenizer
 from mobilellm_jax.storage.files import new_file
@@ -32,6 +32,16 @@ TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 _GROUPED = ("q8_0", "q4_0")
 _INSTALL = "python -m pip install -e '.[gguf]'"
 _PERMUTED = {"blocks/attention/query": "num_heads", "blocks/attention/key": "num_kv_heads"}
+
+
+class Words(NamedTuple):
+    """What a file says about text: the tokenizer, its marks, and how a conversation is written."""
+
+    vocabulary: Vocabulary
+    bos_id: int
+    eos_id: int
+    add_bos: bool
+    chat_template: str | None
 
 
 class Exported(NamedTuple):
@@ -64,23 +74,51 @@ def export_run(workdir: Path, out: Path, kind: str, mixed: bool = False) -> Expo
         or its tokenizer; or `out` exists or cannot be written.
       ParityError: llama.cpp loads the file and computes something else. There is no file then.
     """
-    gguf = _package()
+    _package()
     with new_file("out", out) as path:
         config, params = open_run(workdir)
-        m = config.model
-        check_exportable(m, kind, mixed)
+        check_exportable(config.model, kind, mixed)
         tokenizer = open_tokenizer(workdir)
-        add_bos = tokenizer is not None and begins_with_bos(workdir, tokenizer)
-        writer = gguf.GGUFWriter(path, "llama")
-        _describe(gguf, writer, config, workdir.absolute().name, kind)
-        _add_tokenizer(writer, tokenizer, m.vocab_size, add_bos, workdir)
-        kinds = {_file_name(name, m): _kind(place, kind, mixed) for name, place in _places(m).items()}
-        with contextlib.closing(writer):
-            _write(gguf, writer, params, m, kinds)
+        words = None if tokenizer is None else _words(tokenizer, config.model, workdir)
+        kinds = write(path, config, params, kind, mixed, words, workdir.absolute().name)
         found = None
         if llama_cpp.installed():
-            found = parity(path, params, config, kind, _rounded(gguf, params, m, kinds), tokenizer, add_bos)
+            rounded = _rounded(params, config.model, kinds)
+            add_bos = words is not None and words.add_bos
+            found = parity(path, params, config, kind, rounded, tokenizer, add_bos)
     return Exported(config, tokenizer, kinds, found)
+
+
+def write(
+    path: Path,
+    config: Config,
+    params: model.Params,
+    kind: str,
+    mixed: bool = False,
+    words: Words | None = None,
+    name: str = "",
+) -> dict[str, str]:
+    """Writes a file; returns the type of every tensor, by its name there.
+
+    Args:
+      path: the file to write.
+      config, params: of a run, float32.
+      kind, mixed: as in `export_run`.
+      words: the tokenizer; without one, llama.cpp takes and gives token ids only.
+      name: of the model.
+
+    Raises:
+      UserError: llama.cpp cannot hold the model or its weights.
+    """
+    gguf, m = _package(), config.model
+    check_exportable(m, kind, mixed)
+    writer = gguf.GGUFWriter(path, "llama")
+    _describe(gguf, writer, config, name, kind)
+    _add_words(writer, words)
+    kinds = {_file_name(name, m): _kind(place, kind, mixed) for name, place in _places(m).items()}
+    with contextlib.closing(writer):
+        _write(gguf, writer, params, m, kinds)
+    return kinds
 
 
 def check_exportable(config: ModelConfig, kind: str, mixed: bool = False) -> None:
@@ -142,28 +180,38 @@ def _describe(gguf: Any, writer: Any, config: Config, name: str, kind: str) -> N
     writer.add_rope_dimension_count(m.head_dim)
 
 
-def _add_tokenizer(writer: Any, tokenizer: Tokenizer | None, size: int, add_bos: bool, workdir: Path) -> None:
-    """Adds the keys of the tokenizer; without one, the file takes and gives token ids only."""
-    if tokenizer is None:
+def _words(tokenizer: Tokenizer, config: ModelConfig, workdir: Path) -> Words:
+    """What is known of text in a run. Without BOS, EOS is named for it, as in GPT-2, and is not added."""
+    known = vocabulary(tokenizer, config.vocab_size)
+    eos_id = tokenizer.eos_id
+    assert eos_id is not None  # `vocabulary` refuses it
+    bos_id = eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    add_bos = begins_with_bos(workdir, tokenizer)
+    return Words(known, bos_id, eos_id, add_bos, chat_template(workdir / TOKENIZER))
+
+
+def _add_words(writer: Any, words: Words | None) -> None:
+    """Adds the keys of the tokenizer."""
+    if words is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    words = vocabulary(tokenizer, size)
-    writer.add_tokenizer_model(words.model)
-    writer.add_tokenizer_pre(words.pre)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.types)
-    if words.scores:
-        writer.add_token_scores(words.scores)
-        writer.add_unk_token_id(words.unknown)
-        writer.add_add_space_prefix(words.adds_space)
+    known = words.vocabulary
+    writer.add_tokenizer_model(known.model)
+    writer.add_tokenizer_pre(known.pre)
+    writer.add_token_list(known.tokens)
+    writer.add_token_types(known.types)
+    if known.scores:
+        writer.add_token_scores(known.scores)
+        writer.add_unk_token_id(known.unknown)
+        writer.add_add_space_prefix(known.adds_space)
     else:
-        writer.add_token_merges(words.merges)
-    writer.add_bos_token_id(tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id)
-    writer.add_eos_token_id(tokenizer.eos_id)
-    writer.add_add_bos_token(add_bos)
+        writer.add_token_merges(known.merges)
+    writer.add_bos_token_id(words.bos_id)
+    writer.add_eos_token_id(words.eos_id)
+    writer.add_add_bos_token(words.add_bos)
     writer.add_add_eos_token(False)
-    if template := chat_template(workdir / TOKENIZER):
-        writer.add_chat_template(template)
+    if words.chat_template:
+        writer.add_chat_template(words.chat_template)
 
 
 # --- tensors ------------------------------------------------------------------------------------------------
@@ -245,12 +293,11 @@ def _quantize(gguf: Any, name: str, tensor: np.ndarray, kind: str) -> np.ndarray
     return coded
 
 
-def _rounded(
-    gguf: Any, params: model.Params, config: ModelConfig, kinds: Mapping[str, str]
-) -> model.Params | None:
+def _rounded(params: model.Params, config: ModelConfig, kinds: Mapping[str, str]) -> model.Params | None:
     """Parameters of the `expanded` model with the weights of the file; None if all are float32."""
     if set(kinds.values()) == {"f32"}:
         return None
+    gguf = _package()
     unshared, rounded = expanded(config)
     there = places(unshared, unshared.plan).values()
     for (name, _, kind, tensor), place in zip(_tensors(params, config, kinds), there, strict=True):

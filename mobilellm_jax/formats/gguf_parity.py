@@ -16,8 +16,10 @@ from mobilellm_jax.parameters import declared, nest
 
 # Largest difference of two logits, over the largest logit, between llama.cpp and our own arithmetic on the
 # weights of the file. llama.cpp rounds activations to f16 or bf16, or to 8 bits, before products with weights
-# of these types or of few bits. A tensor in another place, or rows in another order, differ by about 1.
-BOUNDS = {"f32": 1e-5, "f16": 1e-2, "bf16": 5e-2, "q8_0": 1e-1, "q4_0": 1e-1}
+# of these types or of few bits. In f32 sums have another order: 1.7e-6 for MobileLLM-125M at initialisation,
+# 1.1e-5 for a wide model with weights up to 0.5. A tensor in another place, or rows in another order, make
+# about 1; an activation rounded to f16, 1e-3.
+BOUNDS = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2, "q8_0": 1e-1, "q4_0": 1e-1}
 _POSITIONS = 64
 
 # Texts that tokenizers tend to disagree on.

@@ -132,7 +132,8 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer, size: int) -> Vocabulary:
     """The form of a SentencePiece model like Llama's: BPE, with bytes for unknown characters."""
     from sentencepiece import sentencepiece_model_pb2
 
-    proto: Any = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.file_bytes)
+    messages: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+    proto = messages.ModelProto.FromString(tokenizer.file_bytes)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != trainer.BPE:
         raise _refuse(tokenizer, "is a SentencePiece model of another kind than BPE")

@@ -24,6 +24,7 @@ INSTALL = "python -m pip install -e '.[ondevice]'"
 _ERROR = 4  # the level of log lines that say what failed
 _F32, _F16 = 0, 1  # of ggml's types
 _OFF, _AUTO = 0, 2**32 - 1
+_KERNELS = "libggml-cpu-{}.so"
 _DEFAULT_SIZES = (512, 2048, 512, 1)  # context, batch, micro-batch, sequences
 
 
@@ -67,6 +68,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result, then the arguments
     "llama_memory_clear": (None, c_void_p, c_bool),
     "llama_decode": (c_int32, c_void_p, _Batch),
     "llama_get_logits": (c_void_p, c_void_p),
+    "ggml_backend_load": (c_void_p, c_char_p),
+    "ggml_backend_load_all_from_path": (None, c_char_p),
 }
 
 
@@ -78,7 +81,7 @@ def installed() -> bool:
 class Model:
     """A GGUF file in llama.cpp, on one CPU thread: with more, it spins, which a shared machine punishes."""
 
-    def __init__(self, path: Path, context: int, exact: bool = True, library: Path | None = None) -> None:
+    def __init__(self, path: Path, context: int, exact: bool = True, library: Any = None) -> None:
         """Loads a file.
 
         Args:
@@ -86,12 +89,12 @@ class Model:
           context: positions that fit in its key/value cache.
           exact: keep keys and values in float32, and attend in float32. Otherwise, as llama.cpp does by
             itself, they are rounded to f16, which changes logits by about 1e-3 of the largest.
-          library: a shared library that exports llama.cpp's C functions; None: that of xllamacpp.
+          library: what `load` returned; None: that of xllamacpp.
 
         Raises:
           UserError: llama.cpp is not installed, or refuses the file.
         """
-        self._c = _library(_installed_library() if library is None else library)
+        self._c = load() if library is None else library
         self._model = self._context = None
         _lines.clear()
         self._model = self._c.llama_model_load_from_file(
@@ -134,25 +137,38 @@ class Model:
 
     def logits(self, ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
         """Logits after each id of a new text."""
-        self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
-        return self._decode(ids)
+        self._clear()
+        return self._decode(ids, len(ids))
 
     def greedy(self, ids: Sequence[int], steps: int) -> list[int]:
         """The most probable next id, `steps` times."""
-        found = [int(np.argmax(self.logits(ids)[-1]))]
+        found = [self.start(ids)]
         while len(found) < steps:
-            found.append(int(np.argmax(self._decode(found[-1:])[-1])))
+            found.append(self.step(found[-1]))
         return found
 
-    def _decode(self, ids: Sequence[int]) -> Float32[np.ndarray, "T V"]:
-        """Logits after each of some more ids of the text."""
+    def start(self, ids: Sequence[int]) -> int:
+        """Reads a new text; returns the most probable id after it."""
+        self._clear()
+        return int(self._decode(ids, 1)[0].argmax())
+
+    def step(self, token: int) -> int:
+        """Reads one more id of the text; returns the most probable one after it."""
+        return int(self._decode([token], 1)[0].argmax())
+
+    def _clear(self) -> None:
+        self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
+
+    def _decode(self, ids: Sequence[int], last: int) -> Float32[np.ndarray, "T V"]:
+        """Reads some more ids of the text; returns the logits after each of the `last` ones."""
         count = len(ids)
-        batch = _Batch(n_tokens=count, token=(c_int32 * count)(*ids), logits=(c_int8 * count)(*[1] * count))
+        wanted = [0] * (count - last) + [1] * last
+        batch = _Batch(n_tokens=count, token=(c_int32 * count)(*ids), logits=(c_int8 * count)(*wanted))
         _lines.clear()
         status = self._c.llama_decode(self._context, batch)
         if status != 0:
             raise UserError(f"llama.cpp cannot read {count} tokens (status {status}): {_said()}")
-        shape = (count, self._vocab_size)
+        shape = (last, self._vocab_size)
         values = ctypes.cast(self._c.llama_get_logits(self._context), POINTER(c_float))
         return np.ctypeslib.as_array(values, shape).copy()
 
@@ -180,19 +196,41 @@ def _said() -> str:
 
 
 @functools.cache
-def _library(path: Path) -> Any:
+def load(library: Path | None = None, kernels: str = "") -> Any:
+    """Loads the C functions, once; a `Model` does so by itself.
+
+    Args:
+      library: a shared library that exports them; None: that of xllamacpp, which has kernels for AVX2.
+      kernels: of a build with several, the processor that they are for, such as "haswell", which has AVX2 and
+        no VNNI; "": the best ones for this machine. A process has one choice.
+
+    Raises:
+      UserError: llama.cpp is not installed, or the library is none of its, or lacks the kernels.
+    """
+    path = _installed_library() if library is None else library.absolute()
     try:
-        library = ctypes.CDLL(str(path))
+        found = ctypes.CDLL(str(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be loaded: {error}") from None
     for name, (result, *arguments) in _SIGNATURES.items():
-        function = getattr(library, name, None)
+        function = getattr(found, name, None)
         if function is None:
             raise UserError(f"{path}: has no function {name}; use another version of llama.cpp, {INSTALL}")
         function.restype, function.argtypes = result, arguments
-    library.llama_log_set(_note, None)
-    library.llama_backend_init()
-    return library
+    found.llama_log_set(_note, None)
+    if any(path.parent.glob(_KERNELS.format("*"))):
+        _load_kernels(found, path.parent, kernels)
+    found.llama_backend_init()
+    return found
+
+
+def _load_kernels(library: Any, folder: Path, kernels: str) -> None:
+    if not kernels:
+        library.ggml_backend_load_all_from_path(str(folder).encode())
+        return
+    file = folder / _KERNELS.format(kernels)
+    if not library.ggml_backend_load(str(file).encode()):
+        raise UserError(f"{file}: llama.cpp cannot load these kernels; {_said()}")
 
 
 def _context_settings(defaults: _Parameters, context: int, exact: bool) -> _Parameters:
