@@ -115,7 +115,10 @@ def write(
     writer = gguf.GGUFWriter(path, "llama")
     _describe(gguf, writer, config, name, kind)
     _add_words(writer, words)
-    kinds = {_file_name(name, m): _kind(place, kind, mixed) for name, place in _places(m).items()}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, m.effective_depth)
+    kinds = {
+        names.get_name(name, (".weight",)): _kind(place, kind, mixed) for name, place in _places(m).items()
+    }
     with contextlib.closing(writer):
         _write(gguf, writer, params, m, kinds)
     return kinds
@@ -219,13 +222,6 @@ def _add_words(writer: Any, words: Words | None) -> None:
 
 def _places(config: ModelConfig) -> dict[str, Place]:
     return places(config, config.plan)
-
-
-def _file_name(name: str, config: ModelConfig) -> str:
-    """The name in GGUF of a tensor of Hugging Face's Llama."""
-    gguf = _package()
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.effective_depth)
-    return names.get_name(name, (".weight",))
 
 
 def _kind(place: Place, kind: str, mixed: bool) -> str:
