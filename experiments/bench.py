@@ -3,6 +3,7 @@
   python -m experiments.bench                        # everything, which takes a while
   python -m experiments.bench --only=training,decode
   python -m experiments.bench --only=training --shapes=125m,350m
+  python -m experiments.bench --only=ondevice --workdir=runs/first        # a run, in llama.cpp
   python -m experiments.bench --show                 # what was measured before, without measuring
 
 Prints a table for each part and leaves `bench/<platform>/<part>.json` in --workdir (with --shapes,
@@ -29,6 +30,7 @@ PARTS: tuple[str, ...] = (
     "pytorch",
     "compile",
     "decode",
+    "ondevice",
     "sweep",
     "trials",
     "checkpoints",
@@ -42,8 +44,11 @@ def define_flags() -> None:
     flags.DEFINE_list("only", list(PARTS), "parts to measure")
     flags.DEFINE_bool("quick", False, "models and turns so few that the numbers mean nothing: a test")
     flags.DEFINE_bool("show", False, "print the tables of earlier measurements, and measure nothing")
-    flags.DEFINE_string("workdir", "experiments", "directory of bench/; it may exist")
+    flags.DEFINE_string("workdir", "experiments", "directory of bench/; a run is what ondevice measures")
     flags.DEFINE_list("shapes", [], "of the parts training and pytorch, only these models: 125m,350m")
+    flags.DEFINE_string(
+        "llama_cpp", None, "folder of a build of llama.cpp with kernels for several processors, for ondevice"
+    )
     flags.DEFINE_string(
         "data_dir", None, "folder with local files of tasks for zero_shot; default: questions of bundled text"
     )

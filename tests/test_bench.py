@@ -2,12 +2,13 @@
 
 import json
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from commands import command, real
 
-from experiments.benchmarks import compile, decode, measure, pytorch, training, trials
+from experiments.benchmarks import compile, decode, measure, ondevice, pytorch, training, trials
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +67,23 @@ def test_pytorch_takes_the_same_steps():
 
 
 @pytest.mark.slow
+def test_a_run_is_measured_in_llama_cpp(tmp_path):
+    if any(find_spec(name) is None for name in ondevice.AGAINST):
+        pytest.skip("llama.cpp is not installed")
+    flags = ["--config.model.depth=2", "--config.train.steps=1", "--config.optimizer.warmup_steps=1"]
+    flags += ["--config.train.eval_rows=8", f"--config.data.cache_dir={tmp_path}/cache"]
+    assert command("experiments.train", f"--workdir={tmp_path}/run", *flags).returncode == 0
+    result = command("experiments.bench", "--only=ondevice", "--quick", f"--workdir={tmp_path}/run")
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "run/bench/cpu/ondevice.json").read_text())
+    lines = {line["name"]: line["median"] for line in record["lines"]}
+    sides = [f"run, {kind}, AVX2" for kind in ("f16", "q8_0", "q4_0")] + ["run, float32, our own"]
+    assert list(dict.fromkeys(name.partition(":")[0] for name in lines)) == sides
+    assert all(value > 0 for value in lines.values())
+    assert lines["run, q4_0, AVX2: file"] < lines["run, q8_0, AVX2: file"] < lines["run, f16, AVX2: file"]
+
+
+@pytest.mark.slow
 def test_the_command_leaves_a_record_that_can_be_shown(tmp_path):
     flags = ["experiments.bench", "--only=trials", f"--workdir={tmp_path}"]
     measured = command(*flags, "--quick")
@@ -82,6 +100,7 @@ def test_the_command_leaves_a_record_that_can_be_shown(tmp_path):
         (["--only=pytorch", "--shapes=125"], "--shapes=125: unknown model; did you mean 125m?"),
         (["--only=training,pytorch", "--shapes=350m"], "--shapes=350m: unknown model"),
         (["--only=training,decode", "--shapes=125m"], "--shapes: does not apply to decode"),
+        (["--only=ondevice", "--llama_cpp=nowhere"], "--llama_cpp=nowhere: has no libllama*.so with"),
         (["--show"], "no measurements there; run without --show first"),
     ],
 )

@@ -199,8 +199,10 @@ def test_a_round_trip_is_exact(tmp_path, tied):
     assert model_fields(written) == model_fields(hf)
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)])
-def test_other_dtypes_round_once(tmp_path, dtype, kind):
+@pytest.mark.parametrize(
+    ("dtype", "kind", "name"), [("bfloat16", ml_dtypes.bfloat16, "bf16"), ("float16", np.float16, "f16")]
+)
+def test_other_dtypes_round_once(tmp_path, dtype, kind, name):
     m = tiny_model()
     params = random_params(m)
     write_params(tmp_path / WEIGHTS, params, m, dtype)
@@ -209,7 +211,7 @@ def test_other_dtypes_round_once(tmp_path, dtype, kind):
     assert_trees_close(actual, rounded, tolerance=0)
     params["blocks"]["ffn"]["up"][1, 2, 3] = -3.4e38 if dtype == "bfloat16" else -1e5
     with pytest.raises(
-        UserError, match=rf"--dtype={dtype}: model\.layers\.1\.mlp\.up_proj\.weight has weights"
+        UserError, match=rf"--type={name}: model\.layers\.1\.mlp\.up_proj\.weight has weights"
     ):
         write_params(tmp_path / WEIGHTS, params, m, dtype)
 
@@ -562,11 +564,11 @@ def test_directories_are_made_whole_and_never_written_over(folder, tmp_path):
     import_(folder, tmp_path / "run")
     with pytest.raises(UserError, match=r"--workdir=.*run: already exists"):
         import_(folder, tmp_path / "run")
-    with pytest.raises(UserError, match=r"--target=.*run: already exists"):
+    with pytest.raises(UserError, match=r"--out=.*run: already exists"):
         huggingface.export_run(tmp_path / "run", tmp_path / "run", "float32")
     with pytest.raises(UserError, match=r"hf/config\.json: not the config of a run"):
         huggingface.export_run(tmp_path / "hf", tmp_path / "out", "float32")
-    with pytest.raises(UserError, match=r"--target=.*x: cannot write there \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"--out=.*x: cannot write there \(Not a directory\)"):
         huggingface.export_run(tmp_path / "run", tmp_path / "hf" / "config.json" / "x", "float32")
     assert sorted(os.listdir(tmp_path)) == ["hf", "run"]
 

@@ -75,10 +75,10 @@ def alternate(sides: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, l
 
 
 @contextlib.contextmanager
-def process(name: str, module: str, *arguments: str) -> Iterator[Callable[[], None]]:
+def process(name: str, module: str, *arguments: str) -> Iterator[Callable[[], str]]:
     """Yields a side that runs in a process, `python -m module arguments`, which is idle in other turns.
 
-    The process takes a turn for every line on stdin, and prints "done".
+    The process takes a turn for every line on stdin, and prints "done", with what the side is to return.
     """
     command = [sys.executable, "-m", module, *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
@@ -86,11 +86,13 @@ def process(name: str, module: str, *arguments: str) -> Iterator[Callable[[], No
         assert stdin is not None
         assert stdout is not None
 
-        def ask() -> None:
+        def ask() -> str:
             stdin.write("go\n")
             stdin.flush()
-            if stdout.readline() != "done\n":
+            answer = stdout.readline()
+            if not answer.startswith("done"):
                 raise RuntimeError(f"the process of {name} ended early; its output is above")
+            return answer.removeprefix("done")
 
         try:
             yield ask

@@ -84,7 +84,7 @@ def export_run(workdir: Path, target: Path, dtype: str) -> Config:
     Raises:
       UserError: there is no intact run, it is not a Llama, or `target` exists or is not writable.
     """
-    with _new_directory("target", target) as directory:
+    with _new_directory("out", target) as directory:
         config, params = open_run(workdir)
         check_exportable(config.model)
         tokenizer = read_tokenizer(workdir)
@@ -150,7 +150,7 @@ def _write_tokenizer(target: Path, tokenizer: Tokenizer, workdir: Path) -> None:
     if isinstance(tokenizer, SentencePieceTokenizer):
         piece = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.file_bytes).id_to_piece
     else:
-        theirs = tokenizers.Tokenizer.from_str(tokenizer.file_bytes.decode() or _bytes_tokenizer())
+        theirs = tokenizers.Tokenizer.from_str(tokenizer.file_bytes.decode() or bytes_tokenizer())
         piece = theirs.id_to_token
         if not (workdir / IMPORTED).exists():
             _put_before(theirs, tokenizer.bos_id)
@@ -181,7 +181,7 @@ def _put_before(tokenizer: tokenizers.Tokenizer, bos_id: int | None) -> None:
     tokenizer.no_padding()
 
 
-def _bytes_tokenizer() -> str:
+def bytes_tokenizer() -> str:
     """A tokenizer.json with the ids of `BytesTokenizer`."""
     # In byte-level BPE a character stands for a byte: itself if printable, else the next from 256 on.
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

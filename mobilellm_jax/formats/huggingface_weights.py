@@ -217,7 +217,7 @@ def _check_spare(
 # --- export ------------------------------------------------------------------------------------------------
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-DTYPES = tuple(_DTYPES)
+DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}  # by the value of --type
 
 
 def write_params(path: Path, params: model.Params, config: ModelConfig, dtype: str) -> None:
@@ -240,18 +240,19 @@ def write_params(path: Path, params: model.Params, config: ModelConfig, dtype: s
     text += b" " * (-len(text) % 8)  # the data start at a multiple of 8
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in _tensors(params, config):
+        for name, tensor in tensors(params, config):
             with np.errstate(over="ignore"):
                 cast = tensor.astype(kind)
             if np.isinf(cast.astype(np.float32)).any() and not np.isinf(tensor).any():
                 raise UserError(
-                    f"--dtype={dtype}: {name} has weights that are too large for it; use --dtype=float32"
+                    f"--type={_DTYPES[dtype].lower()}: {name} has weights that are too large for it; use "
+                    "--type=f32"
                 )
             file.write(np.ascontiguousarray(cast).tobytes())
 
 
-def _tensors(params: model.Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields names and float32 tensors in the layout of the file, with multipliers applied."""
+def tensors(params: model.Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields names and float32 tensors, a layer for each applied, in the layout of a Llama, scaled."""
     m = multipliers(config)
     for name, place in places(config, config.plan).items():
         tensor = place.write(place.leaf(params))

@@ -67,6 +67,27 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             temporary.unlink()
 
 
+@contextlib.contextmanager
+def new_file(flag: str, path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, the value of `flag`, renamed to it unless an error occurs.
+
+    Raises:
+      UserError: the path exists or cannot be written; nothing is left there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.exists():
+            raise UserError(f"--{flag}={path}: already exists; use another name, or delete it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"--{flag}={path}: cannot write there ({reason(error)})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def files_below(directory: AnyPath) -> list[AnyPath]:
     """All files in `directory` and below, sorted; none if it does not exist."""
     if isinstance(directory, Path):
