@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from experiments.runner import hosts, quantizing, questions
+from experiments.runner import diagnosing, hosts, quantizing, questions
 from experiments.runner.flags import (
     DEFAULT_STUDY,
     PASSED_ON,
@@ -80,6 +80,7 @@ def main() -> int:
         if missing[point.name]
         or (asked and questions.lacking(point, workdir, asked, known))
         or (schemes and quantizing.lacking(point, workdir, schemes))
+        or (FLAGS.diagnose and diagnosing.lacking(point, workdir))
     ]
     print(f"\n{len(points) - len(todo)} of {len(points)} points are complete", flush=True)
     command = [sys.executable, "-m", "experiments.sweep", *cli.given(*PASSED_ON)]

@@ -11,6 +11,7 @@
   python -m experiments.sweep --devices_per_run=1                    # a run on each device of this host
   python -m experiments.sweep --tasks=mobilellm --data_dir=eval      # and zero-shot accuracy of every run
   python -m experiments.sweep --quantize=w8a8,w4:32                  # and what quantization costs it
+  python -m experiments.sweep --diagnose                             # and what each of its layers does
 
 Every point looks for its own learning rate first, with a seed of its own. When all are through, parabolas of
 one curvature are fitted to the searches of a study, and every point trains with the same seeds as all others
@@ -23,9 +24,10 @@ interruption; SIGTERM saves checkpoints and exits with status 75, "start me agai
 diverges is recorded as such, and the others go on; a process that a signal ended is started once more.
 Sweeps that share a --workdir share the points; the point of one that died is taken over (`runner/leases.py`).
 With --tasks, every finished run answers them at the end, also one that was there before; what its record has
-is not asked again. So it is with the schemes of --quantize (`experiments.quantize`). Points chosen by --only
-are compared as the study asks, or, where it asks for no pair of them, all with each other. In --workdir:
-results/ has one JSON record for each run, reports/ and figures/ what they show, runs/ checkpoints and logs.
+is not asked again. So it is with the schemes of --quantize (`experiments.quantize`), and with --diagnose
+(`experiments.diagnose`). Points chosen by --only are compared as the study asks, or, where it asks for no
+pair of them, all with each other. In --workdir: results/ has one JSON record for each run, reports/ and
+figures/ what they show, runs/ checkpoints and logs.
 """
 
 import os
@@ -63,7 +65,17 @@ def main() -> int:
     from experiments.runner.sweeping import sweep  # here: half of what is imported, --status needs none of it
 
     workdir = cli.directory("workdir", FLAGS.workdir)
-    return sweep(points, workdir, FLAGS.jobs, groups, questions, whole, schemes, FLAGS.lines_every)
+    return sweep(
+        points,
+        workdir,
+        FLAGS.jobs,
+        groups,
+        questions,
+        whole,
+        quantized=schemes,
+        lines_every=FLAGS.lines_every,
+        diagnosed=FLAGS.diagnose,
+    )
 
 
 def _print_status(points: Sequence[Point]) -> int:

@@ -7,6 +7,7 @@ In <workdir>/figures/, for each study and preset,
     <study>-<preset>-costs.png           final values against parameters and training FLOPs
     <study>-<preset>-curves.png          held-out evaluations during training
     <study>-<preset>-learning_rates.png  the search for the learning rates
+    <study>-<preset>-layers.png          what each layer is worth, where runs were diagnosed
 
 and the numbers behind them as .csv, -paper.csv and -comparisons.csv.
 """
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from experiments.reporting import beside_paper, drawing, tables
+from experiments.reporting import beside_paper, drawing, layers, tables
 from experiments.reporting.drawing import WORDS, styled
 from mobilellm_jax.analysis.facts import Facts
 from mobilellm_jax.analysis.measures import MEASURES
@@ -77,6 +78,7 @@ def write(study: Study, workdir: str | AnyPath) -> dict[str, Image]:
         "-costs": ("Final values against parameters and FLOPs", costs(study)),
         "-curves": ("Held-out values during training", curves(study)),
         "-learning_rates": ("Final loss against learning rate", learning_rates(study)),
+        "-layers": ("What each layer is worth, and the logit lens", layers.draw(study)),
     }
     folder, name = path_of(workdir) / "figures", study.stem
     images = {

@@ -15,7 +15,10 @@ FLAGS = flags.FLAGS
 DEFAULT_STUDY = "configs/playground.py:tiny"
 
 # What a launcher passes on to the sweeps that it starts, besides the flags of the config.
-PASSED_ON = ("workdir", "only", "arms", "seeds", "lines_every", "tasks", "data_dir", "limit", "quantize")
+PASSED_ON = (
+    *("workdir", "only", "arms", "seeds", "lines_every"),
+    *("tasks", "data_dir", "limit", "quantize", "diagnose"),
+)
 
 
 def define_sweep() -> None:
@@ -59,6 +62,7 @@ def define_sweep() -> None:
     flags.DEFINE_list(
         "quantize", [], "schemes that every finished run is quantized to, such as w8a8,w4:32; default: none"
     )
+    flags.DEFINE_bool("diagnose", False, "say of every finished run what its layers do")
     hosts.define_flags()
     define_scoring()
 
