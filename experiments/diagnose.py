@@ -12,7 +12,7 @@ A line for each layer applied, in nats per token of the held-out rows:
   cosine    of the layer's input and output: 1 where it does nothing
   distance  mean distance t - s that attention looks back, over heads (least and most), in tokens
 
-The effective depth is the participation ratio of the costs (`mobilellm_jax/analysis/layers.py`), with a 95 %
+The effective depth is a participation ratio of the costs (`mobilellm_jax/analysis/layers.py`), with a 95 %
 interval over held-out documents, or rows where there are no documents. All of it is added to the run's
 record, and drawn in diagnostics.png in its directory. For an imported run, which has no held-out rows, --text
 names what to score; then, and with any other --text, results go to diagnostics.json in that directory.

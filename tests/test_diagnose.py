@@ -131,7 +131,7 @@ def study():
 def test_designs_stand_side_by_side():
     found = layer_use(study().points)
     assert [(of.point, of.layers) for of in found] == [("2 x 128", 2), ("4 x 128", 4)]
-    depths = [1 / (0.8**2 + 2 * 0.1**2), 2.0]
+    depths = [(0.8**0.5 + 2 * 0.1**0.5) ** 2, 2.0]
     low, high = stats.t.interval(0.95, 1, loc=np.mean(depths), scale=stats.sem(depths))
     assert found[1].depth.mean == pytest.approx(np.mean(depths))
     assert found[1].depth.half_width == pytest.approx((high - low) / 2)
@@ -142,8 +142,8 @@ def test_designs_stand_side_by_side():
 
 def test_the_report_has_a_table_and_a_figure_only_where_runs_were_diagnosed():
     table = layers.table(study())
-    assert table["effective depth"][0].startswith("1.90 ± ")
-    assert table["share"] == ["95%", "44%"]
+    assert table["effective depth"][0].startswith("1.97 ± ")
+    assert table["share"] == ["99%", "54%"]
     assert table["over documents"] == ["[1.10, 1.90]"] * 2
     assert table["costliest layer"] == ["1: +0.4000", "1: +0.6000"]
     assert table["cheapest layer"] == ["2: +0.3000", "4: -0.0500"]

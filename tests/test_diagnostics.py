@@ -203,7 +203,7 @@ def test_attention_distance_is_that_of_a_loop_over_everything():
 
 def ratio(cost):
     kept = [c for c in cost if c > 0]
-    return sum(kept) ** 2 / sum(c * c for c in kept) if kept else 0
+    return sum(c**0.5 for c in kept) ** 2 / sum(kept) if kept else 0
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def ratio(cost):
         ([5, 0], 1),
         ([0, -1], 0),
         ([3e-200, 3e-200], 2),
-        ([3, 1], 1.6),
+        ([9, 1], 1.6),
     ],
 )
 def test_effective_depth_counts_layers_of_equal_cost(cost, expected):
@@ -232,6 +232,14 @@ def test_the_interval_covers_what_other_documents_give():
         assert high is not None
         covered += low <= ratio(truth) <= high
     assert 88 <= covered <= 100
+
+
+def test_the_interval_has_the_percentiles_of_a_loop():
+    rng = np.random.default_rng(2)
+    costs_LU = rng.normal([[0.5], [0.2], [0.1]], 1.0, (3, 60))
+    drawn = [ratio(costs_LU[:, rng.integers(0, 60, 60)].sum(axis=1)) for _ in range(4000)]
+    expected = np.percentile(drawn, [2.5, 97.5])
+    assert layers.interval(costs_LU) == pytest.approx(expected, abs=0.06)
 
 
 def test_units_are_joined_evenly():

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.reporting import drawing
 from experiments.reporting.drawing import styled
@@ -16,13 +16,13 @@ from mobilellm_jax.analysis.statistics import Estimate
 from mobilellm_jax.analysis.study import Study
 
 USE = (
-    "Effective depth is the participation ratio of what layers cost, (sum of costs)^2 / (sum of squares): "
-    "k where k layers cost the same and the others nothing. A layer costs what the held-out loss rises by "
-    "without it, in nats per token; of uses of one block in a row, the j-th costs what the loss rises by "
-    "where j - 1 of them remain instead of j. ± is a 95 % t interval over the seeds; the interval over "
-    "held-out documents (or rows, where there are no documents) is that of a single run, a mean over the "
-    "seeds. Cosine is that of a layer's input and output, and distance the mean number of tokens that "
-    "attention looks back: means over layers and heads."
+    "Effective depth is (sum of the roots of the layers' costs)^2 / (sum of the costs): k where k layers "
+    "cost the same and the others nothing. A layer costs what the held-out loss rises by without it, in nats "
+    "per token; of uses of one block in a row, the j-th costs what the loss rises by where j - 1 of them "
+    "remain instead of j. ± is a 95 % t interval over the seeds; the interval over held-out documents (or "
+    "rows, where there are no documents) is that of a single run, a mean over the seeds. Swap is the rise of "
+    "the loss where two neighbours are exchanged; cosine that of a layer's input and output; distance the "
+    "number of tokens that attention looks back, and that of uniform attention: means over layers and heads."
 )
 _COST, _LENS = "rise of the loss (nats per token)", "loss (nats per token)"
 _LINEAR = 0.01  # nats per token, below which the axis of costs is linear
@@ -127,6 +127,7 @@ def _costs(axes: Axes, costs: Sequence[float], look: Mapping[str, Any]) -> None:
     axes.plot(range(1, len(costs) + 1), costs, **look, ms=5, lw=1.5)
     axes.axhline(0, color="0.3", lw=1)
     axes.set_yscale("symlog", linthresh=_LINEAR)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylabel(_COST)
 
 

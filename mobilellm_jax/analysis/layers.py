@@ -17,24 +17,26 @@ _MOST_UNITS = 500  # neighbours are joined, as in `Record.documents`
 
 
 def effective_depth(costs: Float[np.ndarray, "*batch L"]) -> Float[np.ndarray, "*batch"]:
-    """Participation ratio of the costs of the layers, (sum of costs)^2 / (sum of squared costs).
+    """Participation ratio of the effects of the layers: (sum of sqrt(cost))^2 / (sum of costs).
 
     It is k where k layers cost the same and the others nothing, so it lies between 1 and the number of
-    layers; 0 where no layer costs anything. A layer without which the loss is lower counts as 0.
+    layers; 0 where no layer costs anything. A layer without which the loss is lower costs 0.
 
-    Why this one. It has no threshold, and no scale: the costs of a good and of a bad model are comparable.
-    Being a ratio of second moments (the participation ratio of Bell and Dean 1970, "Atomic vibrations in
-    vitreous silica"; the Hill number of order 2), it is moved little by costs near 0, which are mostly noise;
-    counts above a threshold and the entropy are moved a lot. It is low where one layer carries almost all:
-    often the first, without which the others read what they never saw. The record has the costs, which say
-    whether that is so. A cost is what the trained model loses without the layer, not what a model trained
-    without it would lose.
+    Why this one. A participation ratio (Bell and Dean 1970, "Atomic vibrations in vitreous silica") has no
+    threshold and no scale: the costs of a good and of a bad model are comparable. It is taken of square roots
+    because the loss of a trained model rises with the square of what is removed from it (LeCun et al. 1990,
+    "Optimal brain damage"), so the root of a cost is the size of a layer's effect. Of the costs themselves it
+    would be hardly above 1 for most models: all later layers read what the first one wrote, and without it
+    the loss rises by many times what any other layer costs. The price is that noise in costs near 0 counts:
+    a cost that is 1 % of the largest adds a fifth of a layer.
+
+    A cost is what the trained model loses without the layer, not what a model trained without it would lose.
+    The record has all costs, so that other definitions need no other run.
     """
     gains = np.maximum(np.asarray(costs, np.float64), 0)
-    most = np.max(gains, axis=-1, keepdims=True)
-    shares = np.divide(gains, most, out=np.zeros_like(gains), where=most > 0)  # squares must not underflow
-    squares = np.sum(shares**2, axis=-1)
-    return np.divide(np.sum(shares, axis=-1) ** 2, squares, out=np.zeros_like(squares), where=squares > 0)
+    total = np.sum(gains, axis=-1)
+    effects = np.sum(np.sqrt(gains), axis=-1)
+    return np.divide(effects**2, total, out=np.zeros_like(total), where=total > 0)
 
 
 def interval(
