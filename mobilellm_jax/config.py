@@ -144,6 +144,11 @@ class ModelConfig:
         """L, the number of layers applied."""
         return len(self.plan)
 
+    @property
+    def scaled_depth(self) -> int:
+        """Layers that the parameterization scales by; others than L in `model.loops.LoopedModel`."""
+        return self.effective_depth
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:

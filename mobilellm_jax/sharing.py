@@ -36,6 +36,8 @@ STRATEGIES = {
     "reverse": _reverse,
 }
 
+LOOPED = tuple(name for name in STRATEGIES if name != "none")  # those in which `num_repeats` has a meaning
+
 
 def layer_plan(sharing: str, depth: int, num_repeats: int) -> LayerPlan:
     """Expands a sharing strategy to the order in which blocks are applied (MobileLLM section 2.3, figure 6).
@@ -59,7 +61,7 @@ def layer_plan(sharing: str, depth: int, num_repeats: int) -> LayerPlan:
         if sharing == "none" and num_repeats != 1:
             raise UserError(
                 f"model.num_repeats: {num_repeats} has no meaning with model.sharing='none'; "
-                f"use num_repeats=1, or one of {', '.join(s for s in STRATEGIES if s != 'none')}"
+                f"use num_repeats=1, or one of {', '.join(LOOPED)}"
             )
         return STRATEGIES[sharing](depth, num_repeats)
     words = sharing.split()

@@ -1,4 +1,4 @@
-"""The command `diagnose`, `sweep --diagnose`, and what reports make of the diagnostics."""
+"""`diagnose`, `evaluate --num_repeats`, `sweep` with both, and what reports make of the diagnostics."""
 
 import dataclasses
 import re
@@ -7,22 +7,25 @@ import numpy as np
 import pytest
 from commands import command
 from scipy import stats
+from test_diagnostics import numpy_loss
 from test_results import make_record
 from test_sweep import points, write_study
 
 from experiments.reporting import figures, layers, pages
-from experiments.runner import diagnosing, sweeping
+from experiments.runner import diagnosing, looping, sweeping
+from mobilellm_jax import data
 from mobilellm_jax.analysis.layers import effective_depth, layer_use
 from mobilellm_jax.analysis.records import read_record, read_records, write_record
 from mobilellm_jax.analysis.study import study_of
+from mobilellm_jax.runs.directory import open_run
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """The points and the directory of a sweep of 2 points and 1 seed, both diagnosed."""
+    """The points and the directory of a sweep of 2 points and 1 seed, diagnosed and scored with 1 loop."""
     folder = tmp_path_factory.mktemp("swept")
     found, workdir = points(write_study(folder), seeds=1), folder / "w"
-    assert sweeping.sweep(found, workdir, jobs=1, diagnosed=True) == 0
+    assert sweeping.sweep(found, workdir, jobs=1, diagnosed=True, loops=(1,)) == 0
     return found, workdir
 
 
@@ -77,6 +80,60 @@ def test_the_command_prints_a_line_for_each_layer_and_keeps_them(swept):
     assert last == f"see {path} and {run / 'diagnostics.png'}"
     assert (run / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
     assert entry["costs"] == pytest.approx(entry_of(before)["costs"], abs=1e-6)
+
+
+def test_loops_are_scored_where_there_are_loops(swept, monkeypatch):
+    found, workdir = swept
+    plain, reverse = read_records(workdir / "results")
+    assert plain.loops is None
+    assert reverse.loops is not None
+    config, params = open_run(workdir / "runs/mini/tiny/reverse-s0")
+    prepared = data.prepare(config.data, config.model.vocab_size)
+    (rows,) = prepared.eval_batches(batch_size=8, rows=8)
+    once = reverse.loops["1"]
+    assert once["loss"] == pytest.approx(numpy_loss(params, rows, config.model, (0, 1)), rel=1e-5)
+    assert (once["layers"], once["trained"], once["text"]) == (2, 2, "valid:8")
+    assert "## Other numbers of loops" in (workdir / "reports" / "mini-tiny.md").read_text()
+    assert [looping.lacking(point, workdir, (1,)) for point in found] == [0, 0]
+    assert [looping.lacking(point, workdir, (1, 2)) for point in found] == [0, 1]
+
+
+def test_evaluate_and_generate_take_other_numbers_of_loops(swept):
+    run = swept[1] / "runs/mini/tiny/reverse-s0"
+    done = command("experiments.evaluate", f"--workdir={run}", "--num_repeats=2,1")
+    assert done.returncode == 0, done.stderr
+    _, once, twice, last = done.stdout.splitlines()
+    record = read_record(swept[1] / "results/mini/tiny/reverse-s0.json")
+    assert record.final is not None
+    assert record.loops is not None
+    assert once.split() == ["1", "2", f"{record.loops['1']['loss']:.5f}"]
+    assert twice.split(maxsplit=3)[:2] == ["2", "4"]
+    assert float(twice.split()[2]) == pytest.approx(record.final["loss"], abs=2e-5)
+    assert twice.endswith("  as in training")
+    assert last.startswith("see ")
+    texts = [
+        command(
+            "experiments.generate",
+            *(f"--workdir={run}", "--prompt=document", "--max_new_tokens=3", "--print_ids", *more),
+        ).stdout
+        for more in ([], ["--num_repeats=2"])
+    ]
+    assert texts[0] == texts[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("evaluate", ["--num_repeats=2"], "error: num_repeats=2: model.sharing='none' has no loops to count"),
+        ("evaluate", ["--num_repeats=0"], "error: --num_repeats=0: '0' is not valid; expected numbers"),
+        ("evaluate", ["--num_repeats=2", "--tasks=mobilellm"], "error: --num_repeats: cannot be combined"),
+        ("generate", ["--num_repeats=2", "--prompt=a"], "error: num_repeats=2: model.sharing='none'"),
+    ],
+)
+def test_loops_that_do_not_fit_are_one_line(swept, module, arguments, message):
+    done = command(f"experiments.{module}", f"--workdir={swept[1] / 'runs/mini/tiny/none-s0'}", *arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(message)
 
 
 @pytest.mark.parametrize(
