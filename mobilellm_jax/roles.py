@@ -20,6 +20,7 @@ class Role:
       derived: None stands for a value computed from other fields.
       pinned: must not change when a run is resumed, although it is placement.
       shown: tables and figures read it from records.
+      before: what configs mean that are older than the field; None where it was there from the beginning.
     """
 
     kind: Literal["science", "placement", "cadence", "identity"]
@@ -29,6 +30,7 @@ class Role:
     derived: bool = False
     pinned: bool = False
     shown: bool = False
+    before: str | None = None
 
     @property
     def resumable(self) -> bool:
@@ -42,10 +44,11 @@ class Role:
 
 
 def _field(
-    kind: Any, doc: str, *, derive: Callable[[Mapping[str, Any]], Any] | None = None, **facts: bool
+    kind: Any, doc: str, *, derive: Callable[[Mapping[str, Any]], Any] | None = None, **facts: Any
 ) -> Any:
     metadata = {"role": Role(kind, doc, derived=derive is not None, **facts)}
-    return dataclasses.field(metadata=metadata | ({"derive": derive} if derive else {}))
+    metadata |= {"derive": derive} if derive else {}
+    return dataclasses.field(metadata=metadata, default=facts.get("before", dataclasses.MISSING))
 
 
 science = functools.partial(_field, "science")

@@ -7,7 +7,7 @@ import jax
 
 from mobilellm_jax import data, model
 from mobilellm_jax.analysis.comparable import data_changes, leakage
-from mobilellm_jax.config import RESUMABLE, Config, flatten, from_config_dict, to_dict
+from mobilellm_jax.config import BEFORE, RESUMABLE, Config, flatten, from_config_dict, to_dict
 from mobilellm_jax.data.splits import BY_PLACE, HELD_OUT
 from mobilellm_jax.data.tokenizers import adds_bos
 from mobilellm_jax.errors import UserError
@@ -162,7 +162,7 @@ def check_same(path: AnyPath, there: dict[str, Any], config: Config) -> list[str
     Raises:
       UserError: other fields differ; the message names them.
     """
-    old, new = flatten(there), flatten(to_dict(config))
+    old, new = BEFORE | flatten(there), flatten(to_dict(config))
     changed = [name for name in new if old.get(name) != new[name]]
     differences = [
         f"{name} is {old.get(name)!r} there and {new[name]!r} here"

@@ -175,8 +175,6 @@ def _counted_floor(
 
 def planned_fields(config: Config) -> dict[str, Any]:
     """Fields of a record that are known before the run."""
-    length = config.data.sequence_length
-    rows = config.train.batch_size // config.train.accumulation_steps
     counts = accounting.parameters(config.model)
     return {
         "config": to_dict(config),
@@ -186,7 +184,7 @@ def planned_fields(config: Config) -> dict[str, Any]:
             "total": counts.total,
             "non_embedding": counts.non_embedding,
         },
-        "budgets": accounting.budgets(config.model, length, rows),
+        "budgets": accounting.run_budgets(config),
         "versions": provenance.versions(),
         "device": device(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
