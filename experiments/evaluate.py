@@ -132,8 +132,10 @@ def _score_text(
 def _score_loops(counts: Sequence[int], workdir: AnyPath, config: Config, params: Params) -> int:
     """Prints a line for each number of loops, and keeps the scores."""
     path = looping.results_path(workdir)
-    print(f"{'loops':>5} {'layers':>6} {'loss':>9}")
-    for count, entry in looping.score_loops(counts, path, workdir, config, params):
+    done = looping.score_loops(counts, path, workdir, config, params)
+    for place, (count, entry) in enumerate(done):
+        if place == 0:  # nothing is printed before an error
+            print(f"{'loops':>5} {'layers':>6} {'loss':>9}")
         line = f"{count:>5} {entry['layers']:>6} {entry['loss']:>9.5f}"
         if levels := entry["levels"]:
             shares = zip(levels["level"], levels["accuracy"], strict=True)
