@@ -51,7 +51,8 @@ def readings(params: Params, rows_BS: Int[Array, "B S"], config: ModelConfig) ->
 
     def layer(x_BTD: Float[Array, "B T D"], u: Int[Array, ""]) -> tuple[Array, Any]:
         weights = cast(pick(params["blocks"], u), config, "blocks/")
-        y_BTD, distance_BTN = block.apply({"params": weights}, x_BTD, rope, attend_and_measure)
+        found: Any = block.apply({"params": weights}, x_BTD, rope, attend_and_measure)
+        y_BTD, distance_BTN = found
         y_BTD = constrain(y_BTD, ("data", "fsdp"))
         cosine_B = jnp.sum(jnp.where(counts_BT, cosine(x_BTD, y_BTD), 0.0), axis=1)
         distance_BN = jnp.sum(jnp.where(counts_BT[..., None], distance_BTN, 0.0), axis=1)
