@@ -1,7 +1,7 @@
 """The config of a run: frozen, validated dataclasses, built by `from_config_dict` only.
 
 There are no defaults here: every default value is in `configs/base.py`, with the reason for it. The role of a
-field determines where it may differ, see `roles.Role`; its `before` is for configs older than the field.
+field determines where it may differ, see `roles.Role`; its `before` is for configs on disk, older than it.
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ class Role:
       derived: None stands for a value computed from other fields.
       pinned: must not change when a run is resumed, although it is placement.
       shown: tables and figures read it from records.
-      before: what configs mean that are older than the field; None where it was there from the beginning.
+      before: what configs on disk mean that are older than the field; None: there are none.
     """
 
     kind: Literal["science", "placement", "cadence", "identity"]
@@ -47,8 +47,7 @@ def _field(
     kind: Any, doc: str, *, derive: Callable[[Mapping[str, Any]], Any] | None = None, **facts: Any
 ) -> Any:
     metadata = {"role": Role(kind, doc, derived=derive is not None, **facts)}
-    metadata |= {"derive": derive} if derive else {}
-    return dataclasses.field(metadata=metadata, default=facts.get("before", dataclasses.MISSING))
+    return dataclasses.field(metadata=metadata | ({"derive": derive} if derive else {}))
 
 
 science = functools.partial(_field, "science")

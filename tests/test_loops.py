@@ -1,6 +1,7 @@
 """Other numbers of loops than in training, against loops over layers in NumPy."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from mobilellm_jax.errors import Preempted, UserError
 from mobilellm_jax.inference.generate import Generator, Sampling
 from mobilellm_jax.model.loops import LoopedModel, with_repeats
 from mobilellm_jax.model.parameterization import multipliers
-from mobilellm_jax.runs.directory import check_same
+from mobilellm_jax.runs.directory import check_same, read_config
 from mobilellm_jax.training.draws import loops_of_steps
 from mobilellm_jax.training.optimizer import learning_rate_schedule
 
@@ -240,7 +241,8 @@ def test_a_run_from_before_there_were_ranges_goes_on(tmp_path):
     config = tiny_config()
     old = to_dict(config)
     del old["train"]["loops"]
-    assert from_config_dict(old) == config
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert from_config_dict(read_config(tmp_path / "config.json")) == config
     assert check_same(tmp_path / "config.json", old, config) == []
     drawn = tiny_config(**DRAWN)
     with pytest.raises(UserError, match=r"train\.loops is '' there and '1\.\.2' here"):
