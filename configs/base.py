@@ -138,6 +138,7 @@ def get_config(preset: str = "") -> ConfigDict:
     train.steps = 500
     train.batch_size = 16
     train.accumulation_steps = 1
+    train.loops = ""  # num_repeats in every step; "1..4": drawn anew for each
     train.init_seed = 0
     train.data_seed = 0
     train.eval_every = 100

@@ -3,6 +3,7 @@
   python -m experiments.evaluate --workdir=runs/first --text='files:corpus/**/*.txt'
   python -m experiments.evaluate --workdir=runs/first --tasks=mobilellm --data_dir=eval
   python -m experiments.evaluate --workdir=runs/first --tasks=arc_easy,triviaqa,race,lambada_openai
+  python -m experiments.evaluate --workdir=runs/looped --num_repeats=1,2,4,8
 
 Perplexity and bits per byte of a text, cut into rows of data.sequence_length tokens like the held-out rows
 of training: the first tokens of a row are predicted from little. A document ends with EOS, and begins with
@@ -14,16 +15,22 @@ Zero-shot accuracy by EleutherAI's lm-evaluation-harness, which is an extra: pip
 task of lm-eval can be asked. A local file is <task>*.jsonl, such as arc_easy_test.jsonl (also .gz, .xz, .zst;
 the formats are in mobilellm_jax/inference/local_tasks.py). Results are added to the run's record; where there
 is none, as of an imported run, to zero_shot.json in its directory.
+
+--num_repeats scores a model whose blocks are repeated with other numbers of loops than in training: its
+held-out rows, and of a synthetic task what it measures, which is added to the run's record; or a --text. The
+multiplier of the residual branches stays that of training (`mobilellm_jax/model/loops.py` says why).
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 from absl import flags
 
 from experiments import cli
-from experiments.runner.flags import asked_questions, define_scoring
+from experiments.runner import looping
+from experiments.runner.flags import asked_loops, asked_questions, define_loops, define_scoring
 from experiments.runner.scoring import score_tasks
 from mobilellm_jax import data
 from mobilellm_jax.config import Config, MeshConfig
@@ -33,6 +40,7 @@ from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
 from mobilellm_jax.runs.run import check, enable_compilation_cache
+from mobilellm_jax.storage.files import AnyPath
 from mobilellm_jax.training.held_out import evaluate_batches
 from mobilellm_jax.training.programs import make_programs
 
@@ -50,6 +58,7 @@ def define_flags() -> None:
         ["-1", "1", "1"],
         "sizes of the axes data,fsdp,tensor; by default every device holds all weights",
     )
+    define_loops()
     define_scoring()
 
 
@@ -57,20 +66,31 @@ def main() -> int:
     """Evaluates, and returns the exit status."""
     if not FLAGS.workdir:
         raise UserError("--workdir: missing; name a run, such as --workdir=runs/first")
-    if not FLAGS.text and not FLAGS.tasks:
+    counts = asked_loops()
+    if counts and FLAGS.tasks:
+        raise UserError(
+            "--num_repeats: cannot be combined with --tasks, which ask the model as it was trained"
+        )
+    if not FLAGS.text and not FLAGS.tasks and not counts:
         raise UserError(
             "--text: missing; name a text to score, such as --text='files:corpus/*.txt', or --tasks=mobilellm"
         )
     questions = asked_questions(FLAGS.bos)
     workdir = cli.directory("workdir", FLAGS.workdir)
     config, params = open_run(workdir)
+    if counts and not FLAGS.text:
+        enable_compilation_cache()
+        return _score_loops(counts, workdir, _on_this_machine(config), params)
     tokenizer = open_tokenizer(workdir)
     if tokenizer is None:
         raise UserError(f"{workdir}: this run has no tokenizer, which --text and --tasks need")
     config = _on_this_machine(config)
+    configs = {f"num_repeats {n}, ": looping.looped(config, n) for n in counts} or {"": config}
     enable_compilation_cache()
     if FLAGS.text:
-        _score_text(config, params, tokenizer, FLAGS.text, begins_with_bos(workdir, tokenizer))
+        for name, of in configs.items():
+            bos = begins_with_bos(workdir, tokenizer)
+            _score_text(of, params, tokenizer, FLAGS.text, bos, name)
     if questions:
         score_tasks(questions, workdir, config, params, tokenizer, check(config))
     return 0
@@ -93,7 +113,9 @@ def _on_this_machine(config: Config) -> Config:
     return dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, **sizes))
 
 
-def _score_text(config: Config, params: Params, tokenizer: data.Tokenizer, spec: str, add_bos: bool) -> None:
+def _score_text(
+    config: Config, params: Params, tokenizer: data.Tokenizer, spec: str, add_bos: bool, name: str
+) -> None:
     """Prints the loss, the perplexity and the bits per byte of a text."""
     programs = make_programs(config, check(config))
     text = read_text(spec, FLAGS.text_field, tokenizer, config.data.sequence_length, add_bos)
@@ -102,9 +124,25 @@ def _score_text(config: Config, params: Params, tokenizer: data.Tokenizer, spec:
     loss, _ = evaluate_batches(programs, params, batches)
     bits = loss * text.tokens / math.log(2) / text.text_bytes
     print(
-        f"{spec}: {loss:.4f} nats per token, perplexity {math.exp(loss):,.3f}, {bits:.4f} bits per byte "
-        f"({text.tokens:,} tokens, {text.text_bytes:,} bytes, {text.documents:,} documents)"
+        f"{name}{spec}: {loss:.4f} nats per token, perplexity {math.exp(loss):,.3f}, {bits:.4f} bits per "
+        f"byte ({text.tokens:,} tokens, {text.text_bytes:,} bytes, {text.documents:,} documents)"
     )
+
+
+def _score_loops(counts: Sequence[int], workdir: AnyPath, config: Config, params: Params) -> int:
+    """Prints a line for each number of loops, and keeps the scores."""
+    path = looping.results_path(workdir)
+    done = looping.score_loops(counts, path, workdir, config, params)
+    for place, (count, entry) in enumerate(done):
+        if place == 0:  # nothing is printed before an error
+            print(f"{'loops':>5} {'layers':>6} {'loss':>9}")
+        line = f"{count:>5} {entry['layers']:>6} {entry['loss']:>9.5f}"
+        if levels := entry["levels"]:
+            shares = zip(levels["level"], levels["accuracy"], strict=True)
+            line += f"  right by {levels['name']}: " + ", ".join(f"{at}: {100 * s:.1f} %" for at, s in shares)
+        print(line + ("  as in training" if count == entry["trained"] else ""), flush=True)
+    print(f"see {path}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
   python -m experiments.generate --workdir=runs/first --prompt='The list'
   python -m experiments.generate --workdir=runs/first --prompt=One --prompt=Two --temperature=0.8 --top_p=0.95
   python -m experiments.generate --workdir=runs/first --prompt_ids=0,403 --max_new_tokens=20 --print_ids
+  python -m experiments.generate --workdir=runs/looped --prompt='The list' --num_repeats=4
   python -m experiments.generate --workdir=runs/first
 
 The last line asks for prompts until Ctrl-D; Ctrl-C ends a text. Its prompts draw as those of one batch would:
@@ -20,6 +21,7 @@ from experiments import cli
 from mobilellm_jax import data
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.generate import Generator, Sampling, TextStream
+from mobilellm_jax.model.loops import with_repeats
 from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
 from mobilellm_jax.runs.run import enable_compilation_cache
 from mobilellm_jax.training import signals
@@ -41,6 +43,9 @@ def define_flags() -> None:
     flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that together have this probability")
     flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("context", None, "longest prompt and text; else the length of a training row")
+    flags.DEFINE_integer(
+        "num_repeats", None, "times each block is applied; else as in training", lower_bound=1
+    )
     flags.DEFINE_bool("print_ids", False, "print ids, those of the prompt included, and no text")
 
 
@@ -54,6 +59,9 @@ def main() -> int:
     given_ids = [_token_ids(text) for text in FLAGS.prompt_ids]
     workdir = cli.directory("workdir", FLAGS.workdir)
     config, params = open_run(workdir)
+    shape = config.model
+    if FLAGS.num_repeats is not None:
+        shape = with_repeats(shape, FLAGS.num_repeats)
     tokenizer = open_tokenizer(workdir)
     if tokenizer is None and not (FLAGS.print_ids and given_ids and not FLAGS.prompt):
         raise UserError(f"{workdir}: this run has no tokenizer; use --prompt_ids together with --print_ids")
@@ -61,7 +69,7 @@ def main() -> int:
     prompts = [*_encode(FLAGS.prompt, tokenizer, add_bos), *given_ids]
     enable_compilation_cache()
     context = config.data.sequence_length if FLAGS.context is None else FLAGS.context
-    generator = Generator(params, config.model, sampling, context)
+    generator = Generator(params, shape, sampling, context)
     if prompts:
         _answer(generator, prompts, tokenizer)
     else:

@@ -10,6 +10,7 @@ partitioner writes them (`collectives.py`).
 """
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -126,10 +127,11 @@ def make_plan(config: Config, mesh: AbstractMesh) -> Plan:
     # What "tensor" leaves of the model for a device: its part of the heads, feed-forward width, vocabulary.
     split = ("num_heads", "num_kv_heads", "ffn_width", "vocab_size")
     parts = {name: getattr(config.model, name) // mesh.shape["tensor"] for name in split}
+    mean = functools.partial(accounting.over_loops, config)
     return Plan(
         tokens=tokens,
-        model_flops=tokens * accounting.train_flops_per_token(config.model, length),
-        executed_flops=tokens * accounting.executed_train_flops_per_token(config.model, length),
+        model_flops=tokens * mean(lambda m: accounting.train_flops_per_token(m, length)),
+        executed_flops=tokens * mean(lambda m: accounting.executed_train_flops_per_token(m, length)),
         rows=rows,
         parameter_bytes=parameters,
         optimizer_bytes=_device_bytes(state.opt_state),

@@ -16,25 +16,14 @@ imported run, which has no held-out rows, --text names what to score; then, and 
 they go to quantized.json in the run's directory. --tasks asks the quantized models zero-shot tasks as well.
 """
 
-import dataclasses
-
-import jax
 from absl import flags
 
 from experiments import cli
 from experiments.runner.flags import asked_questions, define_scoring
-from experiments.runner.quantizing import (
-    Entry,
-    Quantizing,
-    held_out_rows,
-    quantize_run,
-    results_path,
-    rows_of_text,
-    schemes_of,
-)
-from mobilellm_jax.config import Config, MeshConfig
+from experiments.runner.quantizing import Entry, Quantizing, quantize_run, results_path, schemes_of
+from experiments.runner.rows import on_this_machine, rows_to_score
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.runs.directory import IMPORTED, open_run
+from mobilellm_jax.runs.directory import open_run
 from mobilellm_jax.runs.run import enable_compilation_cache
 
 FLAGS = flags.FLAGS
@@ -61,13 +50,8 @@ def main() -> int:
     workdir = cli.directory("workdir", FLAGS.workdir)
     config, params = open_run(workdir)
     asked.check(config)
-    config = _on_this_machine(config)
-    if FLAGS.text:
-        batches = rows_of_text(FLAGS.text, FLAGS.text_field, workdir, config)
-    elif (workdir / IMPORTED).exists():
-        raise UserError(f"{workdir}: an imported run has no held-out rows; name a text with --text")
-    else:
-        batches = held_out_rows(config)
+    config = on_this_machine(config)
+    batches = rows_to_score(FLAGS.text, FLAGS.text_field, workdir, config)
     enable_compilation_cache()
     path = results_path(workdir, FLAGS.text)
     done = quantize_run(asked, path, workdir, config, params, batches, FLAGS.text)
@@ -76,15 +60,6 @@ def main() -> int:
             print(line, flush=True)
     print(f"see {path}")
     return 0
-
-
-def _on_this_machine(config: Config) -> Config:
-    """The config with all devices along `data`, and evaluation batches that they share evenly."""
-    ways = jax.device_count()
-    size = -(-config.train.eval_batch_size // ways) * ways
-    sizes = {"batch_size": size, "accumulation_steps": 1, "eval_batch_size": size}
-    mesh = MeshConfig(data=-1, fsdp=1, tensor=1)
-    return dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, **sizes))
 
 
 def _lines(name: str, entry: Entry, first: bool) -> list[str]:

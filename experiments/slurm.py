@@ -21,10 +21,11 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from experiments.runner import hosts, quantizing, questions
+from experiments.runner import diagnosing, hosts, looping, quantizing, questions
 from experiments.runner.flags import (
     DEFAULT_STUDY,
     PASSED_ON,
+    asked_loops,
     asked_points,
     asked_questions,
     asked_schemes,
@@ -67,6 +68,7 @@ def main() -> int:
     extra = dict(_option(text) for text in FLAGS.sbatch)
     asked, points = asked_questions(), asked_points()
     known, schemes = questions.load(asked, points) if asked else {}, asked_schemes()
+    loops = asked_loops()
     workdir = local_directory("workdir", FLAGS.workdir)  # submitit keeps its logs there
     executor = _executor(workdir / "slurm", extra)
     make_workdir(workdir)
@@ -80,6 +82,8 @@ def main() -> int:
         if missing[point.name]
         or (asked and questions.lacking(point, workdir, asked, known))
         or (schemes and quantizing.lacking(point, workdir, schemes))
+        or (FLAGS.diagnose and diagnosing.lacking(point, workdir))
+        or looping.lacking(point, workdir, loops)
     ]
     print(f"\n{len(points) - len(todo)} of {len(points)} points are complete", flush=True)
     command = [sys.executable, "-m", "experiments.sweep", *cli.given(*PASSED_ON)]

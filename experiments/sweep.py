@@ -11,6 +11,8 @@
   python -m experiments.sweep --devices_per_run=1                    # a run on each device of this host
   python -m experiments.sweep --tasks=mobilellm --data_dir=eval      # and zero-shot accuracy of every run
   python -m experiments.sweep --quantize=w8a8,w4:32                  # and what quantization costs it
+  python -m experiments.sweep --diagnose                             # and what each of its layers does
+  python -m experiments.sweep --num_repeats=1,2,4                    # and scores with other numbers of loops
 
 Every point looks for its own learning rate first, with a seed of its own. When all are through, parabolas of
 one curvature are fitted to the searches of a study, and every point trains with the same seeds as all others
@@ -23,9 +25,10 @@ interruption; SIGTERM saves checkpoints and exits with status 75, "start me agai
 diverges is recorded as such, and the others go on; a process that a signal ended is started once more.
 Sweeps that share a --workdir share the points; the point of one that died is taken over (`runner/leases.py`).
 With --tasks, every finished run answers them at the end, also one that was there before; what its record has
-is not asked again. So it is with the schemes of --quantize (`experiments.quantize`). Points chosen by --only
-are compared as the study asks, or, where it asks for no pair of them, all with each other. In --workdir:
-results/ has one JSON record for each run, reports/ and figures/ what they show, runs/ checkpoints and logs.
+is not asked again. So it is with the schemes of --quantize (`experiments.quantize`), with --diagnose
+(`experiments.diagnose`) and with --num_repeats, for models that have loops. Points chosen by --only are
+compared as the study asks, or, where it asks for no pair of them, all with each other. In --workdir: results/
+has one JSON record for each run, reports/ and figures/ what they show, runs/ checkpoints and logs.
 """
 
 import os
@@ -35,7 +38,14 @@ from absl import flags
 
 from experiments import cli
 from experiments.runner import devices, hosts
-from experiments.runner.flags import DEFAULT_STUDY, asked_points, asked_questions, asked_schemes, define_sweep
+from experiments.runner.flags import (
+    DEFAULT_STUDY,
+    asked_loops,
+    asked_points,
+    asked_questions,
+    asked_schemes,
+    define_sweep,
+)
 from experiments.runner.listing import said_to_compare, table
 from experiments.runner.points import Point
 from experiments.runner.studies import shard
@@ -47,6 +57,7 @@ FLAGS = flags.FLAGS
 def main() -> int:
     """Runs the sweep, and returns the exit status."""
     questions, schemes, whole = asked_questions(), asked_schemes(), asked_points()
+    loops = asked_loops()
     points = shard(whole, FLAGS.shard)
     if FLAGS.status:
         return _print_status(points)
@@ -63,7 +74,18 @@ def main() -> int:
     from experiments.runner.sweeping import sweep  # here: half of what is imported, --status needs none of it
 
     workdir = cli.directory("workdir", FLAGS.workdir)
-    return sweep(points, workdir, FLAGS.jobs, groups, questions, whole, schemes, FLAGS.lines_every)
+    return sweep(
+        points,
+        workdir,
+        FLAGS.jobs,
+        groups,
+        questions,
+        whole,
+        quantized=schemes,
+        lines_every=FLAGS.lines_every,
+        diagnosed=FLAGS.diagnose,
+        loops=loops,
+    )
 
 
 def _print_status(points: Sequence[Point]) -> int:

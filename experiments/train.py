@@ -116,7 +116,8 @@ def _described(config: Config, workdir: AnyPath, record: Record | None) -> list[
     counts, device = accounting.parameters(model), provenance.device()
     trained = accounting.adapters(adapted(config))
     tokens = train.steps * train.batch_size * data.sequence_length
-    flops = tokens * accounting.train_flops_per_token(model, data.sequence_length)
+    flops = tokens * accounting.run_budgets(config)["train_flops_per_token"]
+    loops = f"; {train.loops} loops, drawn at each step" if train.loops else ""
     begun = any(workdir.glob("checkpoints/*"))
     state = "finished" if record else "to be resumed from its newest checkpoint" if begun else "new"
     rows = {
@@ -126,7 +127,7 @@ def _described(config: Config, workdir: AnyPath, record: Record | None) -> list[
         * bool(trained),
         "parent": f"{parent}" + ", with its optimizer" * train.resume_optimizer if parent else "",
         "training": f"{train.steps:,} steps of {train.batch_size:,} rows of {data.sequence_length:,} tokens; "
-        f"{tokens:,} tokens, {flops:.3g} FLOPs",
+        f"{tokens:,} tokens, {flops:.3g} FLOPs{loops}",
         "data": f"{data.source}, tokenizer {data.tokenizer}",
         "devices": f"{device['count']} x {device['kind']} ({device['platform']}), "
         f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",

@@ -1,7 +1,7 @@
 """The config of a run: frozen, validated dataclasses, built by `from_config_dict` only.
 
 There are no defaults here: every default value is in `configs/base.py`, with the reason for it. The role of a
-field determines where it may differ, see `roles.Role`.
+field determines where it may differ, see `roles.Role`; its `before` is for configs on disk, older than it.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from mobilellm_jax import validation as rules
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.origin import Adapters, OriginConfig
 from mobilellm_jax.roles import Role, cadence, identity, placement, roles_of, science
-from mobilellm_jax.sharing import LayerPlan, layer_plan
+from mobilellm_jax.sharing import LayerPlan, layer_plan, loop_counts
 
 FFN_KINDS = ("swiglu", "relu", "gelu")
 COMPUTE_DTYPES = ("float32", "bfloat16", "auto")
@@ -150,6 +150,11 @@ class ModelConfig:
         """L, the number of layers applied."""
         return len(self.plan)
 
+    @property
+    def scaled_depth(self) -> int:
+        """Layers that the parameterization scales by; others than L in `model.loops.LoopedModel`."""
+        return self.effective_depth
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -277,6 +282,11 @@ class TrainConfig(OriginConfig):
         shown=True,
     )
     accumulation_steps: int = science("parts that a batch is cut into, one after the other, to save memory")
+    loops: str = science(
+        "'', or a range such as '1..4' that the number of loops of each step is drawn from, with "
+        "`data_seed`; evaluations and multipliers have `model.num_repeats`",
+        before="",
+    )
     init_seed: int = identity("seed of the initial parameters")
     data_seed: int = identity("seed of the order of the training rows")
     eval_every: int = cadence(
@@ -357,6 +367,7 @@ class Config:
         rules.check(warmup <= steps, "optimizer.warmup_steps", warmup, f"at most train.steps={steps}")
         if self.data.is_task:
             rules.check(self.train.eval_rows > 0, "train.eval_rows", 0, "at least 1: a task never runs out")
+        loop_counts(self.train.loops, self.model.sharing, self.model.num_repeats)  # raises if it does not fit
         if self.optimizer.name == "muon":  # the table of multipliers is for Adam
             standard = self.model.parameterization == "standard"
             valid = "'standard', the only one for optimizer.name='muon'"

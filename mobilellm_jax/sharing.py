@@ -36,6 +36,32 @@ STRATEGIES = {
     "reverse": _reverse,
 }
 
+LOOPED = tuple(name for name in STRATEGIES if name != "none")  # those in which `num_repeats` has a meaning
+
+
+def loop_counts(loops: str, sharing: str, num_repeats: int) -> tuple[int, ...]:
+    """Numbers of loops that `train.loops` names: "1..4" is 1, 2, 3, 4; "" is none.
+
+    Raises:
+      UserError: it is no range, the sharing strategy has no loops, or `num_repeats` is not in the range.
+    """
+    if not loops:
+        return ()
+    match = re.fullmatch(r"([1-9]\d{0,3})\.\.([1-9]\d{0,3})", loops)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserError(f"train.loops: {loops!r} is not a range; expected one such as '1..4', or ''")
+    if sharing not in LOOPED:
+        raise UserError(
+            f"train.loops: {loops!r} has no meaning with model.sharing={sharing!r}; "
+            f"use one of {', '.join(LOOPED)}"
+        )
+    if not int(match[1]) <= num_repeats <= int(match[2]):
+        raise UserError(
+            f"train.loops: {loops!r} does not hold model.num_repeats={num_repeats}, with which the run is "
+            "evaluated and its multipliers are made; change one of them"
+        )
+    return tuple(range(int(match[1]), int(match[2]) + 1))
+
 
 def layer_plan(sharing: str, depth: int, num_repeats: int) -> LayerPlan:
     """Expands a sharing strategy to the order in which blocks are applied (MobileLLM section 2.3, figure 6).
@@ -59,7 +85,7 @@ def layer_plan(sharing: str, depth: int, num_repeats: int) -> LayerPlan:
         if sharing == "none" and num_repeats != 1:
             raise UserError(
                 f"model.num_repeats: {num_repeats} has no meaning with model.sharing='none'; "
-                f"use num_repeats=1, or one of {', '.join(s for s in STRATEGIES if s != 'none')}"
+                f"use num_repeats=1, or one of {', '.join(LOOPED)}"
             )
         return STRATEGIES[sharing](depth, num_repeats)
     words = sharing.split()

@@ -54,6 +54,7 @@ OUT_OF_RANGE = {
     "optimizer.name": UNKNOWN,
     "optimizer.schedule": UNKNOWN,
     "train.eval_split": UNKNOWN,
+    "train.loops": ["sideways", "2..1", "1..4"],  # the last, without a strategy that has loops
     "optimizer.warmup_steps": [-1, 11],
     "optimizer.final_fraction": FRACTION,
     "optimizer.decay_fraction": FRACTION,

@@ -69,6 +69,7 @@ ONE_BY_ONE = {
     "train.batch_size": (16, {}),
     "train.accumulation_steps": (2, {}),
     "train.eval_batch_size": (16, {}),
+    "train.loops": ("1..3", {"model.sharing": "immediate"}),
 }
 
 

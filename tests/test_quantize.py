@@ -17,7 +17,8 @@ from configs import base, quantization
 from experiments.reporting import pages
 from experiments.reporting import quantized as tables
 from experiments.runner import sweeping
-from experiments.runner.quantizing import Quantizing, lacking, quantize_run, read, rows_of_text, schemes_of
+from experiments.runner.quantizing import Quantizing, lacking, quantize_run, read, schemes_of
+from experiments.runner.rows import rows_of_text
 from experiments.runner.studies import points_of
 from mobilellm_jax.analysis.quantized import gap_pairs, gaps
 from mobilellm_jax.analysis.records import Record, add_entry, read_record, read_records, write_record

@@ -7,6 +7,8 @@ In <workdir>/figures/, for each study and preset,
     <study>-<preset>-costs.png           final values against parameters and training FLOPs
     <study>-<preset>-curves.png          held-out evaluations during training
     <study>-<preset>-learning_rates.png  the search for the learning rates
+    <study>-<preset>-layers.png          what each layer is worth, where runs were diagnosed
+    <study>-<preset>-loops.png           scores against loops, where runs were scored with other numbers
 
 and the numbers behind them as .csv, -paper.csv and -comparisons.csv. On request, the figures are written as
 .svg and .pdf too, and the tables of outcomes and comparisons as .tex and -comparisons.tex.
@@ -24,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from experiments.reporting import beside_paper, drawing, latex, tables
+from experiments.reporting import beside_paper, drawing, latex, layers, loops, tables
 from experiments.reporting.drawing import WORDS, styled
 from mobilellm_jax.analysis.facts import Facts
 from mobilellm_jax.analysis.measures import MEASURES
@@ -83,6 +85,8 @@ def write(study: Study, workdir: str | AnyPath, formats: Collection[str] = FORMA
         "-costs": ("Final values against parameters and FLOPs", costs(study)),
         "-curves": ("Held-out values during training", curves(study)),
         "-learning_rates": ("Final loss against learning rate", learning_rates(study)),
+        "-layers": ("What each layer is worth, and the logit lens", layers.draw(study)),
+        "-loops": ("Scores with other numbers of loops than in training", loops.draw(study)),
     }
     folder, name = path_of(workdir) / "figures", study.stem
     images = {

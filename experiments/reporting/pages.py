@@ -9,7 +9,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from experiments.reporting import beside_paper, evidence, figures, quantized, tables
+from experiments.reporting import beside_paper, evidence, figures, layers, loops, quantized, tables
 from experiments.reporting.figures import Image
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import Record
@@ -115,6 +115,8 @@ def contents(study: Study, images: dict[str, Image]) -> list[Section]:
         ("Learning rates", [*shown("-learning_rates"), *_learning_rates(found.tuning)]),
         ("Outcomes", [MEASURES[study.facts.metric].caption, tables.outcomes(study), _seeds(study)]),
         ("By level", [evidence.LEVELS, levels] if (levels := evidence.levels(study)) else []),
+        ("Use of the layers", [*shown("-layers"), layers.USE, use] if (use := layers.table(study)) else []),
+        ("Other numbers of loops", [*shown("-loops"), loops.LOOPS, by] if (by := loops.table(study)) else []),
         ("Quantization", _quantization(study)),
         ("Zero-shot accuracy", [SHARES, zero_shot] if (zero_shot := tables.zero_shot(study)) else []),
         ("Zero-shot, question by question", [evidence.PAIRED, paired] if paired else []),

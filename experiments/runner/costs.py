@@ -44,10 +44,8 @@ def costs(points: Sequence[Point], here_s: float | None, here: str) -> str:
 
 def memory_bytes(point: Point) -> int:
     """Estimated bytes of a run on one device: state and gradients of AdamW, and activations."""
-    c = point.config
-    rows = c.train.batch_size // c.train.accumulation_steps
-    activations = accounting.activation_bytes(c.model, c.data.sequence_length, rows)
-    return accounting.optimizer_bytes(c.model) + activations
+    budgets = accounting.run_budgets(point.config)
+    return int(budgets["optimizer_bytes"] + budgets["activation_bytes"])
 
 
 def _time(seconds: int | float) -> str:

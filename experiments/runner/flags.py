@@ -15,7 +15,10 @@ FLAGS = flags.FLAGS
 DEFAULT_STUDY = "configs/playground.py:tiny"
 
 # What a launcher passes on to the sweeps that it starts, besides the flags of the config.
-PASSED_ON = ("workdir", "only", "arms", "seeds", "lines_every", "tasks", "data_dir", "limit", "quantize")
+PASSED_ON = (
+    *("workdir", "only", "arms", "seeds", "lines_every"),
+    *("tasks", "data_dir", "limit", "quantize", "diagnose", "num_repeats"),
+)
 
 
 def define_sweep() -> None:
@@ -59,8 +62,17 @@ def define_sweep() -> None:
     flags.DEFINE_list(
         "quantize", [], "schemes that every finished run is quantized to, such as w8a8,w4:32; default: none"
     )
+    flags.DEFINE_bool("diagnose", False, "say of every finished run what its layers do")
+    define_loops()
     hosts.define_flags()
     define_scoring()
+
+
+def define_loops() -> None:
+    """Defines the flag for other numbers of loops than in training."""
+    flags.DEFINE_list(
+        "num_repeats", [], "numbers of loops to score with, such as 1,2,4; default: that of training alone"
+    )
 
 
 def define_scoring() -> None:
@@ -78,6 +90,17 @@ def asked_points() -> list[Point]:
 def asked_schemes() -> Quantizing | None:
     """What --quantize asks for; None without it, UserError if it names an unknown scheme."""
     return Quantizing(schemes_of("quantize", FLAGS.quantize)) if FLAGS.quantize else None
+
+
+def asked_loops() -> tuple[int, ...]:
+    """The numbers of loops that --num_repeats names; UserError if one is no number."""
+    words = FLAGS.num_repeats
+    for word in words:
+        if not word.isdecimal() or int(word) < 1:
+            raise UserError(
+                f"--num_repeats={','.join(words)}: {word!r} is not valid; expected numbers such as 1,2,4"
+            )
+    return tuple(sorted({int(word) for word in words}))
 
 
 def asked_questions(bos: bool | None = None) -> Questions | None:

@@ -104,8 +104,7 @@ class Point:
     @property
     def flops(self) -> float:
         """Training FLOPs of one run."""
-        c = self.config
-        return self.tokens * accounting.train_flops_per_token(c.model, c.data.sequence_length)
+        return self.tokens * accounting.run_budgets(self.config)["train_flops_per_token"]
 
     @property
     def cost(self) -> float:

@@ -2,11 +2,10 @@
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from experiments import cli
@@ -15,13 +14,9 @@ from experiments.runner.kept import Kept
 from experiments.runner.points import Point
 from experiments.runner.progress import finished_records
 from experiments.runner.questions import Questions
+from experiments.runner.rows import Batches, held_out_rows
 from experiments.runner.view import Event, Tell
-from mobilellm_jax import data
 from mobilellm_jax.config import Config
-from mobilellm_jax.data.pipeline import padded_batches
-from mobilellm_jax.data.rows import PADDING
-from mobilellm_jax.data.sources import open_source
-from mobilellm_jax.data.text import read_text
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.quantized import Answers, answers
 from mobilellm_jax.model.stack import Params
@@ -36,7 +31,6 @@ from mobilellm_jax.storage.files import AnyPath
 
 _KEPT = Kept("quantized", what="results of quantization", again="quantize")
 read = _KEPT.read
-Batches = Callable[[], Iterator[np.ndarray]]
 Entry = dict[str, Any]
 
 
@@ -70,59 +64,6 @@ def schemes_of(flag: str, names: Sequence[str]) -> tuple[Scheme, ...]:
         return tuple(dict.fromkeys(map(parse, names)))
     except UserError as error:
         raise UserError(f"--{flag}: {error}") from None
-
-
-# --- rows -----------------------------------------------------------------------------------------------
-
-
-def held_out_rows(config: Config) -> Batches:
-    """The rows that the run is evaluated on, in training's order."""
-    t = config.train
-    prepared = data.prepare(config.data, config.model.vocab_size)
-    return lambda: prepared.eval_batches(
-        batch_size=t.eval_batch_size,
-        rows=t.eval_rows,
-        split=t.eval_split,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
-def rows_of_text(spec: str, text_field: str, workdir: AnyPath, config: Config) -> Batches:
-    """Rows of a text, as `experiments.evaluate` has them; of "tokens:", each document begins a row.
-
-    Raises:
-      UserError: the source cannot be read, is empty, has ids that the model has not, or needs a tokenizer.
-    """
-    length = config.data.sequence_length
-    if spec.startswith("tokens:"):
-        rows_RS = _token_rows(spec, length, config.model.vocab_size)
-    else:
-        tokenizer = open_tokenizer(workdir)
-        if tokenizer is None:
-            raise UserError(
-                f"{workdir}: this run has no tokenizer, which --text={spec} needs; use tokens:<glob>"
-            )
-        bos = begins_with_bos(workdir, tokenizer)
-        rows_RS = read_text(spec, text_field, tokenizer, length, bos).rows_RS
-    order, size = np.arange(len(rows_RS)), config.train.eval_batch_size
-    share = jax.process_index(), jax.process_count()
-    return lambda: padded_batches(rows_RS.__getitem__, order, size, *share)
-
-
-def _token_rows(spec: str, length: int, vocab_size: int) -> np.ndarray:
-    rows = []
-    for document in open_source(spec, "", "--text").read(lambda count: None):
-        ids = np.array(document, np.int32)
-        if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-            wrong = next(int(i) for i in ids if not 0 <= i < vocab_size)
-            raise UserError(f"--text={spec}: token {wrong} is not valid; expected 0 to {vocab_size - 1}")
-        for start in range(0, len(ids) - 1, length):
-            part = ids[start : start + length + 1]
-            rows.append(np.pad(part, (0, length + 1 - len(part)), constant_values=PADDING))
-    if not rows:
-        raise UserError(f"--text={spec}: has no document of at least 2 tokens")
-    return np.stack(rows)
 
 
 # --- one run --------------------------------------------------------------------------------------------

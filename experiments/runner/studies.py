@@ -351,10 +351,7 @@ def _check_rates(spec: str, study: Study, configs: Sequence[Config]) -> None:
 def _check_budget(spec: str, study: Study, labels: Sequence[str], configs: Sequence[Config]) -> None:
     if study.matched == "tokens":
         return
-    budgets = [
-        accounting.budgets(c.model, c.data.sequence_length, c.train.batch_size // c.train.accumulation_steps)
-        for c in configs
-    ]
+    budgets = [accounting.run_budgets(config) for config in configs]
     if study.matched not in budgets[0]:
         hint = did_you_mean(study.matched, budgets[0])
         raise UserError(f"--config={spec}: matched: no budget {study.matched!r}; {hint}")

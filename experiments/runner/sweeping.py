@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.runner import devices, plans, quantizing, questions, rates, scoring
+from experiments.runner import devices, diagnosing, looping, plans, quantizing, questions, rates, scoring
 from experiments.runner.points import Point, Run
 from experiments.runner.progress import Progress, missing_of, record_path, settled
 from experiments.runner.quantizing import Quantizing
@@ -43,6 +43,8 @@ def sweep(
     whole: Sequence[Point] | None = None,
     quantized: Quantizing | None = None,
     lines_every: int | float = 60,
+    diagnosed: bool = False,
+    loops: Sequence[int] = (),
 ) -> int:
     """Does the runs that `workdir` has no record of, reports on all, and returns the exit status.
 
@@ -61,6 +63,8 @@ def sweep(
         that share an arm with its own, and waits for what others tune.
       quantized: how to quantize every finished run of the points.
       lines_every: seconds between two lines about the steps of a point, where there is no terminal.
+      diagnosed: diagnose every finished run of the points.
+      loops: numbers of loops to score every finished run with, where its model has loops.
 
     Raises:
       UserError: bad data, or a `workdir` of another sweep or data; found before anything is compiled.
@@ -124,7 +128,7 @@ def sweep(
         ]
         compare = Task(_on_devices(size, compare_point), missing_of)
         broken += _all(todo, workdir, environments, compare, view)
-        for do, lacking in _after(asked, known, quantized):
+        for do, lacking in _after(asked, known, quantized, diagnosed, loops):
             left = processes.of_first(lambda: {point.name: lacking(point, workdir) for point in points})  # noqa: B023
             todo = [point for point in points if left[point.name]]
             broken += _all(todo, workdir, environments, Task(_on_devices(size, do), lacking), view)
@@ -140,7 +144,11 @@ def sweep(
 
 
 def _after(
-    asked: Questions | None, known: Mapping[str, str], quantized: Quantizing | None
+    asked: Questions | None,
+    known: Mapping[str, str],
+    quantized: Quantizing | None,
+    diagnosed: bool,
+    loops: Sequence[int],
 ) -> Iterator[tuple[Do, Callable[[Point, AnyPath], int]]]:
     """What to do for the finished runs of every point, and how many of them lack it."""
     if asked:
@@ -150,6 +158,13 @@ def _after(
         yield (
             functools.partial(quantizing.quantize_point, asked=quantized),
             functools.partial(quantizing.lacking, asked=quantized),
+        )
+    if diagnosed:
+        yield diagnosing.diagnose_point, diagnosing.lacking
+    if loops:
+        yield (
+            functools.partial(looping.score_point, counts=loops),
+            functools.partial(looping.lacking, counts=loops),
         )
 
 

@@ -24,7 +24,7 @@ _EVALUATION = ("step", "loss", "bits_per_byte", "error")
 # Not in older records.
 _LATER = (
     *("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor"),
-    *("measures", "quantized", "parent"),
+    *("measures", "quantized", "parent", "diagnostics", "loops"),
 )
 _KEYS = {  # required keys of nested fields
     "x": ("label", "value", "log"),
@@ -99,6 +99,10 @@ class Record:
       quantized: cost of quantization by scheme, as `experiments.quantize` prints it: {"loss", "gap",
         "full_loss" (nats per token), "bytes", "full_bytes", "agreement" (share of equal greedy tokens), ...}.
       parent: run that this one began from, see `runs.lineage.Parent`.
+      diagnostics: {"layers": what the layers do, as `experiments.diagnose` prints it}, the fields of
+        `diagnostics.diagnosis.Diagnosis`.
+      loops: held-out scores by number of loops, as `experiments.evaluate --num_repeats` prints them: an
+        `Evaluation`, "levels" as in `measures`, "layers" applied, "trained" (number in training), ...
 
     The fields from `zero_shot` on are None where they do not apply, and in records older than the field.
     """
@@ -149,6 +153,8 @@ class Record:
     measures: dict[str, Any] | None = None
     quantized: dict[str, dict[str, Any]] | None = None
     parent: dict[str, Any] | None = None
+    diagnostics: dict[str, dict[str, Any]] | None = None
+    loops: dict[str, dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -223,7 +229,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
 
 
 def add_entry(path: str | os.PathLike[str], field: str, name: str, entry: dict[str, Any]) -> None:
-    """Adds an entry to a field of the record at `path`, "zero_shot" (by task) or "quantized" (by scheme).
+    """Adds an entry to a field of the record at `path`: "zero_shot" (by task), "quantized" (by scheme), ...
 
     Atomically; errors as in `read_record`, `write_record`.
     """

@@ -3,10 +3,13 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
-from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.config import Config, ModelConfig
+from mobilellm_jax.model.loops import with_repeats
 from mobilellm_jax.model.ops.attention import mean_keys
 from mobilellm_jax.parameters import declared
+from mobilellm_jax.sharing import loop_counts
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -100,6 +103,15 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
     return 3 * forward_flops_per_token(config, length)
 
 
+def over_loops(config: Config, cost: Callable[[ModelConfig], int | float]) -> float:
+    """Mean cost of a training step of a run over the numbers of loops that are drawn, all alike."""
+    m = config.model
+    counts = loop_counts(config.train.loops, m.sharing, m.num_repeats) or (m.num_repeats,)
+    return sum(cost(m if count == m.num_repeats else with_repeats(m, count)) for count in counts) / len(
+        counts
+    )
+
+
 def kv_cache_bytes_per_token(config: ModelConfig) -> int:
     """Bytes of the key/value cache per token of context: 2 K H numbers for every layer applied.
 
@@ -183,6 +195,21 @@ def activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
     at_work += int(rows * config.num_heads * length * mean_keys(length)) * (4 + c)
     loss_chunk = rows * min(config.loss_chunk, length) * config.vocab_size * (4 + c)
     return layers + final_norm + max(at_work, loss_chunk)
+
+
+def run_budgets(config: Config) -> dict[str, int | float]:
+    """The `budgets` of a run, which may draw its number of loops at each step.
+
+    Training FLOPs are then a mean over the numbers, and the memory of activations that of the most loops.
+    """
+    m, length = config.model, config.data.sequence_length
+    rows = config.train.batch_size // config.train.accumulation_steps
+    found = budgets(m, length, rows)
+    counts = loop_counts(config.train.loops, m.sharing, m.num_repeats)
+    if counts:
+        found["train_flops_per_token"] = over_loops(config, lambda m: train_flops_per_token(m, length))
+        found["activation_bytes"] = activation_bytes(with_repeats(m, counts[-1]), length, rows)
+    return found
 
 
 def budgets(config: ModelConfig, length: int, rows: int) -> dict[str, int | float]:

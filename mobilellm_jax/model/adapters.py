@@ -44,11 +44,16 @@ def adapted(config: Config) -> ModelConfig:
     """The model that a run trains: `config.model`, with the adapters that `config.train` asks for.
 
     Raises:
-      UserError: no matrix is adapted, or the rank is above the inputs or outputs of one that is.
+      UserError: `train.loops` is set too, no matrix is adapted, or the rank is above the inputs or outputs of one that is.
     """
     t, m = config.train, config.model
     if not t.lora_rank:
         return m
+    if t.loops:
+        raise UserError(
+            f"train.loops: {t.loops!r} does not go with train.lora_rank={t.lora_rank}; train adapters with "
+            "one number of loops, model.num_repeats"
+        )
     matrices = [of for of in declared(m) if of.kind == "matrix"]
     targets = [of for of in matrices if re.search(t.lora_targets, of.path)]
     if not targets:

@@ -10,8 +10,9 @@
 | Adam's epsilon, blocks | 1        | 1 / m_D   | 1 / (m_D m_U)    |
 | Adam's epsilon, others | 1        | 1 / m_D   | 1 / m_D          |
 
-m_D = width / base_width, m_L = effective_depth / base_depth, m_U = depth / base_depth. "Matrices" are those
-of the blocks; embedding, head and norm gains keep their init and learning rate. `standard` is MobileLLM's.
+m_D = width / base_width, m_L = effective_depth / base_depth, m_U = depth / base_depth. With another number
+of loops than in training, m_L is that of training: `loops.with_repeats` says why. "Matrices" are those of the
+blocks; embedding, head and norm gains keep their init and learning rate. `standard` is MobileLLM's.
 `mup` is Yang et al. (2022, arXiv 2203.03466), `completep` Dey et al. (2025, arXiv 2505.01618, table 1 with
 alpha = 1). The learning rate times the weight decay, the effective decay of a weight, is the same for all
 shapes. Attention keeps its scale 1 / sqrt(H), so the head size must stay fixed while the width changes.
@@ -60,6 +61,6 @@ def multipliers(config: ModelConfig) -> Multipliers:
         return by_width
     return dataclasses.replace(
         by_width,
-        residual=config.base_depth / config.effective_depth,
+        residual=config.base_depth / config.scaled_depth,
         epsilon_blocks=over_width * config.base_depth / config.depth,
     )

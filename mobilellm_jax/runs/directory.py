@@ -142,13 +142,17 @@ def begins_with_bos(workdir: AnyPath, tokenizer: data.Tokenizer) -> bool:
 
 
 def read_config(path: AnyPath) -> dict[str, Any]:
-    """Reads and validates the config of a run, in the form of `to_dict`.
+    """Reads and validates the config of a run, in the form of `to_dict`; it may be older than some fields.
 
     Raises:
       UserError: the file is missing, corrupt or not a config.
     """
     try:
         values = unseal_if_sealed(parse(path.read_text()))
+        for name, before in BEFORE.items():
+            group, _, field = name.partition(".")
+            if isinstance(values, dict) and isinstance(values.get(group), dict):
+                values[group].setdefault(field, before)
         from_config_dict(values)
     except FileNotFoundError:
         raise UserError(

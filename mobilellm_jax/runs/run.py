@@ -187,8 +187,6 @@ def _counted_floor(
 
 def planned_fields(config: Config) -> dict[str, Any]:
     """Fields of a record that are known before the run."""
-    length = config.data.sequence_length
-    rows = config.train.batch_size // config.train.accumulation_steps
     counts, m = accounting.parameters(config.model), adapted(config)
     trained = {} if m.adapters is None else {"adapters": accounting.adapters(m)}
     return {
@@ -200,10 +198,7 @@ def planned_fields(config: Config) -> dict[str, Any]:
             "non_embedding": counts.non_embedding,
             **trained,
         },
-        "budgets": {
-            **accounting.budgets(config.model, length, rows),
-            "optimizer_bytes": accounting.optimizer_bytes(m),
-        },
+        "budgets": {**accounting.run_budgets(config), "optimizer_bytes": accounting.optimizer_bytes(m)},
         "versions": provenance.versions(),
         "device": device(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

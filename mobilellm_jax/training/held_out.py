@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Sharding
 from jaxtyping import Float, Int
 
 from mobilellm_jax import data, model
@@ -113,10 +113,14 @@ def _evaluated(
     return jax.device_get([programs.evaluate(params, place(rows)) for rows in batches])
 
 
-def _order(programs: Programs, process_index: int, process_count: int) -> np.ndarray:
+def _order(programs: Programs, **share: int) -> np.ndarray:
+    rows = programs.eval_rows
+    assert rows.sharding is not None
+    return row_order(rows.sharding, rows.shape[0], **share)
+
+
+def row_order(sharding: Sharding, size: int, process_index: int, process_count: int) -> np.ndarray:
     """Places of the rows of a batch on the mesh, in the order in which one process would read them: [B]."""
-    sharding, size = programs.eval_rows.sharding, programs.eval_rows.shape[0]
-    assert isinstance(sharding, NamedSharding)
     mine = np.arange(size, dtype=np.int32)[process_index::process_count]
     number_B = jax.make_array_from_process_local_data(sharding, mine)
     return np.argsort(multihost_utils.process_allgather(number_B, tiled=True))

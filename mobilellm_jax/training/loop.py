@@ -19,6 +19,7 @@ from mobilellm_jax.parallel import partition, processes
 from mobilellm_jax.storage.checkpoint import Checkpoints
 from mobilellm_jax.storage.files import AnyPath
 from mobilellm_jax.training import memory
+from mobilellm_jax.training.draws import loops_of_steps
 from mobilellm_jax.training.held_out import Scores, evaluate_held_out
 from mobilellm_jax.training.optimizer import learning_rate_schedule
 from mobilellm_jax.training.programs import Programs, compile_key, compile_programs
@@ -70,6 +71,7 @@ class _Run:
       share: selects the rows of this process in a batch, see `partition.process_share`.
       batches: training rows, starting at the first step to take.
       learning_rates: float32 [steps].
+      loops: number of loops of each step, int [steps]; None where it is not drawn.
     """
 
     config: Config
@@ -79,6 +81,7 @@ class _Run:
     share: dict[str, int]
     batches: Iterator[np.ndarray]
     learning_rates: np.ndarray
+    loops: np.ndarray | None
     stops: processes.StopVote
     progress: Progress
 
@@ -170,6 +173,7 @@ def _start(
         share=share,
         batches=prepared.train_batches(batch_size=t.batch_size, seed=t.data_seed, start_step=first, **share),
         learning_rates=_learning_rates(config.optimizer, t.steps),
+        loops=loops_of_steps(config),
         stops=processes.StopVote(mesh),
         progress=Progress(config, workdir, start, say),  # last, because it starts the clock
     )
@@ -192,7 +196,8 @@ def _take_steps(run: _Run, state: TrainState, signals: Sequence[str]) -> Scores:
         vote = run.stops.cast(bool(signals))  # queued before the step: reading it does not wait for that
         rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(run.batches))
         learning_rate = run.learning_rates[step - 1]
-        state, metrics = programs.step(state, rows, learning_rate)
+        take = programs.step if run.loops is None else programs.steps[int(run.loops[step - 1])]
+        state, metrics = take(state, rows, learning_rate)
         progress.stepped(step, float(learning_rate), metrics)
         is_last = step == t.steps
         stop = bool(vote) and not is_last

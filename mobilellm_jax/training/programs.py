@@ -6,6 +6,7 @@ Runs whose configs agree in all `compiled` fields share them, see `compile_key`.
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -16,9 +17,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
 from mobilellm_jax import model
-from mobilellm_jax.config import COMPILED, Config, flatten, to_dict
+from mobilellm_jax.config import COMPILED, Config, ModelConfig, flatten, to_dict
 from mobilellm_jax.model.adapters import adapted
+from mobilellm_jax.model.loops import with_repeats
 from mobilellm_jax.parallel import partition
+from mobilellm_jax.sharing import loop_counts
 from mobilellm_jax.training.step import Metrics, Sums, TrainState, eval_step, init_state, train_step
 
 _LEVEL = "xla_backend_optimization_level"  # of LLVM
@@ -49,7 +52,11 @@ class Programs:
 
     Attributes:
       init: key -> state.
-      step: (state, rows, learning_rate) -> (state, metrics); the state is donated.
+      step: (state, rows, learning_rate) -> (state, metrics); the state is donated. Where numbers of loops
+        are drawn, that of the most loops.
+      steps: the same by number of loops; {} where none is drawn. A program for each: a step then costs what
+        its loops cost and computes what a run with as many repeats does. One program, with empty layers to
+        fill up the longest plan, would compile once, but wait for the condition of every layer on a GPU.
       evaluate: (params, rows) -> what `eval_step` gives, the same on every device.
       state: shapes, dtypes and shardings of the state.
       rows, eval_rows: the same, of a training and an evaluation batch.
@@ -57,6 +64,7 @@ class Programs:
 
     init: Program[[PRNGKeyArray], TrainState]
     step: Program[[TrainState, Array, ArrayLike], tuple[TrainState, Metrics]]
+    steps: Mapping[int, Program[[TrainState, Array, ArrayLike], tuple[TrainState, Metrics]]]
     evaluate: Program[[model.Params, Array], Sums]
     state: TrainState
     rows: jax.ShapeDtypeStruct
@@ -69,10 +77,14 @@ class JittedPrograms(Programs):
 
     init: Jitted[[PRNGKeyArray], TrainState]
     step: Jitted[[TrainState, Array, ArrayLike], tuple[TrainState, Metrics]]
+    steps: Mapping[int, Jitted[[TrainState, Array, ArrayLike], tuple[TrainState, Metrics]]]
     evaluate: Jitted[[model.Params, Array], Sums]
 
     def trace_step(self) -> Traced:
-        return self.step.trace(self.state, self.rows, jax.ShapeDtypeStruct((), jnp.float32))
+        return self.trace(self.step)
+
+    def trace(self, step: Jitted[..., Any]) -> Traced:
+        return step.trace(self.state, self.rows, jax.ShapeDtypeStruct((), jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +107,25 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> JittedPrograms:
     def rows(size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, config.data.sequence_length + 1), jnp.int32, sharding=batch)
 
-    def step(state: TrainState, rows: Array, learning_rate: Array) -> tuple[TrainState, Metrics]:
-        with partition.in_use(mesh):
-            return train_step(state, rows, learning_rate, m, o, t.accumulation_steps)
+    def step_of(m: ModelConfig) -> Any:
+        def step(state: TrainState, rows: Array, learning_rate: Array) -> tuple[TrainState, Metrics]:
+            with partition.in_use(mesh):
+                return train_step(state, rows, learning_rate, m, o, t.accumulation_steps)
+
+        return jax.jit(
+            step,
+            in_shardings=(shardings, batch, scalar),
+            out_shardings=(shardings, scalar),
+            donate_argnums=0,
+            compiler_options=_fast_to_compile(),
+        )
 
     def evaluate(params: model.Params, rows: Array) -> Sums:
         with partition.in_use(mesh):
             return eval_step(params, rows, m, config.data.is_task)
 
+    counts = loop_counts(t.loops, m.sharing, m.num_repeats)
+    steps = {count: step_of(with_repeats(m, count)) for count in counts}
     return JittedPrograms(
         init=jax.jit(
             lambda key: init_state(key, m, o),
@@ -110,13 +133,8 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> JittedPrograms:
             # LLVM takes 6 s to optimize the random number generation, which runs once.
             compiler_options={_LEVEL: 0} if jax.default_backend() == "cpu" else None,
         ),
-        step=jax.jit(
-            step,
-            in_shardings=(shardings, batch, scalar),
-            out_shardings=(shardings, scalar),
-            donate_argnums=0,
-            compiler_options=_fast_to_compile(),
-        ),
+        step=steps[counts[-1]] if counts else step_of(m),
+        steps=steps,
         evaluate=jax.jit(
             evaluate,
             in_shardings=(shardings.params, batch),
@@ -161,10 +179,12 @@ def compile_key(config: Config) -> CompileKey:
 def compile_programs(key: CompileKey, mesh: Mesh) -> CompiledPrograms:
     """Compiles the programs of a run; equal keys on one mesh share them."""
     programs = make_programs(key.config, mesh)
-    step = programs.trace_step().lower().compile()
+    steps = {count: programs.trace(step).lower().compile() for count, step in programs.steps.items()}
+    step = steps[max(steps)] if steps else programs.trace_step().lower().compile()
     return CompiledPrograms(
         init=programs.init.lower(jax.random.key(0)).compile(),
         step=step,
+        steps=steps,
         evaluate=programs.evaluate.lower(programs.state.params, programs.eval_rows).compile(),
         state=programs.state,
         rows=programs.rows,

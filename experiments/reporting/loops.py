@@ -1,0 +1,105 @@
+"""Table and figure of a study's designs with other numbers of loops than in training."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from experiments.reporting import drawing
+from experiments.reporting.drawing import styled
+from experiments.reporting.tables import Columns
+from mobilellm_jax.analysis.loops import Looped, looped
+from mobilellm_jax.analysis.measures import MEASURES
+from mobilellm_jax.analysis.statistics import Estimate
+from mobilellm_jax.analysis.study import Study
+
+LOOPS = (
+    "The same weights with each block applied another number of times; a star marks the number of training. "
+    "Multipliers of the residual branches stay those of training. Means over the seeds, ± a 95 % t interval; "
+    "accuracies by level are in percent."
+)
+
+
+def table(study: Study) -> Columns:
+    """One row for each design and number of loops; {} if no run was scored so."""
+    found = looped(study.points, study.facts.metric)
+    if not found:
+        return {}
+    metric = study.facts.metric
+    columns: Columns = {
+        "point": [of.point for of in found],
+        "loops": [f"{of.count}{' *' if of.count == of.trained else ''}" for of in found],
+        "layers": [str(of.layers) for of in found],
+        "seeds": [str(of.loss.n) for of in found],
+        "loss": [_estimate(of.loss, 1, 4) for of in found],
+    }
+    if metric != "loss":
+        measure = MEASURES[metric]
+        columns[measure.column] = [_shown(of.value, metric) for of in found]
+    for level, name in _levels(found):
+        columns[f"{level} {name}"] = [_accuracy(of, level) for of in found]
+    return columns
+
+
+def _shown(of: Estimate | None, metric: str) -> str:
+    measure = MEASURES[metric]
+    if of is None:
+        return ""
+    mean, half = measure.shown(of.mean), of.half_width
+    shown = Estimate(of.n, mean, None if half is None else measure.scale * half)
+    return _estimate(shown, 1, measure.digits)
+
+
+def _estimate(of: Estimate, scale: int, digits: int) -> str:
+    half = "" if of.half_width is None else f" ± {scale * of.half_width:.{digits}f}"
+    return f"{scale * of.mean:.{digits}f}{half}"
+
+
+def _levels(found: Sequence[Looped]) -> list[tuple[int, str]]:
+    """All levels that were measured, with what they count."""
+    return sorted({(level, of.levels["name"]) for of in found if of.levels for level in of.levels["level"]})
+
+
+def _accuracy(of: Looped, level: int) -> str:
+    if of.levels is None or level not in of.levels["level"]:
+        return ""
+    return f"{100 * of.levels['accuracy'][of.levels['level'].index(level)]:.1f}"
+
+
+@styled
+def draw(study: Study) -> Figure | None:
+    """Draws the loss, and right answers at the highest level, against loops: a line for each design."""
+    found = looped(study.points, study.facts.metric)
+    if not found:
+        return None
+    points, hardest = list(dict.fromkeys(of.point for of in found)), _levels(found)[-1:]
+    order = list(study.points)
+    labels = [drawing.legend(point) for point in points]
+    height = max(3.8, 0.3 + drawing.legend_height(labels))
+    title = "What do other numbers of loops than in training do?"
+    panels = drawing.framed(title, drawing.caption(study), height).subfigures()
+    axes = panels.subplots(1, 1 + len(hardest), squeeze=False)[0]
+    for point in points:
+        look = drawing.look(order.index(point))
+        mine = [of for of in found if of.point == point]
+        _line(axes[0], mine, [of.loss.mean for of in mine], look)
+        for level, name in hardest:
+            shares = [float(_accuracy(of, level) or "nan") for of in mine]
+            _line(axes[1], mine, shares, look)
+            axes[1].set_ylabel(f"right answers, {level} {name} (%)")
+    axes[0].set_ylabel("held-out loss (nats per token)")
+    panels.suptitle("means over the seeds; ring: loops of training", fontsize=10, color="0.25")
+    for panel in axes:
+        panel.set_xlabel("loops")
+        drawing.log_axis(panel, sorted({float(of.count) for of in found}))
+    marks = [Line2D([], [], **drawing.look(order.index(point))) for point in points]
+    panels.legend(marks, labels, loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
+    return panels.figure
+
+
+def _line(axes: Axes, of_point: Sequence[Looped], values: Sequence[float], look: dict[str, object]) -> None:
+    axes.plot([of.count for of in of_point], values, **look, ms=5, lw=1.5)
+    for of, value in zip(of_point, values, strict=True):
+        if of.count == of.trained:
+            axes.plot(of.count, value, "o", ms=13, mfc="none", mew=1.8, color=look["color"])

@@ -1,0 +1,88 @@
+"""Diagnoses trained runs, for `experiments.diagnose` and `experiments.sweep`."""
+
+import dataclasses
+import datetime
+from typing import Any
+
+import jax
+
+from experiments import cli
+from experiments.runner.kept import Kept
+from experiments.runner.points import Point
+from experiments.runner.progress import finished_records
+from experiments.runner.rows import Batches, held_out_rows
+from experiments.runner.view import Event, Tell
+from mobilellm_jax import data
+from mobilellm_jax.analysis.layers import ENTRY
+from mobilellm_jax.config import Config
+from mobilellm_jax.diagnostics.diagnosis import diagnose
+from mobilellm_jax.model.stack import Params
+from mobilellm_jax.parallel import processes
+from mobilellm_jax.runs import provenance
+from mobilellm_jax.runs.directory import open_run
+from mobilellm_jax.runs.run import check
+from mobilellm_jax.storage.checkpoint import newest_intact
+from mobilellm_jax.storage.files import AnyPath
+
+_KEPT = Kept("diagnostics", what="the diagnostics of a run", again="diagnose")
+Entry = dict[str, Any]
+
+
+def results_path(workdir: AnyPath, text: str | None) -> AnyPath:
+    """The record of a run; where it has none, or with another text, diagnostics.json in its directory."""
+    return _KEPT.beside(workdir) if text else _KEPT.path(workdir)
+
+
+def diagnose_run(
+    path: AnyPath,
+    workdir: AnyPath,
+    config: Config,
+    params: Params,
+    batches: Batches,
+    text: str | None = None,
+) -> Entry:
+    """Diagnoses a run on the rows of `batches`, keeps the result in `path` and returns it.
+
+    The interval of the effective depth is over the documents of held-out rows, else over rows.
+    """
+    processes.of_first(lambda: _KEPT.read(path) and None)  # fails before the work if it cannot be read
+    t, documents = config.train, None
+    if not text:
+        prepared = data.prepare(config.data, config.model.vocab_size)
+        documents = prepared.eval_documents(t.eval_rows, t.eval_split)
+    found = diagnose(params, config.model, check(config), batches, documents)
+    entry = {
+        **dataclasses.asdict(found),
+        "units": "rows" if documents is None else "documents",
+        "text": text or f"{t.eval_split}:{t.eval_rows or 'all'}",
+        "step": newest_intact(workdir / "checkpoints")[0],
+        "compute_dtype": config.model.compute_dtype,
+        "command": cli.command(),
+        "git_commit": provenance.git_commit(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if jax.process_index() == 0:
+        _KEPT.add(path, ENTRY, entry)
+    return entry
+
+
+def lacking(point: Point, workdir: AnyPath) -> int:
+    """Number of finished comparison runs of a point that were not diagnosed."""
+    return len(_lacking_runs(point, workdir))
+
+
+def _lacking_runs(point: Point, workdir: AnyPath) -> list[str]:
+    records = finished_records(point, workdir)
+    return [name for name, record in records.items() if ENTRY not in (record.diagnostics or {})]
+
+
+def diagnose_point(point: Point, workdir: AnyPath, tell: Tell) -> None:
+    """Diagnoses every finished run of a point whose record has no diagnostics."""
+    for name in processes.of_first(lambda: _lacking_runs(point, workdir)):
+        directory = workdir / "runs" / name
+        config, params = open_run(directory)
+        config = dataclasses.replace(config, mesh=point.config.mesh)
+        path = results_path(directory, None)
+        entry = diagnose_run(path, directory, config, params, held_out_rows(config))
+        depth = entry["effective_depth"]["value"]
+        tell(Event(name, f"effective depth {depth:.2f} of {len(entry['plan'])} layers"))
