@@ -1,14 +1,32 @@
 """Distillation: the loss against NumPy in float64, finite differences and the plain loss."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from conftest import LENGTH, assert_trees_close, equations, random_batch, tiny_model
+from conftest import (
+    LENGTH,
+    assert_trees_close,
+    dot_flops,
+    equations,
+    random_batch,
+    random_params,
+    tiny_config,
+    tiny_model,
+)
 
+from mobilellm_jax import model
+from mobilellm_jax.costs import accounting
+from mobilellm_jax.data.rows import inputs_and_targets
 from mobilellm_jax.model.ops.cross_entropy import cross_entropy, distillation, plain_distillation
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.training.programs import compile_key, make_programs
+from mobilellm_jax.training.step import Distillation
 
-WIDTH, TEACHER_WIDTH, VOCABULARY = 24, 11, 48
+VOCABULARY = 48
 
 
 def random_inputs(length=LENGTH, dtype=np.float32):
@@ -156,3 +174,84 @@ def test_full_logits_never_exist():
     for chunk, exist in ((4, False), (LENGTH, True)):
         jaxpr = jax.make_jaxpr(gradients, static_argnums=(5, 6, 7))(*arrays, chunk, 0.5, 2.0).jaxpr
         assert exist == any(v.aval.size >= full for e, _ in equations(jaxpr) for v in e.outvars)
+
+
+# --- a training step ------------------------------------------------------------------------------------
+
+TEACHER = tiny_model(depth=3, width=32, num_heads=2, num_kv_heads=2, ffn_width=40)
+DISTILLATION = Distillation(TEACHER, 0.4, 2.0)
+
+
+PARAMS = random_params(TEACHER)
+ROWS = np.random.default_rng(5).integers(0, 48, (8, LENGTH + 1), np.int32)
+ROWS = np.where(np.random.default_rng(6).random(ROWS.shape) < 0.2, ~ROWS, ROWS)  # not all are targets
+
+
+def one_step(config, distillation, devices=1):
+    """Returns state and metrics after a step on a mesh of the first devices."""
+    programs = make_programs(config, partition.make_mesh(config.mesh, jax.devices()[:devices]), distillation)
+    teacher = jax.device_put((PARAMS,), jax.tree.map(lambda leaf: leaf.sharding, programs.teacher))
+    state = programs.init(jax.random.key(0))
+    return jax.device_get(programs.step(state, ROWS, np.float32(0.1), *teacher))
+
+
+def test_a_step_has_the_gradient_of_both_losses_in_parts_and_on_8_devices():
+    d, in_parts = DISTILLATION, tiny_config(**{"train.accumulation_steps": 4, "mesh.data": 1})
+    tokens_BT, targets_BT = inputs_and_targets(jnp.asarray(ROWS))
+    params, teacher = model.init(jax.random.key(0), in_parts.model), jax.tree.map(jnp.asarray, PARAMS)
+
+    @jax.jit
+    @jax.value_and_grad
+    def plain(params):
+        x_BTD = model.hidden(params, tokens_BT, in_parts.model)
+        teacher_x_BTE = model.hidden(teacher, tokens_BT, TEACHER)
+        heads = params["embedding"], teacher["embedding"]
+        arguments = x_BTD, heads[0], targets_BT, teacher_x_BTE, heads[1], d.weight, d.temperature
+        return plain_distillation(*arguments)[0] / jnp.sum(targets_BT >= 0)
+
+    loss, gradient = plain(params)
+    state, metrics = one_step(in_parts, d)
+    together = (1 - d.weight) * metrics["loss"] + d.weight * d.temperature**2 * metrics["teacher_loss"]
+    np.testing.assert_allclose(together, loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-5)
+    split = one_step(tiny_config(**{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}), d, 8)
+    assert_trees_close(split[1], metrics, 1e-5)
+    assert_trees_close(split[0].params, state.params, 1e-3)
+
+
+def test_the_teacher_is_no_state_and_has_no_gradient():
+    config = tiny_config()
+    mesh = partition.make_mesh(config.mesh, jax.devices()[:1])
+    alone, with_teacher = (make_programs(config, mesh, d) for d in (None, DISTILLATION))
+    assert with_teacher.state == alone.state
+    assert alone.teacher == ()
+    # A backward pass through the teacher would cost two more forward passes of it.
+    flops = [dot_flops(programs.trace_step().jaxpr) for programs in (alone, with_teacher)]
+    tokens = 8 * LENGTH
+    chunk = config.model.loss_chunk
+    padded = -(-LENGTH // chunk) * chunk / LENGTH  # positions whose logits are computed
+    expected = accounting.executed_flops_per_token(TEACHER, LENGTH)
+    expected += (padded - 1) * 2 * TEACHER.width * TEACHER.vocab_size
+    assert (flops[1] - flops[0]) / tokens == pytest.approx(expected, rel=0.02)
+
+
+def test_a_teacher_is_kept_in_the_dtype_that_it_computes_in():
+    config = tiny_config(**{"model.compute_dtype": "bfloat16"})
+    mesh = partition.make_mesh(config.mesh, jax.devices()[:1])
+    d = dataclasses.replace(DISTILLATION, model=dataclasses.replace(TEACHER, compute_dtype="bfloat16"))
+    (teacher,) = make_programs(config, mesh, d).teacher
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(teacher)} == {"bfloat16", "float32"}
+    assert teacher["embedding"].dtype == jnp.bfloat16
+
+
+def test_programs_depend_on_the_part_of_the_teacher():
+    config, d = tiny_config(), DISTILLATION
+    others = [
+        None,
+        d,
+        dataclasses.replace(d, weight=0.5),
+        dataclasses.replace(d, temperature=1.0),
+        dataclasses.replace(d, model=tiny_model()),
+    ]
+    assert len({compile_key(config, other) for other in others}) == len(others)
+    assert compile_key(config, d) == compile_key(config, dataclasses.replace(d))

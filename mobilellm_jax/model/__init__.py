@@ -15,12 +15,22 @@ Reverse over reverse works, for instance for Hessian-vector products.
 """
 
 from mobilellm_jax.model.cache import Cache, empty_cache, extend
-from mobilellm_jax.model.stack import Params, apply, hidden, init, logits, loss, token_losses
+from mobilellm_jax.model.stack import (
+    Params,
+    apply,
+    distillation_loss,
+    hidden,
+    init,
+    logits,
+    loss,
+    token_losses,
+)
 
 __all__ = [
     "Cache",
     "Params",
     "apply",
+    "distillation_loss",
     "empty_cache",
     "extend",
     "hidden",
