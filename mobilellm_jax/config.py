@@ -16,6 +16,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.origin import Adapters, OriginConfig
 from mobilellm_jax.roles import Role, cadence, identity, placement, roles_of, science
 from mobilellm_jax.sharing import LayerPlan, layer_plan
+from mobilellm_jax.teacher import TeacherConfig
 
 FFN_KINDS = ("swiglu", "relu", "gelu")
 COMPUTE_DTYPES = ("float32", "bfloat16", "auto")
@@ -264,8 +265,8 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(OriginConfig):
-    """Origin, length, batch, seeds and cadence of a run. See `origin.py`, `training/loop.py`."""
+class TrainConfig(OriginConfig, TeacherConfig):
+    """Origin, teacher, length, batch, seeds and cadence of a run. See `training/loop.py`."""
 
     steps: int = science("optimizer steps", compiled=False, decisive=True)
     batch_size: int = science(
@@ -302,6 +303,8 @@ class TrainConfig(OriginConfig):
                 **dict.fromkeys(
                     ["init_seed", "data_seed"], (lambda v: 0 <= v < 2**32, "an integer from 0 to 2**32 - 1")
                 ),
+                "teacher_weight": rules.FRACTION,
+                "teacher_temperature": rules.POSITIVE,
                 "eval_rows": rules.COUNT,
                 "eval_split": rules.one_of(EVAL_SPLITS),
             },

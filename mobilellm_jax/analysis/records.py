@@ -24,7 +24,7 @@ _EVALUATION = ("step", "loss", "bits_per_byte", "error")
 # Not in older records.
 _LATER = (
     *("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor"),
-    *("measures", "quantized", "parent"),
+    *("measures", "quantized", "parent", "teacher"),
 )
 _KEYS = {  # required keys of nested fields
     "x": ("label", "value", "log"),
@@ -40,6 +40,7 @@ _KEYS = {  # required keys of nested fields
     "floor": ("tokens", "unigram", "bigram", "trigram"),
     "measures": ("floor", "ceiling", "levels"),
     "parent": ("run", "step", "manifest_sha256"),
+    "teacher": ("run", "step", "manifest_sha256", "flops_per_token"),
 }
 
 
@@ -99,6 +100,7 @@ class Record:
       quantized: cost of quantization by scheme, as `experiments.quantize` prints it: {"loss", "gap",
         "full_loss" (nats per token), "bytes", "full_bytes", "agreement" (share of equal greedy tokens), ...}.
       parent: run that this one began from, see `runs.lineage.Parent`.
+      teacher: run that this one learned from, see `runs.teacher.Teacher`, and the FLOPs of its forward pass.
 
     The fields from `zero_shot` on are None where they do not apply, and in records older than the field.
     """
@@ -149,6 +151,7 @@ class Record:
     measures: dict[str, Any] | None = None
     quantized: dict[str, dict[str, Any]] | None = None
     parent: dict[str, Any] | None = None
+    teacher: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:

@@ -76,14 +76,17 @@ def executed_flops_per_token(config: ModelConfig, length: int) -> float:
     return _forward_flops(config, keys=mean_keys(length))
 
 
-def executed_train_flops_per_token(config: ModelConfig, length: int) -> float:
+def executed_train_flops_per_token(
+    config: ModelConfig, length: int, teacher: ModelConfig | None = None
+) -> float:
     """FLOPs per token that a training step executes, without recomputation by `remat`.
 
     Three times the forward pass, plus the attention scores once more, which are never stored, plus the sums
-    over H that `attention.py` computes as products with ones.
+    over H that `attention.py` computes as products with ones; and one forward pass of a teacher.
     """
     scores = 2 * config.num_heads * config.head_dim * (mean_keys(length) + 1)
-    return 3 * executed_flops_per_token(config, length) + config.effective_depth * scores
+    taught = executed_flops_per_token(teacher, length) if teacher else 0.0
+    return 3 * executed_flops_per_token(config, length) + config.effective_depth * scores + taught
 
 
 def _forward_flops(config: ModelConfig, keys: float) -> float:
@@ -92,12 +95,14 @@ def _forward_flops(config: ModelConfig, keys: float) -> float:
     return 2 * (config.effective_depth * layer + config.width * config.vocab_size)
 
 
-def train_flops_per_token(config: ModelConfig, length: int) -> float:
+def train_flops_per_token(config: ModelConfig, length: int, teacher: ModelConfig | None = None) -> float:
     """FLOPs per token of a training step: the backward pass costs twice the forward pass.
 
-    These are the model's FLOPs, without recomputation by `remat`.
+    These are the model's FLOPs, without recomputation by `remat`, and those of a teacher's forward pass: one
+    of k times the size of the model adds about k / 3.
     """
-    return 3 * forward_flops_per_token(config, length)
+    taught = forward_flops_per_token(teacher, length) if teacher else 0.0
+    return 3 * forward_flops_per_token(config, length) + taught
 
 
 def kv_cache_bytes_per_token(config: ModelConfig) -> int:
@@ -161,7 +166,7 @@ def kept_activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
     return rows * length * (norms + attention + ffn) + 4 * 2 * D  # and the gains of two norms
 
 
-def activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
+def activation_bytes(config: ModelConfig, length: int, rows: int, teacher: ModelConfig | None = None) -> int:
     """Estimates the peak bytes of activations in a training step on `rows` rows of `length` tokens.
 
     The sum of the activations that layers and final norm store for the backward pass, and of the larger of
@@ -173,6 +178,9 @@ def activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
     the gradients of five float32 models (48 to 128 wide, 2 to 8 layers, 128 and 512 tokens). Not counted: the
     gradients (see `optimizer_bytes`), the workspace of single operations, `scan_unroll` above 1, and the
     float32 copies in which XLA on a CPU computes most of bfloat16.
+
+    With a teacher, its last hidden states are kept as well, its layer at work and its logits of one
+    `loss_chunk` are transients, and so are the targets made of them.
     """
     c = _BYTES[config.compute_dtype]
     layers = config.effective_depth * kept_activation_bytes(config, length, rows)
@@ -181,8 +189,12 @@ def activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
     if config.ffn_kind == "swiglu":
         at_work += 2 * c * rows * length * config.ffn_width
     at_work += int(rows * config.num_heads * length * mean_keys(length)) * (4 + c)
-    loss_chunk = rows * min(config.loss_chunk, length) * config.vocab_size * (4 + c)
-    return layers + final_norm + max(at_work, loss_chunk)
+    logits = rows * min(config.loss_chunk, length) * config.vocab_size
+    if teacher is None:
+        return layers + final_norm + max(at_work, logits * (4 + c))
+    taught = kept_activation_bytes(dataclasses.replace(teacher, remat="none"), length, rows)
+    kept = rows * length * c * teacher.width
+    return layers + final_norm + kept + max(at_work, taught, logits * (4 + c + 2 * 4))
 
 
 def budgets(config: ModelConfig, length: int, rows: int) -> dict[str, int | float]:

@@ -138,14 +138,16 @@ def make_programs(
             out_shardings=scalar,
             compiler_options=_fast_to_compile(),
         ),
-        state=_with_shardings(shapes, shardings),
+        state=with_shardings(shapes, shardings),
         rows=rows(t.batch_size),
         eval_rows=rows(t.eval_batch_size),
         teacher=teacher,
     )
 
 
-def _with_shardings(shapes: Any, shardings: Any) -> Any:
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of `jax.ShapeDtypeStruct` with shardings."""
+
     def with_sharding(shape: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
@@ -158,7 +160,7 @@ def _teacher_shapes(distillation: Distillation | None, mesh: Mesh | AbstractMesh
         return ()
     m = distillation.model
     shapes = jax.eval_shape(lambda: cast(model.init(jax.random.key(0), m), m))
-    return (_with_shardings(shapes, partition.shardings(shapes, mesh)),)
+    return (with_shardings(shapes, partition.shardings(shapes, mesh)),)
 
 
 def _fast_to_compile() -> dict[str, int] | None:
