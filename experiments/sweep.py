@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
-from experiments.runner import devices, hosts
+from experiments.runner import devices, hosts, teachers
 from experiments.runner.flags import DEFAULT_STUDY, asked_points, asked_questions, asked_schemes, define_sweep
 from experiments.runner.listing import said_to_compare, table
 from experiments.runner.points import Point
@@ -52,6 +52,7 @@ def main() -> int:
         return _print_status(points)
     groups = None
     if not FLAGS.list:
+        teachers.check(points)
         groups = _groups()
         hosts.start()
     if FLAGS.only:

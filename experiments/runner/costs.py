@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from experiments.runner.points import Point
 from experiments.runner.studies import by_study
+from experiments.runner.teachers import missing
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.costs.datasheet import PEAK_FLOPS
 
@@ -38,16 +39,19 @@ def costs(points: Sequence[Point], here_s: float | None, here: str) -> str:
         rows[name] = f"{_time(seconds)} at {at}, training alone"
         if small:
             rows[name] += "; models this small take several times as long"
+    if absent := missing(points):
+        rows["teacher"] = f"not counted above. {absent[0]}"
     said = [f"{name:8}{text}" for name, text in rows.items()]
     return "\n".join(said + [_seeds(name, of_study) for name, of_study in by_study(points).items()])
 
 
 def memory_bytes(point: Point) -> int:
-    """Estimated bytes of a run on one device: state and gradients of AdamW, and activations."""
+    """Estimated bytes of a run on one device: state and gradients of AdamW, activations, and a teacher."""
     c = point.config
     rows = c.train.batch_size // c.train.accumulation_steps
-    activations = accounting.activation_bytes(c.model, c.data.sequence_length, rows)
-    return accounting.optimizer_bytes(c.model) + activations
+    activations = accounting.activation_bytes(c.model, c.data.sequence_length, rows, point.teacher)
+    taught_by = 4 * accounting.parameters(point.teacher).total if point.teacher else 0
+    return accounting.optimizer_bytes(c.model) + activations + taught_by
 
 
 def _time(seconds: int | float) -> str:

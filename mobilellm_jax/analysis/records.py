@@ -163,6 +163,12 @@ class Record:
         return "{count} x {kind} ({platform})".format(**self.device)
 
     @property
+    def train_flops_per_token(self) -> float:
+        """FLOPs per token of training, those of a teacher included."""
+        taught = self.teacher["flops_per_token"] if self.teacher else 0.0
+        return self.budgets["train_flops_per_token"] + taught
+
+    @property
     def score(self) -> float:
         """Final held-out value of `metric` of a finished run; lower is better."""
         return self._final(self.metric)
