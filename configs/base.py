@@ -38,6 +38,7 @@ class Study:
       tolerance: largest difference in it, as a fraction.
       controls: designs that lie outside that budget on purpose.
       arms: parameterizations (name -> overrides) that every design is run under; {}: the config's alone.
+      makes_teacher: the command that trains the teacher of its points, which has to be there first.
       seeds: comparison runs of each point, in addition to its tuning runs.
       sd: expected standard deviation of the metric over seeds, for the power of the plan; None if not known.
       vary: what a seed changes: "init" (parameters), "data" (order of the rows), or both.
@@ -63,6 +64,7 @@ class Study:
     tolerance: float
     controls: Sequence[str] = ()
     arms: Mapping[str, Overrides] = dataclasses.field(default_factory=dict)
+    makes_teacher: str = ""
     seeds: int
     sd: float | None = None
     vary: Sequence[str] = ("init", "data")
@@ -135,6 +137,9 @@ def get_config(preset: str = "") -> ConfigDict:
     train.lora_rank = 0  # train all parameters
     train.lora_targets = "attention|ffn"  # all matrices of the blocks
     train.lora_alpha = 16.0  # a scale of 2 at rank 8
+    train.teacher = ""  # none
+    train.teacher_weight = 0.5  # the paper does not state it
+    train.teacher_temperature = 1.0  # paper: the cross-entropy with the teacher's output, as it is
     train.steps = 500
     train.batch_size = 16
     train.accumulation_steps = 1

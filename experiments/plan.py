@@ -26,6 +26,7 @@ from mobilellm_jax.costs.collectives import Collective, count_collectives, parti
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.runs.run import with_dtype
+from mobilellm_jax.runs.teacher import distillation_of
 from mobilellm_jax.training.programs import make_programs
 
 FLAGS = flags.FLAGS
@@ -42,7 +43,7 @@ class Plan:
       tokens: of a step, over all devices.
       model_flops, executed_flops: of a step, over all devices; see `accounting`.
       rows: of a micro-batch.
-      parameter_bytes, optimizer_bytes: what the device holds all the time.
+      parameter_bytes, optimizer_bytes, teacher_bytes: what the device holds all the time.
       gradient_bytes: float32, split like the parameters.
       activation_bytes: about the largest memory that activations take.
     """
@@ -55,11 +56,13 @@ class Plan:
     optimizer_bytes: int
     gradient_bytes: int
     activation_bytes: int
+    teacher_bytes: int = 0
 
     @property
     def memory_bytes(self) -> int:
         """All of it."""
-        return self.parameter_bytes + self.optimizer_bytes + self.gradient_bytes + self.activation_bytes
+        held = self.parameter_bytes + self.optimizer_bytes + self.teacher_bytes
+        return held + self.gradient_bytes + self.activation_bytes
 
 
 def define_flags() -> None:
@@ -116,12 +119,14 @@ def make_plan(config: Config, mesh: AbstractMesh) -> Plan:
     """The cost of a training step, from shapes and shardings alone.
 
     Raises:
-      UserError: the mesh does not divide the model or the batch.
+      UserError: the mesh does not divide a model or the batch, or there is no teacher where one is named.
     """
-    partition.check_divisible(config, mesh)
+    distillation = distillation_of(config)
+    teacher = distillation and distillation.model
+    partition.check_divisible(config, mesh, teacher)
     t, length = config.train, config.data.sequence_length
-    state = make_programs(config, mesh).state
-    parameters = _device_bytes(state.params)
+    programs = make_programs(config, mesh, distillation)
+    state, parameters = programs.state, _device_bytes(programs.state.params)
     tokens = t.batch_size * length
     rows = t.batch_size // t.accumulation_steps // (mesh.shape["data"] * mesh.shape["fsdp"])
     # What "tensor" leaves of the model for a device: its part of the heads, feed-forward width, vocabulary.
@@ -130,15 +135,16 @@ def make_plan(config: Config, mesh: AbstractMesh) -> Plan:
     mean = functools.partial(accounting.over_loops, config)
     return Plan(
         tokens=tokens,
-        model_flops=tokens * mean(lambda m: accounting.train_flops_per_token(m, length)),
-        executed_flops=tokens * mean(lambda m: accounting.executed_train_flops_per_token(m, length)),
+        model_flops=tokens * mean(lambda m: accounting.train_flops_per_token(m, length, teacher)),
+        executed_flops=tokens * mean(lambda m: accounting.executed_train_flops_per_token(m, length, teacher)),
         rows=rows,
         parameter_bytes=parameters,
         optimizer_bytes=_device_bytes(state.opt_state),
         gradient_bytes=parameters,
         activation_bytes=accounting.activation_bytes(
-            dataclasses.replace(config.model, **parts), length, rows
+            dataclasses.replace(config.model, **parts), length, rows, teacher
         ),
+        teacher_bytes=_device_bytes(programs.teacher),
     )
 
 
@@ -151,7 +157,7 @@ def _device_bytes(tree: Any) -> int:
 
 
 def _traced(config: Config, mesh: Any) -> Any:
-    return make_programs(config, mesh).trace_step()
+    return make_programs(config, mesh, distillation_of(config)).trace_step()
 
 
 def lowers_for(config: Config, mesh: AbstractMesh) -> tuple[str, ...]:
@@ -183,6 +189,7 @@ def table(plan: Plan, devices: int) -> str:
         ("  rows of a micro-batch", f"{plan.rows:,}"),
         ("  parameters", _size(plan.parameter_bytes)),
         ("  optimizer state", _size(plan.optimizer_bytes)),
+        *([("  parameters of the teacher", _size(plan.teacher_bytes))] if plan.teacher_bytes else []),
         ("  gradients", _size(plan.gradient_bytes)),
         ("  activations, about", _size(plan.activation_bytes)),
         ("  memory, about", _size(plan.memory_bytes)),

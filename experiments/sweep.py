@@ -37,7 +37,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
-from experiments.runner import devices, hosts
+from experiments.runner import devices, hosts, teachers
 from experiments.runner.flags import (
     DEFAULT_STUDY,
     asked_loops,
@@ -63,6 +63,7 @@ def main() -> int:
         return _print_status(points)
     groups = None
     if not FLAGS.list:
+        teachers.check(points)
         groups = _groups()
         hosts.start()
     if FLAGS.only:

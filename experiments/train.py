@@ -24,7 +24,7 @@ from experiments import cli
 from experiments.runner import hosts
 from experiments.runner.leases import Leases
 from mobilellm_jax.analysis.records import Record, write_record
-from mobilellm_jax.config import Config, from_config_dict
+from mobilellm_jax.config import Config, ModelConfig, from_config_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.adapters import adapted
@@ -33,6 +33,7 @@ from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import check_workdir
 from mobilellm_jax.runs.lineage import check_apart, open_parent
 from mobilellm_jax.runs.run import agreed_record, check, enable_compilation_cache, run, with_dtype
+from mobilellm_jax.runs.teacher import Teacher, open_teacher
 from mobilellm_jax.storage.files import AnyPath, reason
 
 FLAGS = flags.FLAGS
@@ -107,16 +108,17 @@ def _described(config: Config, workdir: AnyPath, record: Record | None) -> list[
     """What the run is, line by line: shape, length, data, devices and directory.
 
     Raises:
-      UserError: the devices do not fit the config, the directory holds another run, or the parent does not
-        fit.
+      UserError: the devices do not fit the config, the directory holds another run, or the parent or the
+        teacher does not fit.
     """
     mesh, model, train, data = check(config), config.model, config.train, config.data
     check_workdir(workdir, config)
-    parent = open_parent(config, workdir)
+    parent, teacher = open_parent(config, workdir), open_teacher(config, workdir, mesh)
+    taught_by = teacher and teacher.distillation.model
     counts, device = accounting.parameters(model), provenance.device()
     trained = accounting.adapters(adapted(config))
     tokens = train.steps * train.batch_size * data.sequence_length
-    flops = tokens * accounting.run_budgets(config)["train_flops_per_token"]
+    flops = tokens * accounting.run_budgets(config, taught_by)["train_flops_per_token"]
     loops = f"; {train.loops} loops, drawn at each step" if train.loops else ""
     begun = any(workdir.glob("checkpoints/*"))
     state = "finished" if record else "to be resumed from its newest checkpoint" if begun else "new"
@@ -126,6 +128,7 @@ def _described(config: Config, workdir: AnyPath, record: Record | None) -> list[
         + f"; trained are {trained:,} in adapters of rank {train.lora_rank}"
         * bool(trained),
         "parent": f"{parent}" + ", with its optimizer" * train.resume_optimizer if parent else "",
+        "teacher": _taught(teacher, model, data.sequence_length) if teacher else "",
         "training": f"{train.steps:,} steps of {train.batch_size:,} rows of {data.sequence_length:,} tokens; "
         f"{tokens:,} tokens, {flops:.3g} FLOPs{loops}",
         "data": f"{data.source}, tokenizer {data.tokenizer}",
@@ -134,6 +137,14 @@ def _described(config: Config, workdir: AnyPath, record: Record | None) -> list[
         "workdir": f"{workdir} ({state})",
     }
     return [f"{name:10}{text}" for name, text in rows.items() if text]
+
+
+def _taught(teacher: Teacher, model: ModelConfig, length: int) -> str:
+    """The teacher of a run, and what it adds to the work of a step."""
+    there, flops = teacher.distillation.model, accounting.train_flops_per_token
+    more = flops(model, length, there) / flops(model, length)
+    size = accounting.parameters(there).total
+    return f"{teacher}; {size:,} parameters; a step takes {more:.2f} times the FLOPs of one without it"
 
 
 @contextlib.contextmanager

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from mobilellm_jax import validation as rules
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.origin import Adapters, OriginConfig
-from mobilellm_jax.roles import Role, cadence, identity, placement, roles_of, science
+from mobilellm_jax.roles import Role, placement, roles_of, science
 from mobilellm_jax.sharing import LayerPlan, layer_plan, loop_counts
+from mobilellm_jax.train_config import Adapters, TrainConfig
 
 FFN_KINDS = ("swiglu", "relu", "gelu")
 COMPUTE_DTYPES = ("float32", "bfloat16", "auto")
@@ -23,7 +23,6 @@ REMAT_POLICIES = ("none", "dots", "full")
 PARAMETERIZATIONS = ("standard", "mup", "completep")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
-EVAL_SPLITS = ("valid", "tuning")
 # synthetic, see `data/tasks/`
 TASKS = ("khop", "addition", "recall", "structure", "manipulation", "knowledge", "breadth")
 _SOURCES = dict.fromkeys(("bundled", "files", "hub", "tfds"), "text") | {"tokens": "token ids"}
@@ -269,64 +268,6 @@ class OptimizerConfig:
             },
             "optimizer.",
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(OriginConfig):
-    """Origin, length, batch, seeds and cadence of a run. See `origin.py`, `training/loop.py`."""
-
-    steps: int = science("optimizer steps", compiled=False, decisive=True)
-    batch_size: int = science(
-        "B, sequences in one optimizer step, over all devices and accumulation steps",
-        decisive=True,
-        shown=True,
-    )
-    accumulation_steps: int = science("parts that a batch is cut into, one after the other, to save memory")
-    loops: str = science(
-        "'', or a range such as '1..4' that the number of loops of each step is drawn from, with "
-        "`data_seed`; evaluations and multipliers have `model.num_repeats`",
-        before="",
-    )
-    init_seed: int = identity("seed of the initial parameters")
-    data_seed: int = identity("seed of the order of the training rows")
-    eval_every: int = cadence(
-        "steps between evaluations on the held-out split; there is always one after the last step"
-    )
-    eval_rows: int = science(
-        "held-out rows used, in a fixed order; 0 uses all of them", compiled=False, decisive=True
-    )
-    eval_split: str = science(
-        "'valid', the held-out text that designs are compared on, or 'tuning', documents apart from it on "
-        "which learning rates are chosen",
-        compiled=False,
-        decisive=True,
-    )
-    eval_batch_size: int = placement("rows in one evaluation batch, in which losses are summed", pinned=True)
-    checkpoint_every: int = cadence("steps between checkpoints; there is always one after the last step")
-    log_every: int = cadence("steps between progress lines")
-    writers: str = cadence("copies of metrics.jsonl: some of tensorboard,wandb,trackio", before="tensorboard")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive = "steps batch_size accumulation_steps eval_every eval_batch_size checkpoint_every log_every"
-        rules.check_all(
-            self,
-            {
-                **dict.fromkeys(positive.split(), rules.POSITIVE_INT),
-                **dict.fromkeys(
-                    ["init_seed", "data_seed"], (lambda v: 0 <= v < 2**32, "an integer from 0 to 2**32 - 1")
-                ),
-                "eval_rows": rules.COUNT,
-                "eval_split": rules.one_of(EVAL_SPLITS),
-                "writers": rules.some_of(("tensorboard", "wandb", "trackio")),
-            },
-            "train.",
-        )
-        if self.batch_size % self.accumulation_steps:
-            raise UserError(
-                f"train.accumulation_steps: {self.accumulation_steps} does not divide "
-                f"train.batch_size={self.batch_size}; use a divisor of it"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

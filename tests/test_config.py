@@ -67,6 +67,8 @@ OUT_OF_RANGE = {
     "train.lora_rank": [-1, 2],  # without a run to start from
     "train.lora_targets": ["", "("],
     "train.lora_alpha": POSITIVE,
+    "train.teacher_weight": FRACTION,
+    "train.teacher_temperature": POSITIVE,
     "train.steps": POSITIVE_INT,
     "train.batch_size": POSITIVE_INT,
     "train.accumulation_steps": [0, -1, 3],
@@ -158,7 +160,7 @@ def test_out_of_range(name, value):
 
 def test_every_field_has_values_out_of_range():
     fields = {f"{group}.{f.name}" for group, f in FIELDS if f.type is not bool}
-    assert set(OUT_OF_RANGE) == fields - {"train.init_from"}  # any directory
+    assert set(OUT_OF_RANGE) == fields - {"train.init_from", "train.teacher"}  # any directory
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ LAYERS = {
     "mobilellm_jax": [
         ["errors"],
         ["validation", "sharing", "roles"],
-        ["origin"],  # a part of the config
+        ["train_config"],  # a part of the config
         ["config"],
         ["parameters"],
         ["model", "parallel"],  # they meet through the names of mesh axes

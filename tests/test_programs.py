@@ -22,6 +22,12 @@ OTHER = {
     "optimizer.warmup_steps": 3,
     "optimizer.final_fraction": 0.4,
     "optimizer.decay_fraction": 0.7,
+    "train.init_from": "elsewhere",
+    "train.resume_optimizer": False,
+    "train.resize_embedding": True,
+    "train.teacher": "elsewhere",
+    "train.teacher_weight": 0.25,
+    "train.teacher_temperature": 2.0,
     "train.steps": 20,
     "train.init_seed": 5,
     "train.data_seed": 6,
@@ -36,6 +42,7 @@ OTHER = {
 }
 # Another value of every field that they do depend on, with other fields where those give it a meaning.
 COMPLETEP, MUON = {"model.parameterization": "completep"}, {"optimizer.name": "muon"}
+LORA = {"train.init_from": "elsewhere", "train.lora_rank": 3}
 ONE_BY_ONE = {
     "model.vocab_size": (64, {}),
     "model.depth": (3, {}),
@@ -66,6 +73,9 @@ ONE_BY_ONE = {
     "optimizer.momentum": (0.5, MUON),
     "optimizer.weight_decay": (0.5, {}),
     "optimizer.clip_norm": (0.5, {}),
+    "train.lora_rank": (2, {"train.init_from": "elsewhere"}),
+    "train.lora_targets": ("query", LORA),
+    "train.lora_alpha": (8.0, LORA),
     "train.batch_size": (16, {}),
     "train.accumulation_steps": (2, {}),
     "train.eval_batch_size": (16, {}),

@@ -29,6 +29,7 @@ SETS = {
     },
     "COMPILED": ALL
     - {"train.init_from", "train.resume_optimizer", "train.resize_embedding"}
+    - {"train.teacher", "train.teacher_weight", "train.teacher_temperature"}
     - {*SEEDS, *CADENCE, *MESH, "train.steps", *EVALUATED, "data.cache_dir"}
     - {f"data.{name}" for name in DATA - {"sequence_length"}}
     - {f"optimizer.{name}" for name in SCHEDULE},

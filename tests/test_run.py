@@ -149,7 +149,7 @@ def test_data_stand_from_the_first_checkpoint_on(tmp_path):
 def test_a_resumed_run_says_what_changed_and_refuses_other_data(tmp_path, monkeypatch):
     said = []
 
-    def train(config, prepared, mesh, workdir, say, origin):
+    def train(config, prepared, mesh, workdir, say, origin, teacher):
         say("trains")
         (workdir / "checkpoints" / "4").mkdir(parents=True, exist_ok=True)
         return Outcome("finished", None, 4, [], [], 1.0, 1.0, 1.0)

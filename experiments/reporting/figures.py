@@ -148,8 +148,7 @@ def costs(study: Study) -> Figure | None:
     places = {
         "non-embedding parameters": {p: of.parameters["non_embedding"] for p, of in points.items()},
         "training FLOPs of a run": {
-            p: max(r.tokens_seen for r in of.comparison) * of.budgets["train_flops_per_token"]
-            for p, of in points.items()
+            p: max(r.tokens_seen * r.train_flops_per_token for r in of.comparison) for p, of in points.items()
         },
     }
     if all(len(set(of_points.values())) < 2 for of_points in places.values()):

@@ -9,7 +9,16 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from experiments.reporting import beside_paper, evidence, figures, layers, loops, quantized, tables
+from experiments.reporting import (
+    beside_paper,
+    evidence,
+    figures,
+    layers,
+    loops,
+    quantized,
+    step_times,
+    tables,
+)
 from experiments.reporting.figures import Image
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import Record
@@ -123,6 +132,7 @@ def contents(study: Study, images: dict[str, Image]) -> list[Section]:
         ("Against parameters and FLOPs", shown("-costs")),
         ("Training curves", [images["-curves"]]),
         ("Runs that did not finish", _unfinished(study)),
+        ("Time of a step", [step_times.TIMES, times] if (times := step_times.table(study)) else []),
         ("Cost", [_cost(runs)]),
         ("Data", [_data(runs)]),
         ("Code and device", [_origins(study)]),
@@ -195,7 +205,7 @@ def _cost(runs: Sequence[Record]) -> tables.Columns:
             str(len(of_phase)),
             str(datetime.timedelta(seconds=seconds)) + (f" and {unknown} unknown" if unknown else ""),
             tables.quantity(sum(run.tokens_seen for run in of_phase)),
-            tables.quantity(sum(run.tokens_seen * run.budgets["train_flops_per_token"] for run in of_phase)),
+            tables.quantity(sum(run.tokens_seen * run.train_flops_per_token for run in of_phase)),
         ]
         for column, cell in zip(columns.values(), cells, strict=True):
             column.append(cell)

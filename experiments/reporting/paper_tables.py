@@ -104,6 +104,7 @@ SOURCES = {
         "{technique}",
         only=lambda row: row["train_tokens"] == "0.25T",
     ),
+    "distillation": Source("table16_knowledge_distillation", "table 16", "{loss}", printed=""),
     "mobilellm": Source(
         "table09_model_zoo",
         "tables 3, 8 and 9",

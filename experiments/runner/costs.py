@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from experiments.runner.points import Point
 from experiments.runner.studies import by_study
+from experiments.runner.teachers import missing
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.costs.datasheet import PEAK_FLOPS
 
@@ -38,14 +39,17 @@ def costs(points: Sequence[Point], here_s: float | None, here: str) -> str:
         rows[name] = f"{_time(seconds)} at {at}, training alone"
         if small:
             rows[name] += "; models this small take several times as long"
+    if absent := missing(points):
+        rows["teacher"] = f"not counted above. {absent[0]}"
     said = [f"{name:8}{text}" for name, text in rows.items()]
     return "\n".join(said + [_seeds(name, of_study) for name, of_study in by_study(points).items()])
 
 
 def memory_bytes(point: Point) -> int:
-    """Estimated bytes of a run on one device: state and gradients of AdamW, and activations."""
-    budgets = accounting.run_budgets(point.config)
-    return int(budgets["optimizer_bytes"] + budgets["activation_bytes"])
+    """Estimated bytes of a run on one device: state and gradients of AdamW, activations, and a teacher."""
+    budgets = accounting.run_budgets(point.config, point.teacher)
+    taught_by = 4 * accounting.parameters(point.teacher).total if point.teacher else 0
+    return int(budgets["optimizer_bytes"] + budgets["activation_bytes"]) + taught_by
 
 
 def _time(seconds: int | float) -> str:

@@ -51,7 +51,7 @@ def _row(point: Point) -> list[str]:
         f"{counts.as_printed:,}",
         printed[point.facts["point_index"] % len(printed)].printed if printed else "",
         f"{counts.non_embedding:,}",
-        f"{accounting.run_budgets(c)['train_flops_per_token']:.3g}",
+        f"{point.flops_per_token:.3g}",
         f"{c.train.steps * c.train.batch_size * c.data.sequence_length:,}",
         f"{'about ' if point.learning_rates else ''}{point.runs}",
     ]

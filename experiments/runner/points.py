@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from mobilellm_jax.config import Config
+from mobilellm_jax.config import Config, ModelConfig
 from mobilellm_jax.costs import accounting
 
 # Added to the seeds of tuning runs, so that a point is not judged on the noise that chose its learning rate.
@@ -44,6 +44,8 @@ class Point:
       sd: expected standard deviation of the metric over seeds; None if not known.
       control: outside the matched budget on purpose.
       notes: what is to be said of its study before a sweep.
+      teacher: the model of its teacher; None without one, and where it is not there yet.
+      makes_teacher: the command that trains it; "" if the study has none.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Point:
     sd: float | None = None
     control: bool = False
     notes: tuple[str, ...] = ()
+    teacher: ModelConfig | None = None
+    makes_teacher: str = ""
 
     @property
     def arm(self) -> tuple[str, str, str | None]:
@@ -103,13 +107,18 @@ class Point:
 
     @property
     def flops(self) -> float:
-        """Training FLOPs of one run."""
-        return self.tokens * accounting.run_budgets(self.config)["train_flops_per_token"]
+        """Training FLOPs of one run, its teacher's included."""
+        return self.tokens * self.flops_per_token
+
+    @property
+    def flops_per_token(self) -> float:
+        return accounting.run_budgets(self.config, self.teacher)["train_flops_per_token"]
 
     @property
     def cost(self) -> float:
         """Relative run time, for scheduling: FLOPs plus an overhead per layer."""
-        return self.flops + self.tokens * _LAYER_FLOPS * self.config.model.effective_depth
+        layers = self.config.model.effective_depth + (self.teacher.effective_depth / 3 if self.teacher else 0)
+        return self.flops + self.tokens * _LAYER_FLOPS * layers
 
     @property
     def tokens(self) -> int:

@@ -13,6 +13,7 @@ from configs.base import Study
 from experiments import cli
 from experiments.runner import devices, names
 from experiments.runner.points import Point
+from experiments.runner.teachers import teacher_of
 from mobilellm_jax.analysis.records import budget_name
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.costs import accounting
@@ -159,6 +160,8 @@ def _study_points(
             vary=tuple(study.vary),
             sd=study.sd,
             control=designs[index] in study.controls,
+            teacher=teacher_of(config),
+            makes_teacher=study.makes_teacher,
         )
         points.append(point)
     notes = _base_shapes(points)

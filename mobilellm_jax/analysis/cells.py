@@ -184,7 +184,7 @@ def _cell(
         width=run.config["model"]["width"],
         layers=len(run.layer_plan),
         tokens=tokens,
-        flops=tokens * run.budgets["train_flops_per_token"],
+        flops=tokens * run.train_flops_per_token,
         losses=tuple(run.loss for run in sorted(runs, key=lambda run: run.seed)),
         diverged=diverged,
         trigram=run.floor["trigram"] if run.floor else None,

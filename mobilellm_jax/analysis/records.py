@@ -24,7 +24,7 @@ _EVALUATION = ("step", "loss", "bits_per_byte", "error")
 # Not in older records.
 _LATER = (
     *("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor"),
-    *("measures", "quantized", "parent", "diagnostics", "loops"),
+    *("measures", "quantized", "parent", "diagnostics", "loops", "teacher"),
 )
 _KEYS = {  # required keys of nested fields
     "x": ("label", "value", "log"),
@@ -40,6 +40,7 @@ _KEYS = {  # required keys of nested fields
     "floor": ("tokens", "unigram", "bigram", "trigram"),
     "measures": ("floor", "ceiling", "levels"),
     "parent": ("run", "step", "manifest_sha256"),
+    "teacher": ("run", "step", "manifest_sha256", "flops_per_token"),
 }
 
 
@@ -103,6 +104,7 @@ class Record:
         `diagnostics.diagnosis.Diagnosis`.
       loops: held-out scores by number of loops, as `experiments.evaluate --num_repeats` prints them: an
         `Evaluation`, "levels" as in `measures`, "layers" applied, "trained" (number in training), ...
+      teacher: run that this one learned from, see `runs.teacher.Teacher`, and the FLOPs of its forward pass.
 
     The fields from `zero_shot` on are None where they do not apply, and in records older than the field.
     """
@@ -155,6 +157,7 @@ class Record:
     parent: dict[str, Any] | None = None
     diagnostics: dict[str, dict[str, Any]] | None = None
     loops: dict[str, dict[str, Any]] | None = None
+    teacher: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -164,6 +167,12 @@ class Record:
     @property
     def device_name(self) -> str:
         return "{count} x {kind} ({platform})".format(**self.device)
+
+    @property
+    def train_flops_per_token(self) -> float:
+        """FLOPs per token of training, those of a teacher included."""
+        taught = self.teacher["flops_per_token"] if self.teacher else 0.0
+        return self.budgets["train_flops_per_token"] + taught
 
     @property
     def score(self) -> float:

@@ -79,14 +79,17 @@ def executed_flops_per_token(config: ModelConfig, length: int) -> float:
     return _forward_flops(config, keys=mean_keys(length))
 
 
-def executed_train_flops_per_token(config: ModelConfig, length: int) -> float:
+def executed_train_flops_per_token(
+    config: ModelConfig, length: int, teacher: ModelConfig | None = None
+) -> float:
     """FLOPs per token that a training step executes, without recomputation by `remat`.
 
     Three times the forward pass, plus the attention scores once more, which are never stored, plus the sums
-    over H that `attention.py` computes as products with ones.
+    over H that `attention.py` computes as products with ones; and one forward pass of a teacher.
     """
     scores = 2 * config.num_heads * config.head_dim * (mean_keys(length) + 1)
-    return 3 * executed_flops_per_token(config, length) + config.effective_depth * scores
+    taught = executed_flops_per_token(teacher, length) if teacher else 0.0
+    return 3 * executed_flops_per_token(config, length) + config.effective_depth * scores + taught
 
 
 def _forward_flops(config: ModelConfig, keys: float) -> float:
@@ -95,12 +98,14 @@ def _forward_flops(config: ModelConfig, keys: float) -> float:
     return 2 * (config.effective_depth * layer + config.width * config.vocab_size)
 
 
-def train_flops_per_token(config: ModelConfig, length: int) -> float:
+def train_flops_per_token(config: ModelConfig, length: int, teacher: ModelConfig | None = None) -> float:
     """FLOPs per token of a training step: the backward pass costs twice the forward pass.
 
-    These are the model's FLOPs, without recomputation by `remat`.
+    These are the model's FLOPs, without recomputation by `remat`, and those of a teacher's forward pass: one
+    of k times the size of the model adds about k / 3.
     """
-    return 3 * forward_flops_per_token(config, length)
+    taught = forward_flops_per_token(teacher, length) if teacher else 0.0
+    return 3 * forward_flops_per_token(config, length) + taught
 
 
 def over_loops(config: Config, cost: Callable[[ModelConfig], int | float]) -> float:
@@ -173,7 +178,7 @@ def kept_activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
     return rows * length * (norms + attention + ffn) + 4 * 2 * D  # and the gains of two norms
 
 
-def activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
+def activation_bytes(config: ModelConfig, length: int, rows: int, teacher: ModelConfig | None = None) -> int:
     """Estimates the peak bytes of activations in a training step on `rows` rows of `length` tokens.
 
     The sum of the activations that layers and final norm store for the backward pass, and of the larger of
@@ -185,6 +190,9 @@ def activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
     the gradients of five float32 models (48 to 128 wide, 2 to 8 layers, 128 and 512 tokens). Not counted: the
     gradients (see `optimizer_bytes`), the workspace of single operations, `scan_unroll` above 1, and the
     float32 copies in which XLA on a CPU computes most of bfloat16.
+
+    With a teacher, its last hidden states are kept as well, its layer at work and its logits of one
+    `loss_chunk` are transients, and so are the targets made of them.
     """
     c = _BYTES[config.compute_dtype]
     layers = config.effective_depth * kept_activation_bytes(config, length, rows)
@@ -193,23 +201,27 @@ def activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
     if config.ffn_kind == "swiglu":
         at_work += 2 * c * rows * length * config.ffn_width
     at_work += int(rows * config.num_heads * length * mean_keys(length)) * (4 + c)
-    loss_chunk = rows * min(config.loss_chunk, length) * config.vocab_size * (4 + c)
-    return layers + final_norm + max(at_work, loss_chunk)
+    logits = rows * min(config.loss_chunk, length) * config.vocab_size
+    if teacher is None:
+        return layers + final_norm + max(at_work, logits * (4 + c))
+    taught = kept_activation_bytes(dataclasses.replace(teacher, remat="none"), length, rows)
+    kept = rows * length * c * teacher.width
+    return layers + final_norm + kept + max(at_work, taught, logits * (4 + c + 2 * 4))
 
 
-def run_budgets(config: Config) -> dict[str, int | float]:
-    """The `budgets` of a run, which may draw its number of loops at each step.
+def run_budgets(config: Config, teacher: ModelConfig | None = None) -> dict[str, int | float]:
+    """The `budgets` of a run, which may draw its number of loops at each step, and may have a teacher.
 
     Training FLOPs are then a mean over the numbers, and the memory of activations that of the most loops.
     """
     m, length = config.model, config.data.sequence_length
     rows = config.train.batch_size // config.train.accumulation_steps
-    found = budgets(m, length, rows)
     counts = loop_counts(config.train.loops, m.sharing, m.num_repeats)
-    if counts:
-        found["train_flops_per_token"] = over_loops(config, lambda m: train_flops_per_token(m, length))
-        found["activation_bytes"] = activation_bytes(with_repeats(m, counts[-1]), length, rows)
-    return found
+    largest = with_repeats(m, counts[-1]) if counts else m
+    return budgets(m, length, rows) | {
+        "train_flops_per_token": over_loops(config, lambda m: train_flops_per_token(m, length, teacher)),
+        "activation_bytes": activation_bytes(largest, length, rows, teacher),
+    }
 
 
 def budgets(config: ModelConfig, length: int, rows: int) -> dict[str, int | float]:

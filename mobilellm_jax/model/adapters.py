@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from mobilellm_jax.config import Config, ModelConfig
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.origin import Adapters
 from mobilellm_jax.parameters import ADAPTER, Parameter, declared, nest, parameter, sizes
+from mobilellm_jax.train_config import Adapters
 
 Params = dict[str, Any]
 
@@ -44,7 +44,8 @@ def adapted(config: Config) -> ModelConfig:
     """The model that a run trains: `config.model`, with the adapters that `config.train` asks for.
 
     Raises:
-      UserError: `train.loops` is set too, no matrix is adapted, or the rank is above the inputs or outputs of one that is.
+      UserError: `train.loops` is set too, no matrix is adapted, or the rank is above the inputs or outputs of
+        one that is.
     """
     t, m = config.train, config.model
     if not t.lora_rank:

@@ -13,7 +13,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.adapters import init_adapters, join, merge
 from mobilellm_jax.model.block import Block, initial, rms_norm, rope_table
-from mobilellm_jax.model.ops.cross_entropy import cross_entropy, head_logits, token_cross_entropy
+from mobilellm_jax.model.ops.cross_entropy import (
+    cross_entropy,
+    distillation,
+    head_logits,
+    token_cross_entropy,
+)
 from mobilellm_jax.model.ops.rounding import round_tokens
 from mobilellm_jax.model.parameterization import multipliers
 from mobilellm_jax.model.remat import REMAT_POLICIES
@@ -59,6 +64,36 @@ def loss(
     with jax.named_scope("loss"):
         nats = cross_entropy(x_BTD, head_matrix(params), targets_BT, config.loss_chunk)
         return nats, jnp.sum(targets_BT >= 0)
+
+
+def distillation_loss(
+    params: Params,
+    teacher: Params,
+    tokens_BT: Int[Array, "B T"],
+    targets_BT: Int[Array, "B T"],
+    config: ModelConfig,
+    teacher_config: ModelConfig,
+    weight: int | float,
+    temperature: int | float,
+) -> tuple[Float[Array, ""], tuple[Int[Array, ""], Float[Array, ""], Float[Array, ""]]]:
+    """Summed nats of the targets and of a teacher's predictions, see `cross_entropy.distillation`.
+
+    Memory as in `loss`: the teacher's logits of at most `loss_chunk` positions exist as well.
+
+    Returns:
+      The loss, which has gradients with respect to `params` alone; and the number of targets, and the terms
+      of the loss without their factors: nats of the targets, and of the teacher's predictions.
+    """
+    x_BTD = hidden(params, tokens_BT, config)
+    with jax.named_scope("teacher"):
+        teacher = lax.stop_gradient(teacher)
+        teacher_x_BTE = hidden(teacher, tokens_BT, teacher_config)
+    with jax.named_scope("loss"):
+        heads = head_matrix(params), head_matrix(teacher)
+        nats, label, soft = distillation(
+            x_BTD, heads[0], targets_BT, teacher_x_BTE, heads[1], config.loss_chunk, weight, temperature
+        )
+        return nats, (jnp.sum(targets_BT >= 0), label, soft)
 
 
 def token_losses(

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from mobilellm_jax import parameters
-from mobilellm_jax.config import Config, MeshConfig
+from mobilellm_jax.config import Config, MeshConfig, ModelConfig
 from mobilellm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -53,21 +53,22 @@ def in_use(mesh: Mesh | AbstractMesh) -> AbstractContextManager[Any]:
     return use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh)
 
 
-def check_divisible(config: Config, mesh: Mesh | AbstractMesh) -> None:
-    """Checks that the mesh divides the model and the batch.
+def check_divisible(config: Config, mesh: Mesh | AbstractMesh, teacher: ModelConfig | None = None) -> None:
+    """Checks that the mesh divides the model, the batch and the model of a teacher.
 
     Raises:
       UserError: an axis does not divide; the message names the field and the valid sizes.
     """
-    m, rows = config.model, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
     micro_batch = config.train.batch_size // config.train.accumulation_steps
     requirements = [
         ("train.batch_size / train.accumulation_steps", micro_batch, "mesh.data x mesh.fsdp", rows),
         ("train.eval_batch_size", config.train.eval_batch_size, "mesh.data x mesh.fsdp", rows),
         *(
-            (f"model.{axis.size}", getattr(m, axis.size), f"mesh.{axis.mesh}", mesh.shape[axis.mesh])
+            (f"{whose}model.{axis.size}", getattr(m, axis.size), f"mesh.{axis.mesh}", mesh.shape[axis.mesh])
+            for whose, m in (("", config.model), ("train.teacher: its ", teacher))
             for axis in parameters.AXES.values()
-            if axis.mesh
+            if axis.mesh and m is not None
         ),
     ]
     for field, size, axis, ways in requirements:

@@ -74,14 +74,11 @@ def open_parent(config: Config, workdir: AnyPath) -> Parent | None:
     directory = path_of(os.path.expanduser(name))
     if processes.of_first(lambda: has_checkpoint(workdir / "checkpoints")):
         return Parent(directory, None, processes.of_first(lambda: _kept(workdir, directory, name)))
-    there = from_config_dict(processes.of_first(lambda: _read_config(directory, name)))
+    there = read_run_config(directory, f"train.init_from: {name}")
     _check_model(name, there.model, config)
     if config.train.resume_optimizer:
         _check_optimizer(name, directory, there, config)
-    step, damage = newest_intact(directory / "checkpoints")
-    if step is None:
-        why = f"no checkpoint is intact ({'; '.join(damage)})" if damage else "it has no checkpoint yet"
-        raise UserError(f"train.init_from: {name}: {why}")
+    step = newest_step(directory, f"train.init_from: {name}")
     return Parent(directory, there, processes.of_first(lambda: _lineage(directory, there, step)))
 
 
@@ -106,7 +103,10 @@ def claim_parent(workdir: AnyPath, parent: Parent, card: dict[str, Any], config:
 
     def claim() -> dict[str, Any]:
         if not config.train.resize_embedding:
-            _check_tokenizer(parent.directory, card, config)
+            otherwise = ", or train.resize_embedding=true, which keeps rows by id"
+            check_tokenizer(
+                parent.directory, f"train.init_from: {config.train.init_from}", card, config, otherwise
+            )
         lineage = parent.lineage
         if config.train.resume_optimizer and _same_rows(parent.directory, there, card, config):
             lineage = {**lineage, "first_batch": _first_batch(parent.directory, there) + lineage["step"]}
@@ -117,24 +117,46 @@ def claim_parent(workdir: AnyPath, parent: Parent, card: dict[str, Any], config:
 
 
 def check_apart(config: Config, workdir: AnyPath) -> None:
-    """Raises UserError if `train.init_from` is `workdir`."""
-    name = config.train.init_from
-    if name and _place(path_of(os.path.expanduser(name))) == _place(workdir):
-        raise UserError(
-            f"train.init_from: {name} is --workdir itself; what goes on from a run is a new run in another "
-            "--workdir"
-        )
+    """Raises UserError if `train.init_from` or `train.teacher` is `workdir`."""
+    for field, why in (
+        ("init_from", "what goes on from a run is a new run in another --workdir"),
+        ("teacher", "a teacher is another run"),
+    ):
+        name = getattr(config.train, field)
+        if name and _is_same_place(path_of(os.path.expanduser(name)), workdir):
+            raise UserError(f"train.{field}: {name} is --workdir itself; {why}")
 
 
-def _place(directory: AnyPath) -> str:
-    return os.fspath(directory.resolve() if isinstance(directory, Path) else directory).rstrip("/")
+def _is_same_place(one: AnyPath, other: AnyPath) -> bool:
+    def place(directory: AnyPath) -> str:
+        return os.fspath(directory.resolve() if isinstance(directory, Path) else directory).rstrip("/")
+
+    return place(one) == place(other)
 
 
-def _read_config(directory: AnyPath, name: str) -> dict[str, Any]:
-    path = directory / "config.json"
-    if not path.is_file():
-        raise UserError(f"train.init_from: {name}: no run found, {path.name} is missing; check the path")
-    return read_config(path)
+def name_of(directory: AnyPath) -> str:
+    return Path(os.path.abspath(directory)).name if isinstance(directory, Path) else directory.name
+
+
+def read_run_config(directory: AnyPath, field: str) -> Config:
+    """Reads the config of the run that a field names, such as "train.init_from: runs/first"; collective."""
+
+    def read() -> dict[str, Any]:
+        path = directory / "config.json"
+        if not path.is_file():
+            raise UserError(f"{field}: no run found, {path.name} is missing; check the path")
+        return read_config(path)
+
+    return from_config_dict(processes.of_first(read))
+
+
+def newest_step(directory: AnyPath, field: str) -> int:
+    """Finds the newest intact checkpoint of the run that a field names; collective."""
+    step, damage = newest_intact(directory / "checkpoints")
+    if step is None:
+        why = f"no checkpoint is intact ({'; '.join(damage)})" if damage else "it has no checkpoint yet"
+        raise UserError(f"{field}: {why}")
+    return step
 
 
 def _read_lineage(workdir: AnyPath) -> dict[str, Any]:
@@ -167,7 +189,7 @@ def _lineage(directory: AnyPath, there: Config, step: int) -> dict[str, Any]:
     imported = (directory / IMPORTED).exists()
     new = step * t.batch_size * there.data.sequence_length
     return {
-        "run": Path(os.path.abspath(directory)).name if isinstance(directory, Path) else directory.name,
+        "run": name_of(directory),
         "step": step,
         "manifest_sha256": fingerprint(directory / "checkpoints" / str(step)),
         "tokens": None if before is None or imported else before + new,
@@ -219,12 +241,21 @@ def _check_optimizer(name: str, directory: AnyPath, there: Config, config: Confi
     raise UserError(f"train.resume_optimizer: {why}; use train.resume_optimizer=false")
 
 
-def _check_tokenizer(directory: AnyPath, card: dict[str, Any], config: Config) -> None:
-    """Raises UserError unless the ids in the rows of a data card mean what they mean to the parent.
+def check_tokenizer(
+    directory: AnyPath, field: str, card: dict[str, Any], config: Config, otherwise: str = ""
+) -> None:
+    """Raises UserError unless the ids in the rows of a data card mean what they mean to another run.
 
     What ids of a `tokens:` source mean is not known, so they are taken as they are.
+
+    Args:
+      directory: of the other run.
+      field: that names it, such as "train.init_from: runs/first".
+      card: data card of this run.
+      config: of this run.
+      otherwise: other advice than another tokenizer.
     """
-    name, here = config.train.init_from, card["tokenizer_sha256"]
+    here = card["tokenizer_sha256"]
     if here is None:
         return
     tokenizer = open_tokenizer(directory)
@@ -233,7 +264,7 @@ def _check_tokenizer(directory: AnyPath, card: dict[str, Any], config: Config) -
         return
     if there is None:
         raise UserError(
-            f"train.init_from: {name} keeps no tokenizer to compare data.tokenizer={config.data.tokenizer!r} "
+            f"{field} keeps no tokenizer to compare data.tokenizer={config.data.tokenizer!r} "
             "with; give its token ids as a tokens: source"
         )
     advice = "use data of its kind"
@@ -243,9 +274,8 @@ def _check_tokenizer(directory: AnyPath, card: dict[str, Any], config: Config) -
         spec = "bytes" if file is None else f"{kind}:{directory / TOKENIZER / file}"
         advice = f"use --config.data.tokenizer={spec}"
     raise UserError(
-        f"train.init_from: {name} has another tokenizer than data.tokenizer={config.data.tokenizer!r} "
-        f"(sha256 {there[:12]} there, {here[:12]} here); {advice}, or train.resize_embedding=true, which "
-        "keeps rows by id"
+        f"{field} has another tokenizer than data.tokenizer={config.data.tokenizer!r} (sha256 {there[:12]} "
+        f"there, {here[:12]} here); {advice}{otherwise}"
     )
 
 

@@ -38,6 +38,7 @@ from mobilellm_jax.runs.directory import (
 )
 from mobilellm_jax.runs.lineage import claim_parent, open_parent
 from mobilellm_jax.runs.provenance import device
+from mobilellm_jax.runs.teacher import claim_teacher, open_teacher
 from mobilellm_jax.storage import writers
 from mobilellm_jax.storage.files import AnyPath, write_atomically
 from mobilellm_jax.storage.sealed import parse, seal, unseal
@@ -112,7 +113,7 @@ def run(
     Args:
       config: the run.
       workdir: its own directory; receives config.json, data.json, metrics.jsonl, tokenizer/, tensorboard/,
-        checkpoints/ and, where it begins from another run, parent.json.
+        checkpoints/ and, where it begins from another run or has a teacher, parent.json or teacher.json.
       describe: `records.Record` with the fields of the study already set (`functools.partial`).
       say: receives the progress lines.
 
@@ -123,7 +124,7 @@ def run(
     mesh = check(config)
     processes.of_first(lambda: writers.check(config.train.writers))
     processes.of_first(lambda: check_workdir(workdir, config))
-    parent = open_parent(config, workdir)
+    parent, teacher = open_parent(config, workdir), open_teacher(config, workdir, mesh)
     changes = processes.of_first(lambda: claim_workdir(workdir, config))
     if changes:
         say(f"changed since this run was last started: {', '.join(changes)}")
@@ -132,6 +133,8 @@ def run(
     processes.check_same("data", ", ".join(f"{k} {v}" for k, v in data_hashes(card, rows=True).items()))
     warning = processes.of_first(lambda: claim_data(workdir, card))
     parent = parent and claim_parent(workdir, parent, card, config)
+    if teacher:
+        claim_teacher(workdir, teacher, card, config)
     prepared.check_rows(config.train.eval_split)
     if isinstance(prepared, data.TaskData):
         prepared.train.check_steps(config.train.steps, config.train.batch_size)
@@ -140,12 +143,13 @@ def run(
     if jax.process_index() == 0 and (tokenizer := prepared.tokenizer()):
         data.save_tokenizer(tokenizer, workdir / TOKENIZER)
     say(StepLine.at(0.0, "compiling"))
-    outcome = train(config, prepared, mesh, workdir, say, parent and parent.origin(config))
+    origin, taught_by = parent and parent.origin(config), teacher and teacher.for_training
+    outcome = train(config, prepared, mesh, workdir, say, origin, taught_by)
     # The first rows of the data are those of the parent, where it used some up.
     own_rows = outcome.status == "finished" and not (parent and parent.lineage["first_batch"])
     floor = _floor_fields(config, prepared) if own_rows else None
-    lineage = parent and parent.lineage
-    return describe(**measured_fields(config, card, outcome), floor=floor, parent=lineage)
+    lineage = {"parent": parent and parent.lineage, "teacher": teacher and teacher.as_field(config)}
+    return describe(**measured_fields(config, card, outcome), floor=floor, **lineage)
 
 
 def _floor_fields(config: Config, prepared: data.Dataset) -> dict[str, int | float] | None:

@@ -21,6 +21,7 @@ _KEYS = {
     "eval": {"step", "loss", "bits_per_byte", "error"},
     "save": {"step", "train_s"},
 }
+_MORE = {"train": {"teacher_loss"}, "save": set[str]()}  # that a line may have; of "eval", any
 
 
 class MetricsLog:
@@ -60,10 +61,21 @@ class MetricsLog:
                 self._file = Appender(path, "".join(map(_text, kept)))
                 self._writers = open_writers()
 
-    def train(self, step: int, loss: float, grad_norm: float, learning_rate: float, train_s: float) -> None:
-        """Adds the metrics of a training step; a loss that is not finite is written as null."""
+    def train(
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        learning_rate: float,
+        train_s: float,
+        terms: Mapping[str, float] = types.MappingProxyType({}),
+    ) -> None:
+        """Adds the metrics of a training step, and by name other terms of its loss.
+
+        What is not finite is written as null.
+        """
         line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
-        self._add("train", {**line, "train_s": round(train_s, 3)})
+        self._add("train", {**line, "train_s": round(train_s, 3), **terms})
 
     def evaluation(
         self,
@@ -142,7 +154,7 @@ def _read(path: AnyPath) -> list[dict[str, Any]]:
         try:
             line = unseal_if_sealed(parse(text))
             more = line.keys() - {"kind"} - _KEYS[line["kind"]]
-            if not _KEYS[line["kind"]] <= line.keys() or (more and line["kind"] != "eval"):
+            if not _KEYS[line["kind"]] <= line.keys() or not more <= _MORE.get(line["kind"], more):
                 raise ValueError
             parsed.append(line)
         except (AttributeError, KeyError, TypeError, ValueError):

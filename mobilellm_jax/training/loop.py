@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mobilellm_jax import data
+from mobilellm_jax import data, model
 from mobilellm_jax.config import Config, OptimizerConfig
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition, processes
@@ -27,6 +27,7 @@ from mobilellm_jax.training.progress import Diverged, Progress, StepLine, durati
 from mobilellm_jax.training.signals import noted_signals, stopped
 from mobilellm_jax.training.start import Origin, first_state
 from mobilellm_jax.training.step import TrainState
+from mobilellm_jax.training.teacher import Teacher, place_teacher
 
 _SLOW_S = 10.0  # compilation longer than this is said; programs from the cache take less
 
@@ -72,6 +73,7 @@ class _Run:
       batches: training rows, starting at the first step to take.
       learning_rates: float32 [steps].
       loops: number of loops of each step, int [steps]; None where it is not drawn.
+      teacher: its parameters, see `Programs`.
     """
 
     config: Config
@@ -82,6 +84,7 @@ class _Run:
     batches: Iterator[np.ndarray]
     learning_rates: np.ndarray
     loops: np.ndarray | None
+    teacher: tuple[model.Params, ...]
     stops: processes.StopVote
     progress: Progress
 
@@ -93,6 +96,7 @@ def train(
     workdir: AnyPath,
     say: Callable[[str], None],
     origin: Origin | None = None,
+    teacher: Teacher | None = None,
 ) -> Outcome:
     """Trains from the newest intact checkpoint in `workdir`, or from `origin`, to `config.train.steps`.
 
@@ -105,12 +109,12 @@ def train(
         `workdir` failed.
     """
     wall_start = time.perf_counter()
-    programs = compile_programs(compile_key(config), mesh)
+    programs = compile_programs(compile_key(config, teacher.distillation if teacher else None), mesh)
     memory.check_fits(programs.compiled_step, config)
     compile_s = time.perf_counter() - wall_start
     if compile_s > _SLOW_S:
         say(StepLine.at(0.0, f"compiled in {duration(compile_s)}"))
-    run, state = _start(config, prepared, programs, mesh, workdir, say, origin)
+    run, state = _start(config, prepared, programs, mesh, workdir, say, origin, teacher)
     progress = run.progress
     status, error, scores = "finished", None, None
     signals: Sequence[str] = ()
@@ -152,6 +156,7 @@ def _start(
     workdir: AnyPath,
     say: Callable[[str], None],
     origin: Origin | None,
+    teacher: Teacher | None,
 ) -> tuple[_Run, TrainState]:
     """Restores the newest intact checkpoint or initializes the state, and opens data, log and schedule."""
     t = config.train
@@ -174,6 +179,7 @@ def _start(
         batches=prepared.train_batches(batch_size=t.batch_size, seed=t.data_seed, start_step=first, **share),
         learning_rates=_learning_rates(config.optimizer, t.steps),
         loops=loops_of_steps(config),
+        teacher=place_teacher(programs, teacher, mesh),
         stops=processes.StopVote(mesh),
         progress=Progress(config, workdir, start, say),  # last, because it starts the clock
     )
@@ -197,7 +203,7 @@ def _take_steps(run: _Run, state: TrainState, signals: Sequence[str]) -> Scores:
         rows = jax.make_array_from_process_local_data(programs.rows.sharding, next(run.batches))
         learning_rate = run.learning_rates[step - 1]
         take = programs.step if run.loops is None else programs.steps[int(run.loops[step - 1])]
-        state, metrics = take(state, rows, learning_rate)
+        state, metrics = take(state, rows, learning_rate, *run.teacher)
         progress.stepped(step, float(learning_rate), metrics)
         is_last = step == t.steps
         stop = bool(vote) and not is_last

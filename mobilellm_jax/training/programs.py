@@ -13,16 +13,24 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled, Lowered, Traced
-from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
 from mobilellm_jax import model
 from mobilellm_jax.config import COMPILED, Config, ModelConfig, flatten, to_dict
 from mobilellm_jax.model.adapters import adapted
 from mobilellm_jax.model.loops import with_repeats
+from mobilellm_jax.model.stack import cast
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.sharing import loop_counts
-from mobilellm_jax.training.step import Metrics, Sums, TrainState, eval_step, init_state, train_step
+from mobilellm_jax.training.step import (
+    Distillation,
+    Metrics,
+    Sums,
+    TrainState,
+    eval_step,
+    init_state,
+    train_step,
+)
 
 _LEVEL = "xla_backend_optimization_level"  # of LLVM
 
@@ -52,23 +60,25 @@ class Programs:
 
     Attributes:
       init: key -> state.
-      step: (state, rows, learning_rate) -> (state, metrics); the state is donated. Where numbers of loops
-        are drawn, that of the most loops.
+      step: (state, rows, learning_rate, *teacher) -> (state, metrics); the state is donated. Where numbers
+        of loops are drawn, that of the most loops.
       steps: the same by number of loops; {} where none is drawn. A program for each: a step then costs what
         its loops cost and computes what a run with as many repeats does. One program, with empty layers to
         fill up the longest plan, would compile once, but wait for the condition of every layer on a GPU.
       evaluate: (params, rows) -> what `eval_step` gives, the same on every device.
       state: shapes, dtypes and shardings of the state.
       rows, eval_rows: the same, of a training and an evaluation batch.
+      teacher: the same, of a teacher's parameters, in a tuple that is empty without a teacher.
     """
 
     init: Program[[PRNGKeyArray], TrainState]
-    step: Program[[TrainState, Array, ArrayLike], tuple[TrainState, Metrics]]
-    steps: Mapping[int, Program[[TrainState, Array, ArrayLike], tuple[TrainState, Metrics]]]
+    step: Program[..., tuple[TrainState, Metrics]]
+    steps: Mapping[int, Program[..., tuple[TrainState, Metrics]]]
     evaluate: Program[[model.Params, Array], Sums]
     state: TrainState
     rows: jax.ShapeDtypeStruct
     eval_rows: jax.ShapeDtypeStruct
+    teacher: tuple[model.Params, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +86,15 @@ class JittedPrograms(Programs):
     """Programs that are compiled at their first call."""
 
     init: Jitted[[PRNGKeyArray], TrainState]
-    step: Jitted[[TrainState, Array, ArrayLike], tuple[TrainState, Metrics]]
-    steps: Mapping[int, Jitted[[TrainState, Array, ArrayLike], tuple[TrainState, Metrics]]]
+    step: Jitted[..., tuple[TrainState, Metrics]]
+    steps: Mapping[int, Jitted[..., tuple[TrainState, Metrics]]]
     evaluate: Jitted[[model.Params, Array], Sums]
 
     def trace_step(self) -> Traced:
         return self.trace(self.step)
 
     def trace(self, step: Jitted[..., Any]) -> Traced:
-        return step.trace(self.state, self.rows, jax.ShapeDtypeStruct((), jnp.float32))
+        return step.trace(self.state, self.rows, jax.ShapeDtypeStruct((), jnp.float32), *self.teacher)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,27 +104,35 @@ class CompiledPrograms(Programs):
     compiled_step: Compiled
 
 
-def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> JittedPrograms:
+def make_programs(
+    config: Config, mesh: Mesh | AbstractMesh, distillation: Distillation | None = None
+) -> JittedPrograms:
     """Builds the programs without compiling them; the mesh may be abstract."""
     m, o, t = adapted(config), config.optimizer, config.train
     shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), m, o))
     shardings = partition.shardings(shapes, mesh)
     batch, scalar = partition.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
-    def with_sharding(shape: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+    teacher = _teacher_shapes(distillation, mesh)
 
     def rows(size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, config.data.sequence_length + 1), jnp.int32, sharding=batch)
 
+    take = functools.partial(train_step, distillation=distillation)
+
     def step_of(m: ModelConfig) -> Any:
-        def step(state: TrainState, rows: Array, learning_rate: Array) -> tuple[TrainState, Metrics]:
+        def step(
+            state: TrainState, rows: Array, learning_rate: Array, *teacher: model.Params
+        ) -> tuple[TrainState, Metrics]:
             with partition.in_use(mesh):
-                return train_step(state, rows, learning_rate, m, o, t.accumulation_steps)
+                parts = t.accumulation_steps
+                return train_step(
+                    state, rows, learning_rate, m, o, parts, *teacher, distillation=distillation
+                )
 
         return jax.jit(
             step,
-            in_shardings=(shardings, batch, scalar),
+            in_shardings=(shardings, batch, scalar, *jax.tree.map(lambda leaf: leaf.sharding, teacher)),
             out_shardings=(shardings, scalar),
             donate_argnums=0,
             compiler_options=_fast_to_compile(),
@@ -141,10 +159,29 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> JittedPrograms:
             out_shardings=scalar,
             compiler_options=_fast_to_compile(),
         ),
-        state=jax.tree.map(with_sharding, shapes, shardings),
+        state=with_shardings(shapes, shardings),
         rows=rows(t.batch_size),
         eval_rows=rows(t.eval_batch_size),
+        teacher=teacher,
     )
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of `jax.ShapeDtypeStruct` with shardings."""
+
+    def with_sharding(shape: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    return jax.tree.map(with_sharding, shapes, shardings)
+
+
+def _teacher_shapes(distillation: Distillation | None, mesh: Mesh | AbstractMesh) -> tuple[model.Params, ...]:
+    """Parameters of a teacher, cast to its compute dtype once instead of in every step."""
+    if distillation is None:
+        return ()
+    m = distillation.model
+    shapes = jax.eval_shape(lambda: cast(model.init(jax.random.key(0), m), m))
+    return (with_shardings(shapes, partition.shardings(shapes, mesh)),)
 
 
 def _fast_to_compile() -> dict[str, int] | None:
@@ -162,23 +199,25 @@ class CompileKey:
 
     Attributes:
       values: values of all fields that programs depend on.
+      distillation: the part of a teacher in the loss.
       config: one of the configs with this key.
     """
 
     values: tuple[Any, ...]
+    distillation: Distillation | None
     config: Config = dataclasses.field(compare=False)
 
 
-def compile_key(config: Config) -> CompileKey:
+def compile_key(config: Config, distillation: Distillation | None = None) -> CompileKey:
     """Key of a run's programs: all `compiled` fields, and whether evaluation counts right answers."""
     values = tuple(value for name, value in flatten(to_dict(config)).items() if name in COMPILED)
-    return CompileKey((config.data.is_task, *values), config)
+    return CompileKey((config.data.is_task, *values), distillation, config)
 
 
 @functools.lru_cache(maxsize=1)  # a sweep runs the seeds of one point in succession
 def compile_programs(key: CompileKey, mesh: Mesh) -> CompiledPrograms:
     """Compiles the programs of a run; equal keys on one mesh share them."""
-    programs = make_programs(key.config, mesh)
+    programs = make_programs(key.config, mesh, key.distillation)
     steps = {count: programs.trace(step).lower().compile() for count, step in programs.steps.items()}
     step = steps[max(steps)] if steps else programs.trace_step().lower().compile()
     return CompiledPrograms(
@@ -189,5 +228,6 @@ def compile_programs(key: CompileKey, mesh: Mesh) -> CompiledPrograms:
         state=programs.state,
         rows=programs.rows,
         eval_rows=programs.eval_rows,
+        teacher=programs.teacher,
         compiled_step=step,
     )

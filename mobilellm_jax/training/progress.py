@@ -93,12 +93,15 @@ class Progress:
             return
         (self.step, learning_rate, metrics), self._pending = self._pending, None
         loss, self.train_s = float(metrics["loss"]), self._clock.total
-        diverged = not math.isfinite(loss)
+        teacher = float(metrics["teacher_loss"]) if "teacher_loss" in metrics else None
+        diverged = not math.isfinite(loss + (teacher or 0.0))
         if every(self._train.log_every, self.step) or self.step == self._train.steps or diverged:
             speed = self._clock.rate(self.step, self._tokens_per_step)
-            self._log.train(self.step, loss, float(metrics["grad_norm"]), learning_rate, self.train_s)
+            terms = {} if teacher is None else {"teacher_loss": teacher}
+            self._log.train(self.step, loss, float(metrics["grad_norm"]), learning_rate, self.train_s, terms)
             left = duration((self._train.steps - self.step) * self._tokens_per_step / speed)
-            self._tell(f"loss {loss:.4f}  {speed:,.0f} tokens/s  {left} left")
+            beside = "" if teacher is None else f"  teacher's {teacher:.4f}"
+            self._tell(f"loss {loss:.4f}{beside}  {speed:,.0f} tokens/s  {left} left")
         if diverged:
             raise Diverged("loss", self.step)
 

@@ -65,13 +65,24 @@ def _parameters(own: model.Params, checkpoint: AnyPath, there: ModelConfig, mesh
         like[path] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=placed[path])
     for path in mine.keys() - resized:
         mine[path].delete()
-    loaded = place_params(checkpoint, nest(like))
-    if there.adapters:
-        loaded = jax.jit(
-            lambda params: merged(params, there), out_shardings=nest({path: placed[path] for path in mine})
-        )(loaded)
-    named = by_path(loaded)
+    named = by_path(read_merged(checkpoint, nest(like), there))
     return nest({path: _resized(x, mine[path]) if path in resized else x for path, x in named.items()})
+
+
+def read_merged(checkpoint: AnyPath, like: model.Params, there: ModelConfig) -> model.Params:
+    """Reads the parameters of a checkpoint into the shardings of `like`, and merges their adapters.
+
+    Args:
+      checkpoint: of a run.
+      like: shapes and shardings of its parameters.
+      there: its model, with its adapters.
+    """
+    loaded = place_params(checkpoint, like)
+    if there.adapters is None:
+        return loaded
+    _, matrices = split(like, there)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, matrices)
+    return jax.jit(lambda params: merged(params, there), out_shardings=shardings)(loaded)
 
 
 def _resized(loaded_VD: Float[Array, "v D"], mine_VD: Float[Array, "V D"]) -> Float[Array, "V D"]:

@@ -1,5 +1,6 @@
 """The training state, one optimizer step, and one evaluation step: pure functions."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,21 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """The part of a teacher in the loss, see `model.distillation_loss`. Hashable: a static argument.
+
+    Attributes:
+      model: of the teacher.
+      weight: of its predictions, above 0; 1 - weight is that of the tokens.
+      temperature: that divides its logits and the student's.
+    """
+
+    model: ModelConfig
+    weight: float
+    temperature: float
+
+
 def init_state(key: PRNGKeyArray, model_config: ModelConfig, optimizer: OptimizerConfig) -> TrainState:
     params = model.init(key, model_config)
     trained, _ = split(params, model_config)
@@ -39,25 +55,35 @@ def gradients(
     rows_AMS: Int[Array, "A M S"],
     config: ModelConfig,
     frozen: model.Params | None = None,
-) -> tuple[Float[Array, ""], model.Params]:
-    """Mean loss in nats per token and its gradient over A micro-batches of M rows, S = T + 1.
+    teacher: model.Params | None = None,
+    distillation: Distillation | None = None,
+) -> tuple[Metrics, model.Params]:
+    """Losses and the gradient, as means over the targets of A micro-batches of M rows, S = T + 1.
 
-    The gradient is that of `params`; `frozen` has the other parameters, if any.
+    The gradient is that of `params`; `frozen` has the other parameters, if any. The losses are `loss` of the
+    targets, in nats per token, and with a teacher `teacher_loss` of its predictions.
     """
 
-    def nats_and_count(params: model.Params, rows_MS: Int[Array, "M S"]) -> Any:
-        return model.loss(join(params, frozen or {}), *inputs_and_targets(rows_MS), config)
+    def nats_and_terms(params: model.Params, rows_MS: Int[Array, "M S"]) -> Any:
+        params, batch, d = join(params, frozen or {}), inputs_and_targets(rows_MS), distillation
+        if d is None:
+            nats, count = model.loss(params, *batch, config)
+            return nats, (count,)
+        assert teacher is not None
+        return model.distillation_loss(params, teacher, *batch, config, d.model, d.weight, d.temperature)
 
     def add(total: Any, rows_MS: Int[Array, "M S"]) -> tuple[Any, None]:
-        value = jax.value_and_grad(nats_and_count, has_aux=True)(params, rows_MS)
+        value = jax.value_and_grad(nats_and_terms, has_aux=True)(params, rows_MS)
         return jax.tree.map(jnp.add, total, value), None
 
     # The first micro-batch starts the sum, so that a batch in one piece costs no extra gradient buffer.
-    value = jax.value_and_grad(nats_and_count, has_aux=True)(params, rows_AMS[0])
+    value = jax.value_and_grad(nats_and_terms, has_aux=True)(params, rows_AMS[0])
     if rows_AMS.shape[0] > 1:
         value, _ = jax.lax.scan(add, value, rows_AMS[1:])
-    (nats, count), grads = value
-    return nats / count, jax.tree.map(lambda g: g / count, grads)
+    (nats, (count, *terms)), grads = value
+    named = zip(("loss", "teacher_loss"), terms or [nats], strict=False)
+    losses = {name: total / count for name, total in named}
+    return losses, jax.tree.map(lambda g: g / count, grads)
 
 
 def train_step(
@@ -67,21 +93,24 @@ def train_step(
     model_config: ModelConfig,
     optimizer: OptimizerConfig,
     accumulation_steps: int,
+    teacher: model.Params | None = None,
+    distillation: Distillation | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Takes one optimizer step on B rows of S = T + 1 tokens.
+    """Takes one optimizer step on B rows of S = T + 1 tokens; a teacher does not change.
 
-    Metrics: `loss` in nats per token before the step, `grad_norm` before clipping.
+    Metrics: `loss` in nats per token before the step, with a teacher `teacher_loss` of its predictions as
+    well, and `grad_norm` before clipping.
     """
     B, S = rows_BS.shape
     # Micro-batches take every A-th row, so that no row moves to another device.
     rows_AMS = rows_BS.reshape(B // accumulation_steps, accumulation_steps, S).swapaxes(0, 1)
     trained, frozen = split(state.params, model_config)
-    loss, grads = gradients(trained, rows_AMS, model_config, frozen)
+    losses, grads = gradients(trained, rows_AMS, model_config, frozen, teacher, distillation)
     with jax.named_scope("optimizer"):
         transformation = make_optimizer(optimizer, model_config)
         updates, opt_state = transformation.update(grads, state.opt_state, trained)
         params = join(jax.tree.map(lambda p, u: p - learning_rate * u, trained, updates), frozen)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    metrics = {**losses, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state), metrics
 
 

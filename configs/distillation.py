@@ -1,0 +1,75 @@
+"""Distillation: MobileLLM table 16, and the comparison at equal time that it leaves out.
+
+  python -m experiments.train --config=configs/teachers.py:tiny --workdir=runs/teacher_tiny
+  python -m experiments.sweep --config=configs/distillation.py:tiny
+
+The points have one shape. `label` learns from the tokens; `label + teacher` from tokens and teacher in
+equal parts, for as many steps; `label, longer` from the tokens again, for as many FLOPs as `label +
+teacher` takes: what the teacher's time would have bought. Whether that was equal time, the report says,
+which has the ratio of the times of a step.
+
+`tiny` has a teacher of another shape, trained on the same text by the first command, whose FLOPs make a
+step 2.8 times as expensive. Both together have no more FLOPs than `layer_sharing:tiny`, which takes 10
+minutes on 2 CPU cores (the time itself was not measured). It cannot show what a teacher passes on that has
+seen other text than its student.
+
+`paper_125m` and `paper_350m` are the rows of table 16: accuracies of 43.9 and 43.8, 49.1 and 48.8 (label,
+label and teacher). The teacher is LLaMA-v2 7B, to be imported, and its tokenizer that of all points. The
+paper states neither the weight of the two losses nor the shapes: the scores of its first row are those of
+12 x 768 in tables 10 and 11, so these are the SwiGLU models of table 10. Its hours on 32 A100, 29 and 93,
+and 42 and 109, are ratios of 3.2 and 2.6, far below that of the FLOPs with such a teacher; `label, longer`
+goes by its hours.
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+PRESETS = ("tiny", "paper_125m", "paper_350m")
+_PAPER = {"paper_125m": (12, 12, 768), "paper_350m": (15, 20, 1280)}  # depth, num_heads, width
+_LABELS = ("label", "label + teacher", "label, longer")
+# Cost of a step with the teacher, in steps without: in FLOPs, and in the paper's hours.
+RATIO = {"tiny": 2.76, "paper_125m": 93 / 29, "paper_350m": 109 / 42}
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+    """Config that all points share."""
+    base.check_preset(__file__, preset, PRESETS)
+    config = base.get_config()
+    base.use_recipe(config, preset)
+    model = config.model
+    if preset in _PAPER:
+        model.depth, model.num_heads, model.width = _PAPER[preset]
+        model.share_embedding = False  # as in table 10
+        config.train.teacher = "runs/llama2_7b"
+        config.data.tokenizer = "sentencepiece:runs/llama2_7b/tokenizer/tokenizer.model"
+    else:
+        model.depth, model.num_heads, model.width, model.ffn_width = 3, 4, 64, 192
+        base.use_base_shape(config, model.depth, model.width)
+        config.train.teacher = "runs/teacher_tiny"
+    return config
+
+
+def study(preset: str) -> base.Study:
+    makes = "train --config=configs/teachers.py:tiny --workdir=runs/teacher_tiny"
+    if preset in _PAPER:
+        makes = "import_hf --source=<folder of Llama-2-7b-hf> --workdir=runs/llama2_7b"
+    return base.Study(
+        question="Does a teacher pay, at equal steps and at equal time?",
+        scientific=("train.teacher_weight", "train.steps"),
+        labels=_LABELS,
+        pairs=[(_LABELS[1], _LABELS[0]), (_LABELS[1], _LABELS[2])],
+        matched="total_parameters",
+        tolerance=0.0,
+        makes_teacher=f"python -m experiments.{makes}",
+        **{**base.protocol(preset), **({} if preset in _PAPER else {"arms": base.COMPLETEP})},
+    )
+
+
+def sweep(preset: str) -> Iterator[base.Overrides]:
+    """Yields the overrides of each point."""
+    steps = get_config(preset).train.steps
+    longer = round(RATIO[preset] * steps)
+    yield from base.zipped(train__teacher_weight=(0.0, 0.5, 0.0), train__steps=(steps, steps, longer))
