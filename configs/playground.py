@@ -165,6 +165,7 @@ def study(preset: str) -> base.Study:
         # A longer training tells each fact more often, which is a number of the source.
         scientific=("model.depth", "model.width", "model.sharing", "train.steps", "data.source"),
         labels=[label for label, _ in _rows(preset)],
+        baseline=shapes[ability.shared[0]],
         pairs=pairs,
         arms=base.BOTH,
         learning_rates=ability.learning_rates,
