@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.reporting import drawing, figures
+from experiments.reporting import beside_text, drawing, figures
 from experiments.reporting.drawing import styled
 from experiments.reporting.pages import Section, write_page
 from experiments.reporting.tables import Columns, quantity
@@ -41,14 +41,16 @@ def by_size(studies: Iterable[Study]) -> dict[str, dict[str, Study]]:
 
 def write(studies: Iterable[Study], workdir: str | AnyPath) -> list[str]:
     """Writes figures/ and reports/playground-<size> for every size, and returns the texts to print."""
-    said = []
+    said, studies = [], list(studies)
     for size, of_size in by_size(studies).items():
         name = f"{STUDY}-{size}"
         image = figures.save(name, "Every design in every ability", draw(of_size), workdir)
         columns, found = table(of_size), sentences(of_size)
+        texts = beside_text.lines(of_size, studies)
         links = [f"{ability}: reports/{study.stem}.md" for ability, study in of_size.items()]
         sections: list[Section] = [
             ("All abilities", [found, image, _NOTE, columns]),
+            ("Does it predict text?", [beside_text.NOTE, texts] if texts else []),
             ("The report of each ability", [links]),
         ]
         path = write_page(name, TITLE, sections, workdir)
@@ -122,16 +124,16 @@ def _by_roles(of_size: Mapping[str, Study]) -> dict[str, dict[str, Comparison]]:
     for ability, study in of_size.items():
         for c in study.verdict.comparisons:
             if {c.point, c.other} <= study.points.keys():
-                row = _roles(study.points[c.point], study.points[c.other])
+                row = roles(study.points[c.point], study.points[c.other])
                 if ability in rows.get(row, {}):  # of several such pairs, the first has the plain words
                     row = f"{row}, {c.point} against {c.other}"
                 rows.setdefault(row, {})[ability] = c
     return rows
 
 
-def _roles(point: Point, other: Point) -> str:
-    """What the pair is about, in words that hold for every ability."""
-    arm = f" ({point.arm})" if point.arm and point.arm != "completep" else ""
+def roles(point: Point, other: Point, with_arm: bool = True) -> str:
+    """What the pair is about, in words that hold for every ability, with the arm if it is not the first."""
+    arm = f" ({point.arm})" if with_arm and point.arm and point.arm != "completep" else ""
     blocks, applied = len(set(point.layer_plan)), len(point.layer_plan)
     if applied == blocks:
         shape = "more, thinner" if applied > len(other.layer_plan) else "fewer, wider"

@@ -115,6 +115,7 @@ def contents(study: Study, images: dict[str, Image]) -> list[Section]:
         ("Learning rates", [*shown("-learning_rates"), *_learning_rates(found.tuning)]),
         ("Outcomes", [MEASURES[study.facts.metric].caption, tables.outcomes(study), _seeds(study)]),
         ("By level", [evidence.LEVELS, levels] if (levels := evidence.levels(study)) else []),
+        ("Bits per parameter", [evidence.BITS, bits] if (bits := evidence.bits(study)) else []),
         ("Quantization", _quantization(study)),
         ("Zero-shot accuracy", [SHARES, zero_shot] if (zero_shot := tables.zero_shot(study)) else []),
         ("Zero-shot, question by question", [evidence.PAIRED, paired] if paired else []),

@@ -124,7 +124,7 @@ def _report(profile: Profile, against: AnyPath, points: Sequence[Point], out: An
                 f"no records of {CONFIG}:{preset} in {against}: drawn alone; make them with: python -m "
                 f"experiments.sweep --config={CONFIG}:{preset} --workdir={against}"
             )
-        abilities[preset.rpartition("_")[0]] = profiles.beside(own, recorded, baseline, notes)
+        abilities[preset.removesuffix(f"_{profile.size}")] = profiles.beside(own, recorded, baseline, notes)
     if abilities:
         print("\n" + profiles.write(profile.size, abilities, out))
     for record in unfinished:
