@@ -70,7 +70,7 @@ def draw(of_size: Mapping[str, Study], title: str = TITLE, marked: Collection[st
         drawing.draw_values(axes, study)
         axes.set_ylabel(textwrap.fill(axes.get_ylabel(), 32))
         for place, label in enumerate(study.points):
-            if label in marked:
+            if label in marked and drawing.places_of(study) is None:  # a point for each place
                 axes.axvspan(place - 0.4, place + 0.4, color="#F0E442", alpha=0.3, lw=0, zorder=0)
                 axes.get_xticklabels()[place].set_fontweight("bold")
         part.suptitle(ability, fontsize=12)

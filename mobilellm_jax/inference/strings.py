@@ -21,7 +21,7 @@ def draw_strings(
       temperature: divisor of the logits; 0 takes the most probable token, so that all strings are alike.
     """
     separator, longest = task.symbols, task.drawn.lengths[0][0][1]
-    sampling = Sampling(temperature=temperature, top_k=0, top_p=1.0)
+    sampling = Sampling(temperature=float(temperature), top_k=0, top_p=1.0)
     generator = Generator(params, config, sampling, context=longest + 2)
     found: list[np.ndarray | None] = []
     for place in range(0, count, _ROWS):
