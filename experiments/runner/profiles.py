@@ -30,7 +30,7 @@ NOT_TAKEN = {
     *("compute_dtype", "remat", "scan_unroll", "loss_chunk"),
 }
 TAKEN = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in NOT_TAKEN)
-_HEAD_DIMS, _FFN_STEP, _FFN_BAND = (8, 10, 12, 16, 20, 24, 32), 2, 0.25
+_HEAD_DIMS, _FFN_STEP, _FFN_BAND = tuple(range(6, 34, 2)), 1, 0.35
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _sized(
         found = solve(config.model, budget, float(target), length=length, rules=rules, depth=depth)
     except UserError as error:
         if fit:
-            raise UserError(f"--fit: {label}: {error}") from None
+            raise UserError(f"--fit: {label}: {error}; or leave --fit out") from None
         found = None
     if fit and found:
         return dataclasses.replace(config, model=found.config), ""
