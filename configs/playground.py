@@ -10,7 +10,14 @@ twice as many blocks, and the two blocks trained for as many FLOPs as applying t
 
 33,000 non-embedding parameters and 256,000 to 269,000 tokens (8,200 and 512,000 for knowledge): sizes at
 which no design of equal size reaches the ceiling or stays on the floor. A run takes 3 to 6 seconds of a core.
-Under CompleteP; `--arms=completep,standard` adds the paper's parameterization.
+Under CompleteP; `--arms=completep,standard` adds the paper's parameterization, as a check: a finding that
+holds under one alone may be about that one.
+
+  python -m experiments.sweep --config=configs/playground.py:tiny5     # and hops, breadth, the order reverse
+  python -m experiments.sweep --config=configs/playground.py:laptop    # and sharing at a second depth
+  python -m experiments.sweep --config=configs/playground.py:paper     # 8 x 512 and 12 x 768, on a GPU
+
+`--list` says what each costs.
 
 What it cannot show: how these abilities add up to text (configs/shape_laws.py is about that), and sizes at
 which models are used. Learning jumps in the structure task, so that the spread over seeds is large there:
@@ -24,7 +31,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-Shape = tuple[int, int, int, int]  # depth, num_heads, width, ffn_width; heads have size 16
+Shape = tuple[int, int, int, int]  # depth, num_heads, width, ffn_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,7 @@ class _Ability:
       shared: places in `shapes` of those that are also applied twice.
       flops: training FLOPs of those applied twice, over those of once.
       orders: in which they are.
+      head_dim, compute_dtype: as in the config, for all designs.
       steps, batch_size, eval_rows: rows of training are steps x batch_size.
       exposures: of each fact, 0 where there are none.
       learning_rates: grid of the search.
@@ -51,6 +59,8 @@ class _Ability:
     shared: tuple[int, ...] = (1,)
     flops: tuple[float, ...]
     orders: tuple[str, ...] = ("immediate", "repeat_all")
+    head_dim: int = 16
+    compute_dtype: str = "float32"
     steps: int
     batch_size: int
     eval_rows: int
@@ -109,7 +119,110 @@ _ABILITIES = {
         sd=0.04,
     ),
 }
-COLLECTIONS = {"tiny": ("structure_tiny", "manipulation_tiny", "knowledge_tiny")}
+
+
+# --- all five abilities, and larger sizes ---------------------------------------------------------------
+
+_ALL = ("structure", "manipulation", "knowledge", "hops", "breadth")
+_ORDERS = ("immediate", "repeat_all", "reverse")
+_HOPS = _Ability(
+    source="khop:hops=3,min_hops=1,symbols=7,queries=7",
+    vocab_size=57,
+    length=54,
+    shapes=_TINY_33K,
+    orders=_ORDERS,
+    flops=(1.94,),
+    steps=500,
+    batch_size=16,
+    eval_rows=512,
+    learning_rates=(2**-8, 2**-7, 2**-6),
+    metric="wrong",
+    margin=0.05,
+    sd=0.04,
+)
+_BREADTH = _Ability(
+    source="breadth:vertices=7,parents=2",
+    vocab_size=57,
+    length=18,
+    shapes=_TINY_33K,
+    orders=_ORDERS,
+    flops=(1.94,),
+    steps=500,
+    batch_size=32,
+    eval_rows=1024,
+    learning_rates=(2**-8, 2**-7, 2**-6),
+    metric="error",  # of whole answers; as a mean over levels, the few rows of the largest would decide
+    margin=0.05,
+    sd=0.04,
+)
+_TINY5 = {
+    **{ability: dataclasses.replace(_ABILITIES[f"{ability}_tiny"], orders=_ORDERS) for ability in _ALL[:3]},
+    "hops": _HOPS,
+    "breadth": _BREADTH,
+}
+# The same with sharing at a second depth.
+_SECOND = {"structure": 2.0, "manipulation": 2.0, "knowledge": 1.9, "hops": 1.96, "breadth": 1.96}
+_LAPTOP = {
+    ability: dataclasses.replace(of, shared=(1, 2), flops=(*of.flops, _SECOND[ability]))
+    for ability, of in _TINY5.items()
+}
+_PAPER_25M: tuple[Shape, ...] = ((4, 11, 704, 2044), (8, 8, 512, 1366), (32, 4, 256, 684))
+_PAPER_85M: tuple[Shape, ...] = ((6, 17, 1088, 2888), (12, 12, 768, 2048), (48, 6, 384, 1024))
+# Source, vocabulary, length, batch and steps.
+_PAPER_TASKS = {
+    "structure": ("structure:levels=6,symbols=10,rules=3,grammar=1,tokens=1024", 11, 1024, 128, 20_000),
+    "manipulation": ("manipulation:modulus=23,operations=10,operators=3", 26, 21, 1024, 80_000),
+    "knowledge": (
+        "knowledge:people=500000,attributes=6,values=256,wordings=5,symbols=100,exposures={exposures}",
+        386,
+        14,
+        1000,
+        50_000,
+    ),
+    "hops": ("khop:hops=8,min_hops=1,symbols=225,queries=5,tokens_per_node=2", 31, 1095, 128, 20_000),
+    "breadth": ("breadth:vertices=110,parents=4", 12_211, 540, 256, 20_000),
+}
+
+
+def _paper(ability: str, shapes: tuple[Shape, ...], flops_of_breadth: float) -> _Ability:
+    """An ability at a size of arXiv 2512.17351, with heads of 64.
+
+    8 x 512, 12 x 768 and the 100 exposures are the paper's; the shapes beside these, the numbers of the
+    tasks, batches and steps are ours.
+    """
+    source, vocab_size, length, batch_size, steps = _PAPER_TASKS[ability]
+    return dataclasses.replace(
+        _TINY5[ability],
+        source=source,
+        vocab_size=vocab_size,
+        length=length,
+        shapes=shapes,
+        flops=(flops_of_breadth if ability == "breadth" else 2.0,),
+        head_dim=64,
+        compute_dtype="auto",
+        steps=steps,
+        batch_size=batch_size,
+        eval_rows=256 if ability == "structure" else 2048,
+        exposures=100 if ability == "knowledge" else 0,
+        learning_rates=(2**-11, 2**-10, 2**-9),
+    )
+
+
+for _size, _of in {
+    "tiny5": _TINY5,
+    "laptop": _LAPTOP,
+    "paper8x512": {ability: _paper(ability, _PAPER_25M, 1.81) for ability in _ALL},
+    "paper12x768": {ability: _paper(ability, _PAPER_85M, 1.91) for ability in _ALL},
+}.items():
+    _ABILITIES |= {f"{ability}_{_size}": of_ability for ability, of_ability in _of.items()}
+COLLECTIONS = {
+    "tiny": ("structure_tiny", "manipulation_tiny", "knowledge_tiny"),
+    **{
+        size: tuple(f"{ability}_{size}" for ability in _ALL)
+        for size in ("tiny5", "laptop", "paper8x512", "paper12x768")
+    },
+}
+COLLECTIONS["paper"] = (*COLLECTIONS["paper8x512"], *COLLECTIONS["paper12x768"])
 PRESETS = (*COLLECTIONS, *_ABILITIES)
 
 
@@ -123,7 +236,8 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     depth, _, width, _ = ability.shapes[ability.shared[0]]
     base.use_base_shape(config, depth, width)
     config.model.vocab_size = ability.vocab_size
-    config.model.head_dim = 16
+    config.model.head_dim = ability.head_dim
+    config.model.compute_dtype = ability.compute_dtype
     config.model.remat = "dots"
     config.data.source = _source(ability, 1.0)
     config.data.sequence_length = ability.length
@@ -135,8 +249,8 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     train.steps = ability.steps
     train.batch_size = ability.batch_size
     train.eval_every = max(ability.steps // 2, 1)
-    train.log_every = train.checkpoint_every = ability.steps
-    train.eval_rows = train.eval_batch_size = ability.eval_rows
+    train.log_every = train.checkpoint_every = min(ability.steps, 1000)
+    train.eval_rows, train.eval_batch_size = ability.eval_rows, min(ability.eval_rows, 1024)
     return config
 
 
@@ -166,6 +280,7 @@ def study(preset: str) -> base.Study:
         # A longer training tells each fact more often, which is a number of the source.
         scientific=("model.depth", "model.width", "model.sharing", "train.steps", "data.source"),
         labels=[label for label, _ in _rows(preset)],
+        baseline=shapes[ability.shared[0]],
         pairs=pairs,
         arms=base.BOTH,
         learning_rates=ability.learning_rates,

@@ -4,11 +4,15 @@
   python -m experiments.evaluate --workdir=runs/first --tasks=mobilellm --data_dir=eval
   python -m experiments.evaluate --workdir=runs/first --tasks=arc_easy,triviaqa,race,lambada_openai
   python -m experiments.evaluate --workdir=runs/looped --num_repeats=1,2,4,8
+  python -m experiments.evaluate --workdir=runs/playground/structure_tiny/2-x-38-s0 --strings=1000
 
 Perplexity and bits per byte of a text, cut into rows of data.sequence_length tokens like the held-out rows
 of training: the first tokens of a row are predicted from little. A document ends with EOS, and begins with
 BOS as in the model's training: for an imported model, if its tokenizer puts one there.
 Bits per byte compare models with different tokenizers, perplexities do not.
+
+--strings draws strings from a model of the task structure, token by token, and says which share of them the
+grammar has, by an exact parser.
 
 Zero-shot accuracy by EleutherAI's lm-evaluation-harness, which is an extra: pip install -e '.[eval]'.
 `mobilellm` stands for the paper's eight tasks. Without --data_dir, questions come from the hub, and every
@@ -33,9 +37,12 @@ from experiments.runner import looping
 from experiments.runner.flags import asked_loops, asked_questions, define_loops, define_scoring
 from experiments.runner.scoring import score_tasks
 from mobilellm_jax import data
+from mobilellm_jax.analysis.statistics import interval_of_share
 from mobilellm_jax.config import Config, MeshConfig
+from mobilellm_jax.data.tasks.structure import Structure
 from mobilellm_jax.data.text import read_text
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.inference.strings import count_parsed, draw_strings
 from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
@@ -51,6 +58,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "directory of the run")
     flags.DEFINE_string("text", None, "text to score: bundled, files:<glob>, hub:<name> or tfds:<name>")
     flags.DEFINE_string("text_field", "text", "field that holds the text in jsonl files and TFDS")
+    flags.DEFINE_integer("strings", None, "of a grammar: strings to draw from the model, and to parse", 1)
     flags.DEFINE_bool("bos", None, "begin texts of --tasks with BOS; by default as in the model's training")
     flags.DEFINE_integer("batch_size", None, "rows at a time; else as in training")
     flags.DEFINE_list(
@@ -71,16 +79,20 @@ def main() -> int:
         raise UserError(
             "--num_repeats: cannot be combined with --tasks, which ask the model as it was trained"
         )
-    if not FLAGS.text and not FLAGS.tasks and not counts:
+    if not FLAGS.text and not FLAGS.tasks and not counts and not FLAGS.strings:
         raise UserError(
             "--text: missing; name a text to score, such as --text='files:corpus/*.txt', or --tasks=mobilellm"
         )
     questions = asked_questions(FLAGS.bos)
     workdir = cli.directory("workdir", FLAGS.workdir)
     config, params = open_run(workdir)
+    if FLAGS.strings:
+        _score_strings(config, params, FLAGS.strings)
     if counts and not FLAGS.text:
         enable_compilation_cache()
         return _score_loops(counts, workdir, _on_this_machine(config), params)
+    if not FLAGS.text and not questions:
+        return 0
     tokenizer = open_tokenizer(workdir)
     if tokenizer is None:
         raise UserError(f"{workdir}: this run has no tokenizer, which --text and --tasks need")
@@ -143,6 +155,27 @@ def _score_loops(counts: Sequence[int], workdir: AnyPath, config: Config, params
         print(line + ("  as in training" if count == entry["trained"] else ""), flush=True)
     print(f"see {path}")
     return 0
+
+
+def _score_strings(config: Config, params: Params, count: int) -> None:
+    """Prints the share of strings drawn from the model that its grammar has.
+
+    Raises:
+      UserError: the model was not trained on a grammar.
+    """
+    prepared = data.prepare(config.data, config.model.vocab_size)
+    task = prepared.train if isinstance(prepared, data.TaskData) else None
+    if not isinstance(task, Structure):
+        raise UserError(
+            f"--strings={count}: the run was trained on {config.data.source}, not on structure:..."
+        )
+    enable_compilation_cache()
+    parsed = count_parsed(task, draw_strings(params, config.model, task, count, seed=0))
+    low, high = interval_of_share(parsed, count)
+    print(
+        f"{config.data.source}: {parsed / count:.1%} [{low:.1%}, {high:.1%}] of {count:,} strings drawn from "
+        "the model parse"
+    )
 
 
 if __name__ == "__main__":

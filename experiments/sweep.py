@@ -13,6 +13,7 @@
   python -m experiments.sweep --quantize=w8a8,w4:32                  # and what quantization costs it
   python -m experiments.sweep --diagnose                             # and what each of its layers does
   python -m experiments.sweep --num_repeats=1,2,4                    # and scores with other numbers of loops
+  python -m experiments.sweep --config=configs/repeats.py:tiny --profile   # and what its designs learn apart
 
 Every point looks for its own learning rate first, with a seed of its own. When all are through, parabolas of
 one curvature are fitted to the searches of a study, and every point trains with the same seeds as all others
@@ -26,9 +27,11 @@ diverges is recorded as such, and the others go on; a process that a signal ende
 Sweeps that share a --workdir share the points; the point of one that died is taken over (`runner/leases.py`).
 With --tasks, every finished run answers them at the end, also one that was there before; what its record has
 is not asked again. So it is with the schemes of --quantize (`experiments.quantize`), with --diagnose
-(`experiments.diagnose`) and with --num_repeats, for models that have loops. Points chosen by --only are
-compared as the study asks, or, where it asks for no pair of them, all with each other. In --workdir: results/
-has one JSON record for each run, reports/ and figures/ what they show, runs/ checkpoints and logs.
+(`experiments.diagnose`) and with --num_repeats, for models that have loops. With --profile, every design is
+trained on the abilities of the playground as well, in profile/ (`experiments.profile`). Points chosen by
+--only are compared as the study asks, or, where it asks for no pair of them, all with each other. In
+--workdir: results/ has one JSON record for each run, reports/ and figures/ what they show, runs/ checkpoints
+and logs.
 """
 
 import os
@@ -37,7 +40,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
-from experiments.runner import devices, hosts, teachers
+from experiments.runner import devices, hosts, profiles, teachers
 from experiments.runner.flags import (
     DEFAULT_STUDY,
     asked_loops,
@@ -46,10 +49,11 @@ from experiments.runner.flags import (
     asked_schemes,
     define_sweep,
 )
-from experiments.runner.listing import said_to_compare, table
+from experiments.runner.listing import said_to_compare, said_to_cost, table
 from experiments.runner.points import Point
 from experiments.runner.studies import shard
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.files import AnyPath
 
 FLAGS = flags.FLAGS
 
@@ -59,6 +63,7 @@ def main() -> int:
     questions, schemes, whole = asked_questions(), asked_schemes(), asked_points()
     loops = asked_loops()
     points = shard(whole, FLAGS.shard)
+    profile = _profile(whole) if FLAGS.profile else None
     if FLAGS.status:
         return _print_status(points)
     groups = None
@@ -68,14 +73,16 @@ def main() -> int:
         hosts.start()
     if FLAGS.only:
         print(said_to_compare(points))
-    print(table(points))
+    listed = [*points, *(profile.points if profile else [])]
+    print("\n".join([table(listed), *(profile.warnings() if profile else [])]))
     if FLAGS.list:
-        print(f"\n{_costs(points)}")
+        print(f"\n{said_to_cost(listed, FLAGS.jobs)}")
         return 0
     from experiments.runner.sweeping import sweep  # here: half of what is imported, --status needs none of it
 
     workdir = cli.directory("workdir", FLAGS.workdir)
-    return sweep(
+    every = FLAGS.lines_every
+    status = sweep(
         points,
         workdir,
         FLAGS.jobs,
@@ -83,10 +90,31 @@ def main() -> int:
         questions,
         whole,
         quantized=schemes,
-        lines_every=FLAGS.lines_every,
+        lines_every=every,
         diagnosed=FLAGS.diagnose,
         loops=loops,
     )
+    if profile:
+        more = {"jobs": FLAGS.jobs, "groups": groups, "lines_every": every}
+        status = max(status, profiles.run(profile, workdir / "profile", _on_record(), **more))
+    return status
+
+
+def _profile(points: Sequence[Point]) -> profiles.Profile:
+    """The profile of all designs of the sweep.
+
+    Raises:
+      UserError: several processes share the sweep, or it is that of the playground.
+    """
+    if FLAGS.shard != "0/1" or hosts.asked():
+        raise UserError("--profile: cannot be combined with --shard or --distributed; run it afterwards")
+    if any(point.facts["study"] == profiles.STUDY for point in points):
+        raise UserError("--profile: this study is the playground; leave the flag out")
+    return profiles.planned(profiles.designs_of(points), "tiny", _on_record(), FLAGS.seeds)
+
+
+def _on_record() -> AnyPath:
+    return cli.ROOT / "experiments"
 
 
 def _print_status(points: Sequence[Point]) -> int:
@@ -97,18 +125,6 @@ def _print_status(points: Sequence[Point]) -> int:
         raise UserError(f"--workdir={FLAGS.workdir}: there is no such directory; no sweep has run there")
     print(status(points, workdir))
     return 0
-
-
-def _costs(points: Sequence[Point]) -> str:
-    from experiments.runner.costs import costs
-    from experiments.runner.sweeping import default_jobs, expected_seconds
-
-    try:
-        jobs = min(FLAGS.jobs or default_jobs(), len(points))
-        seconds = expected_seconds([(point, point.runs) for point in points]) / jobs
-    except RuntimeError as error:  # a TPU serves one process at a time
-        return costs(points, None, f"as its devices cannot be used: {str(error).splitlines()[0]}")
-    return costs(points, seconds, f"points side by side: {jobs}, by the rate of matrix products measured now")
 
 
 def _groups() -> list[dict[str, str]] | None:
@@ -126,5 +142,10 @@ def _groups() -> list[dict[str, str]] | None:
     return groups
 
 
+def define_flags() -> None:
+    define_sweep()
+    flags.DEFINE_bool("profile", False, "train every design on the abilities of the playground as well")
+
+
 if __name__ == "__main__":
-    cli.run(main, default_config=DEFAULT_STUDY, define_flags=define_sweep)
+    cli.run(main, default_config=DEFAULT_STUDY, define_flags=define_flags)

@@ -15,6 +15,7 @@ from mobilellm_jax.data.tasks.grammar import Grammar, draw_grammar
 from mobilellm_jax.data.tasks.structure import Structure
 from mobilellm_jax.data.tasks.task import Stream
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.inference import strings
 
 SPEC = "structure:levels=2,symbols=3,rules=2,grammar=5,tokens=24"
 # "aaa" has two derivations from the start: S -> X Y with X = aa, Y = a.. and the other way round.
@@ -214,6 +215,41 @@ def test_rows_stay_the_same():
     )
     hashes = [hashlib.sha256(batch.astype("<i4").tobytes()).hexdigest()[:4] for batch in (train, valid)]
     assert hashes == ["265c", "9b3d"]
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_a_string_parses_where_it_has_a_derivation(name):
+    grammar = GRAMMARS[name]
+    found, _ = language(grammar)
+    every = [s for length in range(7) for s in itertools.product(range(grammar.symbols), repeat=length)]
+    strings = [*every, *found, (grammar.symbols,), (-1, 0)]
+    parses = grammar.parse([np.array(string, int) for string in strings])
+    assert parses.tolist() == [string in found for string in strings]
+    assert 0 < parses.sum() < len(strings)
+
+
+def test_strings_are_drawn_up_to_the_next_separator(monkeypatch):
+    """Of 300: some of the language, one that is not, one empty, one without an end."""
+    task = Structure(levels=2, symbols=3, rules=2, grammar=5, tokens=24)
+    words = sorted(language(task.drawn)[0])
+    longest = max(map(len, words))
+    texts = [words[place % len(words)] for place in range(297)] + [(0,) * longest, (), (0,) * (longest + 1)]
+
+    class Fake:
+        def __init__(self, params, config, sampling, context):
+            assert (sampling.temperature, context) == (1, longest + 2)
+
+        def start(self, prompts, max_new_tokens, eos_id, seed, place):
+            assert (prompts, max_new_tokens, eos_id) == ([[3]] * len(prompts), longest + 1, 3)
+            here = [*texts[place : place + len(prompts)], *([()] * len(prompts))][: len(prompts)]
+            for step in range(max_new_tokens):
+                yield [(*text, 3, *[None] * longest)[step] for text in here]
+
+    monkeypatch.setattr(strings, "Generator", Fake)
+    drawn = strings.draw_strings({}, tiny_config().model, task, 300, seed=0)
+    assert [s if s is None else tuple(s.tolist()) for s in drawn] == [*texts[:-1], None]
+    assert (0,) * longest not in words
+    assert strings.count_parsed(task, drawn) == 297
 
 
 BAD = [

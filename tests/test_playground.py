@@ -5,10 +5,11 @@ import math
 import re
 
 import pytest
+from scipy import stats
 from test_results import make_record
 
 from configs import base, playground
-from experiments.reporting import abilities
+from experiments.reporting import abilities, beside_text, evidence, literature
 from mobilellm_jax import data
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.config import from_config_dict
@@ -144,3 +145,136 @@ def test_the_page_of_all_abilities_leads_to_each(tmp_path):
 def test_one_ability_alone_has_no_page_of_all(tmp_path):
     structure, _ = studies()
     assert abilities.write([structure], tmp_path) == []
+
+
+def test_collections_hold_what_their_names_say():
+    """The default sweep stays small; the others have all five abilities and three orders."""
+    sizes = {size: [preset.partition("_")[0] for preset in of] for size, of in playground.COLLECTIONS.items()}
+    five = ["structure", "manipulation", "knowledge", "hops", "breadth"]
+    assert playground.PRESETS[0] == "tiny"
+    assert sizes.pop("tiny") == five[:3]
+    assert sizes.pop("paper") == five * 2
+    assert sizes == dict.fromkeys(("tiny5", "laptop", "paper8x512", "paper12x768"), five)
+    for preset in ("structure_tiny5", "knowledge_laptop"):
+        shared = {c.model.sharing: c.model.plan for c in designs(preset).values() if c.model.num_repeats == 2}
+        assert set(shared) == {"immediate", "repeat_all", "reverse"}
+    depths = {c.model.depth for c in designs("hops_laptop").values() if c.model.num_repeats == 2}
+    assert depths == {2, 4}
+    for size, label in (("paper8x512", "8 x 512"), ("paper12x768", "12 x 768")):
+        assert playground.study(f"breadth_{size}").baseline == label
+
+
+# What others found.
+
+
+def two_abilities(twice, long, thin):
+    """Knowledge with these differences from once, of twice and of thin, and of twice from long."""
+    means = {"once": 0.4, "thin": 0.4 + thin, "twice": 0.4 + twice, "long": 0.4 + twice - long, "deep": 0.1}
+    return [
+        study_of(
+            [
+                dataclasses.replace(
+                    record(
+                        ability,
+                        label,
+                        PLANS[label],
+                        mean + 0.002 * math.sin(5 * seed + 1.7 * index),
+                        seed,
+                        steps=200 if label == "long" else 100,
+                        sharing="repeat_all" if label == "twice" else "none",
+                    ),
+                    arm="completep",
+                )
+                for index, (label, mean) in enumerate(means.items())
+                for seed in range(5)
+            ]
+        )
+        for ability in ("knowledge", "manipulation")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("differences", "words"),
+    [
+        # loops and bits, loops and manipulation, the same at equal FLOPs, depth and manipulation, and bits
+        ((0.0, 0.0, 0.0), ["agree", "cannot tell", "agree", "cannot tell", "agree"]),
+        ((-0.2, -0.2, -0.2), ["disagree", "agree", "disagree", "agree", "disagree"]),
+        ((0.2, 0.2, 0.2), ["disagree", "disagree", "agree", "disagree", "disagree"]),
+        ((-0.2, 0.02, -0.02), ["disagree", "agree", "agree", "agree", "agree"]),
+    ],
+)
+def test_what_others_found_is_judged(differences, words):
+    section = literature.section(two_abilities(*differences))
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    found = {row[0].removeprefix("| "): row[1:] for row in rows[1:]}
+    assert found.pop("Deeper is better at equal parameters: structure.") == ["", "", " |"]
+    columns = ("agree", "disagree", "cannot tell")
+    judged = {
+        text: [w for w, cell in zip(columns, cells, strict=True) if "tiny" in cell]
+        for text, cells in found.items()
+    }
+    order = [f.text for f in literature.FINDINGS if f.text in judged]
+    assert [judged[text] for text in order] == [[word] for word in words]
+    assert "knowledge_tiny (completep alone)" in section
+    assert "750 k non-embedding parameters, 2.05 M tokens, 5 seeds, completep alone" in section
+
+
+def test_depth_is_judged_from_either_side():
+    """A shallower design that is worse speaks for depth."""
+    (knowledge, _) = two_abilities(0.0, 0.0, 0.2)
+    c = knowledge.verdict.comparisons[0]
+    assert (c.point, c.other, c.word) == ("thin", "once", "worse")
+    finding = dataclasses.replace(literature.FINDINGS[3], ability="knowledge")
+    turned = dataclasses.replace(c, point="once", other="thin")
+    assert literature.judge(finding, [c], knowledge) == "disagree"
+    assert literature.judge(finding, [turned], knowledge) == "agree"
+
+
+# Beside text.
+
+
+def text_study(means):
+    runs = [
+        dataclasses.replace(
+            record("structure", label, PLANS[label], 3.0, seed, steps=200 if label == "long" else 100),
+            study="shape_laws",
+            preset="33k_2",
+            metric="loss",
+            final=(final := {"step": 100, "loss": mean + 0.01 * seed, "bits_per_byte": None, "error": None}),
+            best=final,
+            evaluations=[final],
+        )
+        for label, mean in means.items()
+        for seed in range(3)
+    ]
+    return study_of(runs)
+
+
+def test_an_ability_stands_beside_the_loss_on_text():
+    """The design that trains longer is left out; the interval is scipy's."""
+    (structure, _), means = studies(), {"once": 3.5, "thin": 3.4, "twice": 3.38, "deep": 3.2, "long": 1.0}
+    (line,) = beside_text.lines({"structure": structure}, [text_study(means)])
+    labels = ["once", "thin", "twice", "deep"]
+    x = [structure.verdict.estimates[label].mean for label in labels]
+    found = stats.pearsonr(x, [means[label] for label in labels])
+    low, high = found.confidence_interval()
+    assert line == (
+        f"structure (log divergence) and the loss on text (33k_2): {found.statistic:+.2f} "
+        f"[{low:+.2f}, {high:+.2f}] over 4 designs."
+    )
+    (line,) = beside_text.lines({"structure": structure}, [text_study({"once": 3.5, "thin": 3.4, "deep": 3})])
+    assert line.endswith("(33k_2): 3 common designs, too few for a correlation (at least 4).")
+    assert beside_text.lines({"structure": structure}, [structure]) == []
+
+
+def test_bits_stand_beside_those_of_the_paper():
+    bits = {"bits": 3000.0, "bits_per_non_embedding_parameter": 0.75, "bits_per_parameter": 0.5}
+    runs = [
+        dataclasses.replace(run, final={**run.final, **{k: v * (1 + seed) for k, v in bits.items()}})
+        for seed in range(2)
+        for run in [record("knowledge", "once", [0, 1], 0.4, seed)]
+    ]
+    columns = evidence.bits(study_of(runs))
+    assert [cells[0] for cells in columns.values()] == ["once", "4,500", "1.12", "0.75"]
+    assert [cells[1] for cells in columns.values()] == ["paper", "", "2.00", "2.00"]
+    assert evidence.bits(next(studies())) is None

@@ -36,6 +36,7 @@ OTHER = {
     "train.eval_split": "tuning",
     "train.checkpoint_every": 9,
     "train.log_every": 11,
+    "train.writers": "",
     "mesh.data": 2,
     "mesh.fsdp": 2,
     "mesh.tensor": 2,

@@ -4,9 +4,10 @@ import math
 import textwrap
 from collections.abc import Collection, Iterable, Mapping
 
+import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.reporting import drawing, figures
+from experiments.reporting import beside_text, drawing, figures
 from experiments.reporting.drawing import styled
 from experiments.reporting.pages import Section, write_page
 from experiments.reporting.tables import Columns, quantity
@@ -42,14 +43,16 @@ def write(
     studies: Iterable[Study], workdir: str | AnyPath, formats: Collection[str] = figures.FORMATS[:1]
 ) -> list[str]:
     """Writes figures/ and reports/playground-<size> for every size, and returns the texts to print."""
-    said = []
+    said, studies = [], list(studies)
     for size, of_size in by_size(studies).items():
         name = f"{STUDY}-{size}"
         image = figures.save(name, "Every design in every ability", draw(of_size), workdir, formats)
         columns, found = table(of_size), sentences(of_size)
+        texts = beside_text.lines(of_size, studies)
         links = [f"{ability}: reports/{study.stem}.md" for ability, study in of_size.items()]
         sections: list[Section] = [
             ("All abilities", [found, image, _NOTE, columns]),
+            ("Does it predict text?", [beside_text.NOTE, texts] if texts else []),
             ("The report of each ability", [links]),
         ]
         path = write_page(name, TITLE, sections, workdir)
@@ -59,22 +62,27 @@ def write(
 
 
 @styled
-def draw(of_size: Mapping[str, Study]) -> Figure:
-    """Draws a panel for each ability: every design with its seeds, floor and ceiling."""
+def draw(of_size: Mapping[str, Study], title: str = TITLE, marked: Collection[str] = ()) -> Figure:
+    """Draws a panel for each ability: every design with its seeds, floor and ceiling; some stand out."""
     caption = "\n".join(textwrap.fill(_caption(ability, study), 120) for ability, study in of_size.items())
-    figure = drawing.framed(TITLE, caption, 3.6 * len(of_size))
-    parts = figure.subfigures(len(of_size), 1)
+    figure = drawing.framed(title, caption, 3.6 * len(of_size))
+    parts = np.ravel(figure.subfigures(len(of_size), 1, squeeze=False))
     for part, (ability, study) in zip(parts, of_size.items(), strict=True):
         axes = part.subplots()
         drawing.draw_values(axes, study)
         axes.set_ylabel(textwrap.fill(axes.get_ylabel(), 32))
+        for place, label in enumerate(study.points):
+            if label in marked and drawing.places_of(study) is None:  # a point for each place
+                axes.axvspan(place - 0.4, place + 0.4, color="#F0E442", alpha=0.3, lw=0, zorder=0)
+                axes.get_xticklabels()[place].set_fontweight("bold")
         part.suptitle(ability, fontsize=12)
     return figure
 
 
 def _caption(ability: str, study: Study) -> str:
     """Size, horizon and data of one ability; what threatens it is in its own report."""
-    designs = [point for point in study.points.values() if not point.is_control]
+    points = list(study.points.values())
+    designs = [point for point in points if not point.is_control] or points
     sizes = span([point.parameters["non_embedding"] for point in designs], quantity)
     tokens = span([run.tokens_seen for point in designs for run in point.finished], quantity)
     seeds = span([len(point.scores) for point in study.points.values()], quantity)
@@ -88,13 +96,17 @@ def sentences(of_size: Mapping[str, Study]) -> list[str]:
     """What was found of each comparison of roles: the abilities by verdict, the decided ones first."""
     found = []
     for row, of in _by_roles(of_size).items():
-        by_word: dict[str, list[str]] = {}
-        for ability, c in of.items():
-            by_word.setdefault(c.word, []).append(ability)
-        words = sorted(by_word, key=("better", "worse", "no difference", "cannot tell").index)
-        parts = [f"{word} {_IN[word]} {' and '.join(by_word[word])}" for word in words]
-        found.append(f"{row}: {'; '.join(parts)}.")
+        found.append(f"{row}: {by_word({ability: c.word for ability, c in of.items()})}.")
     return found
+
+
+def by_word(words: Mapping[str, str]) -> str:
+    """Abilities with their words, joined by word: "better at structure; cannot tell about hops"."""
+    abilities: dict[str, list[str]] = {}
+    for ability, word in words.items():
+        abilities.setdefault(word, []).append(ability)
+    ordered = sorted(abilities, key=list(_IN).index)
+    return "; ".join(f"{word} {_IN[word]} {' and '.join(abilities[word])}" for word in ordered)
 
 
 def table(of_size: Mapping[str, Study]) -> Columns:
@@ -103,7 +115,7 @@ def table(of_size: Mapping[str, Study]) -> Columns:
     columns: Columns = {"comparison": list(rows)}
     for ability, study in of_size.items():
         columns[ability] = [
-            _cell(of[ability], study.facts.metric) if ability in of else "" for of in rows.values()
+            cell(of[ability], study.facts.metric) if ability in of else "" for of in rows.values()
         ]
     return columns
 
@@ -114,16 +126,16 @@ def _by_roles(of_size: Mapping[str, Study]) -> dict[str, dict[str, Comparison]]:
     for ability, study in of_size.items():
         for c in study.verdict.comparisons:
             if {c.point, c.other} <= study.points.keys():
-                row = _roles(study.points[c.point], study.points[c.other])
+                row = roles(study.points[c.point], study.points[c.other])
                 if ability in rows.get(row, {}):  # of several such pairs, the first has the plain words
                     row = f"{row}, {c.point} against {c.other}"
                 rows.setdefault(row, {})[ability] = c
     return rows
 
 
-def _roles(point: Point, other: Point) -> str:
-    """What the pair is about, in words that hold for every ability."""
-    arm = f" ({point.arm})" if point.arm and point.arm != "completep" else ""
+def roles(point: Point, other: Point, with_arm: bool = True) -> str:
+    """What the pair is about, in words that hold for every ability, with the arm if it is not the first."""
+    arm = f" ({point.arm})" if with_arm and point.arm and point.arm != "completep" else ""
     blocks, applied = len(set(point.layer_plan)), len(point.layer_plan)
     if applied == blocks:
         shape = "more, thinner" if applied > len(other.layer_plan) else "fewer, wider"
@@ -148,7 +160,7 @@ def _steps(point: Point) -> int:
     return point.config["train"]["steps"]
 
 
-def _cell(c: Comparison, metric: str) -> str:
+def cell(c: Comparison, metric: str) -> str:
     """The word and, where it is decided, the size with its interval."""
     measure = MEASURES[metric]
     d = c.difference

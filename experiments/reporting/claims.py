@@ -6,7 +6,7 @@
 from collections.abc import Hashable, Iterable
 from math import hypot
 
-from experiments.reporting import judging, paper_tables
+from experiments.reporting import judging, literature, paper_tables
 from experiments.reporting.judging import Claim, Judgement
 from experiments.reporting.tables import ASPECTS, Columns, markdown_table, plain, quantity
 from mobilellm_jax.analysis.records import span
@@ -175,6 +175,7 @@ def page(studies: Iterable[Study]) -> str:
             "are the same runs under another name, and no evidence of their own."
         )
     parts = [TITLE, *_INTRODUCTION, *head, *parts]
+    parts += filter(None, [literature.section(studies)])
     parts += ["## Not tested here", "\n".join(f"- {claim}" for claim in UNTESTED)]
     return "\n\n".join(parts) + "\n"
 

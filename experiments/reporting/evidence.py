@@ -22,6 +22,12 @@ LEVELS = (
     "Right answers by level of difficulty in percent, mean over the seeds; in brackets the number of "
     "answers. Floor: what the best guess without a look at the problem gets right."
 )
+BITS = (
+    "Bits of the facts that are stored, means over the seeds, by distinct parameters outside the embedding "
+    "and by all of them. arXiv 2404.05405 finds 2 bits for each parameter of models that saw every fact "
+    "1,000 times, and 1 bit after 100."
+)
+PAPER_BITS = 2.0
 PAIRED = (
     "Difference of acc on the same questions, with a 95 % interval over other questions, and over other "
     "seeds where both have several; each alone, not corrected for their number. The standard error is "
@@ -45,6 +51,29 @@ def levels(study: Study) -> Columns | None:
         cells = [f"{100 * share:.1f}" for share in (*means, one["floor"][place])]
         columns[f"{level} {one['name']} ({answers:,})"] = cells
     return columns
+
+
+def bits(study: Study) -> Columns | None:
+    """Bits stored of facts, in all and for each parameter, beside the paper's; None for other tasks."""
+    names = ("bits", "bits_per_non_embedding_parameter", "bits_per_parameter")
+    found = {
+        label: [[run.final[name] for name in names] for run in point.finished if run.final]
+        for label, point in study.points.items()
+        if point.finished
+        and all((run.final or {}).get(name) is not None for run in point.finished for name in names)
+    }
+    if not found:
+        return None
+    means = {label: np.mean(np.array(values, float), axis=0).tolist() for label, values in found.items()}
+    return {
+        "point": [*means, "paper"],
+        "bits": [*(f"{of[0]:,.0f}" for of in means.values()), ""],
+        "for each parameter outside the embedding": [
+            *(f"{of[1]:.2f}" for of in means.values()),
+            f"{PAPER_BITS:.2f}",
+        ],
+        "for each parameter": [*(f"{of[2]:.2f}" for of in means.values()), f"{PAPER_BITS:.2f}"],
+    }
 
 
 def floors(study: Study) -> Columns:

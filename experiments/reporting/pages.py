@@ -126,6 +126,7 @@ def contents(study: Study, images: dict[str, Image]) -> list[Section]:
         ("By level", [evidence.LEVELS, levels] if (levels := evidence.levels(study)) else []),
         ("Use of the layers", [*shown("-layers"), layers.USE, use] if (use := layers.table(study)) else []),
         ("Other numbers of loops", [*shown("-loops"), loops.LOOPS, by] if (by := loops.table(study)) else []),
+        ("Bits per parameter", [evidence.BITS, bits] if (bits := evidence.bits(study)) else []),
         ("Quantization", _quantization(study)),
         ("Zero-shot accuracy", [SHARES, zero_shot] if (zero_shot := tables.zero_shot(study)) else []),
         ("Zero-shot, question by question", [evidence.PAIRED, paired] if paired else []),

@@ -67,6 +67,19 @@ def said_to_compare(points: Sequence[Point]) -> str:
     return "\n".join(lines)
 
 
+def said_to_cost(points: Sequence[Point], jobs: int | None) -> str:
+    """What the points cost, here with so many side by side (None: as a sweep would) and elsewhere."""
+    from experiments.runner.costs import costs
+    from experiments.runner.sweeping import default_jobs, expected_seconds
+
+    try:
+        jobs = min(jobs or default_jobs(), len(points))
+        seconds = expected_seconds([(point, point.runs) for point in points]) / jobs
+    except RuntimeError as error:  # a TPU serves one process at a time
+        return costs(points, None, f"as its devices cannot be used: {str(error).splitlines()[0]}")
+    return costs(points, seconds, f"points side by side: {jobs}, by the rate of matrix products measured now")
+
+
 def _names(points: Sequence[Point]) -> dict[tuple[str, str], str]:
     """Names of studies, with their presets if one study has several."""
     keys = dict.fromkeys(map(_study, points))

@@ -50,6 +50,14 @@ def points_of(
     return [point for arm in _by_arm(points).values() for point in _planned(arm)]
 
 
+def points_of_module(
+    module: Any, spec: str, preset: str, seeds: int | None, arms: Sequence[str] = ()
+) -> list[Point]:
+    """As `points_of`, of a loaded module of one study at one preset; `spec` names it in messages."""
+    points = _study_points(module, spec, preset, {}, seeds, arms)
+    return [point for arm in _by_arm(points).values() for point in _planned(arm)]
+
+
 def shard(points: Sequence[Point], text: str) -> list[Point]:
     """The part "i/n" of the points: i, i + n, i + 2n and so on.
 

@@ -32,6 +32,7 @@ from mobilellm_jax.training.progress import StepLine, duration
 _EFFICIENCY, _POINT_S, _RUN_S = 0.12, 10.0, 1.2
 
 Do = Callable[[Point, AnyPath, Tell], None]
+Report = Callable[[Sequence[Point], AnyPath], int]
 
 
 def sweep(
@@ -45,6 +46,7 @@ def sweep(
     lines_every: int | float = 60,
     diagnosed: bool = False,
     loops: Sequence[int] = (),
+    report: Report | None = None,
 ) -> int:
     """Does the runs that `workdir` has no record of, reports on all, and returns the exit status.
 
@@ -65,6 +67,7 @@ def sweep(
       lines_every: seconds between two lines about the steps of a point, where there is no terminal.
       diagnosed: diagnose every finished run of the points.
       loops: numbers of loops to score every finished run with, where its model has loops.
+      report: what to do at the end, in place of a report on each study; returns the exit status.
 
     Raises:
       UserError: bad data, or a `workdir` of another sweep or data; found before anything is compiled.
@@ -134,7 +137,7 @@ def sweep(
             broken += _all(todo, workdir, environments, Task(_on_devices(size, do), lacking), view)
     status = 0
     try:
-        status = processes.of_first(lambda: _finish(points, workdir))
+        status = processes.of_first(lambda: _finish(points, workdir, report or _report))
     except UserError as error:
         if not any(line.endswith(str(error)) for line in broken):  # a full disk, once
             broken.append(str(error))
@@ -336,13 +339,13 @@ def make_workdir(workdir: AnyPath) -> None:
         raise UserError(f"--workdir={workdir}: cannot write there ({reason(error)})") from None
 
 
-def _finish(points: Sequence[Point], workdir: AnyPath) -> int:
+def _finish(points: Sequence[Point], workdir: AnyPath, report: Report) -> int:
     """Reports on the studies that the points belong to, and returns the exit status."""
     leases = leases_of(workdir)
     while not leases.take(["report"]):  # of two sweeps that end at once, one writes after the other
         time.sleep(0.2)
     try:
-        return _report(points, workdir)
+        return report(points, workdir)
     finally:
         leases.release("report")
 

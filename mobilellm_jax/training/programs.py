@@ -125,10 +125,7 @@ def make_programs(
             state: TrainState, rows: Array, learning_rate: Array, *teacher: model.Params
         ) -> tuple[TrainState, Metrics]:
             with partition.in_use(mesh):
-                parts = t.accumulation_steps
-                return train_step(
-                    state, rows, learning_rate, m, o, parts, *teacher, distillation=distillation
-                )
+                return take(state, rows, learning_rate, m, o, t.accumulation_steps, *teacher)
 
         return jax.jit(
             step,

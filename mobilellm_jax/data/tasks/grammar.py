@@ -91,6 +91,13 @@ class Grammar:
             )
         return found
 
+    def parse(self, strings: Sequence[np.ndarray]) -> np.ndarray:
+        """Whether each string has a derivation, bool [S]; one with another id than a token has none."""
+        known = [i for i, s in enumerate(strings) if len(s) and s.min() >= 0 and s.max() < self.symbols]
+        found = np.zeros(len(strings), bool)
+        found[known] = np.isfinite(self.log_probabilities([strings[i] for i in known], [True] * len(known)))
+        return found
+
     def next_law(self, prefix: Sequence[int]) -> np.ndarray:
         """Probability of each token after the tokens of a string, and last of the end: float64 [symbols + 1].
 
