@@ -26,6 +26,7 @@ EVAL_SPLITS = ("valid", "tuning")
 # synthetic, see `data/tasks/`
 TASKS = ("khop", "addition", "recall", "structure", "manipulation", "knowledge", "breadth")
 _SOURCES = {"bundled": "text", "files": "text", "tfds": "text", "tokens": "token ids"} | {t: t for t in TASKS}
+_SOURCES |= dict.fromkeys(("conversations", "api_calls"), "conversations")
 
 
 def default_ffn_width(ffn_kind: str, width: int) -> int:
@@ -150,8 +151,10 @@ class DataConfig:
     """Source of the text, and its conversion to rows of token ids. See `data/`."""
 
     source: str = science(
-        "'bundled', 'files:<glob>', 'tokens:<glob>' (jsonl of {'token_ids': [...]}), 'tfds:<name>', or a "
-        "synthetic task such as 'khop:...' (`data/tasks/`); of imported weights 'imported', not known",
+        "'bundled', 'files:<glob>', 'tokens:<glob>' (jsonl of {'token_ids': [...]}), 'tfds:<name>', "
+        "'conversations:<glob>' (jsonl of {'messages': [...]}, see `data/chat.py`), 'api_calls:' "
+        "(conversations that are generated, `data/api_calls.py`), or a synthetic task such as 'khop:...' "
+        "(`data/tasks/`); of imported weights 'imported', not known",
         compiled=False,
         decisive=True,
         shown=True,
@@ -218,6 +221,16 @@ class DataConfig:
     def is_task(self) -> bool:
         """True for a synthetic task, which has right answers but no text."""
         return self.source.partition(":")[0] in TASKS
+
+    @property
+    def is_conversations(self) -> bool:
+        """True where only replies are targets, see `data/chat.py`."""
+        return _SOURCES.get(self.source.partition(":")[0]) == "conversations"
+
+    @property
+    def has_answers(self) -> bool:
+        """True where evaluation compares guesses with targets: of tasks, and of generated API calls."""
+        return self.is_task or self.source.startswith("api_calls:")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

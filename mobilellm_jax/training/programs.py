@@ -100,7 +100,7 @@ def make_programs(config: Config, mesh: Mesh | AbstractMesh) -> JittedPrograms:
 
     def evaluate(params: model.Params, rows: Array) -> Sums:
         with partition.in_use(mesh):
-            return eval_step(params, rows, m, config.data.is_task)
+            return eval_step(params, rows, m, config.data.has_answers)
 
     return JittedPrograms(
         init=jax.jit(
@@ -153,7 +153,7 @@ class CompileKey:
 def compile_key(config: Config) -> CompileKey:
     """Key of a run's programs: all `compiled` fields, and whether evaluation counts right answers."""
     values = tuple(value for name, value in flatten(to_dict(config)).items() if name in COMPILED)
-    return CompileKey((config.data.is_task, *values), config)
+    return CompileKey((config.data.has_answers, *values), config)
 
 
 @functools.lru_cache(maxsize=1)  # a sweep runs the seeds of one point in succession
