@@ -3,6 +3,7 @@
   python -m experiments.evaluate --workdir=runs/first --text='files:corpus/**/*.txt'
   python -m experiments.evaluate --workdir=runs/first --tasks=mobilellm --data_dir=eval
   python -m experiments.evaluate --workdir=runs/first --tasks=arc_easy,triviaqa,race,lambada_openai
+  python -m experiments.evaluate --workdir=runs/calls --calls=combinations,values,wordings:500
 
 Perplexity and bits per byte of a text, cut into rows of data.sequence_length tokens like the held-out rows
 of training: the first tokens of a row are predicted from little. A document ends with EOS, and begins with
@@ -14,6 +15,11 @@ Zero-shot accuracy by EleutherAI's lm-evaluation-harness, which is an extra: pip
 task of lm-eval can be asked. A local file is <task>*.jsonl, such as arc_easy_test.jsonl (also .gz, .xz, .zst;
 the formats are in mobilellm_jax/inference/local_tasks.py). Results are added to the run's record; where there
 is none, as of an imported run, to zero_shot.json in its directory.
+
+API calls after true conversations, decoded greedily: the splits of mobilellm_jax/data/api_calls.py, or files
+as conversations:<glob>, each with :<number> for so many. Counted are JSON, intent, names of slots and whole
+calls, and ROUGE of the replies (mobilellm_jax/inference/calls.py); kept as scores of tasks are, or in
+calls.json.
 """
 
 import dataclasses
@@ -23,6 +29,7 @@ import jax
 from absl import flags
 
 from experiments import cli
+from experiments.runner.calling import asked_calls, score_calls
 from experiments.runner.flags import asked_questions, define_scoring
 from experiments.runner.scoring import score_tasks
 from mobilellm_jax import data
@@ -43,6 +50,12 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "directory of the run")
     flags.DEFINE_string("text", None, "text to score: bundled, files:<glob> or tfds:<name>")
     flags.DEFINE_string("text_field", "text", "field that holds the text in jsonl files and TFDS")
+    flags.DEFINE_list(
+        "calls",
+        [],
+        "API calls to ask for: combinations, values, wordings, conversations:<glob>; with :<number> so many "
+        "conversations",
+    )
     flags.DEFINE_bool("bos", None, "begin texts of --tasks with BOS; by default as in the model's training")
     flags.DEFINE_integer("batch_size", None, "rows at a time; else as in training")
     flags.DEFINE_list(
@@ -57,20 +70,24 @@ def main() -> int:
     """Evaluates, and returns the exit status."""
     if not FLAGS.workdir:
         raise UserError("--workdir: missing; name a run, such as --workdir=runs/first")
-    if not FLAGS.text and not FLAGS.tasks:
+    if not FLAGS.text and not FLAGS.tasks and not FLAGS.calls:
         raise UserError(
-            "--text: missing; name a text to score, such as --text='files:corpus/*.txt', or --tasks=mobilellm"
+            "--text: missing; name a text to score, such as --text='files:corpus/*.txt', or "
+            "--tasks=mobilellm, or --calls=combinations,values,wordings"
         )
-    questions = asked_questions(FLAGS.bos)
+    questions, calls = asked_questions(FLAGS.bos), asked_calls(FLAGS.calls)
     workdir = cli.directory("workdir", FLAGS.workdir)
     config, params = open_run(workdir)
     tokenizer = open_tokenizer(workdir)
     if tokenizer is None:
-        raise UserError(f"{workdir}: this run has no tokenizer, which --text and --tasks need")
+        raise UserError(f"{workdir}: this run has no tokenizer, which --text, --tasks and --calls need")
     config = _on_this_machine(config)
     enable_compilation_cache()
     if FLAGS.text:
         _score_text(config, params, tokenizer, FLAGS.text, begins_with_bos(workdir, tokenizer))
+    if calls:
+        for line in score_calls(calls, workdir, config, params, tokenizer, FLAGS.batch_size or 64):
+            print(line, flush=True)
     if questions:
         score_tasks(questions, workdir, config, params, tokenizer, check(config))
     return 0

@@ -24,7 +24,7 @@ _EVALUATION = ("step", "loss", "bits_per_byte", "error")
 # Not in older records.
 _LATER = (
     *("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor"),
-    *("measures", "quantized"),
+    *("measures", "quantized", "calls"),
 )
 _KEYS = {  # required keys of nested fields
     "x": ("label", "value", "log"),
@@ -97,6 +97,7 @@ class Record:
         level of difficulty, or None without levels}. The measures themselves are in `evaluations`.
       quantized: cost of quantization by scheme, as `experiments.quantize` prints it: {"loss", "gap",
         "full_loss" (nats per token), "bytes", "full_bytes", "agreement" (share of equal greedy tokens), ...}.
+      calls: scores of API calls by split, as `experiments.evaluate --calls` prints them.
 
     The fields from `zero_shot` on are None where they do not apply, and in records older than the field.
     """
@@ -146,6 +147,7 @@ class Record:
     floor: dict[str, int | float] | None = None
     measures: dict[str, Any] | None = None
     quantized: dict[str, dict[str, Any]] | None = None
+    calls: dict[str, dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -220,7 +222,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
 
 
 def add_entry(path: str | os.PathLike[str], field: str, name: str, entry: dict[str, Any]) -> None:
-    """Adds an entry to a field of the record at `path`, "zero_shot" (by task) or "quantized" (by scheme).
+    """Adds an entry to a field of the record at `path`: "zero_shot", "quantized" or "calls".
 
     Atomically; errors as in `read_record`, `write_record`.
     """

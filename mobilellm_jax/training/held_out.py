@@ -160,7 +160,7 @@ def by_position(
 ) -> dict[str, list[Any]]:
     """Loss by place in the row: bins end at positions 1, 2, 4, ... and T, counted from 1.
 
-    Keys: "to" (end of each bin), "loss" (nats per token; NaN without targets), "targets". Without
+    Keys: "to" (end of each bin), "loss" (nats per token; None without targets), "targets". Without
     `is_target_RT`, every position has a target.
     """
     length = nats_RT.shape[1]
@@ -169,8 +169,9 @@ def by_position(
     is_target_RT = np.ones(nats_RT.shape, bool) if is_target_RT is None else is_target_RT
     targets = np.add.reduceat(is_target_RT.sum(axis=0), starts)
     nats = np.add.reduceat(nats_RT.sum(axis=0, dtype=np.float64), starts)
-    loss = np.divide(nats, targets, out=np.full(len(ends), np.nan), where=targets > 0)
-    return {"to": ends, "loss": loss.tolist(), "targets": targets.tolist()}
+    loss = (nats / np.maximum(targets, 1)).tolist()
+    loss = [of_bin if count else None for of_bin, count in zip(loss, targets, strict=True)]
+    return {"to": ends, "loss": loss, "targets": targets.tolist()}
 
 
 def by_document(
