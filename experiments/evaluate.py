@@ -4,6 +4,7 @@
   python -m experiments.evaluate --workdir=runs/first --tasks=mobilellm --data_dir=eval
   python -m experiments.evaluate --workdir=runs/first --tasks=arc_easy,triviaqa,race,lambada_openai
   python -m experiments.evaluate --workdir=runs/calls --calls=combinations,values,wordings:500
+  python -m experiments.evaluate --workdir=runs/chat --instructions=all
 
 Perplexity and bits per byte of a text, cut into rows of data.sequence_length tokens like the held-out rows
 of training: the first tokens of a row are predicted from little. A document ends with EOS, and begins with
@@ -20,6 +21,10 @@ API calls after true conversations, decoded greedily: the splits of mobilellm_ja
 as conversations:<glob>, each with :<number> for so many. Counted are JSON, intent, names of slots and whole
 calls, and ROUGE of the replies (mobilellm_jax/inference/calls.py); kept as scores of tasks are, or in
 calls.json.
+
+Instructions that a program can check (mobilellm_jax/inference/instructions.py): all, or names of rules, the
+last with :<number> for so many prompts of each. Printed are the shares of replies that keep them, and words
+of a reply, empty replies and repeated words; kept in the same way, or in instructions.json.
 """
 
 import dataclasses
@@ -29,13 +34,14 @@ import jax
 from absl import flags
 
 from experiments import cli
-from experiments.runner.calling import asked_calls, score_calls
+from experiments.runner.calling import asked_calls, score_calls, score_instructions
 from experiments.runner.flags import asked_questions, define_scoring
 from experiments.runner.scoring import score_tasks
 from mobilellm_jax import data
 from mobilellm_jax.config import Config, MeshConfig
 from mobilellm_jax.data.text import read_text
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.inference import instructions
 from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
@@ -56,6 +62,9 @@ def define_flags() -> None:
         "API calls to ask for: combinations, values, wordings, conversations:<glob>; with :<number> so many "
         "conversations",
     )
+    flags.DEFINE_list(
+        "instructions", [], "rules to follow: all, or names; the last with :<number> of prompts"
+    )
     flags.DEFINE_bool("bos", None, "begin texts of --tasks with BOS; by default as in the model's training")
     flags.DEFINE_integer("batch_size", None, "rows at a time; else as in training")
     flags.DEFINE_list(
@@ -70,24 +79,28 @@ def main() -> int:
     """Evaluates, and returns the exit status."""
     if not FLAGS.workdir:
         raise UserError("--workdir: missing; name a run, such as --workdir=runs/first")
-    if not FLAGS.text and not FLAGS.tasks and not FLAGS.calls:
+    if not (FLAGS.text or FLAGS.tasks or FLAGS.calls or FLAGS.instructions):
         raise UserError(
             "--text: missing; name a text to score, such as --text='files:corpus/*.txt', or "
-            "--tasks=mobilellm, or --calls=combinations,values,wordings"
+            "--tasks=mobilellm, --calls=combinations,values,wordings, or --instructions=all"
         )
     questions, calls = asked_questions(FLAGS.bos), asked_calls(FLAGS.calls)
+    if FLAGS.instructions:
+        instructions.parse(FLAGS.instructions)
     workdir = cli.directory("workdir", FLAGS.workdir)
     config, params = open_run(workdir)
     tokenizer = open_tokenizer(workdir)
     if tokenizer is None:
-        raise UserError(f"{workdir}: this run has no tokenizer, which --text, --tasks and --calls need")
+        raise UserError(f"{workdir}: this run has no tokenizer, which all of this needs")
     config = _on_this_machine(config)
     enable_compilation_cache()
     if FLAGS.text:
         _score_text(config, params, tokenizer, FLAGS.text, begins_with_bos(workdir, tokenizer))
-    if calls:
-        for line in score_calls(calls, workdir, config, params, tokenizer, FLAGS.batch_size or 64):
-            print(line, flush=True)
+    this = workdir, config, params, tokenizer, FLAGS.batch_size or 64
+    for line in score_calls(calls, *this) if calls else ():
+        print(line, flush=True)
+    for line in score_instructions(FLAGS.instructions, *this) if FLAGS.instructions else ():
+        print(line, flush=True)
     if questions:
         score_tasks(questions, workdir, config, params, tokenizer, check(config))
     return 0

@@ -1,4 +1,4 @@
-"""Scores of a run on API calls, for `experiments.evaluate`."""
+"""Scores of a run on API calls and on instructions, for `experiments.evaluate`."""
 
 import dataclasses
 import datetime
@@ -17,7 +17,9 @@ from mobilellm_jax.config import Config
 from mobilellm_jax.data import api_calls, chat
 from mobilellm_jax.data.conversations import read_valid
 from mobilellm_jax.errors import UserError, did_you_mean
-from mobilellm_jax.inference import calls
+from mobilellm_jax.inference import calls, instructions
+from mobilellm_jax.inference.generate import GREEDY, Generator
+from mobilellm_jax.inference.talk import Speaker
 from mobilellm_jax.model.stack import Params
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import begins_with_bos
@@ -25,6 +27,7 @@ from mobilellm_jax.storage.checkpoint import newest_intact
 from mobilellm_jax.storage.files import AnyPath
 
 _KEPT = Kept("calls", what="the scores of API calls", again="score")
+_KEPT_INSTRUCTIONS = Kept("instructions", what="the scores of instructions", again="score")
 results_path, read = _KEPT.path, _KEPT.read
 _COLUMNS = {"calls": 6, **dict.fromkeys(("json", "intent", "slots", "call"), 11), "replies": 7}
 _COLUMNS |= {"rouge1": 11, "rougeL": 11}
@@ -91,8 +94,7 @@ def score_calls(
     Raises:
       UserError: the tokenizer has no EOS, or the conversations cannot be read.
     """
-    if tokenizer.eos_id is None:
-        raise UserError(f"{workdir}: the tokenizer of this run has no EOS, with which replies end")
+    _check_eos(workdir, tokenizer)
     path, first = results_path(workdir), jax.process_index() == 0
     read(path)  # fails before the work if it cannot be read
     context, bos = config.data.sequence_length, begins_with_bos(workdir, tokenizer)
@@ -103,7 +105,8 @@ def score_calls(
         found = calls.score(params, config.model, tokenizer, conversations, context, batch_size, bos)
         shortened += found.shortened
         if first:
-            _KEPT.add(path, one.name, {**entry(found), **settings, **_settings(config, workdir, one, bos)})
+            settings = {**settings, "limit": one.limit, **_settings(config, workdir, bos)}
+            _KEPT.add(path, one.name, {**entry(found), **settings})
         cells = {name: percent(*value) for name, value in found.metrics.items()}
         cells |= {"calls": f"{found.calls:,}", "replies": f"{found.replies:,}"}
         yield _row(f"{one.name} ({found.conversations:,})", cells)
@@ -118,9 +121,38 @@ def entry(found: calls.CallScores) -> dict[str, Any]:
     return {**dataclasses.asdict(found), "metrics": metrics}
 
 
-def _settings(config: Config, workdir: AnyPath, asked: Asked, bos: bool) -> dict[str, Any]:
+def score_instructions(
+    names: Sequence[str],
+    workdir: AnyPath,
+    config: Config,
+    params: Params,
+    tokenizer: data.Tokenizer,
+    batch_size: int,
+) -> Iterator[str]:
+    """Asks a run to follow instructions; as `score_calls`, for what --instructions names."""
+    rules, count = instructions.parse(names)
+    _check_eos(workdir, tokenizer)
+    path = _KEPT_INSTRUCTIONS.path(workdir)
+    _KEPT_INSTRUCTIONS.read(path)
+    bos = begins_with_bos(workdir, tokenizer)
+    generator = Generator(params, config.model, GREEDY, config.data.sequence_length)
+    speaker = Speaker(generator, tokenizer, bos)
+    yield instructions.HEAD
+    for rule in rules:
+        found = instructions.follow(speaker, rule, count, batch_size)
+        if jax.process_index() == 0:
+            _KEPT_INSTRUCTIONS.add(path, rule, {**found, **_settings(config, workdir, bos)})
+        yield instructions.line(rule, found)
+    yield f"kept: ± a standard error over prompts; a reply that keeps a rule may be nonsense; see {path}"
+
+
+def _check_eos(workdir: AnyPath, tokenizer: data.Tokenizer) -> None:
+    if tokenizer.eos_id is None:
+        raise UserError(f"{workdir}: the tokenizer of this run has no EOS, with which replies end")
+
+
+def _settings(config: Config, workdir: AnyPath, bos: bool) -> dict[str, Any]:
     return {
-        "limit": asked.limit,
         "bos": bos,
         "context": config.data.sequence_length,
         "step": newest_intact(workdir / "checkpoints")[0],

@@ -24,7 +24,7 @@ _EVALUATION = ("step", "loss", "bits_per_byte", "error")
 # Not in older records.
 _LATER = (
     *("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor"),
-    *("measures", "quantized", "calls"),
+    *("measures", "quantized", "calls", "instructions"),
 )
 _KEYS = {  # required keys of nested fields
     "x": ("label", "value", "log"),
@@ -98,6 +98,7 @@ class Record:
       quantized: cost of quantization by scheme, as `experiments.quantize` prints it: {"loss", "gap",
         "full_loss" (nats per token), "bytes", "full_bytes", "agreement" (share of equal greedy tokens), ...}.
       calls: scores of API calls by split, as `experiments.evaluate --calls` prints them.
+      instructions: shares of instructions kept by rule, as `experiments.evaluate --instructions` prints them.
 
     The fields from `zero_shot` on are None where they do not apply, and in records older than the field.
     """
@@ -148,6 +149,7 @@ class Record:
     measures: dict[str, Any] | None = None
     quantized: dict[str, dict[str, Any]] | None = None
     calls: dict[str, dict[str, Any]] | None = None
+    instructions: dict[str, dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -222,7 +224,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
 
 
 def add_entry(path: str | os.PathLike[str], field: str, name: str, entry: dict[str, Any]) -> None:
-    """Adds an entry to a field of the record at `path`: "zero_shot", "quantized" or "calls".
+    """Adds an entry to a field of the record at `path`: "zero_shot", "quantized", "calls", "instructions".
 
     Atomically; errors as in `read_record`, `write_record`.
     """

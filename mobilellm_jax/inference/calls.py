@@ -26,12 +26,11 @@ from mobilellm_jax import model
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data import Tokenizer, chat
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.inference.generate import Generator, Sampling
+from mobilellm_jax.inference.generate import GREEDY, Generator
 from mobilellm_jax.inference.talk import shorten
 
 OF_CALLS = ("json", "intent", "slots", "call")
 OF_REPLIES = ("rouge1", "rougeL")
-_GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 Metrics = dict[str, tuple[float, float | None]]
 
 
@@ -169,7 +168,7 @@ def score(
     """
     asked, room, shortened = _questions(conversations, tokenizer, context, bos)
     found: dict[str, tuple[list[float], list[int]]] = {}
-    generator = Generator(params, config, _GREEDY, context)
+    generator = Generator(params, config, GREEDY, context)
     for turn, said in _answers(generator, tokenizer, asked, room, batch_size):
         if turn.right.role == "call":
             right = read_call(turn.right.text)
