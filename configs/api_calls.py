@@ -33,7 +33,7 @@ _ORDERS = ("immediate", "repeat_all")
 _FLOPS = (
     1.6  # of training with two blocks applied twice, over those of once; the head is a large part of both
 )
-_STEPS = 600
+_STEPS = 400
 _PAPER = {"paper_125m": (30, 9, 3, 576), "paper_350m": (32, 15, 5, 960)}  # depth, heads, kv heads, width
 PRESETS = ("tiny", *_PAPER)
 
@@ -57,7 +57,7 @@ def _use_tiny_recipe(config: ConfigDict) -> None:
     config.data.source = "api_calls:tasks=1,intents=4"
     config.data.valid_source = "api_calls:split=combinations,tasks=1,intents=4"
     config.data.tokenizer = "bpe:512"
-    config.data.sequence_length = 95  # one conversation
+    config.data.sequence_length = 103  # one conversation
     config.optimizer.schedule = "linear"
     config.optimizer.final_fraction = 0.0
     config.optimizer.learning_rate = 2**-6
