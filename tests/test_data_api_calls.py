@@ -10,8 +10,9 @@ import pytest
 from test_data_prepare import config
 
 from mobilellm_jax import data
-from mobilellm_jax.data import api_calls, chat
-from mobilellm_jax.data.api_calls import INTENTS, SPLITS, TESTS, Spec, generate
+from mobilellm_jax.data import api_calls, chat, phone
+from mobilellm_jax.data.api_calls import SPLITS, TESTS, Spec, generate
+from mobilellm_jax.data.phone import INTENTS
 from mobilellm_jax.errors import UserError
 
 # sha256 of 200 conversations of each split, in the template.
@@ -97,8 +98,8 @@ def test_wordings_are_unseen(several):
 
 def number(words):
     """A reading of numbers apart from the generator's."""
-    tens = {name: 10 * (2 + i) for i, name in enumerate(api_calls._TENS)}
-    ones = {name: i for i, name in enumerate(api_calls._ONES)}
+    tens = {name: 10 * (2 + i) for i, name in enumerate(phone.TENS)}
+    ones = {name: i for i, name in enumerate(phone.ONES)}
     return int(words) if words.isdigit() else sum({**tens, **ones}[word] for word in words.split())
 
 
