@@ -39,9 +39,9 @@ def test_every_rule_is_tested_and_says_what_it_checks():
 def test_shares_are_those_of_a_plain_count():
     """A model that repeats the wish: it has capital letters, and never the word that is asked for."""
     of = speaker(lambda text: text.split("\n")[1].partition(". ")[0])
-    found = follow(of, "at_most", 8, 3)
-    numbers = [len(text.partition(". ")[0].split()) for text, _ in prompts("at_most", 8)]
-    share = sum(n <= a["n"] for n, (_, a) in zip(numbers, prompts("at_most", 8), strict=True)) / 8
+    found = follow(of, "at_least", 8, 3)
+    numbers = [len(text.partition(". ")[0].split()) for text, _ in prompts("at_least", 8)]
+    share = sum(n >= a["n"] for n, (_, a) in zip(numbers, prompts("at_least", 8), strict=True)) / 8
     assert 0 < share < 1
     assert found["kept"] == share
     assert found["standard_error"] == pytest.approx((share * (1 - share) / 7) ** 0.5)
@@ -65,5 +65,5 @@ def test_evaluate_prints_and_keeps_shares(workdir):  # noqa: F811
     assert result.returncode == 0, result.stderr
     head, line, last = result.stdout.splitlines()
     assert head == instructions.HEAD
-    assert line.startswith("json             2          0.0 ± 0.0")
+    assert line.startswith("json             2    0.0 ± 0.0    2.0    0.0%")
     assert last.endswith(f"see {workdir / 'instructions.json'}")

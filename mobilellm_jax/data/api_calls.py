@@ -3,8 +3,8 @@
 A spec such as "api_calls:split=train,conversations=5000,seed=0,tasks=3,intents=12" names them (these are the
 defaults; the other splits have 2,500 conversations). A conversation has 1 to `tasks` tasks. In each a person
 asks for one of the intents; in half of them a slot is missing and the assistant asks for it; then come the
-call, its result and an answer. Calls are JSON, {"intent": ..., and slots in the order of `phone.INTENTS`}, with
-typed values: "half past seven" is "07:30", "twenty" is 20.
+call, its result and an answer. Calls are JSON, {"intent": ..., and slots in the order of `phone.INTENTS`},
+with typed values: "half past seven" is "07:30", "twenty" is 20.
 
 Splits of tests, none of whose calls is ever in the split "train":
 
