@@ -50,6 +50,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 def _use_tiny_recipe(config: ConfigDict) -> None:
     depth, _, width, _ = _SHAPES[1]
+    base.update(config, _row(_SHAPES[1]))
     base.use_base_shape(config, depth, width)
     config.model.vocab_size = 512
     config.model.head_dim = 16
