@@ -111,6 +111,18 @@ def test_ids_are_those_of_the_whole_text(kind, tmp_path):
         assert replies.count("\0") == sum(t.role in chat.MADE for t in chat.conversation_of(row))
 
 
+class Merging(BytesTokenizer):
+    """Has one token for a newline and the letter after it, at the beginning of a text."""
+
+    def encode_batch(self, texts):
+        return [[999, *t[2:].encode()] if t[:2] == "\nD" else [*t.encode()] for t in texts]
+
+
+def test_replies_keep_their_first_letter_where_a_token_spans_the_newline():
+    turns = chat.conversation_of(ALARM)
+    assert chat.encode(Merging(), [turns]) == chat.encode(BytesTokenizer(), [turns])
+
+
 def test_prompts_are_conversations_up_to_the_next_reply():
     tokenizer = BytesTokenizer()
     turns = chat.conversation_of(ALARM)

@@ -167,20 +167,20 @@ def encode(
     cut = [parts(turns, ask) for turns in conversations]
     texts = [f"\n{text}" if i % 2 else text for of in cut for i, text in enumerate(of)]
     newline, *encoded = tokenizer.encode_batch(["\n", *texts])
-    ids, found = iter(encoded), []
+    encoded_parts, found = iter(encoded), []
     for of in cut:
-        begin = [no_target(tokenizer.bos_id)] if bos and tokenizer.bos_id is not None else []
+        row = [no_target(tokenizer.bos_id)] if bos and tokenizer.bos_id is not None else []
         for i, text in enumerate(of):
-            of_part = next(ids)
-            if i % 2:
-                if of_part[: len(newline)] == newline:
-                    of_part = of_part[len(newline) :]
-                else:  # the newline is part of a longer token
-                    (of_part,) = tokenizer.encode_batch([text])
-                begin += [*of_part, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
-            else:
-                begin += map(no_target, of_part)
-        found.append(begin)
+            ids = next(encoded_parts)
+            if i % 2 == 0:
+                row += map(no_target, ids)
+                continue
+            if ids[: len(newline)] == newline:
+                ids = ids[len(newline) :]
+            else:  # the newline is part of a longer token
+                (ids,) = tokenizer.encode_batch([text])
+            row += [*ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
+        found.append(row)
     return found
 
 
