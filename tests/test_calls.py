@@ -163,7 +163,7 @@ class Oracle(Generator):
 
 def asked_of_oracle(monkeypatch, conversations, change=lambda text: text, context=2000):
     prompts = []
-    monkeypatch.setattr(calls, "Generator", lambda *_: Oracle(conversations, change, context, prompts))
+    monkeypatch.setattr(calls, "Generator", lambda *of: Oracle(conversations, change, of[-1], prompts))
     found = calls.score({}, tiny_config().model, BytesTokenizer(), conversations, context, 7, True)
     return found, prompts
 
@@ -192,15 +192,15 @@ def test_wrong_values_are_counted_and_a_prompt_that_is_too_long_loses_first_turn
 
     found, prompts = asked_of_oracle(monkeypatch, CONVERSATIONS, change, context=350)
     calls_made = [turn.text for turns in CONVERSATIONS for turn in turns if turn.role == "call"]
-    room = max(len(t.text.encode()) + 1 for ts in CONVERSATIONS for t in ts if t.role in chat.MADE) + 8
-    full = [
-        chat.render(turns[:n], ask=True)
-        for turns in CONVERSATIONS
-        for n, turn in enumerate(turns)
-        if turn.role in chat.MADE
-    ]
-    long = [text for text in full if 1 + len(text) + room > 350]
-    assert found.shortened == len(long) > 3
+    full, long = [], []
+    for turns in CONVERSATIONS:
+        for n, turn in enumerate(turns):
+            if turn.role in chat.MADE:
+                full.append(chat.render(turns[:n], ask=True))
+                ends = sum(one.role in chat.MADE for one in turns[: n + 1])
+                if 1 + len(full[-1]) + len(turn.text) + ends > 350:
+                    long.append(full[-1])
+    assert found.shortened == len(long) > 2
     for prompt in {*prompts} - {*full}:
         assert any(text.endswith(prompt) for text in long)
         assert prompt.startswith("<|")

@@ -138,11 +138,12 @@ class CallScores:
 
 
 class _Asked(NamedTuple):
-    """A turn to make: number of the conversation, ids of the prompt, and the true turn."""
+    """A turn to make: number of the conversation, ids of the prompt, the true turn and its tokens."""
 
     conversation: int
     prompt: list[int]
     right: chat.Turn
+    length: int
 
 
 def score(
@@ -159,7 +160,7 @@ def score(
     Args:
       params, config, tokenizer: the model's; the tokenizer has an EOS.
       conversations: at least one.
-      context: longest prompt with its answer, in tokens.
+      context: longest prompt with its true answer, in tokens.
       batch_size: prompts at a time.
       bos: whether prompts begin with BOS.
 
@@ -168,7 +169,7 @@ def score(
     """
     asked, room, shortened = _questions(conversations, tokenizer, context, bos)
     found: dict[str, tuple[list[float], list[int]]] = {}
-    generator = Generator(params, config, GREEDY, context)
+    generator = Generator(params, config, GREEDY, context + room)  # a wrong answer may be longer
     for turn, said in _answers(generator, tokenizer, asked, room, batch_size):
         if turn.right.role == "call":
             right = read_call(turn.right.text)
@@ -195,9 +196,8 @@ def score(
 def _questions(
     conversations: Sequence[chat.Conversation], tokenizer: Tokenizer, context: int, bos: bool
 ) -> tuple[list[_Asked], int, int]:
-    """All turns to make, the tokens that an answer may have, and the number of prompts that were "
-    "shortened."""
-    asked, longest = [], 0
+    """All turns to make, the tokens that an answer may have, and the number of shortened prompts."""
+    asked: list[_Asked] = []
     for number, (turns, ids) in enumerate(
         zip(conversations, chat.encode(tokenizer, conversations, bos=bos), strict=True)
     ):
@@ -205,16 +205,20 @@ def _questions(
         plain = [i if i >= 0 else ~i for i in ids]
         starts = [n for n in range(1, len(ids)) if ids[n - 1] < 0 <= ids[n]]
         ends = [n for n in range(1, len(ids)) if ids[n - 1] >= 0 and (n == len(ids) or ids[n] < 0)]
-        longest = max([longest, *(end - start for start, end in zip(starts, ends, strict=False))])
-        asked += [_Asked(number, plain[:start], turn) for start, turn in zip(starts, made, strict=True)]
-    room = min(longest + 8, max(context // 2, 1))
+        lengths = [end - start for start, end in zip(starts, ends, strict=False)]
+        asked += [
+            _Asked(number, plain[:start], turn, length)
+            for start, turn, length in zip(starts, made, lengths, strict=True)
+        ]
     shortened = 0
     for place, turn in enumerate(asked):
-        if len(turn.prompt) + room > context:
+        if len(turn.prompt) + turn.length > context:
             turns = conversations[turn.conversation]
             before = turns[: [id(one) for one in turns].index(id(turn.right))]
-            asked[place] = turn._replace(prompt=shorten(tokenizer, before, context - room, bos))
+            size = max(context - turn.length, context // 2, 1)
+            asked[place] = turn._replace(prompt=shorten(tokenizer, before, size, bos))
             shortened += 1
+    room = max((turn.length for turn in asked), default=1) + 8
     return asked, room, shortened
 
 
