@@ -105,8 +105,7 @@ def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def mean_and_error(values: Sequence[float], group: Sequence[int]) -> tuple[float, float | None]:
-    """Mean of values, and its standard error where those of a group depend on each other (None: one "
-    "group)."""
+    """Mean, and its standard error where values of a group depend on each other; None for one group."""
     found, groups = np.unique(np.asarray(group), return_inverse=True)
     mean = float(np.mean(values))
     if len(found) < 2:
