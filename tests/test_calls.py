@@ -259,7 +259,7 @@ def test_calls_of_rows_are_counted_as_decoded(trained):
     targets = rows[:, 1:]
     guesses = np.where(rng.random(targets.shape) < 0.97, np.maximum(targets, 0), 5)
     right = 0
-    for row, guess, turns in zip(targets, guesses, conversations, strict=True):
+    for row, guess, turns in zip(targets.tolist(), guesses.tolist(), conversations, strict=True):
         replies, said = [], []
         for target, token in zip(row, guess, strict=True):
             said += [token] if target >= 0 else []
