@@ -203,8 +203,8 @@ def _questions(
         made = [turn for turn in turns if turn.role in chat.MADE]
         plain = [i if i >= 0 else ~i for i in ids]
         starts = [n for n in range(1, len(ids)) if ids[n - 1] < 0 <= ids[n]]
-        ends = [n for n in range(1, len(ids)) if ids[n - 1] >= 0 and (n == len(ids) or ids[n] < 0)]
-        lengths = [end - start for start, end in zip(starts, ends, strict=False)]
+        ends = [n for n in range(1, len(ids) + 1) if ids[n - 1] >= 0 and (n == len(ids) or ids[n] < 0)]
+        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
         asked += [
             _Asked(number, plain[:start], turn, length)
             for start, turn, length in zip(starts, made, lengths, strict=True)
