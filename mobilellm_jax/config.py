@@ -23,10 +23,9 @@ PARAMETERIZATIONS = ("standard", "mup", "completep")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 EVAL_SPLITS = ("valid", "tuning")
-# synthetic, see `data/tasks/`
-TASKS = ("khop", "addition", "recall", "structure", "manipulation", "knowledge", "breadth")
-_SOURCES = {"bundled": "text", "files": "text", "tfds": "text", "tokens": "token ids"} | {t: t for t in TASKS}
-_SOURCES |= dict.fromkeys(("conversations", "api_calls"), "conversations")
+TASKS = ("khop", "addition", "recall", "structure", "manipulation", "knowledge", "breadth")  # data/tasks/
+_TALKS = dict.fromkeys(("conversations", "api_calls"), "conversations") | {task: task for task in TASKS}
+_SOURCES = {"bundled": "text", "files": "text", "tfds": "text", "tokens": "token ids"} | _TALKS
 
 
 def default_ffn_width(ffn_kind: str, width: int) -> int:
@@ -224,8 +223,8 @@ class DataConfig:
 
     @property
     def is_conversations(self) -> bool:
-        """True where only replies are targets, see `data/chat.py`."""
-        return _SOURCES.get(self.source.partition(":")[0]) == "conversations"
+        """True where only replies are targets."""
+        return self.source.startswith(("conversations:", "api_calls:"))
 
     @property
     def has_answers(self) -> bool:
