@@ -44,6 +44,7 @@ class Study:
       vary: what a seed changes: "init" (parameters), "data" (order of the rows), or both.
       metric: what is compared, lower is better: "loss" (held-out, nats per token) or, of synthetic tasks,
         "error" (share of rows that are not all right), "wrong" (of answers, as a mean over levels),
+        "wrong_calls" (share of API calls that are not right),
         "log_divergence" (structure) or "forgotten" (share of bits not stored: knowledge).
       margin: the smallest difference in it that matters.
       baseline: label of the point that the others are compared with; None compares all pairs.

@@ -5,6 +5,8 @@
   python -m experiments.evaluate --workdir=runs/first --tasks=arc_easy,triviaqa,race,lambada_openai
   python -m experiments.evaluate --workdir=runs/looped --num_repeats=1,2,4,8
   python -m experiments.evaluate --workdir=runs/playground/structure_tiny/2-x-38-s0 --strings=1000
+  python -m experiments.evaluate --workdir=runs/calls --calls=combinations,values,wordings:500
+  python -m experiments.evaluate --workdir=runs/chat --instructions=all
 
 Perplexity and bits per byte of a text, cut into rows of data.sequence_length tokens like the held-out rows
 of training: the first tokens of a row are predicted from little. A document ends with EOS, and begins with
@@ -23,6 +25,14 @@ is none, as of an imported run, to zero_shot.json in its directory.
 --num_repeats scores a model whose blocks are repeated with other numbers of loops than in training: its
 held-out rows, and of a synthetic task what it measures, which is added to the run's record; or a --text. The
 multiplier of the residual branches stays that of training (`mobilellm_jax/model/loops.py` says why).
+API calls after true conversations, decoded greedily: the splits of mobilellm_jax/data/api_calls.py, or files
+as conversations:<glob>, each with :<number> for so many. Counted are JSON, intent, names of slots and whole
+calls, and ROUGE of the replies (mobilellm_jax/inference/calls.py); kept as scores of tasks are, or in
+calls.json.
+
+Instructions that a program can check (mobilellm_jax/inference/instructions.py): all, or names of rules, the
+last with :<number> for so many prompts of each. Printed are the shares of replies that keep them, and words
+of a reply, empty replies and repeated words; kept in the same way, or in instructions.json.
 """
 
 import dataclasses
@@ -34,6 +44,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.runner import looping
+from experiments.runner.calling import asked_calls, score_calls, score_instructions
 from experiments.runner.flags import asked_loops, asked_questions, define_loops, define_scoring
 from experiments.runner.scoring import score_tasks
 from mobilellm_jax import data
@@ -42,6 +53,7 @@ from mobilellm_jax.config import Config, MeshConfig
 from mobilellm_jax.data.tasks.structure import Structure
 from mobilellm_jax.data.text import read_text
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.inference import instructions
 from mobilellm_jax.inference.strings import count_parsed, draw_strings
 from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import partition
@@ -59,6 +71,15 @@ def define_flags() -> None:
     flags.DEFINE_string("text", None, "text to score: bundled, files:<glob>, hub:<name> or tfds:<name>")
     flags.DEFINE_string("text_field", "text", "field that holds the text in jsonl files and TFDS")
     flags.DEFINE_integer("strings", None, "of a grammar: strings to draw from the model, and to parse", 1)
+    flags.DEFINE_list(
+        "calls",
+        [],
+        "API calls to ask for: combinations, values, wordings, conversations:<glob>; with :<number> so many "
+        "conversations",
+    )
+    flags.DEFINE_list(
+        "instructions", [], "rules to follow: all, or names; the last with :<number> of prompts"
+    )
     flags.DEFINE_bool("bos", None, "begin texts of --tasks with BOS; by default as in the model's training")
     flags.DEFINE_integer("batch_size", None, "rows at a time; else as in training")
     flags.DEFINE_list(
@@ -74,35 +95,42 @@ def main() -> int:
     """Evaluates, and returns the exit status."""
     if not FLAGS.workdir:
         raise UserError("--workdir: missing; name a run, such as --workdir=runs/first")
-    counts = asked_loops()
-    if counts and FLAGS.tasks:
+    counts, in_words = asked_loops(), FLAGS.tasks or FLAGS.calls or FLAGS.instructions
+    if counts and in_words:
         raise UserError(
-            "--num_repeats: cannot be combined with --tasks, which ask the model as it was trained"
+            "--num_repeats: cannot be combined with --tasks, --calls or --instructions, which ask the model "
+            "as it was trained"
         )
-    if not FLAGS.text and not FLAGS.tasks and not counts and not FLAGS.strings:
+    if not (FLAGS.text or in_words or counts or FLAGS.strings):
         raise UserError(
-            "--text: missing; name a text to score, such as --text='files:corpus/*.txt', or --tasks=mobilellm"
+            "--text: missing; name a text to score, such as --text='files:corpus/*.txt', or "
+            "--tasks=mobilellm, --calls=combinations,values,wordings, or --instructions=all"
         )
-    questions = asked_questions(FLAGS.bos)
+    questions, calls = asked_questions(FLAGS.bos), asked_calls(FLAGS.calls)
+    if FLAGS.instructions:
+        instructions.parse(FLAGS.instructions)
     workdir = cli.directory("workdir", FLAGS.workdir)
     config, params = open_run(workdir)
     if FLAGS.strings:
         _score_strings(config, params, FLAGS.strings)
+    config = _on_this_machine(config)
+    enable_compilation_cache()
     if counts and not FLAGS.text:
-        enable_compilation_cache()
-        return _score_loops(counts, workdir, _on_this_machine(config), params)
-    if not FLAGS.text and not questions:
+        _score_loops(counts, workdir, config, params)
+    if not (FLAGS.text or in_words):
         return 0
     tokenizer = open_tokenizer(workdir)
     if tokenizer is None:
-        raise UserError(f"{workdir}: this run has no tokenizer, which --text and --tasks need")
-    config = _on_this_machine(config)
-    configs = {f"num_repeats {n}, ": looping.looped(config, n) for n in counts} or {"": config}
-    enable_compilation_cache()
+        raise UserError(f"{workdir}: this run has no tokenizer, which all of this needs")
     if FLAGS.text:
-        for name, of in configs.items():
-            bos = begins_with_bos(workdir, tokenizer)
-            _score_text(of, params, tokenizer, FLAGS.text, bos, name)
+        looped = {f"num_repeats {n}, ": looping.looped(config, n) for n in counts}
+        for name, of in (looped or {"": config}).items():
+            _score_text(of, params, tokenizer, FLAGS.text, begins_with_bos(workdir, tokenizer), name)
+    this = workdir, config, params, tokenizer, FLAGS.batch_size or 64
+    for line in score_calls(calls, *this) if calls else ():
+        print(line, flush=True)
+    for line in score_instructions(FLAGS.instructions, *this) if FLAGS.instructions else ():
+        print(line, flush=True)
     if questions:
         score_tasks(questions, workdir, config, params, tokenizer, check(config))
     return 0
@@ -141,7 +169,7 @@ def _score_text(
     )
 
 
-def _score_loops(counts: Sequence[int], workdir: AnyPath, config: Config, params: Params) -> int:
+def _score_loops(counts: Sequence[int], workdir: AnyPath, config: Config, params: Params) -> None:
     """Prints a line for each number of loops, and keeps the scores."""
     path = looping.results_path(workdir)
     done = looping.score_loops(counts, path, workdir, config, params)
@@ -154,7 +182,6 @@ def _score_loops(counts: Sequence[int], workdir: AnyPath, config: Config, params
             line += f"  right by {levels['name']}: " + ", ".join(f"{at}: {100 * s:.1f} %" for at, s in shares)
         print(line + ("  as in training" if count == entry["trained"] else ""), flush=True)
     print(f"see {path}")
-    return 0
 
 
 def _score_strings(config: Config, params: Params, count: int) -> None:

@@ -23,10 +23,9 @@ REMAT_POLICIES = ("none", "dots", "full")
 PARAMETERIZATIONS = ("standard", "mup", "completep")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
-# synthetic, see `data/tasks/`
-TASKS = ("khop", "addition", "recall", "structure", "manipulation", "knowledge", "breadth")
+TASKS = ("khop", "addition", "recall", "structure", "manipulation", "knowledge", "breadth")  # data/tasks/
 _SOURCES = dict.fromkeys(("bundled", "files", "hub", "tfds"), "text") | {"tokens": "token ids"}
-_SOURCES |= {task: task for task in TASKS}
+_SOURCES |= dict.fromkeys(("conversations", "api_calls"), "conversations") | {task: task for task in TASKS}
 
 
 def default_ffn_width(ffn_kind: str, width: int) -> int:
@@ -160,8 +159,10 @@ class DataConfig:
     """Source of the text, and its conversion to rows of token ids. See `data/`."""
 
     source: str = science(
-        "'bundled', 'files:<glob>', 'hub:<owner>/<name>', 'tfds:<name>', 'tokens:<glob>' (token ids), or a "
-        "synthetic task such as 'khop:...' (`data/tasks/`); of imported weights 'imported', not known",
+        "'bundled', 'files:<glob>', 'hub:<owner>/<name>', 'tfds:<name>', 'tokens:<glob>' (jsonl of "
+        "{'token_ids': [...]}), 'conversations:<glob>' (jsonl of {'messages': [...]}, see `data/chat.py`), "
+        "'api_calls:' (conversations that are generated, `data/api_calls.py`), or a synthetic task such as "
+        "'khop:...' (`data/tasks/`); of imported weights 'imported', not known",
         compiled=False,
         decisive=True,
         shown=True,
@@ -230,6 +231,16 @@ class DataConfig:
     def is_task(self) -> bool:
         """True for a synthetic task, which has right answers but no text."""
         return self.source.partition(":")[0] in TASKS
+
+    @property
+    def is_conversations(self) -> bool:
+        """True where only replies are targets."""
+        return self.source.startswith(("conversations:", "api_calls:"))
+
+    @property
+    def has_answers(self) -> bool:
+        """True where evaluation compares guesses with targets: of tasks, and of generated API calls."""
+        return self.is_task or self.source.startswith("api_calls:")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,13 @@ MEASURES: dict[str, Measure] = {
         "right answers",
         f"Held-out answers that are right after the last step, in percent, mean over levels, {_INTERVAL}",
     ),
+    "wrong_calls": _share(
+        "calls not right",
+        "whole calls right, held out (%)",
+        "calls right, %",
+        "whole calls",
+        f"Held-out calls that greedy decoding gets wholly right after the last step, in percent, {_INTERVAL}",
+    ),
     "log_divergence": Measure(
         what="log divergence",
         axis="divergence from the grammar (ln of nats per token)",

@@ -24,7 +24,7 @@ _EVALUATION = ("step", "loss", "bits_per_byte", "error")
 # Not in older records.
 _LATER = (
     *("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor"),
-    *("measures", "quantized", "parent", "diagnostics", "loops", "teacher"),
+    *("measures", "quantized", "parent", "diagnostics", "loops", "teacher", "calls", "instructions"),
 )
 _KEYS = {  # required keys of nested fields
     "x": ("label", "value", "log"),
@@ -105,6 +105,8 @@ class Record:
       loops: held-out scores by number of loops, as `experiments.evaluate --num_repeats` prints them: an
         `Evaluation`, "levels" as in `measures`, "layers" applied, "trained" (number in training), ...
       teacher: run that this one learned from, see `runs.teacher.Teacher`, and the FLOPs of its forward pass.
+      calls: scores of API calls by split, as `experiments.evaluate --calls` prints them.
+      instructions: shares of instructions kept by rule, as `experiments.evaluate --instructions` prints them.
 
     The fields from `zero_shot` on are None where they do not apply, and in records older than the field.
     """
@@ -158,6 +160,8 @@ class Record:
     diagnostics: dict[str, dict[str, Any]] | None = None
     loops: dict[str, dict[str, Any]] | None = None
     teacher: dict[str, Any] | None = None
+    calls: dict[str, dict[str, Any]] | None = None
+    instructions: dict[str, dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:

@@ -13,10 +13,15 @@ PACKING = (
     "stream[i T : i T + T + 1], so neighbours share one token and every token but the first is predicted "
     "once; the remainder is dropped"
 )
+CONVERSATIONS = (
+    "a row holds whole conversations and padding; one that does not fit begins the next row, and one that is "
+    "longer than a row ends after its last reply that fits; targets are the assistant's texts and their EOS, "
+    "all other ids are stored as ~id"
+)
 ATTENTION = "to all earlier tokens of the row, across the borders of documents"
 CUTS = "long texts are encoded in pieces that begin at a single space"
 # Not in the JSON where they are None.
-_ADDED = ("cuts", "held_out_documents_in_train", "files", "splits")
+_ADDED = ("cuts", "template", "held_out_documents_in_train", "files", "splits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +35,7 @@ class DataCard:
       tokenizer_sha256, vocab_size, bos_id, eos_id: None until a tokenizer is trained, or token ids are read.
       split: one of the sentences in `splits`.
       cuts: `CUTS`, where the tokenizer adds a space.
+      template: of conversations, `chat.TEMPLATE`; None for other documents.
       held_out_documents_in_train: None where the split is by place.
       files, splits: what is in the directory; None until the rows are written.
     """
@@ -53,6 +59,7 @@ class DataCard:
     split: str
     attention: str = ATTENTION
     cuts: str | None = None
+    template: str | None = None
     held_out_documents_in_train: int | None = None
     files: list[dict[str, Any]] | None = None
     splits: dict[str, dict[str, Any]] | None = None

@@ -89,7 +89,8 @@ class Dataset(Protocol):
     def eval_documents(self, rows: int, split: str) -> np.ndarray | None:
         """Document of every target of R evaluated rows, int [R, T], in the order of `eval_batches`.
 
-        Documents are numbered from 0 in the order of the split. None where rows come from no documents.
+        Documents are numbered from 0 in the order of the split; -1 where there is no target. None where rows
+        come from no documents.
 
         Raises:
           UserError: a file is corrupt.

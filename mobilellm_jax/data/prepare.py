@@ -25,11 +25,13 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mobilellm_jax.config import DataConfig
-from mobilellm_jax.data import splits, tokenizers
-from mobilellm_jax.data.card import CUTS, DataCard
+from mobilellm_jax.data import chat, splits, tokenizers
+from mobilellm_jax.data.card import CONVERSATIONS, CUTS, PACKING, DataCard
+from mobilellm_jax.data.conversations import open_any
+from mobilellm_jax.data.packing import check_template, pack_conversations
 from mobilellm_jax.data.pipeline import Dataset
 from mobilellm_jax.data.prepared import documents_file, open_prepared
-from mobilellm_jax.data.sources import OnRead, Source, open_source
+from mobilellm_jax.data.sources import OnRead, Source
 from mobilellm_jax.data.splits import HELD_OUT, SPLITS, Item
 from mobilellm_jax.data.tasks import open_task
 from mobilellm_jax.data.tokenizers import CARD_FILE, Tokenizer, UntrainedBPE
@@ -65,9 +67,11 @@ def prepare(data: DataConfig, vocab_size: int) -> Dataset:
     tokens = None if data.source.startswith("tokens:") else tokenizers.of_spec(data.tokenizer)
     if tokens:  # the largest of given token ids is known only once they are read
         _check_vocab_size(vocab_size, tokens.vocab_size, f"data.tokenizer={data.tokenizer!r}")
-    source = open_source(data.source, data.text_field)
+    if tokens:
+        check_template(data, tokens)
+    source = open_any(data.source, data.text_field)
     valid = data.valid_source
-    held_out = open_source(valid, data.text_field, "data.valid_source") if valid else None
+    held_out = open_any(valid, data.text_field, "data.valid_source") if valid else None
     if held_out:
         splits.check_apart(data, source.files & held_out.files)
     card = _card(data, source, held_out, tokens, tokens.vocab_size if tokens else vocab_size)
@@ -95,6 +99,10 @@ def _card(
     split = splits.BY_SOURCE if held_out else splits.BY_PLACE if source.is_one_text else splits.BY_HASH
     adds_space = isinstance(tokens, Tokenizer) and tokenizers.adds_space(tokens)
     is_bundled = "bundled" in (data.source, data.valid_source)
+    has_masks = data.is_conversations
+    dtype = "<u2" if ids <= 1 << 16 else "<u4"
+    if has_masks:  # ~id is negative
+        dtype = "<i2" if ids <= 1 << 15 else "<i4"
     card = DataCard(
         source=source.name,
         source_sha256=source.sha256,
@@ -105,9 +113,11 @@ def _card(
         python_version=platform.python_version() if is_bundled else None,
         tokenizer=None,
         sequence_length=data.sequence_length,
-        dtype="<u2" if ids <= 1 << 16 else "<u4",
+        dtype=dtype,
         split=split,
-        cuts=CUTS if adds_space else None,
+        packing=CONVERSATIONS if has_masks else PACKING,
+        cuts=CUTS if adds_space and not has_masks else None,
+        template=chat.TEMPLATE if has_masks else None,
     )
     return card.with_tokenizer(tokens)
 
@@ -184,7 +194,7 @@ def _trained(tokens: TokenSource, source: Source, valid_fraction: float | None) 
         return tokens
     with _progress(f"training {tokens.spec}", [source]) as on_read:
         documents = splits.split_documents(source, None, valid_fraction, on_read)
-        texts = (str(item.document) for item in documents if item.split == "train")
+        texts = (splits.as_text(item.document) for item in documents if item.split == "train")
         return tokenizers.train_bpe(tokens.spec, texts)
 
 
@@ -214,6 +224,9 @@ def _pack(
 ) -> dict[str, "_Packer"]:
     """Writes the rows of all splits, tokenising in batches of bounded size whatever the documents' sizes."""
     packers = {split: _Packer(directory, split, card) for split in SPLITS}
+    if card.template and tokenizer:
+        pack_conversations(packers, items, tokenizer, card.sequence_length + 1, _BATCH)
+        return packers
     drop_space = tokenizer is not None and tokenizers.adds_space(tokenizer)
     bos, eos = ([] if i is None else [i] for i in (card.bos_id, card.eos_id))
     batch: list[tuple[_Packer, Any, bool, list[int]]] = []
@@ -258,6 +271,12 @@ def _check_rows(packers: dict[str, "_Packer"], card: DataCard) -> None:
             )
         if packer.rows == 0:
             name = card.valid_source if split == "valid" and card.valid_source else card.source
+            if packer.documents and packer.counts:
+                raise UserError(
+                    f"{name}: none of the {packer.documents} conversations of the {split} split has a reply "
+                    f"that ends within a row of {card.sequence_length + 1} tokens; use a longer "
+                    "data.sequence_length"
+                )
             raise UserError(
                 f"{name}: too little text: the {split} split has {packer.tokens} tokens and one row needs "
                 f"{card.sequence_length + 1}; use more text or a shorter data.sequence_length"
@@ -276,6 +295,7 @@ class _Packer:
         self._rows_hash, self._documents_hash = hashlib.sha256(), hashlib.sha256()
         self.documents = self.text_bytes = self.tokens = self.rows = 0
         self.starts = array("q")  # tokens before each document
+        self.counts: dict[str, int] = {}  # of conversations, for the card
         self.max_id = -1
 
     def start_document(self, item: Item) -> None:
@@ -288,6 +308,11 @@ class _Packer:
         self.max_id = max(self.max_id, max(ids, default=-1))
         if self.max_id <= np.iinfo(self._dtype).max:  # larger ids are refused in `_make`
             self._pending.append(np.array(ids, self._dtype))
+
+    def add_row(self, ids: list[int]) -> None:
+        """Writes one row of T + 1 ids."""
+        self.tokens += self._length
+        self._write(np.array(ids, self._dtype).tobytes())
 
     def write_rows(self) -> None:
         """Writes all complete rows."""
@@ -356,6 +381,7 @@ class _Packer:
             "text_bytes": self.text_bytes if self._has_text else None,
             "tokens": self.tokens,
             "rows": self.rows,
+            **self.counts,
             "sha256": self._rows_hash.hexdigest(),
             "shards": self._shards,
         }

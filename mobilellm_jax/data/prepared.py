@@ -14,6 +14,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from mobilellm_jax.data.card import FORMAT_VERSION
 from mobilellm_jax.data.pipeline import local_batch_size, padded_batches
+from mobilellm_jax.data.rows import is_target
 from mobilellm_jax.data.splits import SPLITS
 from mobilellm_jax.data.tokenizers import CARD_FILE, Tokenizer, load_tokenizer
 from mobilellm_jax.errors import UserError
@@ -42,6 +43,11 @@ class PreparedData:
         """T; a row holds T + 1 token ids."""
         return self.card["sequence_length"]
 
+    @property
+    def has_masks(self) -> bool:
+        """True for conversations, of which only replies are targets."""
+        return bool(self.card.get("template"))
+
     def num_rows(self, split: str) -> int:
         return self.card["splits"][split]["rows"]
 
@@ -56,7 +62,10 @@ class PreparedData:
             )
 
     def bytes_per_token(self, split: str) -> float | None:
-        """None where rows come from token ids without text."""
+        """None where rows come from token ids without text; of conversations, of the replies alone."""
+        if self.has_masks:
+            entry = self.card["splits"][split]
+            return entry["target_bytes"] / entry["targets"]
         size, tokens = (self.card["splits"][split][name] for name in ("text_bytes", "tokens"))
         return None if size is None else size / (tokens - 1)  # nothing predicts the first token
 
@@ -108,9 +117,18 @@ class PreparedData:
         (entry,) = (entry for entry in self.card["files"] if entry["file"] == path.name)
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise _damaged(path, ValueError("checksum mismatch"))
-        first_R, T = self._eval_order(split, rows) * self.sequence_length, self.sequence_length
+        # Rows of text share a token with their neighbours, rows of conversations do not.
+        T, each = self.sequence_length, self.sequence_length + self.has_masks
+        first_R = self._eval_order(split, rows) * each
         starts = np.lib.format.read_array(io.BytesIO(content))
-        return np.searchsorted(starts, first_R[:, None] + np.arange(1, T + 1), side="right") - 1
+        document_RT = np.searchsorted(starts, first_R[:, None] + np.arange(1, T + 1), side="right") - 1
+        if self.has_masks:
+            document_RT[~is_target(self.eval_rows(rows, split)[:, 1:])] = -1
+        return document_RT
+
+    def eval_rows(self, rows: int, split: str) -> np.ndarray:
+        """The rows that `eval_batches` takes, in one piece: int32 [R, T + 1]."""
+        return _Rows(self, split).read(self._eval_order(split, rows))
 
     def _eval_order(self, split: str, rows: int) -> np.ndarray:
         """Numbers of the rows that an evaluation takes, int64 [R]."""

@@ -1,7 +1,7 @@
 """Sources of documents, named by specs such as "bundled" or "files:<glob>".
 
-Opening a source hashes its files; documents are read later, one at a time. A document is a string, or a list
-of token ids from a "tokens:" source. Input is never imported, unpickled or executed.
+Opening a source hashes its files; documents are read later, one at a time. A document is a string, a list of
+token ids from a "tokens:" source, or a conversation. Input is never imported, unpickled or executed.
 """
 
 import ast
@@ -28,15 +28,15 @@ from typing import Any, cast
 import zstandard
 
 from mobilellm_jax.data import hub
+from mobilellm_jax.data.chat import Conversation
 from mobilellm_jax.data.compressed import CountedFile, OnRead, ZstdFile
 from mobilellm_jax.data.parquet import check_column, is_parquet, read_column
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.sealed import parse
 
-Document = str | list[int]
+Document = str | list[int] | Conversation
 
 _BLOCK = 1 << 20  # bytes
-_COMPRESSED = (".gz", ".xz", ".zst")
 _MAX_TOKEN_ID = 2**31 - 1  # batches are int32
 
 
@@ -49,7 +49,7 @@ class Source:
       sha256: hash of the contents, names and order of its files.
       size: bytes that one reading reports to `on_read`, for a progress bar.
       read: yields the documents in a fixed order. It raises `UserError` for bad input.
-      files: real paths of the files that "files:", "hub:" and "tokens:" read whole; empty for other kinds.
+      files: real paths of the files that are read whole; empty where there are none.
       is_one_text: a single plain-text file, which is a single document.
     """
 
@@ -77,12 +77,12 @@ def open_source(spec: str, text_field: str, field: str = "data.source") -> Sourc
         read = functools.partial(_read_jsonl, key="token_ids", check=_token_ids)
     else:
         read = functools.partial(_read_text_file, text_field=text_field)
-    paths = list(hub.download(rest, field)) if kind == "hub" else _matching_files(spec, rest, field)
+    paths = list(hub.download(rest, field)) if kind == "hub" else matching_files(spec, rest, field)
     for path in filter(is_parquet, paths):
         check_column(path, text_field)
     return Source(
         name=spec if kind == "hub" else f"{kind}:{Path(rest).name}",
-        sha256=_hash_files({path: os.path.basename(path) for path in paths}),
+        sha256=hash_files({path: os.path.basename(path) for path in paths}),
         size=sum(os.path.getsize(path) for path in paths),
         read=lambda on_read: (document for path in paths for document in read(path, on_read)),
         files=frozenset(map(os.path.realpath, paths)),
@@ -90,7 +90,7 @@ def open_source(spec: str, text_field: str, field: str = "data.source") -> Sourc
     )
 
 
-def _hash_files(names: dict[str, str]) -> str:
+def hash_files(names: dict[str, str]) -> str:
     """One hash of the files (path -> name that counts), in order."""
     entries = []
     for path, name in names.items():
@@ -102,7 +102,7 @@ def _hash_files(names: dict[str, str]) -> str:
 # Files.
 
 
-def _matching_files(spec: str, pattern: str, field: str) -> list[str]:
+def matching_files(spec: str, pattern: str, field: str) -> list[str]:
     pattern = os.path.expanduser(pattern)
     paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     files = [path for path in paths if os.path.isfile(path)]
@@ -162,7 +162,7 @@ def _decode(path: str, data: bytes, offset: int) -> str:
 
 
 def _is_jsonl(path: str) -> bool:
-    return path.endswith((".jsonl", *(f".jsonl{suffix}" for suffix in _COMPRESSED)))
+    return path.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"))
 
 
 def _is_table(path: str) -> bool:
@@ -269,7 +269,7 @@ def _open_bundled(stdlib: Path) -> Source:
             on_read(os.path.getsize(path))
 
     size = sum(os.path.getsize(path) for path in paths)
-    return Source(name="bundled", sha256=_hash_files(paths), size=size, read=read)
+    return Source(name="bundled", sha256=hash_files(paths), size=size, read=read)
 
 
 @functools.cache  # 2 MB in all, and parsing is slow: training a tokenizer and packing are two readings
@@ -348,7 +348,7 @@ def _open_tfds(spec: str, text_field: str, field: str) -> Source:
                 yield value.decode() if isinstance(value, bytes) else value
             on_read(size * len(chunk) // len(examples))
 
-    return Source(name=f"tfds:{spec}", sha256=_hash_files(files), size=size, read=read)
+    return Source(name=f"tfds:{spec}", sha256=hash_files(files), size=size, read=read)
 
 
 def _tfds_name_and_split(tfds: Any, spec: str) -> tuple[str, str]:

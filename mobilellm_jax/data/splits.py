@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mobilellm_jax.config import DataConfig
+from mobilellm_jax.data import chat
 from mobilellm_jax.data.sources import Document, OnRead, Source
 from mobilellm_jax.errors import UserError
 
@@ -101,8 +102,14 @@ def _items(document: Document, split: str) -> Iterator[Item]:
 
 
 def _item(document: Document, split: str) -> Item:
-    content = document.encode() if isinstance(document, str) else np.array(document, "<u4").tobytes()
+    is_text = isinstance(document, str | tuple)
+    content = as_text(document).encode() if is_text else np.array(document, "<u4").tobytes()
     return Item(document, split, hashlib.sha256(content).digest(), len(content))
+
+
+def as_text(document: Document) -> str:
+    """The text of a document; of a conversation as in its template, without BOS and EOS."""
+    return chat.render(document) if isinstance(document, tuple) else str(document)
 
 
 def _cut(text: str, fraction: float) -> int:

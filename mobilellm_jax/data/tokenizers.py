@@ -21,6 +21,7 @@ from mobilellm_jax.storage.files import AnyPath, path_of, reason
 from mobilellm_jax.storage.sealed import parse
 
 CARD_FILE = "card.json"
+TEMPLATE_FILE = "chat_template.jinja"  # the name that transformers reads
 _FILES = {"bpe": "tokenizer.json", "huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 _BPE_SPECIAL = ["<bos>", "<eos>"]
 _BPE_MIN_SIZE = 256 + len(_BPE_SPECIAL)
@@ -207,9 +208,11 @@ def tokenizer_file(spec: str | None) -> str | None:
     return _FILES.get((spec or "").partition(":")[0])
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: AnyPath) -> None:
-    """Creates `directory` with a copy of a tokenizer, for `load_tokenizer`."""
+def save_tokenizer(tokenizer: Tokenizer, directory: AnyPath, template: str | None = None) -> None:
+    """Creates `directory` with a copy of a tokenizer, for `load_tokenizer`, and of a template of chats."""
     directory.mkdir(parents=True, exist_ok=True)
+    if template is not None:
+        (directory / TEMPLATE_FILE).write_text(template)
     name = tokenizer_file(tokenizer.spec)
     if name is not None:
         (directory / name).write_bytes(tokenizer.file_bytes)

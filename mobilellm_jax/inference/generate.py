@@ -46,6 +46,9 @@ class Sampling:
             )
 
 
+GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
+
+
 def choose(
     logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"], sampling: Sampling
 ) -> tuple[Int[Array, "B"], Key[Array, "B"]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -199,7 +200,22 @@ def data_notes(card: dict[str, Any]) -> list[str]:
             f"{card['source']} is one document: its last {held_out / (train + held_out):.1%} ({held_out:,} "
             "bytes) are held out"
         )
-    return notes
+    return notes + list(_turn_notes(card))
+
+
+def _turn_notes(card: dict[str, Any]) -> Iterator[str]:
+    """Lines about conversations that are longer than a row."""
+    if not card.get("template"):
+        return
+    cut, left_out, total = (
+        sum(entry[name] for entry in card["splits"].values()) for name in ("cut", "left_out", "documents")
+    )
+    if cut or left_out:
+        yield (
+            f"{cut + left_out:,} of {total:,} conversations are longer than a row of "
+            f"{card['sequence_length'] + 1:,} tokens: of {cut:,} the first turns are used, {left_out:,} are "
+            "left out, as their first reply ends beyond it"
+        )
 
 
 def repeats_note(config: Config, card: dict[str, Any]) -> str | None:

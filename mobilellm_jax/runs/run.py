@@ -141,7 +141,7 @@ def run(
     for line in filter(None, (warning, *data_notes(card), repeats_note(config, card))):
         say(line)
     if jax.process_index() == 0 and (tokenizer := prepared.tokenizer()):
-        data.save_tokenizer(tokenizer, workdir / TOKENIZER)
+        data.save_tokenizer(tokenizer, workdir / TOKENIZER, card.get("template"))
     say(StepLine.at(0.0, "compiling"))
     origin, taught_by = parent and parent.origin(config), teacher and teacher.for_training
     outcome = train(config, prepared, mesh, workdir, say, origin, taught_by)
@@ -153,9 +153,9 @@ def run(
 
 
 def _floor_fields(config: Config, prepared: data.Dataset) -> dict[str, int | float] | None:
-    """`Record.floor` of a run; None for tasks, for runs judged on "tuning", and on other processes than 0."""
+    """`Record.floor` of a run; None for tasks, conversations, "tuning", and on other processes than 0."""
     t = config.train
-    skipped = t.eval_split == "tuning" or jax.process_index() > 0
+    skipped = t.eval_split == "tuning" or config.data.is_conversations or jax.process_index() > 0
     if skipped or not isinstance(prepared, data.PreparedData):
         return None
     seen, rows = t.steps * t.batch_size, prepared.num_rows("train")

@@ -13,14 +13,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mobilellm_jax import data, model
 from mobilellm_jax.config import Config
 from mobilellm_jax.costs import accounting
+from mobilellm_jax.data import chat
 from mobilellm_jax.training.programs import Programs
 
 _MOST_DOCUMENTS = 500  # of which sums are kept
+# `Record.measures` of API calls.
+CALLS = {"floor": {"wrong_calls": 1.0}, "ceiling": {"wrong_calls": 0.0}, "levels": None}
 
 
 class Scores(NamedTuple):
@@ -31,8 +34,8 @@ class Scores(NamedTuple):
       bits_per_byte: the same in bits per byte; None without text.
       error: share of wrong rows; None where rows are not right or wrong.
       by_position, documents: see `by_position` and `by_document`; None for tasks.
-      measures: of tasks, other than `error`, by name.
-      task: of tasks, `Record.measures`.
+      measures: of tasks, other than `error`, and of API calls, by name.
+      task: of both, `Record.measures`.
     """
 
     loss: float
@@ -70,7 +73,20 @@ def evaluate_held_out(
         return Scores(loss, bits, error)
     order = _order(programs, **share)
     nats_RT = _in_order(sums, "nats", order, len(document_RT))
-    return Scores(loss, bits, error, by_position(nats_RT), by_document(nats_RT, document_RT))
+    found = by_position(nats_RT, document_RT >= 0), by_document(nats_RT, document_RT)
+    if not config.data.has_answers:
+        return Scores(loss, bits, error, *found)
+    measures = _call_measures(prepared, config, _in_order(sums, "guesses", order, len(document_RT)))
+    return Scores(loss, bits, None, *found, measures=measures, task=CALLS)
+
+
+def _call_measures(prepared: data.Dataset, config: Config, guesses_RT: np.ndarray) -> dict[str, float]:
+    """Share of the calls in the held-out conversations that are not right in every token."""
+    tokenizer = prepared.tokenizer()
+    assert isinstance(prepared, data.PreparedData)
+    assert tokenizer
+    rows_RS = prepared.eval_rows(config.train.eval_rows, config.train.eval_split)
+    return {"wrong_calls": chat.wrong_calls(rows_RS, guesses_RT, tokenizer)}
 
 
 def _task_measures(
@@ -143,17 +159,23 @@ def scores(sums: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
     return total["nats"] / total["targets"], error
 
 
-def by_position(nats_RT: Float[np.ndarray, "R T"]) -> dict[str, list[Any]]:
+def by_position(
+    nats_RT: Float[np.ndarray, "R T"], is_target_RT: Bool[np.ndarray, "R T"] | None = None
+) -> dict[str, list[Any]]:
     """Loss by place in the row: bins end at positions 1, 2, 4, ... and T, counted from 1.
 
-    Keys: "to" (end of each bin), "loss" (nats per token), "targets".
+    Keys: "to" (end of each bin), "loss" (nats per token; None without targets), "targets". Without
+    `is_target_RT`, every position has a target.
     """
-    rows, length = nats_RT.shape
+    length = nats_RT.shape[1]
     ends = [1 << k for k in range((length - 1).bit_length())] + [length]
     starts = np.array([0, *ends[:-1]])
-    targets = rows * (np.array(ends) - starts)
+    is_target_RT = np.ones(nats_RT.shape, bool) if is_target_RT is None else is_target_RT
+    targets = np.add.reduceat(is_target_RT.sum(axis=0), starts)
     nats = np.add.reduceat(nats_RT.sum(axis=0, dtype=np.float64), starts)
-    return {"to": ends, "loss": (nats / targets).tolist(), "targets": targets.tolist()}
+    loss = (nats / np.maximum(targets, 1)).tolist()
+    loss = [of_bin if count else None for of_bin, count in zip(loss, targets, strict=True)]
+    return {"to": ends, "loss": loss, "targets": targets.tolist()}
 
 
 def by_document(
@@ -161,11 +183,14 @@ def by_document(
 ) -> dict[str, list[Any]]:
     """Sums of "nats" and "targets" by document, in order; documents without a target are left out.
 
-    Neighbours are joined, evenly, where there are more than 500 documents.
+    Positions of document -1 have no target. Neighbours are joined, evenly, where there are more than 500
+    documents.
     """
-    documents = document_RT.ravel()
+    is_target = document_RT.ravel() >= 0
+    documents = document_RT.ravel()[is_target]
     targets = np.bincount(documents)
-    nats, has_targets = np.bincount(documents, nats_RT.ravel().astype(np.float64)), targets > 0
+    nats = np.bincount(documents, nats_RT.ravel()[is_target].astype(np.float64))
+    has_targets = targets > 0
     nats, targets = nats[has_targets], targets[has_targets]
     groups = min(len(targets), _MOST_DOCUMENTS)
     starts = np.arange(groups) * len(targets) // groups

@@ -137,7 +137,7 @@ def make_programs(
 
     def evaluate(params: model.Params, rows: Array) -> Sums:
         with partition.in_use(mesh):
-            return eval_step(params, rows, m, config.data.is_task)
+            return eval_step(params, rows, m, config.data.has_answers)
 
     counts = loop_counts(t.loops, m.sharing, m.num_repeats)
     steps = {count: step_of(with_repeats(m, count)) for count in counts}
@@ -208,7 +208,7 @@ class CompileKey:
 def compile_key(config: Config, distillation: Distillation | None = None) -> CompileKey:
     """Key of a run's programs: all `compiled` fields, and whether evaluation counts right answers."""
     values = tuple(value for name, value in flatten(to_dict(config)).items() if name in COMPILED)
-    return CompileKey((config.data.is_task, *values), distillation, config)
+    return CompileKey((config.data.has_answers, *values), distillation, config)
 
 
 @functools.lru_cache(maxsize=1)  # a sweep runs the seeds of one point in succession
