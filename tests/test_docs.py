@@ -234,8 +234,10 @@ def test_findings_are_those_of_the_reports():
     for finding in re.findall(r"^- (.*)", findings, re.MULTILINE):
         (link,) = [link for link in site.links(finding) if link.endswith(".md")]
         report = (ROOT / link).read_text()
-        pairs = report.partition("| pair |")[2].partition("\n\n")[0]
-        differences = [abs(float(number)) for number in re.findall(r"\| ([-+][\d.]+) \[", pairs)]
+        head = "| pair |" if "| pair |" in report else "| comparison |"  # of one study, of all abilities
+        pairs = report.partition(head)[2].partition("\n\n")[0]
+        numbers = re.findall(r" ([-+]?\d[\d.]*)(?: of the distance)? \[", pairs)
+        differences = [abs(float(number)) for number in numbers]
         for said in re.findall(r"\b0\.\d+|\d+(?= points)", finding):
             places = len(said.partition(".")[2])
             assert said in {f"{difference:.{places}f}" for difference in differences}, finding

@@ -16,10 +16,11 @@ from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import span
 from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.verdicts import Comparison
-from mobilellm_jax.analysis.wording import format_bound
+from mobilellm_jax.analysis.wording import format_bound, join
 from mobilellm_jax.storage.files import AnyPath
 
 STUDY = "playground"  # its presets are <ability>_<size>
+_ORDER = ("structure", "manipulation", "knowledge", "hops", "breadth")
 TITLE = "Which shape learns what: designs of equal size on generated data"
 _IN = {"better": "at", "worse": "at", "no difference": "in", "cannot tell": "about"}
 _NOTE = (
@@ -36,7 +37,11 @@ def by_size(studies: Iterable[Study]) -> dict[str, dict[str, Study]]:
         ability, _, size = study.facts.preset.rpartition("_")
         if study.facts.study == STUDY and ability:
             found.setdefault(size, {})[ability] = study
-    return {size: of for size, of in found.items() if len(of) > 1}
+    return {size: dict(sorted(of.items(), key=_place)) for size, of in found.items() if len(of) > 1}
+
+
+def _place(of_ability: tuple[str, Study]) -> int:
+    return _ORDER.index(of_ability[0]) if of_ability[0] in _ORDER else len(_ORDER)
 
 
 def write(
@@ -48,10 +53,11 @@ def write(
         name = f"{STUDY}-{size}"
         image = figures.save(name, "Every design in every ability", draw(of_size), workdir, formats)
         columns, found = table(of_size), sentences(of_size)
+        regimes = [_caption(ability, study) for ability, study in of_size.items()]
         texts = beside_text.lines(of_size, studies)
         links = [f"{ability}: reports/{study.stem}.md" for ability, study in of_size.items()]
         sections: list[Section] = [
-            ("All abilities", [found, image, _NOTE, columns]),
+            ("All abilities", [found, image, _NOTE, columns, regimes]),
             ("Does it predict text?", [beside_text.NOTE, texts] if texts else []),
             ("The report of each ability", [links]),
         ]
@@ -106,7 +112,7 @@ def by_word(words: Mapping[str, str]) -> str:
     for ability, word in words.items():
         abilities.setdefault(word, []).append(ability)
     ordered = sorted(abilities, key=list(_IN).index)
-    return "; ".join(f"{word} {_IN[word]} {' and '.join(abilities[word])}" for word in ordered)
+    return "; ".join(f"{word} {_IN[word]} {join(abilities[word])}" for word in ordered)
 
 
 def table(of_size: Mapping[str, Study]) -> Columns:

@@ -139,7 +139,7 @@ def _findings(comparisons: Sequence[Comparison], metric: str) -> Iterator[str]:
             names = f"{c.point!r} and {c.other!r}" + (f" ({reason})" if reason else "")
             rest[c.word].setdefault(said, []).append(names)
     for winner, losers in better.items():
-        yield f"{winner!r} is better than {_join(losers)}."
+        yield f"{winner!r} is better than {join(losers)}."
     for of_word in rest.values():
         for said, names in of_word.items():
             yield f"{said.capitalize()}: {'; '.join(names)}."
@@ -226,7 +226,8 @@ def _means(scores: Mapping[str, Sequence[float]], metric: str) -> str:
     return f"No comparison was asked for. Mean {of.what} in {of.unit_of_mean}: {', '.join(found)}."
 
 
-def _join(names: Sequence[str]) -> str:
+def join(names: Sequence[str]) -> str:
+    """Joins names as prose does: \"a, b and c\"."""
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
@@ -285,7 +286,7 @@ def warnings(
             for label, seeds in unstable.items()
         ]
         yield (
-            f"Unstable: {_join(names)} ended far above the median of their point, or above the lowest loss "
+            f"Unstable: {join(names)} ended far above the median of their point, or above the lowest loss "
             "of their own. They count in the comparison."
         )
     yield from _tuning_warnings(facts, list(compared), tuning)
@@ -302,12 +303,12 @@ def _seed_warnings(
     scores = {label: point.scores for label, point in compared.items() if point.scores}
     for count, why in ((1, "One seed proves nothing"), (2, "Intervals from two seeds are very wide")):
         if few := [repr(point) for point, by_seed in scores.items() if len(by_seed) == count]:
-            yield f"{why}: {'all points' if len(few) == len(compared) else _join(few)}."
+            yield f"{why}: {'all points' if len(few) == len(compared) else join(few)}."
     points = dict.fromkeys(point for c in comparisons for point in (c.point, c.other))
     seeds = set().union(*(scores.get(point, {}) for point in points))
     if gone := [repr(point) for point in points if not scores.get(point)]:
         has, they = ("has", "it is") if len(gone) == 1 else ("have", "they are")
-        yield f"{_join(gone)} {has} no finished run: {they} not compared."
+        yield f"{join(gone)} {has} no finished run: {they} not compared."
     for point in points:
         missing = seeds - scores.get(point, {}).keys()
         if missing and missing != seeds:
