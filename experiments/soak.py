@@ -42,15 +42,19 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "of the random moments and bits", 0)
 
 
-def hear_hangups() -> None:
-    """Lets the runs hear SIGHUP under nohup too: what is ignored is inherited, a handler is not."""
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, lambda *_: None)
+def hear_signals() -> None:
+    """Lets the runs hear all signals: under nohup or behind a script's `&`, some are ignored.
+
+    What is ignored is inherited, a handler is not.
+    """
+    for number in ends.SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def main() -> int:
     """Runs all trials, and returns the exit status."""
-    hear_hangups()
+    hear_signals()
     jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))  # the runs inherit it
     with scratch_directory("soak-") as folder:
         rng = random.Random(FLAGS.seed)
