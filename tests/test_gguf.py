@@ -167,7 +167,7 @@ def test_llama_cpp_computes_the_same_logits_and_ids(tmp_path, name, record_prope
     assert found == [[tokenizer.bos_id, *of] for of in tokenizer.encode_batch(texts)]
     assert first[0] == expected[-1].argmax()
     difference = np.abs(logits - expected).max() / np.abs(expected).max()
-    record_property("figures", {"f32 logits of llama.cpp, of the largest": difference})
+    record_property("figures", {"f32 logits of llama.cpp, of the largest": float(difference)})
     assert difference <= 4e-6  # of this, the rounded products with multipliers make up to 1.6e-6
 
 
@@ -210,7 +210,7 @@ def test_stories260k_says_the_same_in_llama_cpp(tmp_path, record_property):
     with llama_cpp.Model(tmp_path / "out.gguf", context=256) as there:
         assert there.greedy(greedy[:1], 255) == greedy[1:]
         difference = np.abs(there.logits(ids) - expected).max() / np.abs(expected).max()
-    record_property("figures", {"f32 logits of stories260K in llama.cpp, of the largest": difference})
+    record_property("figures", {"f32 logits of stories260K in llama.cpp, of the largest": float(difference)})
     assert difference <= 2e-6
 
 
