@@ -29,6 +29,7 @@ PAGES = [
 ]
 # Where pages lead outside of the repository. Nothing follows these: look at a new one before adding it.
 OUTSIDE = {
+    "https://arxiv.org/abs/1503.02531",
     "https://arxiv.org/abs/2402.14905",
     "https://github.com/COST-ELTeC/ELTeC-eng",
     "https://jobset.sigs.k8s.io",

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 from configs import base, mobilellm
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.parallel import partition
+from mobilellm_jax.runs.run import with_dtype
 from mobilellm_jax.training.programs import compile_key, make_programs
 
 DEVICES = 256
@@ -31,6 +32,7 @@ def all_configs() -> Iterator[tuple[str, Config]]:
         for preset in (preset for preset in study.PRESETS if preset not in collections):
             for overrides in study.sweep(preset):
                 config = from_config_dict(base.update(study.get_config(preset), overrides))
+                config = with_dtype(config, "tpu")
                 if (key := compile_key(config)) not in seen:
                     seen.add(key)
                     words = " ".join(str(value) for value in overrides.values())

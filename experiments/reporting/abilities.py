@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from experiments.reporting import beside_text, drawing, figures
 from experiments.reporting.drawing import styled
 from experiments.reporting.pages import Section, write_page
+from experiments.reporting.pair_words import STUDY, by_size, roles
 from experiments.reporting.tables import Columns, quantity
-from mobilellm_jax.analysis.facts import Point
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import span
 from mobilellm_jax.analysis.study import Study
@@ -19,8 +19,6 @@ from mobilellm_jax.analysis.verdicts import Comparison
 from mobilellm_jax.analysis.wording import format_bound, join
 from mobilellm_jax.storage.files import AnyPath
 
-STUDY = "playground"  # its presets are <ability>_<size>
-_ORDER = ("structure", "manipulation", "knowledge", "hops", "breadth")
 TITLE = "Which shape learns what: designs of equal size on generated data"
 _IN = {"better": "at", "worse": "at", "no difference": "in", "cannot tell": "about"}
 _NOTE = (
@@ -28,20 +26,6 @@ _NOTE = (
     "otherwise. Distances are divergences from the grammar, as factors with their intervals; right answers "
     "and stored facts are percentage points. Intervals hold for all pairs of an ability at once."
 )
-
-
-def by_size(studies: Iterable[Study]) -> dict[str, dict[str, Study]]:
-    """Studies of the playground by size, then by ability; sizes with a single ability are left out."""
-    found: dict[str, dict[str, Study]] = {}
-    for study in studies:
-        ability, _, size = study.facts.preset.rpartition("_")
-        if study.facts.study == STUDY and ability:
-            found.setdefault(size, {})[ability] = study
-    return {size: dict(sorted(of.items(), key=_place)) for size, of in found.items() if len(of) > 1}
-
-
-def _place(of_ability: tuple[str, Study]) -> int:
-    return _ORDER.index(of_ability[0]) if of_ability[0] in _ORDER else len(_ORDER)
 
 
 def write(
@@ -137,33 +121,6 @@ def _by_roles(of_size: Mapping[str, Study]) -> dict[str, dict[str, Comparison]]:
                     row = f"{row}, {c.point} against {c.other}"
                 rows.setdefault(row, {})[ability] = c
     return rows
-
-
-def roles(point: Point, other: Point, with_arm: bool = True) -> str:
-    """What the pair is about, in words that hold for every ability, with the arm if it is not the first."""
-    arm = f" ({point.arm})" if with_arm and point.arm and point.arm != "completep" else ""
-    blocks, applied = len(set(point.layer_plan)), len(point.layer_plan)
-    if applied == blocks:
-        shape = "more, thinner" if applied > len(other.layer_plan) else "fewer, wider"
-        return f"{shape} blocks{arm}"
-    first = f"{_number(blocks)} {_times(applied // blocks)}, {point.config['model']['sharing']}"
-    if len(other.layer_plan) == applied:
-        second = f"{_number(applied)} once"
-    else:
-        second = "once, for as many FLOPs" if _steps(other) > _steps(point) else "once"
-    return f"{first}, against {second}{arm}"
-
-
-def _number(blocks: int) -> str:
-    return f"{blocks} block{'' if blocks == 1 else 's'}"
-
-
-def _times(count: int) -> str:
-    return "twice" if count == 2 else f"{count} times"
-
-
-def _steps(point: Point) -> int:
-    return point.config["train"]["steps"]
 
 
 def cell(c: Comparison, metric: str) -> str:

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-from experiments.reporting import abilities, judging
+from experiments.reporting import judging
 from experiments.reporting.judging import Side, Word
+from experiments.reporting.pair_words import by_size, roles
 from experiments.reporting.tables import Columns, markdown_table, plain, quantity
 from mobilellm_jax.analysis.records import span
 from mobilellm_jax.analysis.study import Study
@@ -59,7 +60,7 @@ FINDINGS = (
 
 def section(studies: Iterable[Study]) -> str:
     """The section in Markdown; "" without records of the playground."""
-    found = abilities.by_size(studies)
+    found = by_size(studies)
     if not found:
         return ""
     columns: Columns = {"claim": [], **{word: [] for word in ("agree", "disagree", "cannot tell")}}
@@ -120,9 +121,7 @@ def _pairs(finding: Finding, study: Study) -> list[Comparison]:
         c
         for c in study.verdict.comparisons
         if {c.point, c.other} <= study.points.keys()
-        and is_one[finding.kind](
-            abilities.roles(study.points[c.point], study.points[c.other], with_arm=False)
-        )
+        and is_one[finding.kind](roles(study.points[c.point], study.points[c.other], with_arm=False))
     ]
 
 

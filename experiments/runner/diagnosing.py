@@ -13,7 +13,7 @@ from experiments.runner.progress import finished_records
 from experiments.runner.rows import Batches, held_out_rows
 from experiments.runner.view import Event, Tell
 from mobilellm_jax import data
-from mobilellm_jax.analysis.layers import ENTRY
+from mobilellm_jax.analysis.records import LAYERS
 from mobilellm_jax.config import Config
 from mobilellm_jax.diagnostics.diagnosis import diagnose
 from mobilellm_jax.model.stack import Params
@@ -62,7 +62,7 @@ def diagnose_run(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if jax.process_index() == 0:
-        _KEPT.add(path, ENTRY, entry)
+        _KEPT.add(path, LAYERS, entry)
     return entry
 
 
@@ -73,7 +73,7 @@ def lacking(point: Point, workdir: AnyPath) -> int:
 
 def _lacking_runs(point: Point, workdir: AnyPath) -> list[str]:
     records = finished_records(point, workdir)
-    return [name for name, record in records.items() if ENTRY not in (record.diagnostics or {})]
+    return [name for name, record in records.items() if LAYERS not in (record.diagnostics or {})]
 
 
 def diagnose_point(point: Point, workdir: AnyPath, tell: Tell) -> None:

@@ -192,6 +192,7 @@ def _extended(
         controls=[*study.controls, *controls],
     )
     with_own = SimpleNamespace(
+        __file__=module.__file__,
         get_config=module.get_config,
         study=lambda _: extended,
         sweep=lambda _: [*module.sweep(preset), *rows],

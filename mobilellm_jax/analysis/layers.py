@@ -9,9 +9,9 @@ from jaxtyping import Float
 
 from mobilellm_jax.analysis import statistics
 from mobilellm_jax.analysis.facts import Point
+from mobilellm_jax.analysis.records import LAYERS
 from mobilellm_jax.analysis.statistics import LEVEL, Estimate
 
-ENTRY = "layers"  # name of the entry in `Record.diagnostics`
 RESAMPLES = 2000
 _MOST_UNITS = 500  # neighbours are joined, as in `Record.documents`
 
@@ -103,7 +103,7 @@ def layer_use(points: Mapping[str, Point]) -> list[LayerUse]:
     """One for each point of which runs were diagnosed, in the study's order."""
     found = []
     for label, point in points.items():
-        entries = [entry for run in point.finished if (entry := (run.diagnostics or {}).get(ENTRY))]
+        entries = [entry for run in point.finished if (entry := (run.diagnostics or {}).get(LAYERS))]
         if entries:
             found.append(_of_point(label, entries))
     return found

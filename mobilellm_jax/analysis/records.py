@@ -26,6 +26,7 @@ _LATER = (
     *("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor"),
     *("measures", "quantized", "parent", "diagnostics", "loops", "teacher", "calls", "instructions"),
 )
+LAYERS = "layers"  # name of the entry in `Record.diagnostics`
 _KEYS = {  # required keys of nested fields
     "x": ("label", "value", "log"),
     "parameters": ("total", "embedding", "non_embedding"),
