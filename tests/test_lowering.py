@@ -32,7 +32,7 @@ def all_configs() -> Iterator[tuple[str, Config]]:
         for preset in (preset for preset in study.PRESETS if preset not in collections):
             for overrides in study.sweep(preset):
                 config = from_config_dict(base.update(study.get_config(preset), overrides))
-                config = with_dtype(config, "tpu")
+                config = with_dtype(config, lambda: "tpu")
                 if (key := compile_key(config)) not in seen:
                     seen.add(key)
                     words = " ".join(str(value) for value in overrides.values())

@@ -15,7 +15,6 @@ from experiments.runner.view import Event, Tell
 from mobilellm_jax import data
 from mobilellm_jax.analysis.records import LAYERS
 from mobilellm_jax.config import Config
-from mobilellm_jax.diagnostics.diagnosis import diagnose
 from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs import provenance
@@ -45,6 +44,8 @@ def diagnose_run(
 
     The interval of the effective depth is over the documents of held-out rows, else over rows.
     """
+    from mobilellm_jax.diagnostics.diagnosis import diagnose  # here: it loads scipy
+
     processes.of_first(lambda: _KEPT.read(path) and None)  # fails before the work if it cannot be read
     t, documents = config.train, None
     if not text:
