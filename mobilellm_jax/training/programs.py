@@ -118,14 +118,13 @@ def make_programs(
     def rows(size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, config.data.sequence_length + 1), jnp.int32, sharding=batch)
 
-    take = functools.partial(train_step, distillation=distillation)
-
     def step_of(m: ModelConfig) -> Any:
         def step(
             state: TrainState, rows: Array, learning_rate: Array, *teacher: model.Params
         ) -> tuple[TrainState, Metrics]:
             with partition.in_use(mesh):
-                return take(state, rows, learning_rate, m, o, t.accumulation_steps, *teacher)
+                parts, d = t.accumulation_steps, distillation
+                return train_step(state, rows, learning_rate, m, o, parts, *teacher, distillation=d)
 
         return jax.jit(
             step,
