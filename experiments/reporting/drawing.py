@@ -1,5 +1,6 @@
 """Elements of all figures: colours, axes, points with their seeds, captions, and files."""
 
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
@@ -62,11 +63,28 @@ def render(figure: Figure) -> bytes:
 @styled
 def vector(figure: Figure, kind: str) -> bytes:
     """Encodes a figure as "svg" or "pdf"; equal figures give equal bytes."""
+    _settle(figure)
     drawn = BytesIO()
     # Without the date, and without the version of matplotlib.
     gone = {"svg": ("Date", "Creator"), "pdf": ("CreationDate", "Creator", "Producer")}[kind]
     figure.savefig(drawn, format=kind, metadata=dict.fromkeys(gone))
-    return drawn.getvalue()
+    return _with_plain_ids(drawn.getvalue()) if kind == "svg" else drawn.getvalue()
+
+
+def _settle(figure: Figure) -> None:
+    """Lays a figure out for good, at places of 5 digits: the solver's last ones vary."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.get_axes():
+        axes.set_position([round(float(place), 5) for place in axes.get_position().bounds])
+
+
+def _with_plain_ids(svg: bytes) -> bytes:
+    """Numbers the clip paths of an SVG, whose names are hashes of more digits than it shows."""
+    names = dict.fromkeys(re.findall(rb'<clipPath id="(\w+)"', svg))
+    for number, name in enumerate(names):
+        svg = svg.replace(name, b"clip%d" % number)
+    return svg
 
 
 @styled
