@@ -46,6 +46,9 @@ loop.compile_programs = functools.cache(loop.compile_programs.__wrapped__)
 # Where a shell started the tests in the background, they ignore Ctrl-C, and so would all that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Under nohup it is SIGHUP. A handler is not inherited, so what they start hears it.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 # Sizes differ wherever they may, so that swapped axes cannot pass unseen.
 _TINY = {
