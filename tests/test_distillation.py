@@ -195,6 +195,7 @@ def one_step(config, distillation, devices=1):
     return jax.device_get(programs.step(state, ROWS, np.float32(0.1), *teacher))
 
 
+@pytest.mark.slow
 def test_a_step_has_the_gradient_of_both_losses_in_parts_and_on_8_devices():
     d, in_parts = DISTILLATION, tiny_config(**{"train.accumulation_steps": 4, "mesh.data": 1})
     tokens_BT, targets_BT = inputs_and_targets(jnp.asarray(ROWS))

@@ -206,6 +206,7 @@ def train(study, workdir):
     return start("experiments.train", f"--config={study}", f"--workdir={workdir}", *flags)
 
 
+@pytest.mark.slow
 def test_two_trainings_in_one_directory_exclude_each_other_until_one_is_killed(tmp_path):
     study = write_study(tmp_path)
     first = train(study, tmp_path / "w")

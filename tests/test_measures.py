@@ -76,7 +76,9 @@ describe = functools.partial(
 )
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "spec", [spec if i == 0 else pytest.param(spec, marks=pytest.mark.slow) for i, spec in enumerate(SPECS)]
+)
 def test_a_run_records_what_its_task_measures(tmp_path, spec):
     _, names = SPECS[spec]
     config = config_of(spec)

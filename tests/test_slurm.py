@@ -161,6 +161,7 @@ def test_an_array_in_slurm_is_put_into_the_queue_again_after_a_signal(study, tmp
     }
 
 
+@pytest.mark.slow
 def test_what_is_asked_of_slurm(study, tmp_path, slurm):
     flags = [
         "--partition=gpu",
