@@ -47,7 +47,7 @@ class Diagnosis:
       swapped: loss with a layer and the next one exchanged, [L - 1].
       without: loss without all uses of a block, by block; None for a block that is used once.
       lens, cosine, distance, uniform_distance: see `Readings`, means over the targets; `lens` begins with
-        that of the embedding, [L + 1]; `distance` is by head, [L][N].
+        that of the embedding, [L + 1]; `distance` is by layer and head.
       effective_depth: see `analysis.layers`: {"value", "low", "high" (None with one unit), "units"}.
     """
 
