@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -196,13 +196,7 @@ def load_params(directory: AnyPath, like: Any) -> Any:
         return _read_params(path, like)
     import orbax.checkpoint as ocp
 
-    handler = ocp.PyTreeCheckpointHandler()
-    there = handler.metadata(epath.Path(path)).tree["params"]
-    _check_same_shapes(path, _shapes(there), _shapes(like))
-    numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
-    args = ocp.args.PyTreeRestore({"params": like}, {"params": numpy}, partial_restore=True)
-    with ocp.Checkpointer(handler) as checkpointer:
-        return checkpointer.restore(path, args=args)["params"]
+    return _restore_params(path, like, lambda _: ocp.RestoreArgs(restore_type=np.ndarray))
 
 
 def place_params(path: AnyPath, like: Any) -> Any:
@@ -220,11 +214,18 @@ def place_params(path: AnyPath, like: Any) -> Any:
         return _place_tensors(path, like)
     import orbax.checkpoint as ocp
 
+    return _restore_params(path, like, lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding))
+
+
+def _restore_params(path: AnyPath, like: Any, how: Callable[[Any], Any]) -> Any:
+    """Restores the parameters alone of a training state; `how` maps a leaf of `like` to orbax's arguments."""
+    import orbax.checkpoint as ocp
+
     handler = ocp.PyTreeCheckpointHandler()
     there = handler.metadata(epath.Path(path)).tree["params"]
     _check_same_shapes(path, _shapes(there), _shapes(like))
-    placed = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding), like)
-    args = ocp.args.PyTreeRestore({"params": like}, {"params": placed}, partial_restore=True)
+    ways = jax.tree.map(how, like)
+    args = ocp.args.PyTreeRestore({"params": like}, {"params": ways}, partial_restore=True)
     with ocp.Checkpointer(handler) as checkpointer:
         return checkpointer.restore(path, args=args)["params"]
 
