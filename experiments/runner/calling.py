@@ -28,7 +28,7 @@ from mobilellm_jax.storage.files import AnyPath
 
 _KEPT = Kept("calls", what="the scores of API calls", again="score")
 _KEPT_INSTRUCTIONS = Kept("instructions", what="the scores of instructions", again="score")
-results_path, read = _KEPT.path, _KEPT.read
+results_path = _KEPT.path
 _COLUMNS = {"calls": 6, **dict.fromkeys(("json", "intent", "slots", "call"), 11), "replies": 7}
 _COLUMNS |= {"rouge1": 11, "rougeL": 11}
 
