@@ -30,7 +30,7 @@ from mobilellm_jax.storage.checkpoint import newest_intact
 from mobilellm_jax.storage.files import AnyPath
 
 _KEPT = Kept("quantized", what="results of quantization", again="quantize")
-results_path = _KEPT.path
+results_path, read = _KEPT.path, _KEPT.read
 Entry = dict[str, Any]
 
 
