@@ -1,7 +1,6 @@
 """The part `train` of `config.py`: what a run starts and learns from, how long, and what it writes when."""
 
 import dataclasses
-import re
 from typing import NamedTuple
 
 from mobilellm_jax import validation as rules
@@ -18,13 +17,6 @@ class Adapters(NamedTuple):
     rank: int
     alpha: float
     targets: tuple[str, ...]
-
-
-def _is_pattern(text: str) -> bool:
-    try:
-        return bool(re.compile(text).pattern)
-    except re.error:
-        return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +117,7 @@ class TrainConfig:
                     ["init_seed", "data_seed"], (lambda v: 0 <= v < 2**32, "an integer from 0 to 2**32 - 1")
                 ),
                 "lora_rank": rules.COUNT,
-                "lora_targets": (_is_pattern, "a regular expression"),
+                "lora_targets": rules.PATTERN,
                 "lora_alpha": rules.POSITIVE,
                 "teacher_weight": rules.FRACTION,
                 "teacher_temperature": rules.POSITIVE,

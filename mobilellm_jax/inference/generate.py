@@ -20,6 +20,7 @@ from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.stack import cast, unstack
+from mobilellm_jax.model.uses import ENTRY, written_out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,11 +113,17 @@ class Generator:
     """A model on its device, with its compiled programs."""
 
     def __init__(self, params: model.Params, config: ModelConfig, sampling: Sampling, context: int) -> None:
-        """Takes float32 parameters; `context` limits the length of a prompt with its continuation."""
+        """Takes float32 parameters; `context` limits the length of a prompt with its continuation.
+
+        Where uses of a block differ, each is written out once, as a block of its own.
+        """
         rules.check_rule("context", context, rules.POSITIVE_INT)
-        self.config, self.sampling, self.context = config, sampling, context
+        params, self.config = written_out(params, config)
+        self.sampling, self.context = sampling, context
         # Once, not at every step. A list: `extend` reads its blocks where they stand.
-        self._params = jax.device_put(unstack(cast(params, config)))
+        entry = {name: leaf for name, leaf in params.items() if name == ENTRY}
+        cast_once = cast({name: leaf for name, leaf in params.items() if name != ENTRY}, self.config)
+        self._params = jax.device_put(unstack(cast_once) | entry)
         self._programs: dict[tuple[int, int, int], tuple[Any, Any]] = {}
 
     def start(

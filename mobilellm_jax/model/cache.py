@@ -7,9 +7,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.block import Attend, Block, rope_table
+from mobilellm_jax.model import uses
+from mobilellm_jax.model.block import Attend, rope_table
 from mobilellm_jax.model.ops.attention import attend_to
-from mobilellm_jax.model.stack import Params, cast, constrain, embed, final_norm, pick
+from mobilellm_jax.model.stack import Params, apply_layer, embed, final_norm, pick
 
 KeysValues = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]  # of one layer
 
@@ -59,30 +60,27 @@ def extend(
     """
     T, S = tokens_BT.shape[1], cache.layers[0][0].shape[2]
     slot_T, slot_S = cache.used + jnp.arange(T), jnp.arange(S)
-    block, rope = Block(config), rope_table(slot_T[None, :] - cache.padding[:, None], config)
+    rope = rope_table(slot_T[None, :] - cache.padding[:, None], config)
     is_token_BS = slot_S[None, :] >= cache.padding[:, None]
     sees_BTS = is_token_BS[:, None, :] & (slot_S[None, :] <= slot_T[:, None])[None, :, :]
 
-    def layer(weights: Params, x_BTD: Float[Array, "B T D"], old: KeysValues) -> tuple[Any, Any]:
-        attend = _attend_to_all(old, cache.used, sees_BTS)
-        weights = cast(weights, config, "blocks/")
-        y_BTD, new = block.apply({"params": weights}, x_BTD, rope, attend)
-        return constrain(y_BTD, ("data", "fsdp")), new
+    def layer(weights: Params, own: Params, x_BTD: Float[Array, "B T D"], old: KeysValues) -> tuple[Any, Any]:
+        return apply_layer(weights, own, x_BTD, config, rope, _attend_to_all(old, cache.used, sees_BTS))
 
-    x_BTD, blocks = embed(params, tokens_BT, config), params["blocks"]
+    x_BTD, blocks, own_L = embed(params, tokens_BT, config), params["blocks"], uses.of_layers(params, config)
     if isinstance(blocks, list) and T == 1 and len(config.plan) <= _MOST_UNROLLED:
         layers = []
-        for u, old in zip(config.plan, cache.layers, strict=True):
-            x_BTD, new = layer(blocks[u], x_BTD, old)
+        for place, (u, old) in enumerate(zip(config.plan, cache.layers, strict=True)):
+            x_BTD, new = layer(blocks[u], pick(own_L, place), x_BTD, old)
             layers.append(new)
     else:
 
         def pick_and_apply(x_BTD: Float[Array, "B T D"], at: Any) -> tuple[Any, Any]:
-            u, *old = at
-            return layer(pick(blocks, u), x_BTD, tuple(old))
+            u, own, *old = at
+            return layer(pick(blocks, u), own, x_BTD, tuple(old))
 
         keys_LBKSH, values_LBKSH = map(jnp.stack, zip(*cache.layers, strict=True))
-        over = jnp.array(config.plan), keys_LBKSH, values_LBKSH
+        over = jnp.array(config.plan), own_L, keys_LBKSH, values_LBKSH
         x_BTD, new = lax.scan(pick_and_apply, x_BTD, over)
         layers = list(zip(*map(jnp.unstack, new), strict=True))
     return final_norm(params, x_BTD, config), Cache(tuple(layers), cache.padding, cache.used + T)
