@@ -140,6 +140,7 @@ def get_config(preset: str = "") -> ConfigDict:
     train = config.train = ConfigDict()
     train.init_from = ""  # random parameters
     train.resume_optimizer = False  # its moments and their decay belong to another text and rate
+    train.grow = ""  # '' | unroll | "0 1 0 1": a model with other blocks is a mistake more often than a wish
     train.resize_embedding = False  # another vocabulary is a mistake more often than a wish
     train.lora_rank = 0  # train all parameters
     train.lora_targets = "attention|ffn"  # all matrices of the blocks

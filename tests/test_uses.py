@@ -1,6 +1,5 @@
 """What uses of a block have of their own, against loops over layers in NumPy."""
 
-
 import jax
 import numpy as np
 import pytest

@@ -125,21 +125,23 @@ class WrittenOut(ModelConfig):
 
 
 def written_out(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
-    """The same function with a block of its own for each layer, in float32; as it is where uses are alike.
+    """`unrolled` where uses of a block differ, else the model as it is."""
+    return unrolled(params, config) if config.differing_uses else (params, config)
+
+
+def unrolled(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
+    """The same function with a block of its own for each layer, in float32.
 
     `loop_embedding` and `loop_norm` stay beside the blocks, as `ENTRY`.
     """
-    if not config.differing_uses:
-        return params, config
     own_L, plan_L = of_layers(params, config), jnp.array(config.plan)
     blocks_L = jax.tree.map(lambda w_U: jnp.asarray(w_U)[plan_L], params["blocks"])
     rest = {name: leaf for name, leaf in params.items() if name not in ("blocks", "loops")}
     entry = {ENTRY: own_L[ENTRY]} if ENTRY in own_L else {}
-    return {**rest, **entry, "blocks": jax.vmap(joined)(blocks_L, own_L)}, plain(config)
+    return {**rest, **entry, "blocks": jax.vmap(joined)(blocks_L, own_L)}, _plain(config)
 
 
-def plain(config: ModelConfig) -> ModelConfig:
-    """The config of `written_out`."""
+def _plain(config: ModelConfig) -> ModelConfig:
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
     alike = {
         "loop_gains": False,
@@ -153,12 +155,18 @@ def plain(config: ModelConfig) -> ModelConfig:
 
 
 def as_blocks(params: Params, config: ModelConfig, what: str) -> tuple[Params, ModelConfig]:
-    """`written_out` in NumPy, for what holds blocks alone, such as a format.
+    """`written_out` in NumPy, for what holds blocks alone, such as a format; errors as in `check_blocks`."""
+    check_blocks(config, what)
+    params, config = written_out(params, config)
+    return jax.device_get(params), config
+
+
+def check_blocks(config: ModelConfig, what: str) -> None:
+    """Checks that a block for each layer is all that uses of a block need.
 
     Args:
-      params: of the model.
-      config: its shape.
-      what: begins the message, such as "export".
+      config: of the model.
+      what: begins the message, such as "--format=hf".
 
     Raises:
       UserError: the state changes between blocks, by `loop_embedding` or `loop_norm`.
@@ -169,5 +177,3 @@ def as_blocks(params: Params, config: ModelConfig, what: str) -> tuple[Params, M
                 f"{what}: model.{field}=True changes the state between blocks, which cannot be written into "
                 "a block for each layer; only loop_gains, loop_rank and loop_scale can"
             )
-    params, config = written_out(params, config)
-    return jax.device_get(params), config
