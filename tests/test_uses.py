@@ -240,3 +240,58 @@ def test_drawn_loops_stay_within_what_has_parameters():
         tiny_config(**fields, **{"model.loop_gains": True})
     tiny_config(**fields, **{"model.loop_norm": True})
     tiny_config(**{**fields, "train.loops": "1..2"}, **{"model.loop_gains": True})
+
+
+# --- early exit -----------------------------------------------------------------------------------------
+
+
+def plain_decode(params, m, prompt, count, above, loop_ends):
+    """Greedy tokens, layers applied and largest probabilities at the exits, one position after the other."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    caches, tokens, applied, seen = [[] for _ in m.plan], list(prompt), [], []
+
+    def probabilities(x):
+        logits = _numpy_norm(x, params["final_norm"]["gain"], m) @ params["embedding"].T
+        p = np.exp(logits - logits.max())
+        return p / p.sum()
+
+    for t in range(len(prompt) + count - 1):
+        x, used = params["embedding"][tokens[t]], 0
+        for place, u in enumerate(m.plan):
+            block = jax.tree.map(lambda w, u=u: w[u], params["blocks"])
+            y = _numpy_norm(x, block["attention_norm"]["gain"], m)
+            caches[place].append(y)  # the state that keys and values are made of
+            if used != place:
+                continue  # it has left
+            ys, w = np.array(caches[place]), block["attention"]
+            x = x + _numpy_attention(ys, w, m)[-1]
+            x = x + _numpy_ffn(_numpy_norm(x, block["ffn_norm"]["gain"], m), block["ffn"], m)
+            used = place + 1
+            if used in loop_ends and t >= len(prompt):
+                seen.append(probabilities(x).max())
+                used -= seen[-1] > above
+        used = used if used == len(m.plan) else used + 1
+        if t >= len(prompt):
+            applied.append(used)
+        if t >= len(prompt) - 1:
+            tokens.append(int(probabilities(x).argmax()))
+    return tokens[len(prompt) :], applied, seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", [{"sharing": "repeat_all", "num_repeats": 3}, {"depth": 3}], ids=str)
+def test_generation_leaves_loops_out_once_it_is_sure(sharing):
+    m = tiny_model(**sharing)
+    params, prompt = random_params(m), [3, 1, 4, 1, 5]
+    ends = (2, 4) if m.sharing == "repeat_all" else (1, 2)
+    *_, seen = plain_decode(params, m, prompt, 9, 1.0, ends)
+    for above in (0.0, float(np.median(seen)), 1.0):
+        expected, applied, _ = plain_decode(params, m, prompt, 9, above, ends)
+        generator = Generator(params, m, GREEDY, 32, exit_above=above)
+        assert [token for (token,) in generator.start([prompt], 9, None, 0)] == expected
+        assert generator.layers_applied == applied
+        assert len(set(applied)) == 1 or 0 < above < 1
+    with pytest.raises(UserError, match=r"^exit_above: 1.5 is not valid"):
+        Generator(params, m, GREEDY, 32, exit_above=1.5)
+    with pytest.raises(UserError, match=r"^exit_above: layers: 1 is not valid; expected 2 to 128"):
+        Generator(params, tiny_model(depth=1), GREEDY, 32, exit_above=0.5)
