@@ -4,11 +4,13 @@
   python -m experiments.generate --workdir=runs/first --prompt=One --prompt=Two --temperature=0.8 --top_p=0.95
   python -m experiments.generate --workdir=runs/first --prompt_ids=0,403 --max_new_tokens=20 --print_ids
   python -m experiments.generate --workdir=runs/looped --prompt='The list' --num_repeats=4
+  python -m experiments.generate --workdir=runs/looped --prompt='The list' --exit_above=0.9
   python -m experiments.generate --workdir=runs/first
 
 The last line asks for prompts until Ctrl-D; Ctrl-C ends a text. Its prompts draw as those of one batch would:
-the first as a single --prompt, each one after it anew. Speeds go to stderr. Reading the prompts and compiling
-is not part of the speed of decoding.
+the first as a single --prompt, each one after it anew. With --exit_above, the most probable token decides
+after each loop whether that was the last one. Speeds go to stderr, and so does the number of layers applied.
+Reading the prompts and compiling is not part of the speed of decoding.
 """
 
 import sys
@@ -46,6 +48,13 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "num_repeats", None, "times each block is applied; else as in training", lower_bound=1
     )
+    flags.DEFINE_float(
+        "exit_above",
+        None,
+        "leave out further loops, or layers where none repeats, once a token is more probable than this",
+        lower_bound=0.0,
+        upper_bound=1.0,
+    )
     flags.DEFINE_bool("print_ids", False, "print ids, those of the prompt included, and no text")
 
 
@@ -69,7 +78,7 @@ def main() -> int:
     prompts = [*_encode(FLAGS.prompt, tokenizer, add_bos), *given_ids]
     enable_compilation_cache()
     context = config.data.sequence_length if FLAGS.context is None else FLAGS.context
-    generator = Generator(params, shape, sampling, context)
+    generator = Generator(params, shape, sampling, context, FLAGS.exit_above)
     if prompts:
         _answer(generator, prompts, tokenizer)
     else:
@@ -140,6 +149,7 @@ def _answer(
     eos_id = tokenizer.eos_id if tokenizer else None
     steps = generator.start(prompts, FLAGS.max_new_tokens, eos_id, FLAGS.seed, place)
     outputs = [_Output(prompt, tokenizer) for prompt in prompts]
+    before = len(generator.layers_applied)
     turn, start, first = 0, time.perf_counter(), None
     for ids in steps:
         first = first or time.perf_counter()
@@ -163,6 +173,9 @@ def _answer(
     assert first is not None  # there is at least one step
     _say_speed("prefill", read, first - start)
     _say_speed("decode", made - len(prompts), end - first)  # prefill made the first of each
+    if applied := generator.layers_applied[before:]:
+        mean, most = sum(applied) / len(applied), generator.config.effective_depth
+        print(f"layers: {mean:.1f} of {most} in the mean of {len(applied)} tokens", file=sys.stderr)
 
 
 class _Output:

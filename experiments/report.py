@@ -10,10 +10,10 @@ The first reads <workdir>/results/**.json and writes, for each study and preset,
     reports/<study>-<preset>.md     the same; its figures are those in figures/
     figures/                        see `reporting.figures`
 
-and figures/ and reports/playground-<size>, with all abilities of the playground, and claims.md: what the
-paper claims beside what the records say, and all figures, with links to config, command and records. The
-same records give the same bytes. The second compares the findings about every pair that both directories
-have, and writes nothing.
+and figures/ and reports/playground-<size>, with all abilities of the playground, reports/second_use, what a
+further use of blocks is worth in each study that asks, and claims.md: what the paper claims beside what the
+records say, and all figures, with links to config, command and records. The same records give the same bytes.
+The last compares the findings about every pair that both directories have, and writes nothing.
 """
 
 from collections.abc import Collection
@@ -21,7 +21,7 @@ from collections.abc import Collection
 from absl import flags
 
 from experiments import cli
-from experiments.reporting import abilities, claims, figures, gallery, replication
+from experiments.reporting import abilities, claims, figures, gallery, replication, second_use
 from experiments.reporting.pages import write_report
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
@@ -49,6 +49,8 @@ def redraw(workdir: str | AnyPath, formats: Collection[str] = figures.FORMATS[:1
         print(write_report(study, images, workdir), end="\n\n")
         drawn.append((study, images))
     for said in abilities.write(studies, workdir, formats):
+        print(said, end="\n\n")
+    if said := second_use.write(studies, workdir):
         print(said, end="\n\n")
     text = "\n".join([claims.page(studies), gallery.section(drawn, path_of(workdir))])
     write_atomically(page, text.encode())

@@ -16,6 +16,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.roles import Role, placement, roles_of, science
 from mobilellm_jax.sharing import LayerPlan, layer_plan, loop_counts
 from mobilellm_jax.train_config import Adapters, TrainConfig
+from mobilellm_jax.uses_config import UsesConfig
 
 FFN_KINDS = ("swiglu", "relu", "gelu")
 COMPUTE_DTYPES = ("float32", "bfloat16", "auto")
@@ -51,7 +52,7 @@ def _default_head_dim(fields: Mapping[str, Any]) -> int:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(UsesConfig):
     """Shape of the transformer. Hashable: a static argument of jitted functions."""
 
     vocab_size: int = science("V, rows of the embedding; at least the tokenizer's vocabulary")
@@ -102,7 +103,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
+        sizes = {field.name for field in dataclasses.fields(self) if field.type is int} - {"loop_rank"}
         rules.check_all(
             self,
             {
@@ -125,11 +126,16 @@ class ModelConfig:
         if self.head_dim % 2:
             raise UserError(f"model.head_dim: {self.head_dim} is odd; RoPE rotates pairs, use an even size")
         layer_plan(self.sharing, self.depth, self.num_repeats)  # raises if the plan is not valid
+        self.check_uses()
 
     @property
     def plan(self) -> LayerPlan:
         """Block index of every layer applied, in order."""
         return layer_plan(self.sharing, self.depth, self.num_repeats)
+
+    @property
+    def trained_plan(self) -> LayerPlan:
+        return self.plan
 
     @property
     def activation_bits(self) -> int:
@@ -151,7 +157,7 @@ class ModelConfig:
     @property
     def scaled_depth(self) -> int:
         """Layers that the parameterization scales by; others than L in `model.loops.LoopedModel`."""
-        return self.effective_depth
+        return len(self.trained_plan)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -319,7 +325,13 @@ class Config:
         rules.check(warmup <= steps, "optimizer.warmup_steps", warmup, f"at most train.steps={steps}")
         if self.data.is_task:
             rules.check(self.train.eval_rows > 0, "train.eval_rows", 0, "at least 1: a task never runs out")
-        loop_counts(self.train.loops, self.model.sharing, self.model.num_repeats)  # raises if it does not fit
+        m, loops = self.model, self.train.loops
+        most = max(loop_counts(loops, m.sharing, m.num_repeats), default=0)  # raises if they do not fit
+        if most > m.num_repeats and (field := m.differing_uses) not in ("", "loop_norm"):
+            raise UserError(
+                f"train.loops: {loops!r} has more loops than model.num_repeats={m.num_repeats}, for which "
+                f"model.{field}={getattr(m, field)!r} has parameters; use model.num_repeats={most}"
+            )
         if self.optimizer.name == "muon":  # the table of multipliers is for Adam
             standard = self.model.parameterization == "standard"
             valid = "'standard', the only one for optimizer.name='muon'"

@@ -5,6 +5,7 @@ order differs. To add a strategy, add one function to `STRATEGIES`: everything e
 the forward pass, the sweeps) follows from the plan.
 """
 
+import collections
 import re
 
 from mobilellm_jax.errors import UserError, did_you_mean
@@ -61,6 +62,49 @@ def loop_counts(loops: str, sharing: str, num_repeats: int) -> tuple[int, ...]:
             "evaluated and its multipliers are made; change one of them"
         )
     return tuple(range(int(match[1]), int(match[2]) + 1))
+
+
+def uses_of(plan: LayerPlan) -> tuple[int, ...]:
+    """How often the block of each layer was applied before it: 0 0 0 1 1 0 for the plan 0 1 2 1 2 3."""
+    seen: collections.Counter[int] = collections.Counter()
+    found = []
+    for block in plan:
+        found.append(seen[block])
+        seen[block] += 1
+    return tuple(found)
+
+
+def loop_starts(plan: LayerPlan) -> tuple[bool, ...]:
+    """Where loops begin: at layers 1 and 3 for the plan 0 1 2 1 2 3, at every layer for 0 0 1 1.
+
+    That is at a block that is applied several times, where the layer before it is of another loop, or of a
+    block that is applied once.
+    """
+    times, uses = collections.Counter(plan), uses_of(plan)
+    loops = [use if times[block] > 1 else None for block, use in zip(plan, uses, strict=True)]
+    before = [None, *loops[:-1]]
+    return tuple(loop is not None and loop != last for loop, last in zip(loops, before, strict=True))
+
+
+def fixed_scales(loop_scale: str, uses: int) -> tuple[float, ...]:
+    """The numbers of `model.loop_scale`, one for each use of a block; () for "" and "learned".
+
+    Raises:
+      UserError: it is something else, or there are more or fewer of them.
+    """
+    if loop_scale in ("", "learned"):
+        return ()
+    try:
+        found = tuple(map(float, loop_scale.split()))
+    except ValueError:
+        found = ()
+    if len(found) != uses or not all(0 < number < 1e6 for number in found):
+        raise UserError(
+            f"model.loop_scale: {loop_scale!r} is not valid; expected '', 'learned', or a positive number "
+            f"for each use of a block, of which the plan has {uses}, such as "
+            f"{' '.join(f'{1 / (use + 1):.2g}' for use in range(uses))!r}"
+        )
+    return found
 
 
 def layer_plan(sharing: str, depth: int, num_repeats: int) -> LayerPlan:

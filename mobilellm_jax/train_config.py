@@ -1,7 +1,6 @@
 """The part `train` of `config.py`: what a run starts and learns from, how long, and what it writes when."""
 
 import dataclasses
-import re
 from typing import NamedTuple
 
 from mobilellm_jax import validation as rules
@@ -18,13 +17,6 @@ class Adapters(NamedTuple):
     rank: int
     alpha: float
     targets: tuple[str, ...]
-
-
-def _is_pattern(text: str) -> bool:
-    try:
-        return bool(re.compile(text).pattern)
-    except re.error:
-        return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +38,12 @@ class TrainConfig:
         "of the rows goes on where it stopped",
         compiled=False,
         before=False,
+    )
+    grow: str = science(
+        "'' takes a parent of the same plan; 'unroll' makes a block of each layer that it applies; or the "
+        "block of the parent that each block starts from, such as '0 1 0 1', see `model/growth.py`",
+        compiled=False,
+        before="",
     )
     resize_embedding: bool = science(
         "take a parent with another vocabulary: rows of the embedding and head keep their ids, rows beyond "
@@ -125,7 +123,7 @@ class TrainConfig:
                     ["init_seed", "data_seed"], (lambda v: 0 <= v < 2**32, "an integer from 0 to 2**32 - 1")
                 ),
                 "lora_rank": rules.COUNT,
-                "lora_targets": (_is_pattern, "a regular expression"),
+                "lora_targets": rules.PATTERN,
                 "lora_alpha": rules.POSITIVE,
                 "teacher_weight": rules.FRACTION,
                 "teacher_temperature": rules.POSITIVE,
@@ -140,7 +138,7 @@ class TrainConfig:
                 f"train.accumulation_steps: {self.accumulation_steps} does not divide "
                 f"train.batch_size={self.batch_size}; use a divisor of it"
             )
-        for name in ("resume_optimizer", "resize_embedding", "lora_rank"):
+        for name in ("resume_optimizer", "grow", "resize_embedding", "lora_rank"):
             if (value := getattr(self, name)) and not self.init_from:
                 raise UserError(f"train.{name}: {value} needs a run to start from; set train.init_from")
         if self.resume_optimizer and self.lora_rank:
@@ -153,6 +151,13 @@ class TrainConfig:
                 "train.resume_optimizer: True does not go with train.resize_embedding, as the optimizer "
                 "state has the parent's vocabulary; use one of them"
             )
+
+        for name in ("resume_optimizer", "resize_embedding"):
+            if self.grow and getattr(self, name):
+                raise UserError(
+                    f"train.grow: {self.grow!r} does not go with train.{name}=True; grow first, and start "
+                    "another run from that"
+                )
 
     @property
     def has_teacher(self) -> bool:

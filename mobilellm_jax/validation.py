@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -38,7 +39,15 @@ COUNT = (lambda v: 0 <= v < 2**31, "an integer from 0 to 2**31 - 1")
 POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a number of at least 0")
 FRACTION = (lambda v: 0 <= v <= 1, "a number from 0 to 1")
+PATTERN = (lambda v: _is_pattern(v), "a regular expression")
 BELOW_ONE = (lambda v: 0 <= v < 1, "a number from 0 up to, but less than, 1")
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        return bool(re.compile(text).pattern)
+    except re.error:
+        return False
 
 
 def one_of(names: tuple[str, ...]) -> Rule:

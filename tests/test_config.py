@@ -23,6 +23,10 @@ SEED = [-1, 2**32]
 UNKNOWN = ["sideways", ""]
 # Values of the right type that each field must refuse; only booleans have none.
 OUT_OF_RANGE = {
+    "model.loop_rank": [-1],
+    "model.loop_targets": ["(", ""],
+    "model.loop_scale": ["1", "learnt"],
+    "train.grow": ["unroll"],  # without a parent
     "model.vocab_size": POSITIVE_INT,
     "model.depth": POSITIVE_INT,
     "model.width": POSITIVE_INT,

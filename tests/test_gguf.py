@@ -172,6 +172,18 @@ def test_llama_cpp_computes_the_same_logits_and_ids(tmp_path, name, record_prope
 
 
 @needs_llama_cpp
+def test_uses_that_differ_are_written_out(tmp_path):
+    extras = {"loop_gains": True, "loop_rank": 2, "loop_scale": "learned"}
+    config, params = run_of(tmp_path / "run", sharing="reverse", num_repeats=2, **extras)
+    done = ours.export_run(tmp_path / "run", tmp_path / "out.gguf", "f32")
+    assert (done.config.model, done.parity.agreeing) == (config.model, 9)
+    ids = np.random.default_rng(5).integers(0, 48, 9)
+    expected = apply(params, ids[None].astype(np.int32), config.model)[0]
+    with llama_cpp.Model(tmp_path / "out.gguf", context=64) as there:
+        np.testing.assert_allclose(there.logits(ids.tolist()), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@needs_llama_cpp
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_0"])
 def test_parity_with_rounded_weights(tmp_path, kind):
     _, _ = run_of(tmp_path / "run", width=32, head_dim=16, ffn_width=32, sharing="0 1 0 0")
@@ -247,6 +259,12 @@ def fill(path, value):
             "q8_0",
             r"--type=q8_0: .* groups of 32 .* model\.width=24 makes rows of 24 \(32 would fit\); "
             r"model\.num_heads=4 of model\.head_dim=10 makes rows of 40 \(32 or 64 would fit\); use --type",
+        ),
+        (
+            {"sharing": "0 1 0 0", "loop_embedding": True},
+            None,
+            "f32",
+            r"^--format=gguf: model\.loop_embedding=True changes the state between blocks",
         ),
         ({}, ("embedding", np.nan), "f32", r"token_embd\.weight: has NaN or infinite weights"),
         ({}, ("blocks/ffn/up", 0.0), "f32", r"blk\.0\.ffn_up\.weight: all weights are 0"),

@@ -69,7 +69,7 @@ LAYERS = {
     "mobilellm_jax": [
         ["errors"],
         ["validation", "sharing", "roles"],
-        ["train_config"],  # a part of the config
+        ["train_config", "uses_config"],  # parts of the config
         ["config"],
         ["parameters"],
         ["model", "parallel"],  # they meet through the names of mesh axes

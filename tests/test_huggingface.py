@@ -298,6 +298,23 @@ def test_multipliers_go_into_the_weights(tmp_path, parameterization, tied):
     assert np.abs(expected - apply(params, tokens_BT, standard)).max() > 0.1
 
 
+def test_uses_that_differ_are_written_out(tmp_path):
+    extras = {"loop_gains": True, "loop_rank": 2, "loop_scale": "1 0.5 0.25", "loop_targets": "value|gate"}
+    fields = {"model.sharing": "0 1 0 0", "model.width": 28, "model.head_dim": 10}
+    config = tiny_config(**fields, **{f"model.{name}": value for name, value in extras.items()})
+    make_run(tmp_path / "run", config, params := random_params(config.model))
+    huggingface.export_run(tmp_path / "run", tmp_path / "out", "float32")
+    hf, tokens = json.loads((tmp_path / "out/config.json").read_text()), np.arange(9, dtype=np.int32)
+    expected = numpy_logits(hf, read_tensors(tmp_path / "out"), tokens)
+    np.testing.assert_allclose(apply(params, tokens[None], config.model)[0], expected, rtol=1e-4, atol=1e-4)
+    norm = tiny_config(**fields, **{"model.loop_norm": True})
+    make_run(tmp_path / "norm", norm, random_params(norm.model))
+    with pytest.raises(
+        UserError, match=r"^--format=hf: model\.loop_norm=True changes the state between blocks"
+    ):
+        huggingface.export_run(tmp_path / "norm", tmp_path / "refused", "float32")
+
+
 # --- the tokenizer --------------------------------------------------------------------------------------
 
 TEXT = "One day, Lily went  to the park.\n\tShe saw a big é 中 🙂!"

@@ -130,8 +130,8 @@ def test_table():
     """Dey et al. 2025, table 1, alpha = 1; width x4, 12 layers of 6 blocks over a base of 2 layers."""
     shape = {"width": 128, "depth": 6, "sharing": "repeat_all", "num_repeats": 2}
     assert multipliers(config("standard", **shape).model) == Multipliers()
-    assert multipliers(config("mup", **shape).model) == Multipliers(0.5, 1.0, 0.25, 0.25, 0.25, 0.25)
-    expected = Multipliers(0.5, 1 / 6, 0.25, 0.25, 0.25 / 3, 0.25)
+    assert multipliers(config("mup", **shape).model) == Multipliers(0.5, 1.0, 0.25, 0.25, 0.25, 0.25, 0.25)
+    expected = Multipliers(0.5, 1 / 6, 0.25, 0.25, 0.25 / 3, 0.25 / 6, 0.25)
     assert multipliers(config("completep", **shape).model) == expected
 
 

@@ -18,9 +18,20 @@ from mobilellm_jax.parallel import partition
 from mobilellm_jax.parameters import Parameter
 from mobilellm_jax.training.optimizer import make_optimizer, muon_axes
 
+USES = {
+    "sharing": "0 1 0 0",
+    "loop_gains": True,
+    "loop_rank": 3,
+    "loop_scale": "learned",
+    "loop_embedding": True,
+    "loop_norm": True,
+}
+
 
 @pytest.mark.parametrize(
-    "overrides", [{"share_embedding": False}, *({"ffn_kind": kind} for kind in FFN_KINDS), *SHARING], ids=str
+    "overrides",
+    [{"share_embedding": False}, USES, *({"ffn_kind": kind} for kind in FFN_KINDS), *SHARING],
+    ids=str,
 )
 def test_the_table_is_what_init_makes(overrides):
     m = tiny_model(**overrides)
@@ -29,9 +40,11 @@ def test_the_table_is_what_init_makes(overrides):
 
 
 def test_rows_are_whole():
-    rows = [p for p in parameters.PARAMETERS.values() if p.kind != "adapter"]
+    for p in parameters.PARAMETERS.values():
+        assert (p.kind in ("matrix", "adapter", "update")) == ("->" in p.letters), p.path
+        assert (p.hugging_face == "") == (p.kind == "adapter" or p.path.startswith("loops/")), p.path
+    rows = [p for p in parameters.PARAMETERS.values() if p.hugging_face]
     for p in rows:
-        assert (p.kind == "matrix") == ("->" in p.letters), p.path
         assert bool(p.stack) == ("{layer}" in p.hugging_face), p.path
     assert len({p.hugging_face for p in rows}) == len(rows)
 

@@ -28,7 +28,7 @@ SETS = {
         *("data.source", "data.sequence_length", "optimizer.learning_rate", "train.batch_size"),
     },
     "COMPILED": ALL
-    - {"train.init_from", "train.resume_optimizer", "train.resize_embedding"}
+    - {"train.init_from", "train.resume_optimizer", "train.grow", "train.resize_embedding"}
     - {"train.teacher", "train.teacher_weight", "train.teacher_temperature"}
     - {*SEEDS, *CADENCE, *MESH, "train.steps", *EVALUATED, "data.cache_dir"}
     - {f"data.{name}" for name in DATA - {"sequence_length"}}

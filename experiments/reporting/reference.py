@@ -19,14 +19,15 @@ _GROUPS = {
 
 
 def configuration() -> str:
-    """Tables of all fields by group: name, default, and meaning with the reason for the default."""
-    parts = []
+    """Tables of all fields by group, in the order of `base.py`: name, default, meaning, and its reason."""
+    parts, source = [], inspect.getsource(base.get_config)
     for group in dataclasses.fields(Config):
         types = typing.get_type_hints(typing.get_type_hints(Config)[group.name])
+        names = sorted(types, key=lambda name: source.index(f"    {group.name}.{name} = "))
         rows = [
-            f"| `{group.name}.{name}`<br>{_default(f'{group.name}.{name}', kind)} "
+            f"| `{group.name}.{name}`<br>{_default(f'{group.name}.{name}', types[name])} "
             f"| {_meaning(f'{group.name}.{name}')} |"
-            for name, kind in types.items()
+            for name in names
         ]
         head = ["| field and default | meaning |", "|---|---|"]
         parts += [f"## {group.name}", _GROUPS[group.name], "\n".join([*head, *rows])]

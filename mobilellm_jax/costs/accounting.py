@@ -21,8 +21,10 @@ class Parameters:
     Attributes:
       embedding: V D.
       head: V D, or 0 if the head is the embedding.
-      attention, ffn: matrices of all distinct blocks; those outside of attention count as ffn.
-      norms: RMSNorm gains of all distinct blocks and of the final norm; the paper omits these.
+      attention, ffn: matrices of all distinct blocks, and their updates for uses of a block; those outside of
+        attention count as ffn.
+      norms: RMSNorm gains of all distinct blocks, or of all uses, and of the final norm; factors on residual
+        branches; the paper omits these.
     """
 
     embedding: int
@@ -49,7 +51,7 @@ class Parameters:
 def parameters(config: ModelConfig) -> Parameters:
     counts = {field.name: 0 for field in dataclasses.fields(Parameters)}
     for p in (p for p in declared(config) if p.kind != "adapter"):
-        of_block = "attention" if p.path.startswith("blocks/attention/") else "ffn"
+        of_block = "attention" if "/attention/" in p.path else "ffn"
         part = "norms" if p.is_gain else p.path if p.path in counts else of_block
         counts[part] += math.prod(p.shape(config))
     return Parameters(**counts)
@@ -65,7 +67,7 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
 
     A multiply-add counts 2; a block counts once for each time it is applied. Attention is causal: position t
     multiplies with t + 1 keys and values, (length + 1) / 2 on average. Not counted: norms, softmax,
-    activations, rotary positions and the embedding look-up.
+    activations, rotary positions, the embedding look-up, and sums of matrices with the updates of uses.
     """
     return _forward_flops(config, keys=(length + 1) / 2)
 

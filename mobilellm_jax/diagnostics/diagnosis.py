@@ -27,6 +27,7 @@ from mobilellm_jax.diagnostics.layer_use import (
     without,
 )
 from mobilellm_jax.diagnostics.readings import Readings, readings
+from mobilellm_jax.model.uses import written_out
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.sharing import LayerPlan
 from mobilellm_jax.training.held_out import row_order
@@ -76,7 +77,7 @@ def diagnose(
 
     Args:
       params: of the model.
-      config: its shape.
+      config: its shape. Where uses of a block differ, each layer is a block of its own in the diagnosis.
       mesh: where to compute.
       batches: each call yields this process's part of int32 arrays [B, T + 1] of rows, all of one B, as
         `partition.process_share` has it.
@@ -85,6 +86,7 @@ def diagnose(
     """
     share = partition.process_share(mesh)
     params = jax.device_put(params, partition.shardings(params, mesh))
+    params, config = written_out(params, config)
     place = functools.partial(jax.make_array_from_process_local_data, partition.batch_sharding(mesh))
     losses, read = _programs(config, mesh)
     plans = plans_of(config.plan)

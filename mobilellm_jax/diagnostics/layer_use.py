@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.rows import inputs_and_targets
-from mobilellm_jax.model import Params
-from mobilellm_jax.model.block import Block, rope_table
+from mobilellm_jax.model import Params, uses
+from mobilellm_jax.model.block import rope_table
 from mobilellm_jax.model.ops.cross_entropy import token_cross_entropy
-from mobilellm_jax.model.stack import cast, constrain, embed, final_norm, head_matrix, pick
+from mobilellm_jax.model.stack import apply_layer, embed, final_norm, head_matrix, pick
 from mobilellm_jax.sharing import LayerPlan
 
 NOTHING = -1  # in a padded plan: no block is applied at this place
@@ -99,14 +99,15 @@ def plan_losses(
 def hidden(
     params: Params, tokens_BT: Int[Array, "B T"], plan_L: Int[Array, "L"], config: ModelConfig
 ) -> Float[Array, "B T D"]:
-    """`model.hidden` under a padded plan; not to be differentiated, as it keeps all activations."""
-    block, rope = Block(config), rope_table(jnp.arange(tokens_BT.shape[1])[None, :], config)
+    """`model.hidden` under a padded plan; not to be differentiated, as it keeps all activations.
+
+    Where uses of a block differ, `uses.written_out` has to have written out the blocks.
+    """
+    rope, own_U = rope_table(jnp.arange(tokens_BT.shape[1])[None, :], config), uses.of_layers(params, config)
 
     def layer(x_BTD: Float[Array, "B T D"], u: Int[Array, ""]) -> tuple[Float[Array, "B T D"], None]:
         def applied(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-            weights = cast(pick(params["blocks"], u), config, "blocks/")
-            y_BTD, _ = block.apply({"params": weights}, x_BTD, rope)
-            return constrain(y_BTD, ("data", "fsdp"))
+            return apply_layer(pick(params["blocks"], u), pick(own_U, u), x_BTD, config, rope)[0]
 
         return lax.cond(u == NOTHING, lambda x_BTD: x_BTD, applied, x_BTD), None
 

@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Int
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.rows import inputs_and_targets, is_target
 from mobilellm_jax.diagnostics.attention_distance import attend_and_measure
-from mobilellm_jax.model import Params
-from mobilellm_jax.model.block import Block, rope_table
+from mobilellm_jax.model import Params, uses
+from mobilellm_jax.model.block import rope_table
 from mobilellm_jax.model.ops.cross_entropy import token_cross_entropy
-from mobilellm_jax.model.stack import cast, constrain, embed, final_norm, head_matrix, pick
+from mobilellm_jax.model.stack import apply_layer, embed, final_norm, head_matrix, pick
 
 
 class Readings(NamedTuple):
@@ -42,24 +42,23 @@ def readings(params: Params, rows_BS: Int[Array, "B S"], config: ModelConfig) ->
     tokens_BT, targets_BT = inputs_and_targets(rows_BS)
     counts_BT = is_target(targets_BT)
     positions_T = jnp.arange(tokens_BT.shape[1])
-    block, rope = Block(config), rope_table(positions_T[None, :], config)
+    rope = rope_table(positions_T[None, :], config)
 
     def lens(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B"]:
         x_BTD = final_norm(params, x_BTD, config)
         nats_BT = token_cross_entropy(x_BTD, head_matrix(params), targets_BT, config.loss_chunk)
         return jnp.sum(nats_BT, axis=1)
 
-    def layer(x_BTD: Float[Array, "B T D"], u: Int[Array, ""]) -> tuple[Array, Any]:
-        weights = cast(pick(params["blocks"], u), config, "blocks/")
-        found: Any = block.apply({"params": weights}, x_BTD, rope, attend_and_measure)
-        y_BTD, distance_BTN = found
-        y_BTD = constrain(y_BTD, ("data", "fsdp"))
+    def layer(x_BTD: Float[Array, "B T D"], at: Any) -> tuple[Array, Any]:
+        u, own = at
+        weights = pick(params["blocks"], u)
+        y_BTD, distance_BTN = apply_layer(weights, own, x_BTD, config, rope, attend_and_measure)
         cosine_B = jnp.sum(jnp.where(counts_BT, cosine(x_BTD, y_BTD), 0.0), axis=1)
         distance_BN = jnp.sum(jnp.where(counts_BT[..., None], distance_BTN, 0.0), axis=1)
         return y_BTD, (lens(y_BTD), cosine_B, distance_BN)
 
-    x_BTD = embed(params, tokens_BT, config)
-    _, (lens_LB, cosine_LB, distance_LBN) = lax.scan(layer, x_BTD, jnp.array(config.plan))
+    x_BTD, over = embed(params, tokens_BT, config), (jnp.array(config.plan), uses.of_layers(params, config))
+    _, (lens_LB, cosine_LB, distance_LBN) = lax.scan(layer, x_BTD, over)
     uniform_B = jnp.sum(jnp.where(counts_BT, positions_T[None, :] / 2, 0.0), axis=1)
     return Readings(jnp.sum(counts_BT, axis=1), lens(x_BTD), lens_LB, cosine_LB, distance_LBN, uniform_B)
 

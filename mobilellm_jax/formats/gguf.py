@@ -7,6 +7,7 @@ embeddings may have few bits, with a scale for each group of 32 numbers of a row
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from mobilellm_jax.formats import llama_cpp
 from mobilellm_jax.formats.gguf_parity import Parity, expanded, parity
 from mobilellm_jax.formats.gguf_tokenizer import Vocabulary, chat_template, vocabulary
 from mobilellm_jax.formats.huggingface_weights import Place, places, tensors
+from mobilellm_jax.model.uses import as_blocks
 from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_run, open_tokenizer
 from mobilellm_jax.storage.files import new_file
 
@@ -78,14 +80,16 @@ def export_run(workdir: Path, out: Path, kind: str, mixed: bool = False) -> Expo
     with new_file("out", out) as path:
         config, params = open_run(workdir)
         check_exportable(config.model, kind, mixed)
+        params, m = as_blocks(params, config.model, "--format=gguf")
+        held = dataclasses.replace(config, model=m)
         tokenizer = open_tokenizer(workdir)
         words = None if tokenizer is None else _words(tokenizer, config.model, workdir)
-        kinds = write(path, config, params, kind, mixed, words, workdir.absolute().name)
+        kinds = write(path, held, params, kind, mixed, words, workdir.absolute().name)
         found = None
         if llama_cpp.installed():
-            rounded = _rounded(params, config.model, kinds)
+            rounded = _rounded(params, m, kinds)
             add_bos = words is not None and words.add_bos
-            found = parity(path, params, config, kind, rounded, tokenizer, add_bos)
+            found = parity(path, params, held, kind, rounded, tokenizer, add_bos)
     return Exported(config, tokenizer, kinds, found)
 
 

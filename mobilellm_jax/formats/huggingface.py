@@ -32,6 +32,7 @@ from mobilellm_jax.formats.huggingface_config import (
     read_object,
 )
 from mobilellm_jax.formats.huggingface_weights import INDEX, WEIGHTS, read_params, write_params
+from mobilellm_jax.model.uses import as_blocks
 from mobilellm_jax.runs.directory import IMPORTED, TOKENIZER, begins_with_bos, open_run
 from mobilellm_jax.runs.directory import open_tokenizer as read_tokenizer
 from mobilellm_jax.storage.checkpoint import save_params
@@ -87,6 +88,7 @@ def export_run(workdir: Path, target: Path, dtype: str) -> Config:
     with _new_directory("out", target) as directory:
         config, params = open_run(workdir)
         check_exportable(config.model)
+        params, m = as_blocks(params, config.model, "--format=hf")
         tokenizer = read_tokenizer(workdir)
         special = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos")}
         if (workdir / IMPORTED).exists():
@@ -95,7 +97,7 @@ def export_run(workdir: Path, target: Path, dtype: str) -> Config:
         if tokenizer is not None:
             _write_tokenizer(directory, tokenizer, workdir)
         _write_json(directory / "config.json", export_config(config, dtype, special))
-        write_params(directory / WEIGHTS, params, config.model, dtype)
+        write_params(directory / WEIGHTS, params, m, dtype)
     return config
 
 

@@ -19,7 +19,9 @@ from mobilellm_jax import validation as rules
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data import Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.cache import MOST_UNROLLED, exit_places, extend_until_sure
 from mobilellm_jax.model.stack import cast, unstack
+from mobilellm_jax.model.uses import ENTRY, written_out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,18 @@ def choose(
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV), next_keys_B
 
 
+class Exit(NamedTuple):
+    """When to leave out layers, see `cache.extend_until_sure`. Hashable: a static argument.
+
+    Attributes:
+      places: numbers of layers after which generation may stop.
+      above: the probability that the most probable token has to exceed.
+    """
+
+    places: tuple[int, ...]
+    above: float
+
+
 class State(NamedTuple):
     """The state of generation: the cache, the tokens to read next, and the random keys of later draws."""
 
@@ -101,6 +115,15 @@ def decode(
     return _read(params, state.tokens_B[:, None], state.cache, state.keys_B, config, sampling)
 
 
+def decode_until_sure(
+    params: model.Params, state: State, config: ModelConfig, sampling: Sampling, leave: Exit
+) -> tuple[State, Int[Array, "B"], Int[Array, ""]]:
+    """`decode` that leaves out layers, see `cache.extend_until_sure`; also the number of layers applied."""
+    x_B1D, cache, applied = extend_until_sure(params, state.tokens_B[:, None], state.cache, config, *leave)
+    tokens_B, keys_B = choose(model.logits(params, x_B1D)[:, 0], state.keys_B, sampling)
+    return State(cache, tokens_B, keys_B), tokens_B, applied
+
+
 def _read(params: model.Params, tokens_BT: Any, cache: Any, keys_B: Any, config: Any, sampling: Any) -> Any:
     x_BTD, cache = model.extend(params, tokens_BT, cache, config)
     logits_BV = model.logits(params, x_BTD[:, -1:])[:, 0]
@@ -111,12 +134,36 @@ def _read(params: model.Params, tokens_BT: Any, cache: Any, keys_B: Any, config:
 class Generator:
     """A model on its device, with its compiled programs."""
 
-    def __init__(self, params: model.Params, config: ModelConfig, sampling: Sampling, context: int) -> None:
-        """Takes float32 parameters; `context` limits the length of a prompt with its continuation."""
+    def __init__(
+        self,
+        params: model.Params,
+        config: ModelConfig,
+        sampling: Sampling,
+        context: int,
+        exit_above: float | None = None,
+    ) -> None:
+        """Takes float32 parameters; `context` limits the length of a prompt with its continuation.
+
+        Where uses of a block differ, each is written out once, as a block of its own. With `exit_above`,
+        layers are left out as soon as all rows have a token of a larger probability, and `layers_applied`
+        says how many were applied for each token after the first.
+
+        Raises:
+          UserError: the threshold is not from 0 to 1, or the plan has too few or too many layers.
+        """
+        if exit_above is not None:
+            rules.check_rule("exit_above", exit_above, rules.FRACTION)
+            layers = config.effective_depth
+            rules.check(1 < layers <= MOST_UNROLLED, "exit_above: layers", layers, f"2 to {MOST_UNROLLED}")
+        self._exit = None if exit_above is None else Exit(exit_places(config.plan), exit_above)
+        self._applied: list[Array] = []
         rules.check_rule("context", context, rules.POSITIVE_INT)
-        self.config, self.sampling, self.context = config, sampling, context
+        params, self.config = written_out(params, config)
+        self.sampling, self.context = sampling, context
         # Once, not at every step. A list: `extend` reads its blocks where they stand.
-        self._params = jax.device_put(unstack(cast(params, config)))
+        entry = {name: leaf for name, leaf in params.items() if name == ENTRY}
+        cast_once = cast({name: leaf for name, leaf in params.items() if name != ENTRY}, self.config)
+        self._params = jax.device_put(unstack(cast_once) | entry)
         self._programs: dict[tuple[int, int, int], tuple[Any, Any]] = {}
 
     def start(
@@ -153,6 +200,11 @@ class Generator:
         inputs = tokens_BT, padding_B, keys_B
         return self._steps(self._compile(inputs, _round_up(length + steps)), inputs, steps, eos_id)
 
+    @property
+    def layers_applied(self) -> list[int]:
+        """Of every token but the first of each text, where `exit_above` was asked for."""
+        return [int(count) for count in self._applied]
+
     def _steps(
         self, programs: Any, inputs: Any, steps: int, eos_id: int | None
     ) -> Iterator[list[int | None]]:
@@ -161,8 +213,9 @@ class Generator:
         ended = [False] * len(inputs[0])
         for step in range(1, steps + 1):
             ready_B = tokens_B
-            if step < steps:
-                state, tokens_B = more(self._params, state)  # the device works while these tokens are used
+            if step < steps:  # the device works while these tokens are used
+                state, tokens_B, *applied = more(self._params, state)
+                self._applied += applied
             ids = [None if end else token for end, token in zip(ended, ready_B.tolist(), strict=True)]
             yield ids
             ended = [token is None or token == eos_id for token in ids]
@@ -173,10 +226,12 @@ class Generator:
         key = (*inputs[0].shape, slots)
         if key not in self._programs:
             first = jax.jit(prefill, static_argnums=(4, 5, 6))
-            more = jax.jit(decode, static_argnums=(2, 3), donate_argnums=1)
+            leave = () if self._exit is None else (self._exit,)
+            read = decode_until_sure if leave else decode
+            more = jax.jit(read, static_argnums=(2, 3, 4)[: 2 + len(leave)], donate_argnums=1)
             first = first.lower(self._params, *inputs, slots, self.config, self.sampling)
             state, _ = first.out_info
-            more = more.lower(self._params, state, self.config, self.sampling)
+            more = more.lower(self._params, state, self.config, self.sampling, *leave)
             self._programs[key] = first.compile(), more.compile()
         return self._programs[key]
 

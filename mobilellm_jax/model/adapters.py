@@ -44,10 +44,12 @@ def adapted(config: Config) -> ModelConfig:
     """The model that a run trains: `config.model`, with the adapters that `config.train` asks for.
 
     Raises:
-      UserError: `train.loops` is set too, no matrix is adapted, or the rank is above the inputs or outputs of
-        one that is.
+      UserError: `train.loops` is set too, no matrix is adapted, or a rank, that of `model.loop_rank` too, is
+        above the inputs or outputs of a matrix.
     """
     t, m = config.train, config.model
+    if m.loop_rank:
+        _matrices("model.loop_rank", m.loop_rank, "model.loop_targets", m.loop_targets, m)
     if not t.lora_rank:
         return m
     if t.loops:
@@ -55,22 +57,28 @@ def adapted(config: Config) -> ModelConfig:
             f"train.loops: {t.loops!r} does not go with train.lora_rank={t.lora_rank}; train adapters with "
             "one number of loops, model.num_repeats"
         )
-    matrices = [of for of in declared(m) if of.kind == "matrix"]
-    targets = [of for of in matrices if re.search(t.lora_targets, of.path)]
-    if not targets:
-        there = ", ".join(of.path for of in matrices)
-        raise UserError(f"train.lora_targets: {t.lora_targets!r} is found in none of {there}")
-    for of in targets:
-        for what, letters in (("inputs", of.inputs), ("outputs", of.outputs)):
-            size = math.prod(sizes(letters, m))
-            if t.lora_rank > size:
-                raise UserError(
-                    f"train.lora_rank: {t.lora_rank} is above the {size} {what} of {of.path}; use at most "
-                    f"{size}, or train.lora_targets without it"
-                )
+    targets = _matrices("train.lora_rank", t.lora_rank, "train.lora_targets", t.lora_targets, m)
     by = Adapters(t.lora_rank, t.lora_alpha, tuple(of.path for of in targets))
     fields = {field.name: getattr(m, field.name) for field in dataclasses.fields(ModelConfig)}
     return AdaptedModel(**fields, adapted_by=by)
+
+
+def _matrices(field: str, rank: int, pattern_field: str, pattern: str, m: ModelConfig) -> list[Parameter]:
+    """The matrices that get low-rank updates; UserError if there are none, or the rank is too large."""
+    matrices = [of for of in declared(m) if of.kind == "matrix"]
+    targets = [of for of in matrices if re.search(pattern, of.path)]
+    if not targets:
+        there = ", ".join(of.path for of in matrices)
+        raise UserError(f"{pattern_field}: {pattern!r} is found in none of {there}")
+    for of in targets:
+        for what, letters in (("inputs", of.inputs), ("outputs", of.outputs)):
+            size = math.prod(sizes(letters, m))
+            if rank > size:
+                raise UserError(
+                    f"{field}: {rank} is above the {size} {what} of {of.path}; use at most "
+                    f"{size}, or {pattern_field} without it"
+                )
+    return targets
 
 
 def init_adapters(key: PRNGKeyArray, config: ModelConfig) -> dict[str, Float[Array, "..."]]:
@@ -99,17 +107,19 @@ def merge(blocks: Params, config: ModelConfig, stack: str = "") -> Params:
 
     def add(path: str, weights: Params, name: str) -> Any:
         of, pair = parameter(f"blocks/{path}/{name}"), weights.get(name + ADAPTER)
-        if pair is None:
-            return weights[name]
-        product = f"{stack}{of.inputs}R,{stack}R{of.outputs}->{stack}{of.inputs}{of.outputs}"
-        # The exported weights are merged on a CPU: no rounding to TF32 or bfloat16 here.
-        change = jnp.einsum(product, pair["reduce"], pair["expand"], precision=lax.Precision.HIGHEST)
-        return weights[name] + scale * change
+        return weights[name] if pair is None else weights[name] + scale * product(of, pair, stack)
 
     return {
         path: {name: add(path, weights, name) for name in weights if not name.endswith(ADAPTER)}
         for path, weights in blocks.items()
     }
+
+
+def product(of: Parameter, pair: Params, stack: str = "") -> Float[Array, "..."]:
+    """What an adapter or an update adds to a matrix, but for its scale."""
+    axes = f"{stack}{of.inputs}R,{stack}R{of.outputs}->{stack}{of.inputs}{of.outputs}"
+    # The exported weights are merged on a CPU: no rounding to TF32 or bfloat16 here.
+    return jnp.einsum(axes, pair["reduce"], pair["expand"], precision=lax.Precision.HIGHEST)
 
 
 def split(params: Params, config: ModelConfig) -> tuple[Params, Params]:

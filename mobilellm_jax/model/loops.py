@@ -5,7 +5,7 @@ import dataclasses
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.roles import science
-from mobilellm_jax.sharing import LOOPED, layer_plan
+from mobilellm_jax.sharing import LOOPED, LayerPlan, layer_plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,8 +15,8 @@ class LoopedModel(ModelConfig):
     trained_repeats: int = science("times each block is applied in the plan that multipliers are for")
 
     @property
-    def scaled_depth(self) -> int:
-        return len(layer_plan(self.sharing, self.depth, self.trained_repeats))
+    def trained_plan(self) -> LayerPlan:
+        return layer_plan(self.sharing, self.depth, self.trained_repeats)
 
 
 def with_repeats(config: ModelConfig, num_repeats: int) -> ModelConfig:
@@ -28,7 +28,8 @@ def with_repeats(config: ModelConfig, num_repeats: int) -> ModelConfig:
     further loop goes on from there.
 
     Raises:
-      UserError: `model.sharing` is no strategy with loops, or there are too many layers.
+      UserError: `model.sharing` is no strategy with loops, there are too many layers, or parameters of uses
+        are for fewer.
     """
     if config.sharing not in LOOPED:
         raise UserError(
@@ -39,4 +40,9 @@ def with_repeats(config: ModelConfig, num_repeats: int) -> ModelConfig:
         return config
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
     trained = config.trained_repeats if isinstance(config, LoopedModel) else config.num_repeats
+    if num_repeats > trained and (field := config.differing_uses) not in ("", "loop_norm"):
+        raise UserError(
+            f"num_repeats={num_repeats}: model.{field}={getattr(config, field)!r} is for the {trained} uses "
+            f"of training; use at most {trained}"
+        )
     return LoopedModel(**{**fields, "num_repeats": num_repeats}, trained_repeats=trained)

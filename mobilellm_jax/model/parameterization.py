@@ -8,11 +8,13 @@
 | learning rate, matrices| 1        | 1 / m_D   | 1 / m_D          |
 | weight decay, matrices | 1        | m_D       | m_D              |
 | Adam's epsilon, blocks | 1        | 1 / m_D   | 1 / (m_D m_U)    |
+| Adam's epsilon, uses   | 1        | 1 / m_D   | 1 / (m_D m_L)    |
 | Adam's epsilon, others | 1        | 1 / m_D   | 1 / m_D          |
 
 m_D = width / base_width, m_L = effective_depth / base_depth, m_U = depth / base_depth. With another number
 of loops than in training, m_L is that of training: `loops.with_repeats` says why. "Matrices" are those of the
-blocks; embedding, head and norm gains keep their init and learning rate. `standard` is MobileLLM's.
+blocks; embedding, head and norm gains keep their init and learning rate. "Uses" are parameters that each
+layer applied has of its own (`uses.py`), whose gradients have one term. `standard` is MobileLLM's.
 `mup` is Yang et al. (2022, arXiv 2203.03466), `completep` Dey et al. (2025, arXiv 2505.01618, table 1 with
 alpha = 1). The learning rate times the weight decay, the effective decay of a weight, is the same for all
 shapes. Attention keeps its scale 1 / sqrt(H), so the head size must stay fixed while the width changes.
@@ -42,6 +44,7 @@ class Multipliers:
     logits: float = 1.0
     learning_rate: float = 1.0
     epsilon_blocks: float = 1.0
+    epsilon_uses: float = 1.0
     epsilon_others: float = 1.0
 
 
@@ -55,6 +58,7 @@ def multipliers(config: ModelConfig) -> Multipliers:
         logits=over_width,
         learning_rate=over_width,
         epsilon_blocks=over_width,
+        epsilon_uses=over_width,
         epsilon_others=over_width,
     )
     if config.parameterization == "mup":
@@ -63,4 +67,5 @@ def multipliers(config: ModelConfig) -> Multipliers:
         by_width,
         residual=config.base_depth / config.scaled_depth,
         epsilon_blocks=over_width * config.base_depth / config.depth,
+        epsilon_uses=over_width * config.base_depth / config.scaled_depth,
     )

@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.adapters import init_adapters, join, merge
-from mobilellm_jax.model.block import Block, initial, rms_norm, rope_table
+from mobilellm_jax.model import uses
+from mobilellm_jax.model.adapters import by_path, init_adapters, join, merge
+from mobilellm_jax.model.block import Attend, Block, Rope, attend_in_training, initial, rms_norm, rope_table
 from mobilellm_jax.model.ops.cross_entropy import (
     cross_entropy,
     distillation,
@@ -30,7 +31,7 @@ Params = dict[str, Any]
 def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
     """Initialises float32 parameters: matrices from N(0, init_std) times their multiplier, norm gains 1.
 
-    Adapters as in `init_adapters`.
+    Adapters as in `init_adapters`, and what uses of a block have of their own as in `uses.initial_uses`.
     """
     embedding_key, head_key, blocks_key = jax.random.split(key, 3)
     x_BTD, rope = jnp.zeros((1, 1, config.width)), rope_table(jnp.zeros((1, 1), int), config)
@@ -40,12 +41,22 @@ def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
 
     params: Params = {
         "embedding": initial(parameter("embedding"), embedding_key, config),
-        "blocks": jax.vmap(init_block)(jax.random.split(blocks_key, config.depth)),
+        "blocks": _declared(jax.vmap(init_block)(jax.random.split(blocks_key, config.depth)), config),
         "final_norm": {"gain": initial(parameter("final_norm/gain"), key, config)},
     }
     if not config.share_embedding:
         params["head"] = initial(parameter("head"), head_key, config)
-    return join(params, nest(init_adapters(blocks_key, config)))
+    own = uses.initial_uses(embedding_key, config)
+    return join(params, nest(own | init_adapters(blocks_key, config)))
+
+
+def _declared(blocks: Params, config: ModelConfig) -> Params:
+    """Blocks without the gains that each use has of its own."""
+    if not config.loop_gains:
+        return blocks
+    return nest(
+        {p: leaf for p, leaf in by_path(blocks).items() if parameter(f"blocks/{p}").condition(config)}
+    )
 
 
 def apply(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T V"]:
@@ -115,27 +126,45 @@ def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) ->
     backward pass stores no copy of the blocks, whatever the plan. It is cast to the compute dtype after the
     pick, so that the gradients of several uses of a block add up in float32.
     """
-    block, rope = Block(config), rope_table(jnp.arange(tokens_BT.shape[1])[None, :], config)
+    rope = rope_table(jnp.arange(tokens_BT.shape[1])[None, :], config)
     remat = partial(jax.checkpoint, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
 
-    def apply_block(weights: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        weights = cast(merge(weights, config), config, "blocks/")
-        y_BTD, _ = block.apply({"params": weights}, x_BTD, rope)
-        return constrain(y_BTD, ("data", "fsdp"))
+    def layer(weights: Params, own: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return apply_layer(weights, own, x_BTD, config, rope)[0]
 
-    x_BTD = embed(params, tokens_BT, config)
+    x_BTD, own_L = embed(params, tokens_BT, config), uses.of_layers(params, config)
     if config.scan_unroll >= config.effective_depth:
-        blocks, layer = unstack(params)["blocks"], remat(apply_block)
-        for u in config.plan:
-            x_BTD = layer(blocks[u], x_BTD)
+        blocks, layer = unstack(params)["blocks"], remat(layer)
+        for place, u in enumerate(config.plan):
+            x_BTD = layer(blocks[u], pick(own_L, place), x_BTD)
     else:
 
         @remat
-        def pick_and_apply(x_BTD: Float[Array, "B T D"], u: Int[Array, ""]) -> tuple[Any, None]:
-            return apply_block(pick(params["blocks"], u), x_BTD), None
+        def pick_and_apply(x_BTD: Float[Array, "B T D"], at: Any) -> tuple[Any, None]:
+            u, own = at
+            return layer(pick(params["blocks"], u), own, x_BTD), None
 
-        x_BTD, _ = lax.scan(pick_and_apply, x_BTD, jnp.array(config.plan), unroll=config.scan_unroll)
+        over = jnp.array(config.plan), own_L
+        x_BTD, _ = lax.scan(pick_and_apply, x_BTD, over, unroll=config.scan_unroll)
     return final_norm(params, x_BTD, config)
+
+
+def apply_layer(
+    weights: Params,
+    own: Params,
+    x_BTD: Float[Array, "B T D"],
+    config: ModelConfig,
+    rope: Rope,
+    attend: Attend = attend_in_training,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Applies one layer: a block (float32, or cast already), with what this use of it has of its own.
+
+    Computes its output and the memory of `attend`.
+    """
+    x_BTD = uses.enter(own, x_BTD, config)
+    weights = cast(uses.joined(merge(weights, config), own), config, "blocks/")
+    y_BTD, memory = Block(config).apply({"params": weights}, x_BTD, rope, attend)
+    return constrain(y_BTD, ("data", "fsdp")), memory
 
 
 def embed(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T D"]:
@@ -165,7 +194,7 @@ def head_matrix(params: Params) -> Float[Array, "V D"]:
 # --- weights and meshes ---------------------------------------------------------------------------------
 
 
-def pick(blocks: Params | list[Params], u: Int[Array, ""]) -> Params:
+def pick(blocks: Params | list[Params], u: int | Int[Array, ""]) -> Params:
     """Block u of a stack, or of a list."""
     if isinstance(blocks, list):
         return lax.switch(u, [lambda block=block: block for block in blocks])

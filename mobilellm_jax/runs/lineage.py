@@ -13,16 +13,19 @@ from mobilellm_jax.analysis.comparable import data_hashes
 from mobilellm_jax.config import ROLES, Config, ModelConfig, from_config_dict
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.adapters import adapted
+from mobilellm_jax.model.growth import sources
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs.directory import DATA, IMPORTED, TOKENIZER, open_tokenizer, read_config
 from mobilellm_jax.storage.checkpoint import fingerprint, has_checkpoint, newest_intact
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
 from mobilellm_jax.storage.sealed import parse, seal, unseal
 from mobilellm_jax.training.start import Origin
+from mobilellm_jax.uses_config import UsesConfig
 
 PARENT = "parent.json"  # in the directory of a run that began from another
 # The function that a model computes does not depend on them; the plan stands for the last two.
 _FREE = {"init_std", "compute_dtype", "sharing", "num_repeats"}
+_GROWN = {"depth", *(field.name for field in dataclasses.fields(UsesConfig))}  # that `train.grow` changes
 _BASES = {"base_width", "base_depth"}  # without effect under "standard"
 
 
@@ -50,7 +53,8 @@ class Parent:
         """What the training loop of a run with this config needs."""
         there, first_batch = self.config, self.lineage["first_batch"]
         checkpoint = None if there is None else self.checkpoint
-        return Origin(checkpoint, adapted(there or config), config.train.resume_optimizer, first_batch)
+        model, t = adapted(there or config), config.train
+        return Origin(checkpoint, model, t.resume_optimizer, first_batch, t.grow)
 
     def __str__(self) -> str:
         step, sha256 = self.lineage["step"], self.lineage["manifest_sha256"]
@@ -211,16 +215,20 @@ def _check_model(name: str, there: ModelConfig, config: Config) -> None:
         fields = [field for field in fields if field not in _BASES]
     if config.train.resize_embedding:
         fields.remove("vocab_size")
+    if config.train.grow:
+        fields = [field for field in fields if field not in _GROWN]
+        sources(config.train.grow, there, m)  # raises if it does not fit
     differ = [
         f"model.{field} is {getattr(there, field)!r} there and {getattr(m, field)!r} here"
         for field in fields
         if getattr(there, field) != getattr(m, field)
     ]
-    if there.depth == m.depth and there.plan != m.plan:
+    if there.depth == m.depth and there.plan != m.plan and not config.train.grow:
         old, new = (" ".join(map(str, plan)) for plan in (there.plan, m.plan))
         differ.append(f"the layer plan is {old} there and {new} here (model.sharing, model.num_repeats)")
     if differ:
         resize = "; another vocabulary alone: train.resize_embedding=true" * ("model.vocab" in differ[0])
+        resize += "; other blocks: train.grow" * (there.depth != m.depth)
         raise UserError(
             f"train.init_from: {name} has another model: {'; '.join(differ)}; use its values, which "
             f"--config=configs/finetune.py:{name} does{resize}"

@@ -1,5 +1,6 @@
 """AdamW or Muon, and the learning-rate schedule (paper section 3.1 and the official training script)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -51,19 +52,19 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.Gradien
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         # Adam's update is invariant to the scale of the gradients but for epsilon: this divides epsilon.
-        _scale(blocks=1 / m.epsilon_blocks, others=1 / m.epsilon_others),
+        _scale({"U": 1 / m.epsilon_blocks, "L": 1 / m.epsilon_uses, "": 1 / m.epsilon_others}),
         update,
-        _scale(matrices=m.learning_rate),
+        _scale({}, matrices=m.learning_rate),
         # After the multiplier: learning rate x decay is never scaled.
         optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
     )
 
 
-def _scale(blocks: float = 1.0, others: float = 1.0, matrices: float = 1.0) -> optax.GradientTransformation:
-    """Multiplies stacked parameters by `blocks`, all others by `others`, and matrices also by `matrices`."""
+def _scale(factors: Mapping[str, float], matrices: float = 1.0) -> optax.GradientTransformation:
+    """Multiplies parameters by the factor of their stack axis, by default 1, and matrices by `matrices`."""
 
     def scale(parameter: Parameter, u: jax.Array) -> jax.Array:
-        part = blocks if parameter.stack else others
+        part = factors.get(parameter.stack, 1.0)
         return part * (matrices if parameter.kind == "matrix" else 1.0) * u
 
     return optax.stateless(lambda updates, _: map_parameters(scale, updates))

@@ -9,11 +9,12 @@ from jaxtyping import Array, Float
 from mobilellm_jax import model
 from mobilellm_jax.config import Config, ModelConfig
 from mobilellm_jax.model.adapters import adapted, by_path, join, merged, split
+from mobilellm_jax.model.growth import grown
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.parameters import nest
 from mobilellm_jax.storage.checkpoint import place_params, place_state
 from mobilellm_jax.storage.files import AnyPath
-from mobilellm_jax.training.programs import Programs
+from mobilellm_jax.training.programs import Programs, with_shardings
 from mobilellm_jax.training.step import TrainState
 
 
@@ -26,12 +27,14 @@ class Origin:
       model: the other run's, with its adapters.
       with_optimizer: take the state of the other run's optimizer as well.
       first_batch: batches of the data that the other run used up.
+      grow: `train.grow`.
     """
 
     checkpoint: AnyPath | None
     model: ModelConfig
     with_optimizer: bool
     first_batch: int
+    grow: str = ""
 
 
 def first_state(programs: Programs, config: Config, origin: Origin | None, mesh: Mesh) -> TrainState:
@@ -45,7 +48,10 @@ def first_state(programs: Programs, config: Config, origin: Origin | None, mesh:
         return place_state(origin.checkpoint, programs.state)._replace(step=step)
     trained, frozen = split(state.params, adapted(config))
     adapters, own = (trained, frozen) if frozen else ({}, trained)
-    params = _parameters(own, origin.checkpoint, origin.model, mesh)
+    if origin.grow:
+        params = _grown(own, origin.checkpoint, origin, config.model, mesh)
+    else:
+        params = _parameters(own, origin.checkpoint, origin.model, mesh)
     return state._replace(params=join(adapters, params) if adapters else params)
 
 
@@ -67,6 +73,18 @@ def _parameters(own: model.Params, checkpoint: AnyPath, there: ModelConfig, mesh
         mine[path].delete()
     named = by_path(read_merged(checkpoint, nest(like), there))
     return nest({path: _resized(x, mine[path]) if path in resized else x for path, x in named.items()})
+
+
+def _grown(
+    own: model.Params, checkpoint: AnyPath, origin: Origin, m: ModelConfig, mesh: Mesh
+) -> model.Params:
+    """Parameters of a deeper or looped model from those of a checkpoint, in the shardings of `own`."""
+    there = origin.model
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), there))
+    loaded = read_merged(checkpoint, with_shardings(shapes, partition.shardings(shapes, mesh)), there)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, own)
+    put = jax.jit(lambda loaded, own: grown(loaded, own, there, m, origin.grow), out_shardings=shardings)
+    return put(loaded, own)
 
 
 def read_merged(checkpoint: AnyPath, like: model.Params, there: ModelConfig) -> model.Params:

@@ -1,0 +1,133 @@
+"""The page "What is a second use of a layer worth?", from the records of all studies with repeats."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from experiments.reporting.pages import Section, write_page
+from experiments.reporting.tables import Columns, quantity
+from mobilellm_jax.analysis.measures import MEASURES
+from mobilellm_jax.analysis.records import span
+from mobilellm_jax.analysis.second_use import Gap, gaps
+from mobilellm_jax.analysis.study import Study
+from mobilellm_jax.storage.files import AnyPath
+
+NAME, TITLE = "second_use", "What is a second use of a layer worth?"
+NOTE = (
+    "A design that applies its blocks several times lies between the same blocks applied once and as "
+    "many blocks as it applies layers, which cost the same FLOPs for each token. What it closes of the "
+    "gap between them is (once - loop) / (once - distinct) of the final metric: at 0 % a further use is "
+    "worth nothing, at 100 % as much as new blocks. Brackets: 95 % by Fieller's theorem, over seeds, of "
+    "each design alone. A gap is sure where its one-sided test says so at 5 %. Models trained longer, "
+    "for as many FLOPs as the loop takes, are in the reports of the playground."
+)
+WORTH = (
+    "Blocks: applied once, how many have the score of the loop, by interpolation over log(blocks); phi: "
+    "they are distinct blocks x uses^phi. Without an interval."
+)
+LITERATURE = (
+    "phi = 0.46 in the loss on text, fitted to models of 1, 2, 4 and 8 recurrences; at 4, a looped model of "
+    "410M is as good as one of 580M, and costs the training of one of 1B (arXiv 2604.21106, abstract).",
+    "Relaxed recursive transformers: models that are converted from trained ones to loops, such as Gemma 2B "
+    "to 1B, can recover most of their performance, and low-rank updates for each use improve them further "
+    "(arXiv 2410.20672, abstract). Ours are trained from random weights.",
+    "Huginn: 3.5B parameters, trained with random numbers of loops on 800B tokens, improves on reasoning "
+    "with more loops at test time, up to the computation of 50B parameters (arXiv 2502.05171, abstract). "
+    "The same is asked of ours by sweep --num_repeats; reports then have a table by number of loops.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answers:
+    """One study: its gaps, of the arm that is named first."""
+
+    study: Study
+    gaps: list[Gap]
+
+
+def write(studies: Iterable[Study], workdir: str | AnyPath) -> str:
+    """Writes reports/second_use, and returns the text to print; "" without a design that can be judged."""
+    found = [_Answers(study, of) for study in studies if (of := _judged(study))]
+    if not found:
+        return ""
+    said = [_sentence(of) for of in found]
+    sections: list[Section] = [
+        ("In short", [said]),
+        ("How it is measured", [NOTE]),
+        *((_heading(of.study), [_caption(of.study), _table(of), *_worth(of)]) for of in found),
+        ("What others found", [list(LITERATURE)]),
+        ("The reports", [[f"{of.study.facts.preset}: reports/{of.study.stem}.md" for of in found]]),
+    ]
+    path = write_page(NAME, TITLE, sections, workdir)
+    return "\n".join([TITLE, "", *(f"- {sentence}" for sentence in said), "", f"Report: {path}.html"])
+
+
+def _judged(study: Study) -> list[Gap]:
+    """The designs that have as many blocks beside them."""
+    return [gap for gap in gaps(study) if gap.distinct is not None]
+
+
+def _heading(study: Study) -> str:
+    return f"{study.facts.study}: {study.facts.preset}"
+
+
+def _caption(study: Study) -> str:
+    points = [point for point in study.points.values() if point.scores]
+    tokens = span([run.tokens_seen for point in points for run in point.finished], quantity)
+    size = span([point.parameters["non_embedding"] for point in points], quantity)
+    seeds = span([len(point.scores) for point in points], str)
+    return (
+        f"{study.facts.question} {MEASURES[study.facts.metric].axis}; {size} non-embedding parameters, "
+        f"{tokens} tokens, {seeds} seeds."
+    )
+
+
+def _table(of: _Answers) -> Columns:
+    measure = MEASURES[of.study.facts.metric]
+
+    def shown(value: float) -> str:
+        return f"{measure.shown(value):.{2 if measure.is_share else measure.digits}f}"
+
+    return {
+        "loop": [_named(gap) for gap in of.gaps],
+        "once": [f"{shown(gap.means[0])} ({gap.once})" for gap in of.gaps],
+        measure.column: [shown(gap.means[1]) for gap in of.gaps],
+        "as many blocks": [f"{shown(gap.means[2])} ({gap.distinct})" for gap in of.gaps],
+        "closed": [closed(gap) for gap in of.gaps],
+    }
+
+
+def _worth(of: _Answers) -> list[str | Columns]:
+    known = [gap for gap in of.gaps if gap.blocks is not None]
+    if not known:
+        return []
+    return [
+        WORTH,
+        {
+            "loop": [_named(gap) for gap in known],
+            "blocks": [f"{gap.blocks:.1f}{' or beyond' if gap.is_beyond else ''}" for gap in known],
+            "phi": [f"{gap.exponent:.2f}" for gap in known],
+        },
+    ]
+
+
+def _named(gap: Gap) -> str:
+    return f"{gap.loop} ({gap.arm})" if gap.arm and gap.arm not in (gap.loop, "completep") else gap.loop
+
+
+def closed(gap: Gap) -> str:
+    """The part in percent with its interval, or why there is none."""
+    if gap.closed is None:
+        return "no gap is sure"
+    ends = "" if gap.interval is None else f" [{100 * gap.interval[0]:.0f}, {100 * gap.interval[1]:.0f}]"
+    return f"{100 * gap.closed:.0f} %{ends or ', not bounded'}"
+
+
+def _sentence(of: _Answers) -> str:
+    parts = [f"{_named(gap)} closes {closed(gap)}" for gap in of.gaps if gap.closed is not None]
+    open_ones = [_named(gap) for gap in of.gaps if gap.closed is None]
+    return f"{_heading(of.study)}: {_sum_up(parts, open_ones)}."
+
+
+def _sum_up(parts: Sequence[str], open_ones: Sequence[str]) -> str:
+    nothing = f"no gap is sure for {', '.join(open_ones)}" if open_ones else ""
+    return "; ".join(filter(None, [*parts, nothing]))

@@ -1,0 +1,137 @@
+"""What a further use of blocks is worth: the part of the gap to as many blocks that it closes.
+
+A design that applies blocks several times lies between two others of the same blocks: the same number of them
+applied once, and as many as it applies layers. With means o, l and d of the metric (once, loop, distinct), it
+closes (o - l) / (o - d) of the gap.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from mobilellm_jax.analysis.facts import Point
+from mobilellm_jax.analysis.study import Study
+
+_PLAN = {"depth", "sharing", "num_repeats"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """One design with repeats, and what it closes.
+
+    Attributes:
+      loop, once, distinct: labels of the points; `distinct` is None where the study has no such design.
+      means: of the metric, in this order; NaN without `distinct`.
+      closed: the part of the gap; None where there is none to close, see `part_closed`.
+      interval: 95 %, of `closed`; None where it is not bounded, or there are too few seeds.
+      blocks: of how many blocks applied once it has the score, by interpolation over log(blocks); None where
+        the study has too few of these designs, or they do not improve in order.
+      is_beyond: the score is better or worse than that of all of them; `blocks` is then the nearest.
+      exponent: phi where `blocks` = distinct blocks x uses^phi; None without `blocks`.
+    """
+
+    arm: str | None
+    loop: str
+    once: str
+    distinct: str | None
+    means: tuple[float, float, float]
+    closed: float | None
+    interval: tuple[float, float] | None
+    blocks: float | None
+    is_beyond: bool
+    exponent: float | None
+
+
+def gaps(study: Study) -> list[Gap]:
+    """All designs with repeats, in the order of the study, whose blocks applied once were run too."""
+    found = []
+    for label, point in study.points.items():
+        depth, layers = len(set(point.layer_plan)), len(point.layer_plan)
+        line = _applied_once(point, study.points)
+        if layers == depth or depth not in line or not point.scores:
+            continue
+        once, distinct = line[depth], line.get(layers)
+        of = [list(study.points[name].scores.values()) for name in (once, label, distinct) if name]
+        means = [float(np.mean(values)) for values in of]
+        closed, interval = part_closed(*of) if distinct else (None, None)
+        blocks, is_beyond = _as_good_as(means[1], {u: study.points[p] for u, p in line.items()})
+        found.append(
+            Gap(
+                arm=point.arm,
+                loop=label,
+                once=once,
+                distinct=distinct,
+                means=(means[0], means[1], means[2] if distinct else math.nan),
+                closed=closed,
+                interval=interval,
+                blocks=blocks,
+                is_beyond=is_beyond,
+                exponent=None if blocks is None else math.log(blocks / depth) / math.log(layers / depth),
+            )
+        )
+    return found
+
+
+def part_closed(
+    once: Sequence[float], loop: Sequence[float], distinct: Sequence[float]
+) -> tuple[float | None, tuple[float, float] | None]:
+    """(o - l) / (o - d) of the means, and its 95 % interval by Fieller's theorem (1954).
+
+    Values are scores over seeds, independent between the designs and of one variance, which is pooled. The
+    part is None unless o - d is above 0 by a one-sided test at 5 %: with seeds too few to say so, or no gap,
+    nothing says what is divided by. The interval is None where it is not bounded.
+    """
+    of = [np.asarray(values, float) for values in (once, loop, distinct)]
+    o, loop_mean, d = (float(values.mean()) for values in of)
+    df = sum(map(len, of)) - 3
+    if min(map(len, of)) < 2:
+        return None, None
+    variance = sum(float(((values - values.mean()) ** 2).sum()) for values in of) / df
+    over_n = [variance / len(values) for values in of]
+    top, gap = o - loop_mean, o - d
+    if gap <= special.stdtrit(df, 0.95) * math.sqrt(over_n[0] + over_n[2]):
+        return None, None
+    # (top - x gap)^2 = t^2 Var(top - x gap), a quadratic in the part x.
+    t2 = float(special.stdtrit(df, 0.975)) ** 2
+    a = gap**2 - t2 * (over_n[0] + over_n[2])
+    b = top * gap - t2 * over_n[0]
+    c = top**2 - t2 * (over_n[0] + over_n[1])
+    root = b**2 - a * c
+    if a <= 0 or root < 0:
+        return top / gap, None
+    return top / gap, ((b - math.sqrt(root)) / a, (b + math.sqrt(root)) / a)
+
+
+def _applied_once(point: Point, points: Mapping[str, Point]) -> dict[int, str]:
+    """Labels of designs of the same blocks, each applied once and trained alike, by number of blocks."""
+    found = {}
+    for label, other in points.items():
+        plain = other.layer_plan == list(range(len(other.layer_plan)))
+        if plain and other.scores and other.arm == point.arm and _fixed(other) == _fixed(point):
+            found.setdefault(len(other.layer_plan), label)
+    return found
+
+
+def _fixed(point: Point) -> tuple[Any, ...]:
+    """What has to be the same; not the plan, what uses have of their own, and the learning rate."""
+    c = point.config
+    model = {k: v for k, v in c["model"].items() if k not in _PLAN and not k.startswith("loop_")}
+    train = [c["train"][name] for name in ("steps", "batch_size")]
+    return (*sorted((k, repr(v)) for k, v in model.items()), *train, c["data"]["source"])
+
+
+def _as_good_as(score: float, line: Mapping[int, Point]) -> tuple[float | None, bool]:
+    """Number of blocks applied once that have a score, and whether it is outside of all."""
+    if len(line) < 3:
+        return None, False
+    depths = sorted(line)
+    means = [float(np.mean(list(line[depth].scores.values()))) for depth in depths]
+    if any(b >= a for a, b in itertools.pairwise(means)):
+        return None, False
+    at = np.interp(-score, -np.array(means), np.log(depths))
+    return float(np.exp(at)), not means[-1] <= score <= means[0]
