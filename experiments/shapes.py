@@ -61,8 +61,8 @@ def main() -> int:
         raise UserError(f"--latency: missing; name the table of experiments.latency that {budget} is from")
     config = with_dtype(from_config_dict(cli.one_config()), devices.platform)
     length, rows = config.data.sequence_length, config.train.batch_size // config.train.accumulation_steps
-    spread, table = FLAGS.tolerance, asked_latency()
-    latency = table and table.latency
+    spread, named = FLAGS.tolerance, asked_latency()
+    latency = named and named.latency
     rules = Rules(
         head_dims=tuple(_integers("head_dim", FLAGS.head_dim)),
         ffn_step=FLAGS.ffn_step,
@@ -78,7 +78,7 @@ def main() -> int:
     print(table(shapes, costs))
     matched = [cost[budget] for cost in costs]
     designs = {f"{shape.config.depth} x {shape.config.width}": shape.config for shape in shapes}
-    for line in table.notes(designs, length) if table else ():
+    for line in named.notes(designs, length) if named else ():
         print(line)
     print(f"\n{budget} differs by {max(matched) / min(matched) - 1:.2%} over these shapes\n\n{paste(shapes)}")
     return 0

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 
 from experiments.reporting import drawing, tables
 from experiments.reporting.drawing import styled
@@ -218,15 +219,26 @@ def draw(study: Study, pareto: Pareto) -> Figure | None:
         for entry in pareto.entries.values():
             if entry.label in cost.of:
                 _draw_entry(axes, study.facts.metric, entry, cost, order.index(entry.point))
-        axes.set_xscale("log")
-        axes.set_xlabel(cost.name)
-        axes.margins(x=0.12, y=0.08)
+        _label(axes, cost)
+        axes.margins(y=0.08)
         axes.label_outer()
     all_axes[0].set_ylabel(MEASURES[study.facts.metric].axis)
     panels.suptitle("mean, 95 % t interval; line: the front; hollow: quantized", fontsize=10, color="0.25")
     marks = [Line2D([], [], **drawing.look(place)) for place in range(len(order))]
     panels.legend(marks, labels, loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
     return panels.figure
+
+
+def _label(axes: Axes, cost: Cost) -> None:
+    """Makes the x axis logarithmic, with room for the bars, and labels at some of the costs."""
+    low, high = min(cost.of.values()), max(cost.of.values())
+    ratio = max(high / low, 1.1)  # at least 10 %, so that equal costs look equal
+    axes.set_xscale("log")
+    axes.set_xlim(low * (1 - cost.error) / ratio**0.15, high * (1 + cost.error) * ratio**0.15)
+    ticks = drawing.apart(cost.of.values(), ratio**0.3)
+    axes.set_xticks(ticks, [tables.quantity(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(cost.name)
 
 
 def _draw_entry(axes: Axes, metric: str, entry: Entry, cost: Cost, place: int) -> None:

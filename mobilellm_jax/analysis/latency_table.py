@@ -98,12 +98,17 @@ class Table:
           UserError: there is no such type.
         """
         fits = {
-            kind: {time: Fit(**{**of, "errors": tuple(of["errors"])}) for time, of in by_time.items()}
-            for kind, by_time in self.fits.items()
+            kind: {time: _fit_of(of) for time, of in by_time.items()} for kind, by_time in self.fits.items()
         }
         if weights is not None and weights not in fits:
             raise UserError(f"latency: weights in {weights!r} were not measured; measured: {', '.join(fits)}")
         return Latency(fits, weights)
+
+
+def _fit_of(fields: Mapping[str, Any]) -> Fit:
+    """A fit from JSON, which has no tuples."""
+    ranges = {name: (float(low), float(high)) for name, (low, high) in fields["ranges"].items()}
+    return Fit(fields["coefficients"], ranges, tuple(fields["errors"]))
 
 
 def fitted(points: Mapping[str, Sequence[Measured]], base: ModelConfig) -> dict[str, dict[str, Fit]]:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def designed(
-    base: ModelConfig, count: int, most_megabytes: float, most_slots: int
+    base: ModelConfig, count: int, most_megabytes: int | float, most_slots: int
 ) -> list[tuple[ModelConfig, int]]:
     """The first `count` shapes, and the slots of the cache for each.
 
@@ -79,7 +79,7 @@ def _shape(base: ModelConfig, point: Sequence[float], most_slots: int) -> tuple[
     return config, 2 ** powers[int(slots * len(powers))]
 
 
-def _between(share: float, low: float, high: float) -> float:
+def _between(share: float, low: int, high: int) -> float:
     """The place of a share of the way from `low` to `high`, on a logarithmic scale."""
     return low * (high / low) ** share
 
