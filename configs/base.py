@@ -35,6 +35,8 @@ class Study:
       tuning_seeds: runs of the best rate and of its neighbours, which a single run may rank wrongly.
       matched: the budget that all points share, see `accounting.budgets`; "tokens" if the sizes differ on
         purpose, and only the number of training tokens is equal.
+      latency: table of `experiments.latency` that `decode_ms` and `prefill_ms` are predicted from, a file in
+        this checkout, "<file>:<type of weights>" for another type than the compute dtype.
       tolerance: largest difference in it, as a fraction.
       controls: designs that lie outside that budget on purpose.
       arms: parameterizations (name -> overrides) that every design is run under; {}: the config's alone.
@@ -62,6 +64,7 @@ class Study:
     transferred: bool = False
     tuning_seeds: int = 1
     matched: str
+    latency: str = ""
     tolerance: float
     controls: Sequence[str] = ()
     arms: Mapping[str, Overrides] = dataclasses.field(default_factory=dict)

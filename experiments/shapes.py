@@ -6,9 +6,13 @@
       --config=configs/mobilellm.py:125m
   python -m experiments.shapes --budget=non_embedding_parameters:110k --depth=1,2,4,8 --head_dim=16 \\
       --ffn_band=0.25 --config.model.ffn_width=344
+  python -m experiments.shapes --budget=decode_ms:0.25 --latency=experiments/latency/my_cpu.json \\
+      --depth=1,2,4,8 --head_dim=16 --config=configs/latency_matched.py:tiny
 
 Everything else is as in --config, and so are the proportions: ffn_width / width (within --ffn_band) and the
-number of query heads for each key/value head. Where no shape fits, the nearest are printed.
+number of query heads for each key/value head. Where no shape fits, the nearest are printed. With a table of
+`experiments.latency`, the milliseconds of a token (with a cache of a row's length) and of a prompt (half of a
+row) on its device are printed too, and may be the budget.
 """
 
 import re
@@ -18,9 +22,11 @@ from absl import flags
 
 from experiments import cli
 from experiments.runner import devices
+from experiments.runner.flags import asked_latency, define_latency
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.costs import accounting
-from mobilellm_jax.costs.shapes import BUDGETS, Rules, Shape, solve
+from mobilellm_jax.costs.latency import TIMES
+from mobilellm_jax.costs.shapes import BUDGETS, Rules, Shape, shown, solve
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.runs.run import with_dtype
 
@@ -42,6 +48,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_list("head_dim", [], "head sizes to choose from; default: the config's")
     flags.DEFINE_integer("ffn_step", 4, "ffn_width is a multiple of it", 1)
+    define_latency()
     flags.DEFINE_float("ffn_band", 0.15, "how far ffn_width / width may be from the config's", 0, 0.99)
 
 
@@ -50,9 +57,12 @@ def main() -> int:
     budget, target = parse_budget(FLAGS.budget)
     if bool(FLAGS.depth) == bool(FLAGS.width):
         raise UserError("--depth, --width: give exactly one of them, such as --depth=4,8,16")
+    if budget in TIMES and not FLAGS.latency:
+        raise UserError(f"--latency: missing; name the table of experiments.latency that {budget} is from")
     config = with_dtype(from_config_dict(cli.one_config()), devices.platform)
     length, rows = config.data.sequence_length, config.train.batch_size // config.train.accumulation_steps
-    spread = FLAGS.tolerance
+    spread, named = FLAGS.tolerance, asked_latency()
+    latency = named and named.latency
     rules = Rules(
         head_dims=tuple(_integers("head_dim", FLAGS.head_dim)),
         ffn_step=FLAGS.ffn_step,
@@ -61,12 +71,15 @@ def main() -> int:
     )
     given = "depth" if FLAGS.depth else "width"
     shapes = [
-        solve(config.model, budget, target, length=length, rules=rules, **{given: size})
+        solve(config.model, budget, target, length=length, rules=rules, latency=latency, **{given: size})
         for size in _integers(given, FLAGS.depth or FLAGS.width)
     ]
-    costs = [accounting.budgets(shape.config, length, rows) for shape in shapes]
+    costs = [accounting.budgets(shape.config, length, rows, latency) for shape in shapes]
     print(table(shapes, costs))
     matched = [cost[budget] for cost in costs]
+    designs = {f"{shape.config.depth} x {shape.config.width}": shape.config for shape in shapes}
+    for line in named.notes(designs, length) if named else ():
+        print(line)
     print(f"\n{budget} differs by {max(matched) / min(matched) - 1:.2%} over these shapes\n\n{paste(shapes)}")
     return 0
 
@@ -99,7 +112,7 @@ def _integers(flag: str, words: Sequence[str]) -> list[int]:
 def table(shapes: Sequence[Shape], costs: Sequence[dict[str, int | float]]) -> str:
     """Fields, budgets and mismatch, a column for each shape."""
     rows = [[name, *(f"{shape.fields[name]:,}" for shape in shapes)] for name in shapes[0].fields]
-    rows += [[name, *(f"{cost[name]:,.0f}" for cost in costs)] for name in costs[0]]
+    rows += [[name, *(shown(cost[name]) for cost in costs)] for name in costs[0]]
     rows.append(["mismatch to the target", *(f"{shape.mismatch:+.2%}" for shape in shapes)])
     name_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     return "\n".join("  ".join([row[0].ljust(name_width), *map(str.rjust, row[1:], widths)]) for row in rows)

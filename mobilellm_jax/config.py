@@ -20,6 +20,7 @@ from mobilellm_jax.uses_config import UsesConfig
 
 FFN_KINDS = ("swiglu", "relu", "gelu")
 COMPUTE_DTYPES = ("float32", "bfloat16", "auto")
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 REMAT_POLICIES = ("none", "dots", "full")
 PARAMETERIZATIONS = ("standard", "mup", "completep")
 OPTIMIZERS = ("adamw", "muon")

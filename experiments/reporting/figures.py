@@ -5,6 +5,7 @@ In <workdir>/figures/, for each study and preset,
     <study>-<preset>.png                 final values, and the difference of every pair
     <study>-<preset>-paper.png           the paper's points beside ours, where the study is in the paper
     <study>-<preset>-costs.png           final values against parameters and training FLOPs
+    <study>-<preset>-pareto.png          final values against latency and bytes, with the front
     <study>-<preset>-curves.png          held-out evaluations during training
     <study>-<preset>-learning_rates.png  the search for the learning rates
     <study>-<preset>-layers.png          what each layer is worth, where runs were diagnosed
@@ -26,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from experiments.reporting import beside_paper, drawing, latex, layers, loops, tables
+from experiments.reporting import beside_paper, drawing, latex, layers, loops, pareto, tables
 from experiments.reporting.drawing import WORDS, styled
 from mobilellm_jax.analysis.facts import Facts
 from mobilellm_jax.analysis.measures import MEASURES
@@ -83,6 +84,10 @@ def write(study: Study, workdir: str | AnyPath, formats: Collection[str] = FORMA
         "": ("Final values and differences", outcome(study)),
         "-paper": ("The paper's points beside ours", beside_paper.draw(study)),
         "-costs": ("Final values against parameters and FLOPs", costs(study)),
+        "-pareto": (
+            "Final values against latency and bytes",
+            pareto.draw(study, pareto.pareto_of(study, workdir)),
+        ),
         "-curves": ("Held-out values during training", curves(study)),
         "-learning_rates": ("Final loss against learning rate", learning_rates(study)),
         "-layers": ("What each layer is worth, and the logit lens", layers.draw(study)),

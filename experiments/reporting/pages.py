@@ -15,6 +15,7 @@ from experiments.reporting import (
     figures,
     layers,
     loops,
+    pareto,
     quantized,
     step_times,
     tables,
@@ -88,7 +89,8 @@ def report(study: Study, workdir: str | AnyPath) -> str:
 
 def write_report(study: Study, images: dict[str, Image], workdir: str | AnyPath) -> str:
     found = study.verdict
-    path = write_page(study.stem, study.facts.question, contents(study, images), workdir)
+    standing = pareto.block(study, pareto.pareto_of(study, workdir))
+    path = write_page(study.stem, study.facts.question, contents(study, images, standing), workdir)
     said = textwrap.fill(found.sentence, 110, break_long_words=False, break_on_hyphens=False)
     warnings = [f"Warning: {warning}" for warning in found.warnings]
     return "\n".join([*warnings, tables.text(study), "", said, f"Report: {path}.html"])
@@ -102,8 +104,11 @@ def write_page(name: str, title: str, sections: Sequence[Section], workdir: str 
     return path
 
 
-def contents(study: Study, images: dict[str, Image]) -> list[Section]:
-    """Sections of the report: warnings first, then the verdict, then the evidence."""
+def contents(study: Study, images: dict[str, Image], standing: Sequence[Block] = ()) -> list[Section]:
+    """Sections of the report: warnings first, then the verdict, then the evidence.
+
+    `standing` is what is said of latency and bytes.
+    """
     found, runs = study.verdict, study.runs
     pairs = [tables.comparisons(study)] if found.comparisons else []
     pairs += [over_arms] if (over_arms := tables.joint(study)) else []
@@ -131,6 +136,7 @@ def contents(study: Study, images: dict[str, Image]) -> list[Section]:
         ("Zero-shot accuracy", [SHARES, zero_shot] if (zero_shot := tables.zero_shot(study)) else []),
         ("Zero-shot, question by question", [evidence.PAIRED, paired] if paired else []),
         ("Against parameters and FLOPs", shown("-costs")),
+        ("Against latency and bytes", [*shown("-pareto"), *standing]),
         ("Training curves", [images["-curves"]]),
         ("Runs that did not finish", _unfinished(study)),
         ("Time of a step", [step_times.TIMES, times] if (times := step_times.table(study)) else []),

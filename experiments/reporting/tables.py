@@ -37,6 +37,8 @@ _BUDGETS = {  # in the order shown, which a record does not keep; headers short 
     "decode_bytes_per_token": "decode B",
     "optimizer_bytes": "optim B",
     "activation_bytes": "activ B",
+    "decode_ms": "decode ms",  # these two with a table of latency only
+    "prefill_ms": "prefill ms",
 }
 ASPECTS = 6, 320  # width over layers applied, of the paper's models: 62 x 384 and 4 x 1280 of table 11 (125M)
 
@@ -97,7 +99,7 @@ def head(study: Study) -> list[str]:
     smallest += "" if measure.is_share else f" {measure.unit_of_mean}"
     constants = _split(_shapes(study))[1]
     first, *others = study.points.values()
-    equal = [name for name in _BUDGETS if others and not mismatch[name]]
+    equal = [name for name in _BUDGETS if others and mismatch.get(name) == 0]
     constants |= {budget_name(name): quantity(first.budgets[name]) for name in equal}
     lines = [
         facts.question,
@@ -119,6 +121,8 @@ def designs(study: Study) -> list[Columns]:
     points = study.points
     budgets = {"point": [*points]} if len(points) == 1 else {"point": [*points, "mismatch"]}
     for name, label in _BUDGETS.items():
+        if name not in study.verdict.mismatch:
+            continue
         spread = study.verdict.mismatch[name]
         cells = [quantity(point.budgets[name]) for point in points.values()]
         header = label + (" *" if name == study.facts.matched else "")
@@ -264,7 +268,7 @@ def csv_text(study: Study) -> str:
                 **{f"model.{name}": value for name, value in sorted(point.config["model"].items())},
                 **{f"parameters_{name}": value for name, value in sorted(point.parameters.items())},
                 "aspect_ratio": aspect_ratio(point),
-                **{name: point.budgets[name] for name in _BUDGETS},
+                **{name: point.budgets[name] for name in _BUDGETS if name in point.budgets},
                 "steps": max((r.steps for r in runs), default=None),
                 "tokens_seen": max((r.tokens_seen for r in runs), default=None),
                 "learning_rate": search.chosen if search else rate,

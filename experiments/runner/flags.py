@@ -4,6 +4,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.runner import hosts
+from experiments.runner.latencies import NamedTable, named
 from experiments.runner.points import Point
 from experiments.runner.quantizing import Quantizing, schemes_of
 from experiments.runner.questions import Questions
@@ -73,6 +74,16 @@ def define_loops() -> None:
     flags.DEFINE_list(
         "num_repeats", [], "numbers of loops to score with, such as 1,2,4; default: that of training alone"
     )
+
+
+def define_latency() -> None:
+    """Defines the flag that names a table of latency."""
+    flags.DEFINE_string("latency", None, "table of experiments.latency, <file>[:<type of weights>]")
+
+
+def asked_latency() -> NamedTable | None:
+    """The table that --latency names; None without it, UserError if it cannot be read."""
+    return named(FLAGS.latency) if FLAGS.latency else None
 
 
 def define_scoring() -> None:

@@ -12,11 +12,13 @@ from ml_collections import ConfigDict
 from configs.base import Study
 from experiments import cli
 from experiments.runner import devices, names
+from experiments.runner.latencies import NamedTable, of_study
 from experiments.runner.points import Point
 from experiments.runner.teachers import teacher_of
 from mobilellm_jax.analysis.records import budget_name
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.costs import accounting
+from mobilellm_jax.costs.shapes import shown
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import flatten
@@ -118,7 +120,8 @@ def _study_points(
     _check_arms(spec, study, asked)
     if not rows:
         raise UserError(f"--config={spec}: sweep({preset!r}) yields no point")
-    designs, configs = _designs(module, spec, preset, study, rows, overrides)
+    table = of_study(spec, study)
+    designs, configs = _designs(module, spec, preset, study, rows, overrides, table)
     _check_rates(spec, study, configs)
     given = "optimizer.learning_rate" in overrides  # one rate for all points
     learning_rates = () if given else tuple(study.learning_rates)
@@ -157,6 +160,7 @@ def _study_points(
             "pairs": own.get(label, []),
             "x": _x(study, flatten(to_dict(config)), arm),
             "overrides": {**rows[index], **arms[arm]},
+            "latency": table and table.field(config),
         }
         point = Point(
             name=f"{stem}/{preset}/{file_names[place]}",
@@ -173,6 +177,9 @@ def _study_points(
         )
         points.append(point)
     notes = _base_shapes(points)
+    if table:
+        models = dict(zip(designs, (config.model for config in configs), strict=False))
+        notes += tuple(table.notes(models, configs[0].data.sequence_length))
     return [replace(point, notes=notes) for point in points]
 
 
@@ -183,6 +190,7 @@ def _designs(
     study: Study,
     rows: Sequence[dict[str, Any]],
     overrides: dict[str, Any],
+    table: NamedTable | None,
 ) -> tuple[list[str], list[Config]]:
     """The labels of the designs, and the configs of every row in every arm, arm by arm; all checked."""
     arms = list(study.arms.values()) or [{}]
@@ -192,7 +200,7 @@ def _designs(
     labels = list(study.labels) or [" x ".join(str(s[name]) for name in study.scientific) for s in settings]
     _check_labels(spec, study, labels, of_arms[0])
     for configs in of_arms:
-        _check_budget(spec, study, labels, configs)
+        _check_budget(spec, study, labels, configs, table)
     return labels, [config for configs in of_arms for config in configs]
 
 
@@ -359,10 +367,12 @@ def _check_rates(spec: str, study: Study, configs: Sequence[Config]) -> None:
         )
 
 
-def _check_budget(spec: str, study: Study, labels: Sequence[str], configs: Sequence[Config]) -> None:
+def _check_budget(
+    spec: str, study: Study, labels: Sequence[str], configs: Sequence[Config], table: NamedTable | None
+) -> None:
     if study.matched == "tokens":
         return
-    budgets = [accounting.run_budgets(config) for config in configs]
+    budgets = [accounting.run_budgets(config, latency=table and table.latency) for config in configs]
     if study.matched not in budgets[0]:
         hint = did_you_mean(study.matched, budgets[0])
         raise UserError(f"--config={spec}: matched: no budget {study.matched!r}; {hint}")
@@ -375,6 +385,7 @@ def _check_budget(spec: str, study: Study, labels: Sequence[str], configs: Seque
     if spread > study.tolerance:
         raise UserError(
             f"--config={spec}: points must have equal {budget_name(study.matched)} within "
-            f"{study.tolerance:.0%}, but range from {min(sizes):,} to {max(sizes):,}, {spread:.1%} apart; "
+            f"{study.tolerance:.0%}, but range from {shown(min(sizes))} to {shown(max(sizes))}, "
+            f"{spread:.1%} apart; "
             "find shapes that fit with python -m experiments.shapes"
         )

@@ -204,6 +204,8 @@ def _facts(record: Record, facts: Facts, varied: set[str]) -> Iterator[tuple[str
         yield "sha256 of the parent", record.parent["manifest_sha256"], True
     if record.teacher and "train.teacher" not in scientific:
         yield "sha256 of the teacher", record.teacher["manifest_sha256"], True
+    if record.latency:
+        yield "sha256 of the table of latency", record.latency["sha256"], False
     for group, settings in record.config.items():
         for field, value in settings.items():
             name = f"{group}.{field}"

@@ -39,6 +39,7 @@ class Point:
     """One design point and its runs; the fields from `x` to `arm` are those of `Record`.
 
     Attributes:
+      budgets: with those of latency, `Record.costs`.
       comparison: the runs that are compared, in order of seed; [] for a point that was only tuned so far.
       tuning: the runs of the learning-rate search, in order of rate and seed.
     """
@@ -100,7 +101,7 @@ def points_of(records: Iterable[Record]) -> dict[str, Point]:
             overrides=first.overrides,
             config=first.config,
             layer_plan=first.layer_plan,
-            budgets=first.budgets,
+            budgets=first.costs,
             parameters=first.parameters,
             design=first.design,
             arm=first.arm,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.config import SHOWN, flatten
+from mobilellm_jax.costs.latency import TIMES
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import files_below, path_of, write_atomically
 from mobilellm_jax.storage.sealed import parse, seal, unseal_if_sealed
@@ -25,6 +26,7 @@ _EVALUATION = ("step", "loss", "bits_per_byte", "error")
 _LATER = (
     *("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor"),
     *("measures", "quantized", "parent", "diagnostics", "loops", "teacher", "calls", "instructions"),
+    "latency",
 )
 LAYERS = "layers"  # name of the entry in `Record.diagnostics`
 _KEYS = {  # required keys of nested fields
@@ -42,6 +44,7 @@ _KEYS = {  # required keys of nested fields
     "measures": ("floor", "ceiling", "levels"),
     "parent": ("run", "step", "manifest_sha256"),
     "teacher": ("run", "step", "manifest_sha256", "flops_per_token"),
+    "latency": ("table", "sha256", "device", "median_error", *TIMES),
 }
 
 
@@ -108,6 +111,9 @@ class Record:
       teacher: run that this one learned from, see `runs.teacher.Teacher`, and the FLOPs of its forward pass.
       calls: scores of API calls by split, as `experiments.evaluate --calls` prints them.
       instructions: shares of instructions kept by rule, as `experiments.evaluate --instructions` prints them.
+      latency: milliseconds predicted from a table of `experiments.latency`: {"table" (its file), "sha256",
+        "device", "weights", "median_error" (by time, of shapes that it was not fitted to), "decode_ms",
+        "prefill_ms"}, the latter two as in `accounting.budgets`.
 
     The fields from `zero_shot` on are None where they do not apply, and in records older than the field.
     """
@@ -163,6 +169,7 @@ class Record:
     teacher: dict[str, Any] | None = None
     calls: dict[str, dict[str, Any]] | None = None
     instructions: dict[str, dict[str, Any]] | None = None
+    latency: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -172,6 +179,11 @@ class Record:
     @property
     def device_name(self) -> str:
         return "{count} x {kind} ({platform})".format(**self.device)
+
+    @property
+    def costs(self) -> dict[str, int | float]:
+        """The `budgets`, with those of `latency`."""
+        return {**self.budgets, **({time: self.latency[time] for time in TIMES} if self.latency else {})}
 
     @property
     def train_flops_per_token(self) -> float:

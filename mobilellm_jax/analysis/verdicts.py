@@ -215,8 +215,9 @@ def mixed_orders(points: Mapping[str, Point]) -> list[int]:
 
 def mismatch(points: Mapping[str, Point]) -> dict[str, float]:
     """Mismatch of each budget: max / min - 1 over all runs; infinite if only the smallest is 0."""
-    budgets = [run.budgets for point in points.values() for run in point.runs]
-    return {name: _spread([of_run[name] for of_run in budgets]) for name in budgets[0]}
+    budgets = [run.costs for point in points.values() for run in point.runs]
+    known = [name for name in budgets[0] if all(name in of_run for of_run in budgets)]
+    return {name: _spread([of_run[name] for of_run in budgets]) for name in known}
 
 
 def _spread(values: Sequence[int | float]) -> float:

@@ -5,13 +5,12 @@ import itertools
 import math
 from collections.abc import Callable
 
-from mobilellm_jax.config import Config, ModelConfig
+from mobilellm_jax.config import DTYPE_BYTES, Config, ModelConfig
+from mobilellm_jax.costs.latency import Latency
 from mobilellm_jax.model.loops import with_repeats
 from mobilellm_jax.model.ops.attention import mean_keys
 from mobilellm_jax.parameters import declared
 from mobilellm_jax.sharing import loop_counts
-
-_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +124,7 @@ def kv_cache_bytes_per_token(config: ModelConfig) -> int:
     They have the compute dtype. A shared block has a cache for each of its uses, since its inputs differ.
     """
     per_layer = 2 * config.num_kv_heads * config.head_dim
-    return config.effective_depth * per_layer * _BYTES[config.compute_dtype]
+    return config.effective_depth * per_layer * DTYPE_BYTES[config.compute_dtype]
 
 
 def decode_bytes_per_token(config: ModelConfig) -> int:
@@ -142,7 +141,7 @@ def decode_bytes_per_token(config: ModelConfig) -> int:
     for p in declared(config):
         if p.path != "head":  # the embedding stands for it: the same size, and only one of them is read whole
             numbers += times[p.stack] * math.prod(p.unstacked_shape(config))
-    return numbers * _BYTES[config.compute_dtype]
+    return numbers * DTYPE_BYTES[config.compute_dtype]
 
 
 def optimizer_bytes(config: ModelConfig) -> int:
@@ -167,7 +166,7 @@ def kept_activation_bytes(config: ModelConfig, length: int, rows: int) -> int:
     These are the residuals that JAX saves, to the byte (from 0.11 on, F numbers less for GELU). The attention
     weights are not among them.
     """
-    c = _BYTES[config.compute_dtype]
+    c = DTYPE_BYTES[config.compute_dtype]
     D, N, K, F = config.width, config.num_heads, config.num_kv_heads, config.ffn_width
     H, two_inputs = config.head_dim, config.ffn_kind == "swiglu"
     if config.remat == "full":
@@ -196,7 +195,7 @@ def activation_bytes(config: ModelConfig, length: int, rows: int, teacher: Model
     With a teacher, its last hidden states are kept as well, its layer at work and its logits of one
     `loss_chunk` are transients, and so are the targets made of them.
     """
-    c = _BYTES[config.compute_dtype]
+    c = DTYPE_BYTES[config.compute_dtype]
     layers = config.effective_depth * kept_activation_bytes(config, length, rows)
     final_norm = rows * length * (4 * (3 * config.width + 2) + c * config.width)
     at_work = kept_activation_bytes(dataclasses.replace(config, remat="none"), length, rows)
@@ -211,7 +210,9 @@ def activation_bytes(config: ModelConfig, length: int, rows: int, teacher: Model
     return layers + final_norm + kept + max(at_work, taught, logits * (4 + c + 2 * 4))
 
 
-def run_budgets(config: Config, teacher: ModelConfig | None = None) -> dict[str, int | float]:
+def run_budgets(
+    config: Config, teacher: ModelConfig | None = None, latency: Latency | None = None
+) -> dict[str, int | float]:
     """The `budgets` of a run, which may draw its number of loops at each step, and may have a teacher.
 
     Training FLOPs are then a mean over the numbers, and the memory of activations that of the most loops.
@@ -220,21 +221,26 @@ def run_budgets(config: Config, teacher: ModelConfig | None = None) -> dict[str,
     rows = config.train.batch_size // config.train.accumulation_steps
     counts = loop_counts(config.train.loops, m.sharing, m.num_repeats)
     largest = with_repeats(m, counts[-1]) if counts else m
-    return budgets(m, length, rows) | {
+    return budgets(m, length, rows, latency) | {
         "train_flops_per_token": over_loops(config, lambda m: train_flops_per_token(m, length, teacher)),
         "activation_bytes": activation_bytes(largest, length, rows, teacher),
     }
 
 
-def budgets(config: ModelConfig, length: int, rows: int) -> dict[str, int | float]:
+def budgets(
+    config: ModelConfig, length: int, rows: int, latency: Latency | None = None
+) -> dict[str, int | float]:
     """All costs of a shape by name: the one that a study matches, and those that it must report as well.
 
     Args:
       config: the model.
       length: tokens of a row.
       rows: rows of a micro-batch, for `activation_bytes` only.
+      latency: of a device; gives `decode_ms`, of a token with a cache of `length`, and `prefill_ms`, of a
+        prompt of half as many tokens.
     """
     counts = parameters(config)
+    on_device = latency.predict(config, length) if latency else {}
     return {
         "total_parameters": counts.total,
         "embedding_parameters": counts.embedding + counts.head,
@@ -245,4 +251,5 @@ def budgets(config: ModelConfig, length: int, rows: int) -> dict[str, int | floa
         "decode_bytes_per_token": decode_bytes_per_token(config),
         "optimizer_bytes": optimizer_bytes(config),
         "activation_bytes": activation_bytes(config, length, rows),
+        **on_device,
     }

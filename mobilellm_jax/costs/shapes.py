@@ -6,16 +6,18 @@ from collections.abc import Iterable, Iterator
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.costs import accounting
+from mobilellm_jax.costs.latency import TIMES, Latency
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.sharing import STRATEGIES
 from mobilellm_jax.validation import BELOW_ONE, POSITIVE, POSITIVE_INT, check, check_all, check_rule
 
-# Each increases with depth, heads and feed-forward width, so that the search terminates.
+# None falls with depth, heads or feed-forward width, so that the search terminates.
 BUDGETS = (
     "total_parameters",
     "non_embedding_parameters",
     "train_flops_per_token",
     "decode_bytes_per_token",
+    *TIMES,  # of a device: with a `Latency` only
 )
 _MOST_DEPTH, _MOST_WIDTH = 1024, 16_384
 _NEAREST = 3  # shapes named in the error if none fits
@@ -71,6 +73,7 @@ class _Search:
     target: float
     length: int
     rules: Rules
+    latency: Latency | None
 
     @property
     def ratio(self) -> float:
@@ -78,7 +81,8 @@ class _Search:
 
     def shape(self, sizes: ModelConfig, ffn_width: int) -> Shape:
         config = dataclasses.replace(sizes, ffn_width=ffn_width)
-        return Shape(config, accounting.budgets(config, self.length, rows=1)[self.budget] / self.target - 1)
+        cost = accounting.budgets(config, self.length, rows=1, latency=self.latency)[self.budget]
+        return Shape(config, cost / self.target - 1)
 
     def rank(self, shape: Shape) -> tuple[bool, float, float, float]:
         """Sort key, best first: within the tolerance, then distance in proportions, budget, head size."""
@@ -116,6 +120,7 @@ def solve(
     rules: Rules,
     depth: int | None = None,
     width: int | None = None,
+    latency: Latency | None = None,
 ) -> Shape:
     """Finds the shape that meets a budget best, at a given depth or else at a given width.
 
@@ -132,6 +137,7 @@ def solve(
       length: tokens of a row, which FLOPs depend on.
       rules: see `Rules`.
       depth, width: exactly one of them.
+      latency: of the device whose `decode_ms` or `prefill_ms` is the budget.
 
     Raises:
       UserError: an argument is not valid, or no shape is within the tolerance; the message has the nearest
@@ -139,6 +145,8 @@ def solve(
     """
     check(budget in BUDGETS, "budget", budget, f"a budget; {did_you_mean(budget, BUDGETS)}")
     check_rule(budget, target, POSITIVE)
+    if budget in TIMES and latency is None:
+        raise UserError(f"budget: {budget} is that of a device; give a table of its latency")
     check((depth is None) != (width is None), "depth, width", (depth, width), "one of them and not the other")
     for name, value, most in (("depth", depth, _MOST_DEPTH), ("width", width, _MOST_WIDTH)):
         check(value is None or 1 <= value <= most, name, value, f"an integer from 1 to {most:,}")
@@ -146,7 +154,7 @@ def solve(
         raise UserError(
             f"width: {width}: the plan model.sharing={base.sharing!r} fixes the depth; give depth"
         )
-    search = _Search(base, budget, target, length, rules)
+    search = _Search(base, budget, target, length, rules, latency)
     families = _ascending(base, rules.head_dims or (base.head_dim,), depth, width)
     found = [shape for ascending in families for shape in search.candidates(ascending)]
     if not found:
@@ -161,7 +169,7 @@ def solve(
         distinct = {(shape.config.depth, shape.config.width): shape for shape in reversed(ranked)}
         nearest = "; ".join(map(_describe, sorted(distinct.values(), key=search.rank)[:_NEAREST]))
         raise UserError(
-            f"{budget}: no shape of {at} is within {rules.tolerance:.2%} of {target:,.0f}; "
+            f"{budget}: no shape of {at} is within {rules.tolerance:.2%} of {shown(target)}; "
             f"nearest: {nearest}. Allow other head sizes, a wider ffn_band or a larger tolerance"
         )
     return best
@@ -200,6 +208,11 @@ def _ffn_widths(width: int, ratio: float, rules: Rules) -> range:
     first = math.ceil(width * ratio * (1 - rules.ffn_band) / rules.ffn_step - rounding)
     last = math.floor(width * ratio * (1 + rules.ffn_band) / rules.ffn_step + rounding)
     return range(max(1, first) * rules.ffn_step, last * rules.ffn_step + 1, rules.ffn_step)
+
+
+def shown(cost: int | float) -> str:
+    """A cost in digits: milliseconds are small, all other budgets are counts."""
+    return f"{cost:,.0f}" if cost >= 1000 else f"{cost:.4g}"
 
 
 def _describe(shape: Shape) -> str:

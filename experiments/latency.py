@@ -1,0 +1,162 @@
+"""Measure how long shapes take to make a token and to read a prompt here, and fit a model of latency to it.
+
+  python -m experiments.latency --out=experiments/latency/my_cpu.json        # minutes, on an idle machine
+  python -m experiments.latency --table=experiments/latency/my_cpu.json      # what it says
+  python -m experiments.latency --table=experiments/latency/my_cpu.json \\
+    --config=configs/latency_matched.py:tiny                # designs of a study: predicted beside measured
+
+Measured is our own decoding at batch 1, with random weights: a prompt that fills half of the cache, then
+tokens one by one. The shapes are spread over depth, width, feed-forward width, heads, vocabulary, sharing of
+blocks and slots of the cache (`costs/latency_design.py`); each type of weights in --weights has a fit of its
+own. Of the turns of a shape the fastest counts, as other work on the machine can only add to it; how far the
+median lies above it tells whether there was any.
+
+The fit (`costs/latency.py`) is a sum over the work of a shape, with coefficients that are at least 0. Its
+error is that of shapes that it did not see: each is predicted by a fit to all others. The target is a median
+of at most 10 %. The table in --out has device, threads, versions, all points, coefficients and errors;
+`experiments.shapes --budget=decode_ms:...` and studies with `matched="decode_ms"` take it.
+"""
+
+import dataclasses
+import datetime
+from pathlib import Path
+
+from absl import flags
+
+from configs import base
+from experiments import cli
+from experiments.reporting.tables import plain_table
+from experiments.runner import timing
+from experiments.runner.studies import points_of
+from mobilellm_jax.analysis.latency_table import Table, fitted, read_table, write_table
+from mobilellm_jax.config import DTYPE_BYTES, from_config_dict
+from mobilellm_jax.costs.latency import TIMES
+from mobilellm_jax.costs.latency_design import designed
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.runs import provenance
+from mobilellm_jax.runs.run import enable_compilation_cache
+from mobilellm_jax.storage.files import local_directory
+
+FLAGS = flags.FLAGS
+TARGET = 0.10  # median error of shapes left out
+
+
+def define_flags() -> None:
+    flags.DEFINE_enum(
+        "device", "this", ["this"], "what to measure: the CPU or accelerator that JAX finds here"
+    )
+    flags.DEFINE_string("out", None, "table to make, such as experiments/latency/my_cpu.json")
+    flags.DEFINE_string("table", None, "table to show, or to compare with the designs of --config")
+    flags.DEFINE_string("config", None, "study whose designs are measured, beside what --table predicts")
+    flags.DEFINE_integer("shapes", 40, "number of shapes", 1, 1000)
+    flags.DEFINE_list("weights", ["float32"], f"types of weights: {', '.join(DTYPE_BYTES)}")
+    flags.DEFINE_integer("threads", 1, "cores that may be used; 1 stands for a small core", 1)
+    flags.DEFINE_float("megabytes", 100, "weights and cache that a shape reads for a token, at most", 1)
+    flags.DEFINE_integer("slots", 512, "largest cache, a power of 2", 32)
+    flags.DEFINE_integer("rounds", 20, "turns of each shape", 1)
+
+
+def main() -> int:
+    """Measures or shows, and returns the exit status."""
+    if FLAGS.table:
+        table = read_table(local_directory("table", FLAGS.table))
+        if FLAGS.out:
+            raise UserError("--out, --table: give one of them")
+        print(summary(table) if FLAGS.config is None else _beside(table, FLAGS.config))
+        return 0
+    if not FLAGS.out or FLAGS.config:
+        raise UserError("--out: missing; name the table to make, or --table=<file> to show one")
+    out = local_directory("out", FLAGS.out)
+    table = measure(out)
+    write_table(table, out)
+    print(f"{summary(table)}\nsee {out}")
+    return 0
+
+
+def measure(out: Path) -> Table:
+    """Measures and fits.
+
+    Raises:
+      UserError: --out exists already, there is no such type of weights, or a number does not fit.
+    """
+    if out.exists():
+        raise UserError(f"--out={out}: already exists; delete it, or use another name")
+    for kind in FLAGS.weights:
+        if kind not in DTYPE_BYTES:
+            raise UserError(f"--weights={kind}: expected some of {', '.join(DTYPE_BYTES)}")
+    if FLAGS.slots & (FLAGS.slots - 1):
+        raise UserError(f"--slots={FLAGS.slots}: not a power of 2; use {1 << (FLAGS.slots.bit_length() - 1)}")
+    timing.use_threads(FLAGS.threads)
+    enable_compilation_cache()
+    plain, points = from_config_dict(base.get_config()).model, {}
+    for kind in FLAGS.weights:
+        of_kind = dataclasses.replace(plain, compute_dtype=kind)
+        shapes = designed(of_kind, FLAGS.shapes, FLAGS.megabytes, FLAGS.slots)
+        points[kind] = timing.measured(shapes, plain, FLAGS.rounds, _say)
+    fits = fitted(points, plain)
+    return Table(
+        program=timing.PROGRAM,
+        device=provenance.device(),
+        threads=FLAGS.threads,
+        versions=provenance.versions(),
+        git_commit=provenance.git_commit(),
+        command=cli.command(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        base=dataclasses.asdict(plain),
+        points={kind: [dataclasses.asdict(point) for point in of] for kind, of in points.items()},
+        fits={kind: {time: dataclasses.asdict(fit) for time, fit in of.items()} for kind, of in fits.items()},
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def summary(table: Table) -> str:
+    """Coefficients and errors, as text."""
+    lines = [f"{table.title}; {table.created[:10]}, jax {table.versions['jax']}"]
+    if table.was_busy:
+        lines.append(
+            f"warning: the machine was not idle: the median turn took {table.busy:.0%} longer than the best"
+        )
+    for kind, points in table.points.items():
+        for time, fit in table.latency(kind).fits[kind].items():
+            met = "met" if fit.median_error <= TARGET else "MISSED"
+            lines += [
+                "",
+                f"{time}, weights in {kind}, {len(points)} shapes; error of shapes left out: median "
+                f"{fit.median_error:.1%}, largest {max(fit.errors):.0%} "
+                f"(target: median at most {TARGET:.0%}: {met})",
+                plain_table(
+                    {
+                        "unit of work": list(fit.coefficients),
+                        "ms for one": [f"{value:.4g}" for value in fit.coefficients.values()],
+                        "measured from": [f"{fit.ranges[name][0]:.3g}" for name in fit.coefficients],
+                        "to": [f"{fit.ranges[name][1]:.3g}" for name in fit.coefficients],
+                    }
+                ),
+            ]
+    return "\n".join(lines)
+
+
+def _beside(table: Table, spec: str) -> str:
+    """Measures the designs of a study, and compares with what the table predicts of them."""
+    timing.use_threads(table.threads)
+    enable_compilation_cache()
+    latency, columns = table.latency(), {"design": []}
+    columns |= {f"{time} {what}": [] for time in TIMES for what in ("predicted", "measured", "error")}
+    points = {p.facts["design"] or p.facts["point"]: p.config for p in points_of(spec, {}, None, [])}
+    shapes = [(config.model, config.data.sequence_length) for config in points.values()]
+    found = timing.measured(shapes, shapes[0][0], FLAGS.rounds, _say)
+    for label, shape, there in zip(points, shapes, found, strict=True):
+        columns["design"].append(label)
+        for time, predicted in latency.predict(*shape).items():
+            value = getattr(there, time)
+            columns[f"{time} predicted"].append(f"{predicted:.3g}")
+            columns[f"{time} measured"].append(f"{value:.3g}")
+            columns[f"{time} error"].append(f"{predicted / value - 1:+.0%}")
+    return plain_table(columns)
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags=define_flags)

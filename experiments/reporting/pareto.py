@@ -1,0 +1,287 @@
+"""Quality against latency and against bytes: which designs no other one beats in both.
+
+The latency of a point is what its records say, else what a table in <workdir>/latency/ predicts, the one that
+was measured last; without either, bytes alone are shown.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from experiments.reporting import drawing, tables
+from experiments.reporting.drawing import styled
+from mobilellm_jax.analysis import statistics
+from mobilellm_jax.analysis.facts import Point
+from mobilellm_jax.analysis.latency_table import read_table
+from mobilellm_jax.analysis.measures import MEASURES
+from mobilellm_jax.analysis.statistics import Estimate
+from mobilellm_jax.analysis.study import Study
+from mobilellm_jax.analysis.wording import format_estimate
+from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.costs.latency import TIMES
+from mobilellm_jax.storage.files import AnyPath, files_below, path_of
+
+FRONT = (
+    "A design is on the front if no other one of its parameterization costs at most as much and has a better "
+    "mean; behind another one if that one does and their 95 % intervals do not overlap; open if they do. "
+    "Bytes are those of all weights in float32, and in integers and scales for the schemes of --quantize."
+)
+_NAMES = {"decode_ms": "ms of a token", "prefill_ms": "ms of a prompt"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One kind of cost of every point, and of its quantized copies.
+
+    Attributes:
+      name: with its unit.
+      of: by label of a point, or of a quantized point.
+      error: how far a predicted cost is from a measured one, as a median; 0 for one that is known.
+      source: where it comes from; "" if it is counted.
+    """
+
+    name: str
+    of: Mapping[str, float]
+    error: float = 0.0
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A point, or a quantized point, with its final values over the seeds."""
+
+    label: str
+    point: str
+    scheme: str
+    estimate: Estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Pareto:
+    """All entries of a study and their costs."""
+
+    entries: Mapping[str, Entry]
+    costs: tuple[Cost, ...]
+
+
+def pareto_of(study: Study, workdir: str | AnyPath) -> Pareto:
+    """Collects costs and final values.
+
+    Raises:
+      UserError: a table in <workdir>/latency/ cannot be read.
+    """
+    estimates = study.verdict.estimates
+    points = {label: point for label, point in study.points.items() if label in estimates}
+    entries = {label: Entry(label, label, "", estimates[label]) for label in points}
+    sizes = {label: 4.0 * point.parameters["total"] for label, point in points.items()}
+    for label, point in points.items():
+        for scheme, values in _quantized(study, point).items():
+            key = f"{label}, {scheme}"
+            found = [entry["loss"] for entry in values]
+            entries[key] = Entry(key, label, scheme, statistics.mean_and_interval(found))
+            sizes[key] = float(values[0]["bytes"])
+    return Pareto(entries, (*_latency(points, path_of(workdir)), Cost("bytes of the weights", sizes)))
+
+
+def _quantized(study: Study, point: Point) -> dict[str, list[dict]]:
+    """What quantized runs of a point lost, by scheme; {} where the study is not about the loss."""
+    if study.facts.metric != "loss":
+        return {}
+    found: dict[str, list[dict]] = {}
+    for run in point.finished:
+        for scheme, entry in (run.quantized or {}).items():
+            found.setdefault(scheme, []).append(entry)
+    return found
+
+
+def _latency(points: Mapping[str, Point], workdir: AnyPath) -> list[Cost]:
+    """Milliseconds of a token and of a prompt; [] where nobody knows."""
+    known = {label: point.finished[0].latency for label, point in points.items() if point.finished}
+    there = {label: of for label, of in known.items() if of}
+    if there and len(there) == len(points):
+        first = next(iter(there.values()))
+        return [
+            Cost(
+                _NAMES[time],
+                {label: of[time] for label, of in there.items()},
+                max(of["median_error"][time] for of in there.values()),
+                f"{first['table']} ({first['device']})",
+            )
+            for time in TIMES
+        ]
+    files = [path for path in files_below(workdir / "latency") if path.suffix == ".json"]
+    if not files:
+        return []
+    table, path = max(((read_table(path), path) for path in files), key=lambda pair: pair[0].created)
+    models = {label: from_config_dict(point.config) for label, point in points.items()}
+    if any(c.model.compute_dtype not in table.fits for c in models.values()):
+        return []
+    latency = table.latency()
+    found = {label: latency.predict(c.model, c.data.sequence_length) for label, c in models.items()}
+    errors = [latency.median_errors(c.model) for c in models.values()]
+    return [
+        Cost(
+            _NAMES[time],
+            {label: of[time] for label, of in found.items()},
+            max(of[time] for of in errors),
+            f"{path.name} ({table.title})",
+        )
+        for time in TIMES
+    ]
+
+
+def standing(pareto: Pareto, cost: Cost, arms: Mapping[str, str | None]) -> dict[str, str]:
+    """Says of every entry that has this cost where it stands: "front", "behind <entry>" or "open".
+
+    Args:
+      arms: parameterization of each point; those of others do not count.
+    """
+    entries = {label: entry for label, entry in pareto.entries.items() if label in cost.of}
+    said = {}
+    for label, entry in entries.items():
+        better = [
+            other
+            for other in entries.values()
+            if arms[other.point] == arms[entry.point]
+            and cost.of[other.label] <= cost.of[label]
+            and other.estimate.mean < entry.estimate.mean
+        ]
+        apart = [other for other in better if _ends(other.estimate)[1] < _ends(entry.estimate)[0]]
+        if not better:
+            said[label] = "front"
+        elif apart:
+            said[label] = f"behind {min(apart, key=lambda other: other.estimate.mean).label}"
+        else:
+            said[label] = "open"
+    return said
+
+
+def _ends(estimate: Estimate) -> tuple[float, float]:
+    """The interval; with one seed there is none, so nothing lies apart from it."""
+    half = float("inf") if estimate.half_width is None else estimate.half_width
+    return estimate.mean - half, estimate.mean + half
+
+
+def columns(study: Study, pareto: Pareto) -> tables.Columns:
+    """One row for each entry: final value, and each cost with its standing."""
+    arms = {label: point.arm for label, point in study.points.items()}
+    found: tables.Columns = {
+        "point": list(pareto.entries),
+        MEASURES[study.facts.metric].column: [
+            format_estimate(entry.estimate, study.facts.metric) for entry in pareto.entries.values()
+        ],
+    }
+    for cost in pareto.costs:
+        said = standing(pareto, cost, arms)
+        found[cost.name] = [tables.quantity(cost.of[e]) if e in cost.of else "" for e in pareto.entries]
+        found[f"by {cost.name}"] = [said.get(label, "") for label in pareto.entries]
+    return found
+
+
+def sources(pareto: Pareto) -> str:
+    """Where predicted costs come from, and how far off they are; how to get them where there are none."""
+    predicted = [cost for cost in pareto.costs if cost.source]
+    if not predicted:
+        return (
+            "No latency: measure a table on an idle machine with python -m experiments.latency "
+            "--out=<workdir>/latency/<name>.json, and make this report again."
+        )
+    errors = " and ".join(f"{cost.name} {cost.error:.0%}" for cost in predicted)
+    return (
+        f"Latencies are predicted, not measured, from {predicted[0].source}: a prompt of half a row, and a "
+        f"token with a cache of a row, at batch 1. Median error for shapes that its fit has not seen: "
+        f"{errors}; the horizontal bars."
+    )
+
+
+@styled
+def draw(study: Study, pareto: Pareto) -> Figure | None:
+    """Draws final values against the time of a token and bytes, with the front of each parameterization.
+
+    The time of a prompt takes the place of that of a token where a study holds it equal. None for one point.
+    """
+    if len(pareto.entries) < 2:
+        return None
+    left_out = _NAMES["decode_ms" if study.facts.matched == "prefill_ms" else "prefill_ms"]
+    costs = [cost for cost in pareto.costs if cost.name != left_out]
+    order, labels = list(study.points), [drawing.legend(label) for label in study.points]
+    height = max(3.8, 0.3 + drawing.legend_height(labels))
+    title = f"{study.facts.question} Against latency and size"
+    panels = drawing.framed(title, drawing.caption(study, sources(pareto)), height).subfigures()
+    arms = {label: point.arm for label, point in study.points.items()}
+    all_axes = panels.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    for axes, cost in zip(all_axes, costs, strict=True):
+        _draw_fronts(axes, study, pareto, cost, arms)
+        for entry in pareto.entries.values():
+            if entry.label in cost.of:
+                _draw_entry(axes, study.facts.metric, entry, cost, order.index(entry.point))
+        _label(axes, cost)
+        axes.margins(y=0.08)
+        axes.label_outer()
+    all_axes[0].set_ylabel(MEASURES[study.facts.metric].axis)
+    panels.suptitle("mean, 95 % t interval; line: the front; hollow: quantized", fontsize=10, color="0.25")
+    marks = [Line2D([], [], **drawing.look(place)) for place in range(len(order))]
+    panels.legend(marks, labels, loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
+    return panels.figure
+
+
+def _label(axes: Axes, cost: Cost) -> None:
+    """Makes the x axis logarithmic, with room for the bars, and labels at some of the costs."""
+    low, high = min(cost.of.values()), max(cost.of.values())
+    ratio = max(high / low, 1.1)  # at least 10 %, so that equal costs look equal
+    axes.set_xscale("log")
+    axes.set_xlim(low * (1 - cost.error) / ratio**0.15, high * (1 + cost.error) * ratio**0.15)
+    ticks = drawing.apart(cost.of.values(), ratio**0.3)
+    axes.set_xticks(ticks, [tables.quantity(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(cost.name)
+
+
+def _draw_entry(axes: Axes, metric: str, entry: Entry, cost: Cost, place: int) -> None:
+    look = {name: value for name, value in drawing.look(place).items() if name != "ls"}
+    half = entry.estimate.half_width
+    at = cost.of[entry.label]
+    axes.errorbar(
+        at,
+        drawing.shown(metric, entry.estimate.mean),
+        None if half is None else half * MEASURES[metric].scale,
+        at * cost.error or None,
+        **look,
+        ls="none",
+        ms=7,
+        capsize=3,
+        elinewidth=1,
+        mfc="white" if entry.scheme else look["color"],
+    )
+    if entry.scheme:
+        axes.annotate(
+            entry.scheme,
+            (at, drawing.shown(metric, entry.estimate.mean)),
+            textcoords="offset points",
+            xytext=(5, 4),
+            fontsize=8,
+            color="0.35",
+        )
+
+
+def _draw_fronts(
+    axes: Axes, study: Study, pareto: Pareto, cost: Cost, arms: Mapping[str, str | None]
+) -> None:
+    said = standing(pareto, cost, arms)
+    for place, arm in enumerate(dict.fromkeys(arms.values())):
+        front = [
+            (cost.of[label], drawing.shown(study.facts.metric, pareto.entries[label].estimate.mean))
+            for label, word in said.items()
+            if word == "front" and arms[pareto.entries[label].point] == arm
+        ]
+        xs, ys = zip(*sorted(front), strict=True) if front else ((), ())
+        axes.step(xs, ys, where="post", color="0.6", lw=1.2, ls=drawing.DASHES[place], zorder=1)
+
+
+def block(study: Study, pareto: Pareto) -> list[str | tables.Columns]:
+    """What a report says below the figure; [] for a study without a finished run."""
+    return [sources(pareto), FRONT, columns(study, pareto)] if pareto.entries else []
