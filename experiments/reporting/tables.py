@@ -6,7 +6,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ _BUDGETS = {  # in the order shown, which a record does not keep; headers short 
     "optimizer_bytes": "optim B",
     "activation_bytes": "activ B",
 }
+_NUMBER = re.compile(r"\W{0,3}\d[^a-z]*([kMGTPE]|[a-z%]{1,3})?[\W\d]*(\([a-z]+\))?$", re.IGNORECASE)
+_RAISED = str.maketrans("-0123456789.", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹·")
 ASPECTS = 6, 320  # width over layers applied, of the paper's models: 62 x 384 and 4 x 1280 of table 11 (125M)
 
 
@@ -62,20 +64,31 @@ def plain_table(columns: Columns) -> str:
 
 
 def markdown_table(columns: Columns) -> str:
-    """Formats a table as Markdown, with the first column left-aligned and the others right-aligned."""
+    """Formats a table as Markdown, with numbers right-aligned, but for the first column."""
 
     def row(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-    return "\n".join(
-        [row(list(columns)), "|---" + "|---:" * (len(columns) - 1) + "|", *map(row, _rows(columns))]
-    )
+    _, *others = columns.values()
+    rule = "|---" + "".join("|---:" if are_numbers(cells) else "|---" for cells in others) + "|"
+    return "\n".join([row(list(columns)), rule, *map(row, _rows(columns))])
+
+
+def are_numbers(cells: Sequence[str]) -> bool:
+    """True if all cells are numbers, with a unit, an interval or a remark, or short words in their place."""
+    words = [cell for cell in cells if not _NUMBER.match(cell)]
+    return len(words) < len(cells) and all(re.fullmatch(r"[a-z ]{0,10}", word) for word in words)
 
 
 def plain(text: str) -> str:
     """Escapes `text` for one line of Markdown: no markup, links, entities or HTML."""
     escaped = re.sub(r"([\\`*]|<(?=[A-Za-z/!?])|\](?=[(\[:]))", r"\\\1", " ".join(text.split()))
     return re.sub(r"&(?=#?\w+;)", "&amp;", escaped)
+
+
+def unescaped(line: str) -> str:
+    """The text of a line that `plain` has escaped."""
+    return re.sub(r"\\([\\`*<\]])", r"\1", line).replace("&amp;", "&")
 
 
 def head(study: Study) -> list[str]:
@@ -109,19 +122,22 @@ def head(study: Study) -> list[str]:
     return lines
 
 
-def designs(study: Study) -> list[Columns]:
+def designs(study: Study, named: Callable[[str], str] = _BUDGETS.__getitem__) -> list[Columns]:
     """Tables of the shapes of all points, and of all budgets with the mismatch (max / min - 1) as last row.
 
     A star marks the budget that is held equal. FLOP, KV (key/value cache) and decode bytes are per token.
     Columns that are equal for all points are in `head` instead.
+
+    Args:
+      named: header of a budget.
     """
     shapes, _ = _split(_shapes(study))
     points = study.points
     budgets = {"point": [*points]} if len(points) == 1 else {"point": [*points, "mismatch"]}
-    for name, label in _BUDGETS.items():
+    for name in _BUDGETS:
         spread = study.verdict.mismatch[name]
         cells = [quantity(point.budgets[name]) for point in points.values()]
-        header = label + (" *" if name == study.facts.matched else "")
+        header = named(name) + (" *" if name == study.facts.matched else "")
         if len(points) == 1:
             budgets[header] = cells
         elif spread:
@@ -323,6 +339,20 @@ def quantity(number: float) -> str:
         if number >= 0.9995 * size:
             return f"{number / size:.3g} {prefix}"
     return f"{number:.3g}"
+
+
+def rate(value: float) -> str:
+    """Formats a learning rate: as a power of two, "2⁻⁸", if its exponent is a multiple of a half."""
+    if value > 0 and abs((halves := 2 * math.log2(value)) - round(halves)) < 1e-6:
+        return "2" + f"{round(halves) / 2:g}".translate(_RAISED)
+    return f"{value:.3g}"
+
+
+def near_rate(value: float) -> str:
+    """Formats a learning rate with the power of two that it is, or is about."""
+    if (exact := rate(value)).startswith("2") and not exact[1].isascii():
+        return f"{value:.3g} = {exact}"
+    return f"{value:.3g} ≈ 2" + f"{math.log2(value):.1f}".translate(_RAISED)
 
 
 def aspect_ratio(point: Point) -> float:

@@ -371,6 +371,8 @@ def _report(points: Sequence[Point], workdir: AnyPath) -> int:
         unfinished += [record for record in found if record.status != "finished"]
     for said in abilities.write(reported, workdir):
         print("\n" + said)
+    if reported:
+        print(f"\nAll reports: {pages.write_index(workdir)}.html")
     for record in unfinished:
         print(f"{record.study}, {record.name}: {record.status}: {record.error}")
     if refused:
