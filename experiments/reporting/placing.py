@@ -41,7 +41,7 @@ def label_ends(
     names = {name: _wrapped_name(name, (notes or {}).get(name, "")) for name in ends}
     tall = [(0.5 * LABEL * (1 + name.count("\n"))) / height for name in names.values()]
     places = {name: float(np.clip(to_axes.transform(end)[1], 0, 1)) for name, end in ends.items()}
-    put = _spread(places, dict(zip(names, tall, strict=True)))
+    put = spread(places, dict(zip(names, tall, strict=True)))
     (left, right), (low, high) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
     for name, (x, y) in ends.items():
         mark = {k: v for k, v in looks[name].items() if k in ("color", "marker")}
@@ -70,7 +70,7 @@ def _wrapped_name(name: str, note: str) -> str:
     return textwrap.fill(name + (f" ({note})" if note else ""), 20)
 
 
-def _spread(places: Mapping[str, float], half: Mapping[str, float]) -> dict[str, float]:
+def spread(places: Mapping[str, float], half: Mapping[str, float]) -> dict[str, float]:
     """Moves places apart by half heights, as little as it takes, in their order; about 0 to 1."""
     order = sorted(places, key=lambda name: places[name])
     blocks: list[tuple[list[str], float]] = []  # names that touch, and their lower edge
