@@ -16,9 +16,7 @@
 # [MobileLLM](https://arxiv.org/abs/2402.14905) printed. On one CPU core all of it takes about a minute;
 # what it writes goes to a temporary folder.
 #
-# Changes are made in its text twin: edit `docs/explore.py`, then run
-# `jupytext --to ipynb --update docs/explore.py`, and in `docs/`
-# `jupyter nbconvert --config explore_outputs.json --execute --inplace explore.ipynb`.
+# Changes are made in its text twin: edit `docs/explore.py`, then run `python -m experiments.docs --notebook`.
 
 # %% [markdown]
 # ## 1. Install
