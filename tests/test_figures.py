@@ -415,6 +415,17 @@ def test_names_at_the_ends_of_lines_do_not_hide_each_other(ends):
     assert alone == {"a": pytest.approx(0.2), "b": pytest.approx(0.8)}
 
 
+def test_names_stand_beside_the_ends_of_their_lines():
+    figure = figures.curves(study_of(depths()))
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    for name in axes.texts:
+        if name.get_text():
+            (line,) = [line for line in axes.lines if line.get_label() == name.get_text()]
+            end = axes.transData.transform(line.get_xydata()[-1])[1]
+            assert abs(name.get_window_extent().get_points()[:, 1].mean() - end) < 40  # pixels, of four names
+
+
 def test_rate_that_was_not_tried_has_no_ring():
     records = [*make_tuning(pairs=[]), make_record(learning_rate=3e-3, pairs=[])]
     axes = figures.learning_rates(study_of(records)).axes[0]

@@ -748,7 +748,7 @@ def test_a_sweep_starts_without_what_reports_and_checkpoints_need():
     ("overrides", "only", "message"),
     [
         ({"model.sharing": "none"}, [], "varies this field"),
-        ({}, ["reserve"], "no such point; did you mean 'reverse'?"),
+        ({}, ["revers"], r"no such point; did you mean 'reverse'\?"),
         ({}, ["8 x 8"], "no such point; valid: none, reverse"),
         ({"model.num_heads": 3}, [], r"point .*model.width: 16 is not divisible by model.num_heads=3"),
     ],

@@ -37,12 +37,12 @@ def label_ends(
       notes: what follows a name in brackets.
       shifts: of the ends to the right, in points (1/72 inch).
     """
+    (left, right), (low, high) = sorted(axes.get_xlim()), sorted(axes.get_ylim())  # also scales the axes
     to_axes = axes.transScale + axes.transLimits
     names = {name: _wrapped_name(name, (notes or {}).get(name, "")) for name in ends}
     tall = [(0.5 * LABEL * (1 + name.count("\n"))) / height for name in names.values()]
     places = {name: float(np.clip(to_axes.transform(end)[1], 0, 1)) for name, end in ends.items()}
     put = spread(places, dict(zip(names, tall, strict=True)))
-    (left, right), (low, high) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
     for name, (x, y) in ends.items():
         mark = {k: v for k, v in looks[name].items() if k in ("color", "marker")}
         end = min(max(x, left), right), min(max(y, low), high)
