@@ -106,7 +106,7 @@ def files(folder):
 
 def test_files_and_the_text_to_print(tmp_path):
     text = pages.report(study_of(study()), tmp_path)
-    names = "shape-tiny.png shape-tiny-costs.png shape-tiny-curves.png shape-tiny-learning_rates.png"
+    names = "shape-tiny.png shape-tiny-curves.png shape-tiny-learning_rates.png"  # all cost the same
     names += " shape-tiny.csv shape-tiny-comparisons.csv"
     expected = {f"figures/{name}" for name in names.split()}
     assert files(tmp_path).keys() == expected | {"reports/shape-tiny.html", "reports/shape-tiny.md"}
@@ -126,7 +126,7 @@ def test_page_is_whole_in_one_file(tmp_path):
     assert beside.pop() == "index.html"
     assert all((tmp_path / "reports" / href).is_file() for href in beside)
     assert "width=device-width, initial-scale=1" in page.values("content")
-    suffixes = ("", "-learning_rates", "-costs", "-curves")
+    suffixes = ("", "-learning_rates", "-curves")
     names = [f"shape-tiny{suffix}.png" for suffix in suffixes]
     images = [base64.b64decode(value.removeprefix("data:image/png;base64,")) for value in page.values("src")]
     assert images == [(tmp_path / "figures" / name).read_bytes() for name in names]
