@@ -624,7 +624,7 @@ def test_a_signal_stops_all_processes_after_a_checkpoint(study, tmp_path, number
     assert process.returncode == status
     assert "Traceback" not in errors
     if number != signal.SIGKILL:
-        assert errors.count("Run the same command again to resume") == 1
+        assert errors.count("Run the same command again; what was saved is kept") == 1
     assert not list((tmp_path / "w/runs/.leases").iterdir())
     for point in ("none", "reverse"):
         saved = list((tmp_path / f"w/runs/mini/tiny/{point}-s0/checkpoints").iterdir())

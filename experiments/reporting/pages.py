@@ -66,7 +66,7 @@ body {{ max-width: 60rem; margin: auto; padding: 1rem; font: 16px/1.5 system-ui,
        overflow-wrap: break-word }}
 .wide, pre {{ overflow-x: auto; margin: 1rem 0 }}
 img {{ display: block; width: 100%; max-width: 36rem; background: white }}
-@media (prefers-color-scheme: dark) {{ img {{ filter: invert(1) hue-rotate(180deg) }} }}
+@media (prefers-color-scheme: dark) {{ img {{ filter: invert(1) hue-rotate(180deg) brightness(1.4) }} }}
 table {{ border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums }}
 th, td {{ padding: 0.2rem 0.6rem; border-bottom: 1px solid #8888; text-align: left; vertical-align: top;
          white-space: nowrap }}
