@@ -22,7 +22,7 @@ from collections.abc import Collection
 from absl import flags
 
 from experiments import cli
-from experiments.reporting import abilities, claims, figures, gallery, pages, replication
+from experiments.reporting import abilities, claims, figures, gallery, index, pages, replication
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
 
@@ -50,10 +50,10 @@ def redraw(workdir: str | AnyPath, formats: Collection[str] = figures.FORMATS[:1
         drawn.append((study, images))
     for said in abilities.write(studies, workdir, formats):
         print(said, end="\n\n")
-    index = pages.write_index(workdir)
+    listed = index.write(workdir)
     text = "\n".join([claims.page(studies), gallery.section(drawn, path_of(workdir))])
     write_atomically(page, text.encode())
-    print(f"All reports: {index}.html\nClaims and all figures: {page}")
+    print(f"All reports: {listed}.html\nClaims and all figures: {page}")
     if refused:
         raise UserError("\n".join(refused))
 

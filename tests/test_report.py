@@ -14,7 +14,7 @@ from commands import real
 from test_results import make_diverged, make_record, make_tuning
 
 from experiments import report
-from experiments.reporting import claims, figures, pages, tables
+from experiments.reporting import claims, figures, index, pages, tables
 from mobilellm_jax.analysis.records import by_study, read_records, write_record
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.errors import UserError
@@ -150,15 +150,17 @@ def test_both_pages_say_the_same_in_the_same_order():
 def test_answer_comes_first_and_the_index_has_it(tmp_path):
     found = study_of(study())
     pages.report(found, tmp_path)
-    pages.write_index(tmp_path)
+    index.write(tmp_path)
     said = (
         "'4 x 128' is better than '2 x 128'; '8 x 128' is undecided (differences of 0.0633 nats per token, "
         "up to 6.5% in perplexity)."
     )
     _, first, *_ = (tmp_path / "reports/shape-tiny.md").read_text().split("\n\n")
     assert first == said
-    index = (tmp_path / "reports/index.md").read_text()
-    assert index == f"# All reports\n\n- [shape-tiny](shape-tiny.md): Does depth or width help more? {said}\n"
+    listed = (tmp_path / "reports/index.md").read_text()
+    assert (
+        listed == f"# All reports\n\n- [shape-tiny](shape-tiny.md): Does depth or width help more? {said}\n"
+    )
     page = Page((tmp_path / "reports/index.html").read_text())
     assert page.values("href") == ["shape-tiny.html"]
     assert said in page.text

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from experiments.reporting import claims, drawing, judging, paper_tables, placing, tables
+from experiments.reporting import captions, claims, drawing, judging, paper_tables, placing, tables
 from mobilellm_jax.analysis.answer import answer
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.study import Study, study_of
@@ -48,7 +48,7 @@ def draw(study: Study) -> Figure | None:
     heights.append(drawing.categories_height(list(study.points)) + 0.5 if is_across else 2.9)
     side = "to the right" if is_across else "up"
     subtitle = f"Above: the paper. Below: ours. Better is further {side} in every panel"
-    figure = drawing.framed(title, subtitle, drawing.caption(study, first), sum(heights))
+    figure = drawing.framed(title, subtitle, captions.caption(study, first), sum(heights))
     parts = np.ravel(figure.subfigures(len(heights), 1, height_ratios=heights))
     ours = drawing.series_of(study) or [""]
     lines = dict.fromkeys([*(row.series for rows in groups.values() for row in rows), *ours])
@@ -59,7 +59,7 @@ def draw(study: Study) -> Figure | None:
     drawing.draw_values(axes, study, looks, is_reversed=True, height=2.1)
     reversed_axis = "" if MEASURES[facts.metric].is_share else "; axis reversed"
     under = f", {arm}" if arm else ""
-    said = f"ours, {facts.preset}{under}: {drawing.bars(study)}{reversed_axis}"
+    said = f"ours, {facts.preset}{under}: {captions.bars(study)}{reversed_axis}"
     axes.set_title(textwrap.fill(said, 56), **_TITLE)
     if is_stairs:
         _climb(axes, study)

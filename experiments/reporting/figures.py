@@ -25,16 +25,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from experiments.reporting import beside_paper, drawing, latex, layers, loops, placing, tables
+from experiments.reporting import (
+    beside_paper,
+    captions,
+    drawing,
+    latex,
+    layers,
+    loops,
+    numerals,
+    placing,
+    tables,
+    titles,
+)
 from experiments.reporting.drawing import HALO, WORDS, styled
 from mobilellm_jax.analysis.answer import answer
 from mobilellm_jax.analysis.facts import Facts
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import Record, by_study, read_records
 from mobilellm_jax.analysis.study import Study, study_of
-from mobilellm_jax.analysis.tuning import Tuning
 from mobilellm_jax.analysis.verdicts import Comparison
-from mobilellm_jax.analysis.wording import join, phrase
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
 
@@ -125,30 +134,19 @@ def save(
 def outcome(study: Study) -> Figure:
     """Draws the final values of every point above, and the differences of pairs below."""
     comparisons = study.verdict.comparisons
-    rows = [textwrap.fill(drawing.unbroken(says(c, study)), 72) for c in comparisons]
+    rows = [textwrap.fill(drawing.unbroken(titles.says(c, study)), 72) for c in comparisons]
     labels = list(study.points)
     heights = [drawing.categories_height(labels) if drawing.places_of(study) is None else 3.0]  # inches
     if rows:
         lines = max(row.count("\n") for row in rows) + 1
         heights.append(1.05 + len(rows) * (0.27 + 0.16 * lines))
-    figure = drawing.framed(answer(study), drawing.measured(study), drawing.caption(study), sum(heights))
+    figure = drawing.framed(answer(study), captions.measured(study), captions.caption(study), sum(heights))
     # Each panel in a figure of its own: the long labels of one would narrow the other.
     parts = np.ravel(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False))
     drawing.draw_values(parts[0].subplots(), study)
     if rows:
         _draw_effects(parts[1].subplots(), rows, comparisons, study.facts)
     return figure
-
-
-def says(c: Comparison, study: Study) -> str:
-    """The finding about a pair as a sentence without a full stop: "'a' is better than 'b'"."""
-    point, other = map(repr, c.designs)
-    found = phrase(c, study.facts.metric)
-    if c.word in ("better", "worse"):
-        said = f"{point} is {c.word} than {other}{found.removeprefix(c.word)}"
-    else:
-        said = f"{point} and {other}: {found}"
-    return said + (f" ({c.arm})" if c.arm and len(study.verdict.families) > 1 else "")
 
 
 @styled
@@ -174,13 +172,13 @@ def costs(study: Study) -> Figure | None:
     height = max(2.3, placing.labels_height(points))
     fronts: dict[str, list[str]] = {}
     for name, of in places.items():
-        fronts.setdefault(_front(of, study), []).append(name.partition(" of")[0])
+        fronts.setdefault(titles.front(of, study), []).append(name.partition(" of")[0])
     title = "; ".join(f"{front} for their {' and '.join(names)}" for front, names in fronts.items())
     shifts = {name: _side_by_side(of) for name, of in places.items()}
     apart = any(shift for of in shifts.values() for shift in of.values())
-    text = drawing.measured(study) + ". Designs at nearly the same x are drawn a little apart." * apart
+    text = captions.measured(study) + ". Designs at nearly the same x are drawn a little apart." * apart
     total = (height + 0.6) * len(places)
-    figure = drawing.framed(title, text, drawing.caption(study), total)
+    figure = drawing.framed(title, text, captions.caption(study), total)
     for axes, (name, of) in zip(np.ravel(figure.subplots(len(places), 1)), places.items(), strict=True):
         for point, place in of.items():
             drawing.draw_point(
@@ -200,19 +198,6 @@ def costs(study: Study) -> Figure | None:
     return figure
 
 
-def _front(places: Mapping[str, float], study: Study) -> str:
-    """Names the designs that have a better mean than all that cost less."""
-    means = {label: study.verdict.estimates[label].mean for label in places}
-    front, best = [], math.inf
-    for label in sorted(places, key=lambda label: (places[label], means[label])):
-        if means[label] < best:
-            front.append(label)
-            best = means[label]
-    if len(front) > 3:
-        return f"{len(front)} of {len(places)} designs have the best mean"
-    return f"{join([repr(label) for label in front])} {'has' if len(front) == 1 else 'have'} the best mean"
-
-
 @styled
 def curves(study: Study) -> Figure:
     """Draws the held-out evaluations during training: each seed and the mean of every point."""
@@ -223,7 +208,7 @@ def curves(study: Study) -> Figure:
     height = max(3.4, placing.labels_height(order, notes) + 0.2)
     start = "" if measure.is_share else "; the start is cut off"
     subtitle = f"{measure.axis[0].upper()}{measure.axis[1:]}: thick lines are means, thin ones seeds{start}"
-    figure = drawing.framed(_last(study), subtitle, drawing.caption(study), height + 0.5)
+    figure = drawing.framed(titles.last(study), subtitle, captions.caption(study), height + 0.5)
     axes = figure.subplots()
     known = [curve for point in study.points.values() for run in point.finished if (curve := _curve(run))]
     # Values of finished runs in the second half of training.
@@ -253,18 +238,6 @@ def curves(study: Study) -> Figure:
     return figure
 
 
-def _last(study: Study) -> str:
-    """Which designs end lowest and highest."""
-    metric, estimates = study.facts.metric, study.verdict.estimates
-    if not estimates:
-        return "No run has finished"
-    ranked = sorted(estimates, key=lambda label: estimates[label].mean)
-    values = [f"{drawing.shown(metric, estimates[p].mean):.{MEASURES[metric].digits}f}" for p in ranked]
-    if len(ranked) == 1:
-        return f"{ranked[0]!r} ends at {values[0]}"
-    return f"{ranked[0]!r} ends best, at {values[0]}, {ranked[-1]!r} last, at {values[-1]}"
-
-
 @styled
 def learning_rates(study: Study) -> Figure | None:
     """Draws the loss against the learning rate of every tuned point; None if no point was tuned."""
@@ -279,7 +252,7 @@ def learning_rates(study: Study) -> Figure | None:
     is_lost = any(value is None for tuning in searches.values() for _, value in tuning.curve)
     crosses = "; cross: diverged or failed" if is_lost else ""
     subtitle = f"Held-out loss after tuning runs (nats per token); ring: rate of the comparison{crosses}"
-    figure = drawing.framed(best_rates(searches), subtitle, drawing.caption(study), height + 0.5)
+    figure = drawing.framed(titles.best_rates(searches), subtitle, captions.caption(study), height + 0.5)
     axes, ends = figure.subplots(), {}
     for point, tuning in searches.items():
         look = looks[point]
@@ -310,7 +283,7 @@ def learning_rates(study: Study) -> Figure | None:
                 axes.plot(rate, 1 - step * place, "x", color=color, ms=8, mew=2, transform=at)
     axes.set_xscale("log", base=2)
     marked = drawing.apart(rates, 1.6)  # refined rates lie too close together for a label each
-    axes.set_xticks(marked, [tables.rate(rate) for rate in marked], rotation=30 if len(marked) > 8 else 0)
+    axes.set_xticks(marked, [numerals.rate(rate) for rate in marked], rotation=30 if len(marked) > 8 else 0)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("learning rate")
     axes.set_ylabel(MEASURES["loss"].axis)
@@ -318,18 +291,6 @@ def learning_rates(study: Study) -> Figure | None:
     axes.set_xlim(right=right)
     placing.label_ends(axes, {p: ends.get(p, (right, top)) for p in searches}, looks, height)
     return figure
-
-
-def best_rates(searches: Mapping[str, Tuning]) -> str:
-    """How far apart the best learning rates of the points lie, without a full stop."""
-    best = [tuning.best for tuning in searches.values() if tuning.best]
-    if not best:
-        return "No learning rate was found"
-    low, high = (tables.rate(of(best)) for of in (min, max))
-    if len(best) == 1 or low == high:
-        which = f"of {next(iter(searches))!r}" if len(best) == 1 else "tried of all designs"
-        return f"The best rate {which} is {low}"
-    return f"The best rates tried lie within a factor of {max(best) / min(best):.3g}: {low} to {high}"
 
 
 def _side_by_side(places: Mapping[str, float]) -> dict[str, float]:

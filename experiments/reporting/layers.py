@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from experiments.reporting import drawing, placing
+from experiments.reporting import captions, drawing, placing
 from experiments.reporting.drawing import styled
 from experiments.reporting.tables import Columns
 from mobilellm_jax.analysis.layers import layer_use
@@ -73,7 +73,7 @@ def draw(study: Study) -> Figure | None:
     if len(found) == 1:
         title = f"Of {used.layers} layers of {used.point!r}, {used.depth.mean:.2f} count"
     subtitle = "Above: what leaving one layer out costs. Below: the logit lens. In brackets: effective depth"
-    figure = drawing.framed(title, subtitle, drawing.caption(study), 2 * (height + 0.6))
+    figure = drawing.framed(title, subtitle, captions.caption(study), 2 * (height + 0.6))
     upper, lower = figure.subplots(2, 1)
     for of in found:
         _costs(upper, of.costs, looks[of.point])

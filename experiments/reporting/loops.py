@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.reporting import drawing, placing
+from experiments.reporting import captions, drawing, placing
 from experiments.reporting.drawing import styled
 from experiments.reporting.tables import Columns
 from mobilellm_jax.analysis.loops import Looped, looped
@@ -77,7 +77,7 @@ def draw(study: Study) -> Figure | None:
     looks = {point: drawing.look(order.index(point)) for point in points}
     height, count = max(2.4, placing.labels_height(points)), 1 + len(hardest)
     subtitle = "Means over the seeds by number of loops; ring: as many as in training"
-    figure = drawing.framed(_answer(found), subtitle, drawing.caption(study), count * (height + 0.6))
+    figure = drawing.framed(_answer(found), subtitle, captions.caption(study), count * (height + 0.6))
     axes = figure.subplots(count, 1, squeeze=False)[:, 0]
     ends: list[dict[str, tuple[float, float]]] = [{} for _ in axes]
     for point in points:

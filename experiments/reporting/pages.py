@@ -17,9 +17,11 @@ from experiments.reporting import (
     figures,
     layers,
     loops,
+    numerals,
     quantized,
     step_times,
     tables,
+    titles,
 )
 from experiments.reporting.figures import Image
 from mobilellm_jax.analysis.answer import in_words, reading
@@ -133,22 +135,6 @@ def _files(study: Study, images: dict[str, Image], workdir: AnyPath) -> Links:
     return Links([*items, ("All reports", f"{INDEX}.md", "")])
 
 
-def write_index(workdir: str | AnyPath) -> AnyPath:
-    """Writes reports/index.html and .md: every report there with its question and answer.
-
-    Returns the path without the suffix.
-    """
-    folder = path_of(workdir) / "reports"
-    items = []
-    for page in sorted(folder.glob("*.md"), key=lambda page: page.name):
-        lines = page.read_text(encoding="utf-8").splitlines()
-        if page.stem != INDEX and lines and lines[0].startswith("# "):
-            lead = lines[2] if len(lines) > 2 and re.match(r"(?!Contents:)[^#|!*-]", lines[2]) else ""
-            question = tables.unescaped(lines[0].removeprefix("# "))
-            items.append((page.stem, quote(page.name), f": {question} {tables.unescaped(lead)}".rstrip()))
-    return write_page(INDEX, "All reports", [("", [Links(items)])], workdir)
-
-
 def write_page(name: str, title: str, sections: Sequence[Section], workdir: str | AnyPath) -> AnyPath:
     """Writes reports/<name>.html and .md, and returns their path without the suffix."""
     path = path_of(workdir) / "reports" / name
@@ -205,16 +191,16 @@ def _learning_rates(searches: Mapping[str, Tuning]) -> list[Block]:
         return ["No learning rates were tried."]
     columns: tables.Columns = {"point": list(searches), "chosen": [], "best lies": []}
     for tuning in searches.values():
-        columns["chosen"].append("none" if math.isnan(tuning.chosen) else tables.near_rate(tuning.chosen))
+        columns["chosen"].append("none" if math.isnan(tuning.chosen) else numerals.near_rate(tuning.chosen))
         columns["best lies"].append("at the edge" if tuning.at_edge else "inside")
     for rate in sorted({rate for tuning in searches.values() for rate, _ in tuning.curve}):
         values = [dict(tuning.curve).get(rate, math.nan) for tuning in searches.values()]
-        columns[tables.rate(rate)] = [
+        columns[numerals.rate(rate)] = [
             "none" if value is None else "" if math.isnan(value) else f"{value:.4f}" for value in values
         ]
     if not any(tuning.best for tuning in searches.values()):
         return [columns]
-    return [f"{figures.best_rates(searches)}. Final losses by learning rate:", columns]
+    return [f"{titles.best_rates(searches)}. Final losses by learning rate:", columns]
 
 
 def _quantization(study: Study) -> list[Block]:
@@ -354,7 +340,7 @@ def _html(block: Block) -> str:
 
 def _look(cells: Sequence[str], is_first: bool) -> str:
     """Numbers are right-aligned, but for the first column; text that is long is broken into lines."""
-    if not is_first and tables.are_numbers(cells):
+    if not is_first and numerals.are_numbers(cells):
         return ' class="number"'
     return ' class="long"' if max(map(len, cells), default=0) > _LONG else ""
 

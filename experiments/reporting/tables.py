@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.reporting import numerals
 from mobilellm_jax.analysis.facts import Point
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import Record, budget_name
@@ -38,8 +39,6 @@ _BUDGETS = {  # in the order shown, which a record does not keep; headers short 
     "optimizer_bytes": "optim B",
     "activation_bytes": "activ B",
 }
-_NUMBER = re.compile(r"\W{0,3}\d[^a-z]*([kMGTPE]|[a-z%]{1,3})?[\W\d]*(\([a-z]+\))?$", re.IGNORECASE)
-_RAISED = str.maketrans("-0123456789.", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹·")
 ASPECTS = 6, 320  # width over layers applied, of the paper's models: 62 x 384 and 4 x 1280 of table 11 (125M)
 
 
@@ -70,25 +69,14 @@ def markdown_table(columns: Columns) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     _, *others = columns.values()
-    rule = "|---" + "".join("|---:" if are_numbers(cells) else "|---" for cells in others) + "|"
+    rule = "|---" + "".join("|---:" if numerals.are_numbers(cells) else "|---" for cells in others) + "|"
     return "\n".join([row(list(columns)), rule, *map(row, _rows(columns))])
-
-
-def are_numbers(cells: Sequence[str]) -> bool:
-    """True if all cells are numbers, with a unit, an interval or a remark, or short words in their place."""
-    words = [cell for cell in cells if not _NUMBER.match(cell)]
-    return len(words) < len(cells) and all(re.fullmatch(r"[a-z ]{0,10}", word) for word in words)
 
 
 def plain(text: str) -> str:
     """Escapes `text` for one line of Markdown: no markup, links, entities or HTML."""
     escaped = re.sub(r"([\\`*]|<(?=[A-Za-z/!?])|\](?=[(\[:]))", r"\\\1", " ".join(text.split()))
     return re.sub(r"&(?=#?\w+;)", "&amp;", escaped)
-
-
-def unescaped(line: str) -> str:
-    """The text of a line that `plain` has escaped."""
-    return re.sub(r"\\([\\`*<\]])", r"\1", line).replace("&amp;", "&")
 
 
 def head(study: Study) -> list[str]:
@@ -339,20 +327,6 @@ def quantity(number: float) -> str:
         if number >= 0.9995 * size:
             return f"{number / size:.3g} {prefix}"
     return f"{number:.3g}"
-
-
-def rate(value: float) -> str:
-    """Formats a learning rate: as a power of two, "2⁻⁸", if its exponent is a multiple of a half."""
-    if value > 0 and abs((halves := 2 * math.log2(value)) - round(halves)) < 1e-6:
-        return "2" + f"{round(halves) / 2:g}".translate(_RAISED)
-    return f"{value:.3g}"
-
-
-def near_rate(value: float) -> str:
-    """Formats a learning rate with the power of two that it is, or is about."""
-    if (exact := rate(value)).startswith("2") and not exact[1].isascii():
-        return f"{value:.3g} = {exact}"
-    return f"{value:.3g} ≈ 2" + f"{math.log2(value):.1f}".translate(_RAISED)
 
 
 def aspect_ratio(point: Point) -> float:
