@@ -1,8 +1,8 @@
 # The image that experiments.gke runs:
-#   docker build --build-arg EXTRAS=tpu,gcs --tag IMAGE .
+#   docker build --build-arg EXTRAS=tpu,gcs,zstd,sentencepiece --tag IMAGE .
 FROM python:3.12-slim
 
-ARG EXTRAS=tpu,gcs
+ARG EXTRAS=tpu,gcs,zstd,sentencepiece
 WORKDIR /mobilellm_jax
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 

@@ -14,39 +14,39 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["mobilellm_jax", "mobilellm_jax.*"]),
     entry_points={"console_scripts": ["mobilellm = mobilellm_jax.__main__:main"]},
+    # What a run and its report need; each says what for. jax, flax, optax and orbax-checkpoint bring most of
+    # the weight, and pyarrow comes with tensorflow-datasets.
     install_requires=[
-        "absl-py>=2.3",
-        "array_record>=0.8",
-        "etils[epath]>=1.13",
-        "filelock>=3.20",
-        "flax>=0.12.8",
-        "grain>=0.2.18",
-        "huggingface_hub>=0.34",
+        "absl-py>=2.3",  # flags of all commands
+        "array_record>=0.8",  # the file of prepared rows, read at random places
+        "etils[epath]>=1.13",  # paths that may lie in a bucket
+        "filelock>=3.20",  # one process prepares the data, the others wait
+        "flax>=0.12.8",  # the block
+        "grain>=0.2.18",  # rows for each host, by step
+        "huggingface_hub>=0.34",  # "hub:" data and models to import; tokenizers installs it
         "importlib_resources>=6.0",  # tensorflow-datasets imports it to download, and does not install it
         "jax>=0.10.2",
-        "jaxtyping>=0.3.4",
-        "matplotlib>=3.10",
-        "ml_collections>=1.1",
-        "ml_dtypes>=0.5",
+        "jaxtyping>=0.3.4",  # shapes in annotations, which the tests check
+        "matplotlib>=3.10",  # the figures that every sweep ends with
+        "ml_collections>=1.1",  # configs
+        "ml_dtypes>=0.5",  # bfloat16 in NumPy; jax installs it
         "numpy>=2.1",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.1",
-        "pyyaml>=6.0",
+        "pyyaml>=6.0",  # the manifest of experiments.gke; flax installs it
         "rich>=13.9",  # the live view of a sweep; flax installs it
-        "scipy>=1.15",
-        "safetensors>=0.6",
-        "sentencepiece>=0.2.1",
-        "tensorboardX>=2.6.4",
-        "tensorflow-datasets>=4.9.9",
-        "tokenizers>=0.22",
-        "tqdm>=4.67",
-        "zstandard>=0.25",
+        "scipy>=1.15",  # statistics of the verdict; jax installs it
+        "safetensors>=0.6",  # the weights of a checkpoint that is exported, imported or averaged
+        "tensorboardX>=2.6.4",  # the events of a run, without TensorBoard
+        "tensorflow-datasets>=4.9.9",  # "tfds:" data, without TensorFlow
+        "tokenizers>=0.22",  # trained BPE, and tokenizer.json
+        "tqdm>=4.67",  # bars while data are prepared
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         # To open docs/explore.ipynb in a Jupyter that is there, or to run it without one.
-        "notebook": ["ipykernel>=7.0", "ipywidgets>=8.1", "nbclient>=0.11"],
+        "notebook": ["ipykernel>=7.0", "ipywidgets>=8.1", "nbclient>=0.11", "pandas>=2.2"],
         # For the parity tests only. Without a GPU, install a CPU build of torch first.
         "hf": ["accelerate>=1.0", "torch>=2.6", "transformers>=5.0"],  # accelerate: for lm-eval's own model
         # For `experiments.evaluate --tasks`. It needs no torch; from 0.4.13 on, it imports none of it either.
@@ -59,6 +59,10 @@ setup(
         "slurm": ["submitit>=1.5.4"],
         # For data.source="files:*.parquet" and "hub:...".
         "parquet": ["pyarrow>=16"],
+        # For text that ends in .zst.
+        "zstd": ["zstandard>=0.25"],
+        # For data.tokenizer="sentencepiece:...", and models that come with a tokenizer.model, as Llama 2's.
+        "sentencepiece": ["sentencepiece>=0.2.1"],
         # For train.writers.
         "wandb": ["wandb>=0.19"],
         "trackio": ["trackio>=0.5"],
@@ -77,9 +81,11 @@ setup(
             "pytest>=9.0",
             "pytest-xdist>=3.8",
             "ruff>=0.14",
+            "sentencepiece>=0.2.1",
             "statsmodels>=0.15",  # a reference
             "submitit>=1.5.4",
             "xllamacpp==2026.10.11549",  # llama.cpp, 34 MB
+            "zstandard>=0.25",
         ],
         # A test of quantization compares with it, and is skipped without it. Pinned, as the test imports a
         # module that is not public.

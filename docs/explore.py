@@ -16,23 +16,34 @@
 # [MobileLLM](https://arxiv.org/abs/2402.14905) printed. On one CPU core all of it takes about a minute;
 # what it writes goes to a temporary folder.
 #
-# Changes are made in its text twin: edit `docs/explore.py`, then run
-# `jupytext --to ipynb --update docs/explore.py`.
+# Changes are made in its text twin: edit `docs/explore.py`, then run `python -m experiments.docs --notebook`.
 
 # %% [markdown]
 # ## 1. Install
 #
 # In a checkout that is installed this only finds the root folder. Elsewhere, as in Colab, set `REPOSITORY` to
 # the copy on GitHub that this notebook comes from, as `owner/name`: the cell clones and installs it, which
-# takes a few minutes. If Colab then asks to restart the session, do so, and start again from here.
+# takes a few minutes. A GPU is used if there is one. If Colab then asks to restart the session, do so, and
+# start again from here.
 
 # %%
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 REPOSITORY = os.environ.get("REPOSITORY", "")  # @param {type: "string"}
+
+
+def works(code):
+    """Whether a new Python runs the code."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def install(extra):
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f".[{extra}]"], check=True)
+
 
 here = Path.cwd()
 places = [here, *here.parents, here / "mobilellm_jax"]
@@ -46,10 +57,10 @@ if root is None:
     subprocess.run(["git", "clone", "--depth=1", address, root], check=True)
 os.chdir(root)
 sys.path.insert(0, str(root))
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the models below are too small to gain from a GPU
-try_import = [sys.executable, "-c", "import ipywidgets, mobilellm_jax.training.loop"]
-if cloned or subprocess.run(try_import, capture_output=True).returncode != 0:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", ".", "ipywidgets"], check=True)
+if cloned or not works("import ipywidgets, pandas, mobilellm_jax.training.loop"):
+    install("notebook")
+if shutil.which("nvidia-smi") and not works("import jax; assert jax.default_backend() == 'gpu'"):
+    install("cuda")
 
 # %% [markdown]
 # The rest imports from three places: the library, `configs` (what to run) and `experiments` (figures, tables
@@ -60,6 +71,7 @@ import math
 import tempfile
 import textwrap
 
+import jax
 import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Image, display
@@ -77,18 +89,17 @@ from mobilellm_jax.runs.run import check
 from mobilellm_jax.sharing import STRATEGIES, layer_plan
 from mobilellm_jax.training.loop import train
 
-plt.style.use(drawing.STYLE)
+plt.style.use(drawing.STYLE | {"figure.dpi": 90})
+print(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}")
 
 # %% [markdown]
 # ## 2. Layer plans
 #
 # A model is a stack of *blocks* (weights) and a *layer plan*: the order in which blocks are applied. Equal
-# colours are equal weights. Move the sliders, or write a plan of your own; where a combination means nothing,
-# the library says why.
+# colours are equal weights.
 
 
 # %%
-@interact(depth=(1, 8), num_repeats=(1, 4))
 def draw_plans(depth=4, num_repeats=2, own_plan="0 1 2 1 2 3"):
     """One row for each strategy, one box for each layer applied."""
     names = [*STRATEGIES, own_plan]
@@ -113,6 +124,14 @@ def draw_plans(depth=4, num_repeats=2, own_plan="0 1 2 1 2 3"):
     plt.show()
 
 
+draw_plans()
+
+# %% [markdown]
+# Move the sliders, or write a plan of your own; where a combination means nothing, the library says why.
+
+# %% tags=["sliders"]
+_ = interact(draw_plans, depth=(1, 8), num_repeats=(1, 4))
+
 # %% [markdown]
 # ## 3. What a shape costs
 #
@@ -129,14 +148,6 @@ def budgets(fields):
     return {budget_name(name): tables.quantity(value) for name, value in costs.items()}
 
 
-@interact(
-    depth=(1, 64),
-    width=(64, 1280, 64),
-    num_heads=(1, 20),
-    num_kv_heads=(1, 20),
-    sharing=list(STRATEGIES),
-    num_repeats=(1, 4),
-)
 def show_budgets(
     depth=30,
     width=576,
@@ -158,6 +169,18 @@ def show_budgets(
         print(error)
 
 
+show_budgets()
+
+# %% tags=["sliders"]
+SLIDERS = {
+    "depth": (1, 64),
+    "width": (64, 1280, 64),
+    "num_heads": (1, 20),
+    "num_kv_heads": (1, 20),
+    "sharing": list(STRATEGIES),
+    "num_repeats": (1, 4),
+}
+_ = interact(show_budgets, **SLIDERS)
 # %% [markdown]
 # ## 4. Train two models
 #
@@ -221,8 +244,8 @@ plt.show()
 # %% [markdown]
 # ## 5. The paper beside our records
 #
-# Table 2 of the paper asks which way of sharing is best. Left: the paper's average zero-shot accuracy, one
-# run for each point. Right: our tiny twin of that study, mean loss over seeds with its 95 % interval. Units
+# Table 2 of the paper asks which way of sharing is best. Above: the paper's average zero-shot accuracy, one
+# run for each point. Below: our tiny twin of that study, mean loss over seeds with its 95 % interval. Units
 # and scales differ: compare the *order*, not the numbers.
 
 # %%

@@ -191,7 +191,12 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        raise UserError(str(error).splitlines()[0]) from None
+        said = str(error).splitlines()[0]
+        # What int("1e3") raises.
+        said = re.sub(
+            r"invalid literal for int\(\) with base \d+: (.*)", r"\1 is not a whole number in digits", said
+        )
+        raise UserError(said) from None
     except SystemExit:  # absl has printed what --help asks for, and would end with 1
         if "config" in flags.FLAGS:
             print(_fields(flags.FLAGS["config"].value))

@@ -3,6 +3,7 @@
   python -m experiments.docs                                # brings the pages in docs/ up to date
   python -m experiments.docs && zensical build --strict     # the site, in site/; pip install -e '.[docs]'
   python -m experiments.docs && zensical serve              # the same, at http://localhost:8000
+  python -m experiments.docs --notebook                     # docs/explore.ipynb anew, with outputs
 
 Made from code and records are the reference of the config (its dataclasses and `configs/base.py`), the tables
 of the performance page (`experiments/bench/`) and the picture of the layer plans. All pages, with reports and
@@ -15,12 +16,15 @@ import shutil
 from typing import Any
 
 import yaml
+from absl import flags
 
 from experiments import cli
 from experiments.benchmarks import measure
 from experiments.cli import ROOT
 from experiments.reporting import reference, site
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, of_extra
+
+_NOBODY = "/OWNER/"  # stands in mkdocs.yml until a copy has an address
 
 
 def main() -> int:
@@ -33,6 +37,10 @@ def main() -> int:
     target = ROOT / settings["docs_dir"]
     shutil.rmtree(target, ignore_errors=True)
     pages = site.gather(ROOT, target, settings["repo_url"])
+    if flags.FLAGS.notebook:
+        print(f"{_execute()}: made from its text, and executed")
+    if _NOBODY in settings["repo_url"]:
+        print(f"warning: links to code lead to {settings['repo_url']}; set repo_url in mkdocs.yml")
     print(f"{len(pages)} pages in {target.relative_to(ROOT)}; to build the site: zensical build --strict")
     return 0
 
@@ -59,5 +67,35 @@ def _section(record: dict[str, Any]) -> list[str]:
     return [f"### {record['part']}, {platform}", "", f"Measured on {title.partition(': ')[2]}.", *table, ""]
 
 
+def _execute() -> str:
+    """Runs docs/explore.py as a notebook, and writes docs/explore.ipynb with what it shows.
+
+    Sliders are left out, which are dead without a kernel.
+    """
+    jupytext, nbclient = (
+        of_extra("jupytext", "test", "--notebook"),
+        of_extra("nbclient", "notebook", "--notebook"),
+    )
+    name = "docs/explore"
+    notebook = jupytext.read(ROOT / f"{name}.py")
+    for place, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{place}"  # not drawn at random
+    resources = {"metadata": {"path": str(ROOT / "docs")}}
+    client = nbclient.NotebookClient(
+        notebook, timeout=900, kernel_name="python3", resources=resources, record_timing=False
+    )
+    client.execute()
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        if "sliders" in cell.metadata.get("tags", ()):
+            cell.outputs = []
+    jupytext.write(notebook, ROOT / f"{name}.ipynb", fmt="ipynb")
+    return f"{name}.ipynb"
+
+
+def _define_flags() -> None:
+    flags.DEFINE_bool("notebook", False, "make docs/explore.ipynb anew as well; takes minutes")
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags=_define_flags)

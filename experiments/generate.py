@@ -21,6 +21,7 @@ from absl import flags
 
 from experiments import cli
 from mobilellm_jax import data
+from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.generate import Generator, Sampling, TextStream
 from mobilellm_jax.model.loops import with_repeats
@@ -82,6 +83,9 @@ def main() -> int:
     if prompts:
         _answer(generator, prompts, tokenizer)
     else:
+        size = f"{accounting.parameters(shape).total:,}"
+        print(f"{workdir}: {size} parameters, {context} tokens of context", file=sys.stderr)
+        print("Ctrl-C ends a text, Ctrl-D the conversation.", file=sys.stderr)
         _converse(generator, tokenizer, add_bos)
     return 0
 

@@ -10,6 +10,7 @@ partitioner writes them (`collectives.py`).
 """
 
 import dataclasses
+import difflib
 import functools
 import math
 import re
@@ -67,7 +68,9 @@ class Plan:
 
 def define_flags() -> None:
     flags.DEFINE_string(
-        "mesh", "", "sizes of the mesh axes, such as data:64,fsdp:4,tensor:1; those left out are 1"
+        "mesh",
+        "",
+        "sizes of the mesh axes, such as data:64,fsdp:4,tensor:1; without it, one device",
     )
 
 
@@ -79,7 +82,8 @@ def main() -> int:
     jax.config.update("jax_num_cpu_devices", math.prod(sizes))
     mesh = abstract_mesh(sizes)
     plan = make_plan(config, mesh)
-    print(f"{cli.config_spec()} on {mesh.size} devices: {FLAGS.mesh}\n")
+    where = f"{mesh.size} devices: {FLAGS.mesh}" if FLAGS.mesh else "one device"
+    print(f"{cli.config_spec()} on {where}\n")
     print(f"lowers for {' and '.join(lowers_for(config, mesh))}\n")
     print(table(plan, mesh.size), flush=True)
     filled = MeshConfig(**dict(zip(partition.AXES, sizes, strict=True)))
@@ -88,18 +92,20 @@ def main() -> int:
 
 
 def parse_mesh(text: str) -> tuple[int, int, int]:
-    """The sizes of (data, fsdp, tensor) in "data:64,fsdp:4".
+    """The sizes of (data, fsdp, tensor) in "data:64,fsdp:4"; of "" those of one device.
 
     Raises:
       UserError: it has another form, or more devices than can be simulated.
     """
     sizes: dict[str, int] = {}
-    for part in text.split(","):
+    for part in text.split(",") if text else ():
         match = re.fullmatch(r"(\w+):0*([1-9]\d{0,8})", part.strip())
         if not match or match[1] not in partition.AXES or match[1] in sizes:
+            near = difflib.get_close_matches(part.partition(":")[0], partition.AXES, n=1)
+            hint = f"did you mean {near[0]}?" if near and not sizes.get(near[0]) else ""
             raise UserError(
                 f"--mesh={text}: {part!r} is not a new axis and its size; "
-                "expected some of data:64,fsdp:4,tensor:1"
+                f"{hint or 'expected some of data:64,fsdp:4,tensor:1'}"
             )
         sizes[match[1]] = int(match[2])
     if math.prod(sizes.values()) > _MOST:

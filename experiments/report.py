@@ -8,6 +8,7 @@ The first reads <workdir>/results/**.json and writes, for each study and preset,
 
     reports/<study>-<preset>.html   everything in one file, figures included
     reports/<study>-<preset>.md     the same; its figures are those in figures/
+    reports/index.html, .md         all of them, with question and answer
     figures/                        see `reporting.figures`
 
 and figures/ and reports/playground-<size>, with all abilities of the playground, reports/second_use, what a
@@ -21,8 +22,7 @@ from collections.abc import Collection
 from absl import flags
 
 from experiments import cli
-from experiments.reporting import abilities, claims, figures, gallery, replication, second_use
-from experiments.reporting.pages import write_report
+from experiments.reporting import abilities, claims, figures, gallery, index, pages, replication, second_use
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
 
@@ -46,15 +46,16 @@ def redraw(workdir: str | AnyPath, formats: Collection[str] = figures.FORMATS[:1
     drawn = []
     for study in studies:
         images = figures.write(study, workdir, formats)
-        print(write_report(study, images, workdir), end="\n\n")
+        print(pages.write_report(study, images, workdir), end="\n\n")
         drawn.append((study, images))
     for said in abilities.write(studies, workdir, formats):
         print(said, end="\n\n")
     if said := second_use.write(studies, workdir):
         print(said, end="\n\n")
+    listed = index.write(workdir)
     text = "\n".join([claims.page(studies), gallery.section(drawn, path_of(workdir))])
     write_atomically(page, text.encode())
-    print(f"Claims and all figures: {page}")
+    print(f"All reports: {listed}.html\nClaims and all figures: {page}")
     if refused:
         raise UserError("\n".join(refused))
 

@@ -10,7 +10,7 @@ out, and said. Writes figures/<study>-*.png and reports/<study>.md and .html.
 from absl import flags
 
 from experiments import cli
-from experiments.reporting import figures, shape_figures, shape_page
+from experiments.reporting import figures, index, shape_figures, shape_page
 from experiments.reporting.pages import write_page
 from mobilellm_jax.analysis.records import read_records
 from mobilellm_jax.analysis.shape_findings import findings_of
@@ -40,6 +40,7 @@ def main() -> int:
         if figure is not None
     ]
     path = write_page(stem, shape_page.TITLE, shape_page.sections(findings, images), workdir)
+    index.write(workdir)
     print(shape_page.text(findings))
     print(f"Report: {path}.md")
     return 0

@@ -1,7 +1,9 @@
 """Exceptions for input that the user can correct, and for signals that stop a run."""
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 
 
 class UserError(ValueError):
@@ -17,6 +19,19 @@ class Interrupted(KeyboardInterrupt):
 
 class Preempted(Interrupted):
     """Stopped by SIGTERM, which schedulers send before they reclaim a machine, or SIGHUP."""
+
+
+def of_extra(module: str, extra: str, what: str) -> ModuleType:
+    """Imports a module that an extra of this package installs.
+
+    Raises:
+      UserError: it cannot be imported; `what` needs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        install = f"python -m pip install -e '.[{extra}]'"
+        raise UserError(f"{what} needs {module.partition('.')[0]}: {install}") from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

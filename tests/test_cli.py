@@ -42,7 +42,10 @@ def test_the_config_goes_in_front_of_its_overrides():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sweep", "--config.model.width=wide"], "invalid literal for int() with base 10: 'wide'"),
+        (
+            ["sweep", "--config.model.width=wide"],
+            "--config.model.width=wide: 'wide' is not a whole number in digits",
+        ),
         (["sweep", "--confg=x"], "Unknown command line flag 'confg'. Did you mean: config"),
         (["train", "extra", "--workdir=x"], "unexpected argument 'extra'"),
         (["train"], "--workdir: missing; name the directory"),

@@ -31,9 +31,12 @@ def test_every_seed_is_inside_the_axes(studies):
     for study in studies:
         for figure in (figures.outcome(study), figures.costs(study), beside_paper.draw(study)):
             for axes in figure.axes if figure else []:
-                low, high = sorted(axes.get_ylim())
-                dots = [y for line in axes.lines if line.get_marker() == "." for y in line.get_ydata()]
+                (left, right), (low, high) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
+                lines = [line.get_xydata() for line in axes.lines if line.get_marker() == "."]
+                dots = [(x, y) for line in lines for x, y in line]
                 seeds += len(dots)
-                hidden += [(study.stem, y) for y in dots if not low <= y <= high]
+                hidden += [
+                    (study.stem, x, y) for x, y in dots if not (left <= x <= right and low <= y <= high)
+                ]
     assert seeds > 900
     assert not hidden

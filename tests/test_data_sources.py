@@ -50,6 +50,15 @@ def test_reads_every_kind_of_file(tmp_path, suffix, kind, name, content, expecte
     assert source.name == f"{kind}:{path.name}"
 
 
+def test_missing_zstandard_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"text"))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(
+        UserError, match=r"a\.txt\.zst: zstd needs zstandard: python -m pip install .*\[zstd\]"
+    ):
+        read(f"files:{tmp_path}/a.txt.zst")
+
+
 def test_zstd_frames_one_after_the_other(tmp_path):
     big = os.urandom(300_000).hex()
     parts = [big[:250_000], big[250_000:], "end"]

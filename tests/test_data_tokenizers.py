@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import sys
 
 import pytest
 import sentencepiece
@@ -29,6 +30,13 @@ def sentencepiece_model(**options: object) -> bytes:
         sentence_iterator=iter(text_of(2000).splitlines()), model_writer=model, num_threads=1, **settings
     )
     return model.getvalue()
+
+
+def test_missing_sentencepiece_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.model").write_bytes(b"any")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match=r"data.tokenizer: .*needs sentencepiece: python -m pip install"):
+        open_tokenizer(f"sentencepiece:{tmp_path}/a.model")
 
 
 @pytest.fixture(scope="session")

@@ -151,8 +151,11 @@ def test_report_has_the_tables_and_begins_with_what_cannot_be_judged():
     study = study_of(records)
     images = dict.fromkeys(("", "-curves"), pages.Image("x.png", "x", b""))
     text = pages.to_markdown("Title", pages.contents(study, images))
-    assert text.startswith(
-        "# Title\n\n## Read this first\n\n- Architecture cannot be judged here: a trigram "
+    title, answer, reading, warning, *_ = text.split("\n\n")
+    assert answer.endswith("architecture cannot be judged at this size and length, see the first warning.")
+    assert (title, reading[:5], warning) == ("# Title", "Read ", "## Read this first")
+    assert text.split("## Read this first\n\n")[1].startswith(
+        "- Architecture cannot be judged here: a trigram "
     )
     for heading in ("Floor and context", "Other held-out documents"):
         assert f"\n## {heading}\n" in text

@@ -161,7 +161,7 @@ def test_shards_are_those_of_real_arrays():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is not a new axis and its size"),
+        ("fdsp:4", "'fdsp:4' is not a new axis and its size; did you mean fsdp?"),
         ("data:0", "'data:0' is not"),
         ("data=4", "'data=4' is not"),
         ("model:4", "'model:4' is not"),
@@ -173,6 +173,7 @@ def test_bad_meshes(text, message):
     with pytest.raises(UserError, match=f"--mesh={text}: .*{message}"):
         plan.parse_mesh(text)
     assert plan.parse_mesh("fsdp:4, data:64") == (64, 4, 1)
+    assert plan.parse_mesh("") == (1, 1, 1)
 
 
 def test_a_mesh_that_does_not_divide_is_refused_with_what_would_work():

@@ -138,7 +138,8 @@ def test_the_page_of_all_abilities_leads_to_each(tmp_path):
     page = (tmp_path / "reports" / "playground-tiny.md").read_text()
     assert "../figures/playground-tiny.png" in page
     assert all(sentence in page for sentence in found)
-    assert "reports/playground-knowledge_tiny.md" in page
+    assert "- [knowledge](playground-knowledge_tiny.md)" in page
+    assert page.splitlines()[2] == "More, thinner blocks: better at structure; worse at knowledge."
     assert 20_000 < (tmp_path / "figures" / "playground-tiny.png").stat().st_size < 300_000
 
 

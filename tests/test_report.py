@@ -14,7 +14,7 @@ from commands import real
 from test_results import make_diverged, make_record, make_tuning
 
 from experiments import report
-from experiments.reporting import claims, figures, pages, tables
+from experiments.reporting import claims, figures, index, pages, tables
 from mobilellm_jax.analysis.records import by_study, read_records, write_record
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.errors import UserError
@@ -106,7 +106,7 @@ def files(folder):
 
 def test_files_and_the_text_to_print(tmp_path):
     text = pages.report(study_of(study()), tmp_path)
-    names = "shape-tiny.png shape-tiny-costs.png shape-tiny-curves.png shape-tiny-learning_rates.png"
+    names = "shape-tiny.png shape-tiny-curves.png shape-tiny-learning_rates.png"  # all cost the same
     names += " shape-tiny.csv shape-tiny-comparisons.csv"
     expected = {f"figures/{name}" for name in names.split()}
     assert files(tmp_path).keys() == expected | {"reports/shape-tiny.html", "reports/shape-tiny.md"}
@@ -120,9 +120,13 @@ def test_page_is_whole_in_one_file(tmp_path):
     page = Page((tmp_path / "reports" / "shape-tiny.html").read_text())
     assert "script" not in page.tags
     assert "link" not in page.tags
-    assert not page.values("href")
+    hrefs = page.values("href")
+    assert {f"#{value}" for value in page.values("id")} == {href for href in hrefs if href.startswith("#")}
+    beside = [href for href in hrefs if not href.startswith("#")]
+    assert beside.pop() == "index.html"
+    assert all((tmp_path / "reports" / href).is_file() for href in beside)
     assert "width=device-width, initial-scale=1" in page.values("content")
-    suffixes = ("", "-learning_rates", "-costs", "-curves")
+    suffixes = ("", "-learning_rates", "-curves")
     names = [f"shape-tiny{suffix}.png" for suffix in suffixes]
     images = [base64.b64decode(value.removeprefix("data:image/png;base64,")) for value in page.values("src")]
     assert images == [(tmp_path / "figures" / name).read_bytes() for name in names]
@@ -141,6 +145,33 @@ def test_both_pages_say_the_same_in_the_same_order():
     for heading in ("Verdict", "Designs", "Learning rates", "Outcomes", "Cost", "Data"):
         for cell in (cell for row in table(text, heading) for cell in row):
             assert cell.replace("\\", "") in page.text
+
+
+def test_answer_comes_first_and_the_index_has_it(tmp_path):
+    found = study_of(study())
+    pages.report(found, tmp_path)
+    index.write(tmp_path)
+    said = (
+        "'4 x 128' is better than '2 x 128'; '8 x 128' is undecided (differences of 0.0633 nats per token, "
+        "up to 6.5% in perplexity)."
+    )
+    _, first, *_ = (tmp_path / "reports/shape-tiny.md").read_text().split("\n\n")
+    assert first == said
+    listed = (tmp_path / "reports/index.md").read_text()
+    assert (
+        listed == f"# All reports\n\n- [shape-tiny](shape-tiny.md): Does depth or width help more? {said}\n"
+    )
+    page = Page((tmp_path / "reports/index.html").read_text())
+    assert page.values("href") == ["shape-tiny.html"]
+    assert said in page.text
+
+
+def test_contents_lead_to_every_section():
+    page, text = make(study())
+    (line,) = re.findall("^Contents: (.*)", text, re.MULTILINE)
+    assert re.findall(r"\[(.*?)\]", line) == HEADINGS
+    assert re.findall(r"\(#(.*?)\)", line)[:2] == ["verdict", "floor-and-context"]
+    assert page.values("href") == [f"#{name}" for name in page.values("id")]
 
 
 def test_warnings_come_before_the_verdict():
@@ -178,12 +209,12 @@ def test_errors_are_shown_as_exact_match():
 
 def test_learning_rates_say_what_was_tried():
     rows = table(make(study())[1], "Learning rates")
-    tried = "0.0005: 3.7200; 0.001: 3.6300; 0.002: 3.6000; 0.004: 3.6300; 0.008: none"
+    tried = ["3.7200", "3.6300", "3.6000", "3.6300", "none"]
     assert rows == [
-        ["point", "chosen", "best lies", "final losses"],
-        *([f"{depth} x 128", "0.002", "inside", tried] for depth in SCORES),
+        ["point", "chosen", "best lies", "0.0005", "0.001", "0.002", "0.004", "0.008"],
+        *([f"{depth} x 128", "0.002 ≈ 2⁻⁹·⁰", "inside", *tried] for depth in SCORES),
     ]
-    assert "The best rates of all points lie within a factor of 1." in make(study())[1]
+    assert "The best rate tried of all designs is 0.002." in make(study())[1]
     (row,) = table(make(make_tuning(pairs=[])[:3])[1], "Learning rates")[1:]
     assert row[2] == "at the edge"
 
@@ -337,7 +368,7 @@ def test_study_that_cannot_be_compared_does_not_stop_the_others(tmp_path):
         write_record(record, tmp_path / "results" / f"{name}.json")
     with pytest.raises(UserError, match="a:tiny: steps is 500"):
         report.redraw(tmp_path)
-    assert [path.name for path in (tmp_path / "reports").glob("*.html")] == ["b-tiny.html"]
+    assert {path.name for path in (tmp_path / "reports").glob("*.html")} == {"b-tiny.html", "index.html"}
     assert "### b, tiny" in (tmp_path / "claims.md").read_text()
 
 

@@ -44,6 +44,7 @@ from mobilellm_jax.runs.run import (
     thin,
 )
 from mobilellm_jax.storage.checkpoint import Checkpoints
+from mobilellm_jax.storage.sealed import seal
 from mobilellm_jax.training.loop import Outcome
 
 
@@ -343,6 +344,19 @@ def test_what_is_no_run_is_not_opened(workdir):
     shutil.rmtree(workdir / "checkpoints")
     with pytest.raises(UserError, match="checkpoints: there is no checkpoint"):
         open_run(workdir)
+
+
+def test_a_tokenizer_that_is_not_that_of_the_run_is_refused(tmp_path):
+    trained, other = (train_bpe("bpe:300", [text]) for text in ("some words and some more words", "ab ab"))
+    save_tokenizer(trained, tmp_path / TOKENIZER)
+    (tmp_path / DATA).write_text(json.dumps(seal({"tokenizer_sha256": trained.sha256})))
+    assert open_tokenizer(tmp_path).sha256 == trained.sha256
+    shutil.rmtree(tmp_path / TOKENIZER)
+    save_tokenizer(other, tmp_path / TOKENIZER)
+    with pytest.raises(
+        UserError, match=f"sha256 {other.sha256[:12]}, but the run was trained with .*restore"
+    ):
+        open_tokenizer(tmp_path)
 
 
 def test_a_run_keeps_its_tokenizer(workdir):

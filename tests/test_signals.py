@@ -13,7 +13,7 @@ import pytest
 
 from mobilellm_jax.training.signals import RESUME_ME
 
-AGAIN = "Run the same command again to resume\n"
+AGAIN = "Run the same command again; what was saved is kept\n"
 # Each says that it is ready, and holds a lease and a line that is not flushed where it has one.
 IN_C = """
 import ctypes, sys

@@ -189,7 +189,7 @@ def test_what_is_asked_of_slurm(study, tmp_path, slurm):
         (["--jobs=2"], "--jobs: leave it out; on Slurm each point is a task of its own"),
         (["--distributed"], "--distributed: leave it out"),
         (["--sbatch=array=0-3"], "--sbatch=array=0-3: expected name=value; array and signal are set already"),
-        (["--only=revers"], "--only=revers: no such point; valid: none, reverse"),
+        (["--only=revers"], "--only=revers: no such point; did you mean 'reverse'?"),
     ],
     ids=str,
 )

@@ -662,7 +662,7 @@ def test_a_signal_stops_all_processes_after_a_checkpoint(study, tmp_path, number
     assert process.returncode == status
     assert "Traceback" not in errors
     if number != signal.SIGKILL:
-        assert errors.count("Run the same command again to resume") == 1
+        assert errors.count("Run the same command again; what was saved is kept") == 1
     assert not list((tmp_path / "w/runs/.leases").iterdir())
     for point in ("none", "reverse"):
         saved = list((tmp_path / f"w/runs/mini/tiny/{point}-s0/checkpoints").iterdir())
@@ -786,7 +786,8 @@ def test_a_sweep_starts_without_what_reports_and_checkpoints_need():
     ("overrides", "only", "message"),
     [
         ({"model.sharing": "none"}, [], "varies this field"),
-        ({}, ["reserve"], "no such point; valid: none, reverse"),
+        ({}, ["revers"], r"no such point; did you mean 'reverse'\?"),
+        ({}, ["8 x 8"], "no such point; valid: none, reverse"),
         ({"model.num_heads": 3}, [], r"point .*model.width: 16 is not divisible by model.num_heads=3"),
     ],
 )

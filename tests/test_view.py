@@ -133,7 +133,7 @@ def screen(text):
     return [line.rstrip() for line in lines]
 
 
-STOPPED = "stopped by SIGTERM with nothing to save. Run the same command again to resume"
+STOPPED = "stopped by SIGTERM with nothing to save. Run the same command again; what was saved is kept"
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 import math
 import textwrap
 from collections.abc import Collection, Iterable, Mapping
+from urllib.parse import quote
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.reporting import beside_text, drawing, figures
 from experiments.reporting.drawing import styled
-from experiments.reporting.pages import Section, write_page
+from experiments.reporting.pages import Links, Section, write_page
 from experiments.reporting.pair_words import STUDY, by_size, roles
 from experiments.reporting.tables import Columns, quantity
 from mobilellm_jax.analysis.measures import MEASURES
@@ -35,12 +36,18 @@ def write(
     said, studies = [], list(studies)
     for size, of_size in by_size(studies).items():
         name = f"{STUDY}-{size}"
-        image = figures.save(name, "Every design in every ability", draw(of_size), workdir, formats)
         columns, found = table(of_size), sentences(of_size)
+        # What depth does is the first question; a playground without it has another first line.
+        main = next(
+            (line for line in found if line.startswith("more, thinner")), found[0] if found else TITLE
+        )
+        title = f"{main[0].upper()}{main[1:]}".removesuffix(".")
+        image = figures.save(name, "Every design in every ability", draw(of_size, title), workdir, formats)
         regimes = [_caption(ability, study) for ability, study in of_size.items()]
         texts = beside_text.lines(of_size, studies)
-        links = [f"{ability}: reports/{study.stem}.md" for ability, study in of_size.items()]
+        links = Links([(ability, f"{quote(study.stem)}.md", "") for ability, study in of_size.items()])
         sections: list[Section] = [
+            ("", [f"{title}."]),
             ("All abilities", [found, image, _NOTE, columns, regimes]),
             ("Does it predict text?", [beside_text.NOTE, texts] if texts else []),
             ("The report of each ability", [links]),
@@ -54,19 +61,27 @@ def write(
 @styled
 def draw(of_size: Mapping[str, Study], title: str = TITLE, marked: Collection[str] = ()) -> Figure:
     """Draws a panel for each ability: every design with its seeds, floor and ceiling; some stand out."""
-    caption = "\n".join(textwrap.fill(_caption(ability, study), 120) for ability, study in of_size.items())
-    figure = drawing.framed(title, caption, 3.6 * len(of_size))
-    parts = np.ravel(figure.subfigures(len(of_size), 1, squeeze=False))
+    caption = "\n".join(_caption(ability, study) for ability, study in of_size.items())
+    heights = [_height(study) for study in of_size.values()]
+    subtitle = "Mean and 95 % t interval by ability, every dot a seed"
+    figure = drawing.framed(title, subtitle, caption, sum(heights))
+    parts = np.ravel(figure.subfigures(len(of_size), 1, height_ratios=heights, squeeze=False))
     for part, (ability, study) in zip(parts, of_size.items(), strict=True):
         axes = part.subplots()
         drawing.draw_values(axes, study)
         axes.set_ylabel(textwrap.fill(axes.get_ylabel(), 32))
         for place, label in enumerate(study.points):
             if label in marked and drawing.places_of(study) is None:  # a point for each place
-                axes.axvspan(place - 0.4, place + 0.4, color="#F0E442", alpha=0.3, lw=0, zorder=0)
-                axes.get_xticklabels()[place].set_fontweight("bold")
-        part.suptitle(ability, fontsize=12)
+                axes.axhspan(place - 0.4, place + 0.4, color="#F0E442", alpha=0.3, lw=0, zorder=0)
+                axes.get_yticklabels()[place].set_fontweight("bold")
+        part.suptitle(ability, fontsize=11)
     return figure
+
+
+def _height(study: Study) -> float:
+    if drawing.places_of(study) is None:
+        return 0.3 + drawing.categories_height(list(study.points))
+    return 3.4
 
 
 def _caption(ability: str, study: Study) -> str:

@@ -6,18 +6,22 @@ can be compared.
 """
 
 import dataclasses
+import textwrap
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from experiments.reporting import claims, drawing, paper_tables, tables
+from experiments.reporting import captions, claims, drawing, judging, paper_tables, placing, tables
+from mobilellm_jax.analysis.answer import answer
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.study import Study, study_of
 from mobilellm_jax.analysis.wording import format_estimate
 
-ROOM = 38  # characters of tick labels that fit side by side below a panel of half the width
+_TITLE = {"fontsize": 9, "color": "0.3", "loc": "left"}
 
 
 @drawing.styled
@@ -30,32 +34,45 @@ def draw(study: Study) -> Figure | None:
     groups = accuracies(study.facts.study)
     if not groups:
         return None
+    title = "\n".join(": ".join(of) for of in judged(study)) or answer(study)
     arm, study = _first_arm(study)
     facts = study.facts
     source = paper_tables.SOURCES[facts.study]
-    notes = [claim.note for claim in claims.CLAIMS if claim.study == facts.study and claim.note]
     first = (
         f"The paper ({source.what}): average zero-shot accuracy on eight tasks after {source.tokens} "
-        f"training tokens, one run of each model at one learning rate. {' '.join(notes)}"
+        f"training tokens, one run of each model at one learning rate."
     )
-    sides = [*([row.label for row in rows] for rows in groups.values()), list(study.points)]
-    is_slanted = source.x is None and any(drawing.categories(side, ROOM)[1] for side in sides)
-    height = 4.2 + (0.04 * max(len(label) for side in sides for label in side) if is_slanted else 0)
-    figure = drawing.framed(facts.question, drawing.caption(study, first), height)
-    left, right = figure.subfigures(1, 2)
+    is_across = source.x is None
+    labels = [[row.label for row in rows] for rows in groups.values()]
+    heights = [drawing.categories_height(of) + 0.2 if is_across else 2.1 for of in labels]
+    heights.append(drawing.categories_height(list(study.points)) + 0.5 if is_across else 2.9)
+    side = "to the right" if is_across else "up"
+    subtitle = f"Above: the paper. Below: ours. Better is further {side} in every panel"
+    figure = drawing.framed(title, subtitle, captions.caption(study, first), sum(heights))
+    parts = np.ravel(figure.subfigures(len(heights), 1, height_ratios=heights))
     ours = drawing.series_of(study) or [""]
     lines = dict.fromkeys([*(row.series for rows in groups.values() for row in rows), *ours])
     looks = {line: drawing.look(index) for index, line in enumerate(lines)}
     is_stairs = len(facts.pairs) > 1 and all(a[0] == b[1] for a, b in pairwise(facts.pairs))
-    _draw_paper(left, groups, looks, facts.x["label"] if facts.x else "", is_stairs)
-    axes = right.subplots()
-    drawing.draw_values(axes, study, looks, ROOM, is_reversed=True)
-    up = "up is better" if MEASURES[facts.metric].is_share else "axis reversed: up is better"
+    _draw_paper(parts[:-1], groups, looks, facts.x["label"] if facts.x else "", is_stairs, heights)
+    axes = parts[-1].subplots()
+    drawing.draw_values(axes, study, looks, is_reversed=True, height=2.1)
+    reversed_axis = "" if MEASURES[facts.metric].is_share else "; axis reversed"
     under = f", {arm}" if arm else ""
-    axes.set_title(f"ours, {facts.preset}{under}; {up}\n{axes.get_title()}", fontsize=10, color="0.25")
+    said = f"ours, {facts.preset}{under}: {captions.bars(study)}{reversed_axis}"
+    axes.set_title(textwrap.fill(said, 56), **_TITLE)
     if is_stairs:
         _climb(axes, study)
     return figure
+
+
+def judged(study: Study) -> list[tuple[str, str]]:
+    """The paper's claims that the study tests, without full stops, each with our judgement."""
+    return [
+        (claim.text.removesuffix("."), judgement.word)
+        for claim in claims.CLAIMS
+        if claim.study == study.facts.study and (judgement := judging.judgement(claim, study))
+    ]
 
 
 def _first_arm(study: Study) -> tuple[str | None, Study]:
@@ -76,8 +93,8 @@ def _without(arm: str, x: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def table(study: Study) -> tables.Columns:
-    """The paper's rows, and our points below them; {} for a study that is not in the paper."""
-    rows = _rows(study)
+    """Our points, and the paper's rows below them; {} for a study that is not in the paper."""
+    rows = sorted(_rows(study), key=lambda row: row["of"] != "ours")  # ours first: the paper has up to 30
     metric, found = study.facts.metric, study.verdict
     if not rows:
         return {}
@@ -163,57 +180,84 @@ def _size(printed: str | None, count: int | None) -> str:
 
 
 def _draw_paper(
-    panel: SubFigure,
+    panels: Sequence[SubFigure],
     groups: dict[str, list[paper_tables.Row]],
     looks: dict[str, dict[str, Any]],
     x_label: str,
     is_stairs: bool,
+    heights: Sequence[float],
 ) -> None:
     """Draws a panel for each size group; all have the same scale, so that steps can be compared."""
     every = [[row.accuracy or 0.0 for row in rows] for rows in groups.values()]
-    span = 1.3 * max(max(values) - min(values) for values in every)
-    panels = panel.subplots(len(groups), 1, squeeze=False)[:, 0]
-    for axes, (group, rows), values in zip(panels, groups.items(), every, strict=True):
-        numeric = [row.x for row in rows if row.x is not None]
-        for line in dict.fromkeys(row.series for row in rows):
-            of_line = [row for row in rows if row.series == line]
-            places = [row.x for row in of_line] if numeric else list(range(len(of_line)))
-            look = looks[line] if numeric else looks[line] | {"ls": "none"}
-            axes.plot(places, [row.accuracy for row in of_line], **look, ms=7, lw=1.5)
-        if is_stairs:
-            axes.step(range(len(values)), values, where="mid", color="0.5", lw=1.2)
-            for place, (before, after) in enumerate(pairwise(values), start=1):
-                above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 9}
-                axes.annotate(f"{after - before:+.1f}", (place, after), **above)
-        if numeric:
-            drawing.log_axis(axes, numeric, ROOM)
-        else:
-            drawing.category_axis(axes, [row.label for row in rows], ROOM)
+    reach = 1.4 * max(max(values) - min(values) for values in every)
+    for panel, (group, rows), values, height in zip(panels, groups.items(), every, heights, strict=False):
+        axes = panel.subplots()
         middle = (max(values) + min(values)) / 2
-        axes.set_ylim(middle - span / 2, middle + span / 2)
-        axes.margins(x=0.08)
-        axes.set_title(f"the paper, {group}".removesuffix(", "), fontsize=10, color="0.25")
-        if axes is not panels[-1] and not numeric:
-            axes.tick_params(axis="x", labelbottom=False)
-    panels[-1].set_xlabel(x_label)
-    panel.supylabel("average zero-shot accuracy (%)", fontsize=11)
+        limits = middle - reach / 2, middle + reach / 2
+        axes.set_title(f"the paper, {group}".removesuffix(", "), **_TITLE)
+        if any(row.x is not None for row in rows):
+            ends = _draw_lines(axes, rows, looks)
+            axes.set_ylim(limits)
+            axes.margins(x=0.08)
+            axes.set_ylabel("accuracy (%)")
+            axes.set_xlabel(x_label)
+            if len(ends) > 1:
+                placing.label_ends(axes, ends, looks, height - 0.8)
+        else:
+            drawing.category_axis(axes, [row.label for row in rows])
+            axes.plot(values, range(len(values)), **looks[rows[0].series] | {"ls": "none"}, ms=7)
+            axes.set_xlim(limits)
+            axes.set_xlabel("average zero-shot accuracy (%)")
+            if is_stairs:
+                _stairs(axes, list(enumerate(values)))
+                for place, (before, after) in enumerate(pairwise(values), start=1):
+                    _beside(axes, (before, after), place, f"{after - before:+.1f}", "0.2")
+
+
+def _draw_lines(
+    axes: Axes, rows: Sequence[paper_tables.Row], looks: dict[str, dict[str, Any]]
+) -> dict[str, tuple[float, float]]:
+    """Draws accuracies over x, and returns the end of each line on the right."""
+    ends = {}
+    for line in dict.fromkeys(row.series for row in rows):
+        of_line = [(row.x, row.accuracy) for row in rows if row.series == line]
+        axes.plot(*zip(*of_line, strict=True), **looks[line], ms=6, lw=1.5)
+        ends[line] = max((x or 0.0, accuracy or 0.0) for x, accuracy in of_line)
+    drawing.log_axis(axes, [row.x for row in rows if row.x is not None])
+    return ends
+
+
+def _stairs(axes: Axes, steps: Sequence[tuple[int, float]]) -> None:
+    """Joins values at rows by steps half-way between the rows."""
+    for (row, value), (next_row, next_value) in pairwise(steps):
+        middle = (row + next_row) / 2
+        places = [(value, row), (value, middle), (next_value, middle), (next_value, next_row)]
+        axes.plot(*zip(*places, strict=True), color="0.5", lw=1.2, zorder=1)
+
+
+def _beside(axes: Axes, values: Sequence[float], row: int, text: str, color: str) -> None:
+    """Writes a change at the second of `values`, on the side that its step does not come from."""
+    left, right = axes.get_xlim()
+    is_right = (values[1] >= values[0]) == (right > left)
+    at = {"ha": "left" if is_right else "right", "va": "bottom", "fontsize": 8.5, "color": color}
+    offset = {"xytext": (5 if is_right else -5, 3), "textcoords": "offset points"}
+    axes.annotate(text, (values[1], row), **at, **offset, path_effects=drawing.HALO)
 
 
 def _climb(axes: Axes, study: Study) -> None:
-    """Joins our points to a staircase, and writes the change at every step below it, with its verdict.
+    """Joins our points to a staircase, and writes the change at every step, with its verdict.
 
     A step of which a point is missing is left out.
     """
-    low, high = axes.get_ylim()
-    axes.set_ylim(low - 0.25 * (high - low), high)
     points, metric, found = list(study.points), study.facts.metric, study.verdict
+    left, right = axes.get_xlim()
+    axes.set_xlim(left - 0.25 * (right - left), right + 0.25 * (right - left))  # room for the words
     for comparison in found.comparisons:
         if comparison.difference is not None:
             ends = comparison.other, comparison.point
-            places = [points.index(point) for point in ends]
+            rows = [points.index(point) for point in ends]
             means = [drawing.shown(metric, found.estimates[point].mean) for point in ends]
-            axes.step(places, means, where="mid", color="0.5", lw=1.2)
+            _stairs(axes, list(zip(rows, means, strict=True)))
             change = f"{comparison.difference.mean * MEASURES[metric].scale:+.2g}"
-            said = {"ha": "center", "va": "bottom", "fontsize": 9, "color": drawing.WORDS[comparison.word][1]}
-            text = f"{change}\n{comparison.word}".replace("cannot tell", "cannot\ntell")
-            axes.text(places[1], 0.02, text, transform=axes.get_xaxis_transform(), **said)
+            color = drawing.WORDS[comparison.word][1]
+            _beside(axes, means, rows[1], f"{change}, {comparison.word}", color)

@@ -103,6 +103,7 @@ CLAIMS = (
         "Layer sharing improves the published models as well.",
         "tables 3 and 9",
         "mobilellm",
+        (("*MobileLLM-LS-125M", "*MobileLLM-125M"), ("*MobileLLM-LS-350M", "*MobileLLM-350M")),  # and twins
         (("MobileLLM-LS-125M", "MobileLLM-125M"), ("MobileLLM-LS-350M", "MobileLLM-350M")),
     ),
 )

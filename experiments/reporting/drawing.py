@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -11,16 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullLocator
-from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
-from experiments.reporting import tables
-from mobilellm_jax.analysis.comparable import data_card, text_name
+from experiments.reporting import placing
 from mobilellm_jax.analysis.facts import Point
 from mobilellm_jax.analysis.measures import MEASURES
-from mobilellm_jax.analysis.records import Record, span
+from mobilellm_jax.analysis.records import Record
 from mobilellm_jax.analysis.statistics import Estimate
 from mobilellm_jax.analysis.study import Study
 
@@ -35,9 +33,14 @@ WORDS = {  # colour, colour of text, marker and its inside
     "no difference": ("#000000", "#000000", "s", "#000000"),
     "cannot tell": ("0.5", "0.35", "o", "white"),
 }
-WIDTH = 9.2  # inches; shown 800 pixels wide, 10 points are 12 pixels
+# Inches: on a phone, 358 pixels wide, 10 points are 10 pixels. So panels stand below each other.
+WIDTH, DPI = 4.9, 150
 STYLE = {
-    "font.size": 11,
+    "figure.dpi": DPI,
+    "font.size": 10,
+    "axes.labelsize": 9.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.grid": True,
@@ -47,14 +50,16 @@ STYLE = {
     "svg.hashsalt": "mobilellm_jax",  # else names of clip paths are random
     "pdf.fonttype": 42,  # TrueType: some publishers refuse matplotlib's Type 3
 }
+HALO = [withStroke(linewidth=2.5, foreground="white")]  # of text over lines
 styled = matplotlib.style.context(["default", STYLE])
 
 
 @styled
 def render(figure: Figure) -> bytes:
     """Encodes a figure as PNG; equal figures give equal bytes."""
+    _settle(figure)
     drawn, small = BytesIO(), BytesIO()
-    figure.savefig(drawn, format="png", dpi=150)
+    figure.savefig(drawn, format="png", dpi=DPI)
     # 255 colours look the same at a third of the size; this also drops matplotlib's version metadata.
     Image.open(drawn).convert("RGB").quantize(255).save(small, "png", optimize=True)
     return small.getvalue()
@@ -87,38 +92,39 @@ def _with_plain_ids(svg: bytes) -> bytes:
     return svg
 
 
+def unbroken(text: str) -> str:
+    """Keeps names in quotes, as '4 x 48', on one line, up to 28 characters."""
+    return re.sub(r"'[^']{1,28}'", lambda name: name[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+
+
 @styled
-def framed(title: str, caption: str, height: float) -> Figure:
-    """Creates a figure with `height` inches between title and caption."""
-    title = textwrap.fill(title, 80)
-    above, below = 0.12 + 0.25 * (title.count("\n") + 1), 0.15 + 0.175 * (caption.count("\n") + 1)
+def framed(title: str, subtitle: str, caption: str, height: float, width: float = WIDTH) -> Figure:
+    """Creates a figure with `height` inches between the lines above and the caption.
+
+    Args:
+      title: what is found.
+      subtitle: what is drawn: measure, unit, number of seeds.
+    """
+    title, subtitle, caption = (
+        "\n".join(
+            textwrap.fill(line, round(room * width / WIDTH), break_on_hyphens=False)
+            for line in text.splitlines()
+        )
+        for text, room in ((unbroken(title), 50), (subtitle, 70), (caption, 80))
+    )
+    below_title = 0.1 + 0.205 * (title.count("\n") + 1)
+    above = below_title + (0.06 + 0.16 * (subtitle.count("\n") + 1) if subtitle else 0)
+    below = 0.12 + 0.15 * (caption.count("\n") + 1) if caption else 0.05
     total = above + height + below
-    figure = Figure(figsize=(WIDTH, total))
+    figure = Figure(figsize=(width, total))
     FigureCanvasAgg(figure)
     room = (0, below / total, 1, height / total)
     figure.set_layout_engine(ConstrainedLayoutEngine(rect=room, w_pad=0.08, h_pad=0.06))
-    figure.text(0.01, 0.07 / total, caption, fontsize=9, color="0.25", linespacing=1.3)
-    figure.text(0.5, 1 - 0.1 / total, title, fontsize=13, ha="center", va="top")
+    figure.text(0.02, 0.07 / total, caption, fontsize=8, color="0.25", linespacing=1.3)
+    at = {"ha": "left", "va": "top"}
+    figure.text(0.02, 1 - 0.08 / total, title, fontsize=11.5, fontweight="bold", **at)
+    figure.text(0.02, 1 - below_title / total, subtitle, fontsize=9, color="0.3", **at)
     return figure
-
-
-@styled
-def beside_legend(labels: Iterable[str]) -> tuple[Figure, Axes]:
-    """Creates a figure that is high enough for a legend with these labels to the right of the axes."""
-    figure = Figure(figsize=(WIDTH, max(4.2, 0.4 + legend_height(labels))))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
-    return figure, figure.subplots()
-
-
-def legend_height(labels: Iterable[str]) -> float:
-    """Height in inches of a legend in small print."""
-    return 0.165 * sum(1.25 + label.count("\n") for label in labels)
-
-
-def legend(point: str, note: str = "") -> str:
-    """Label of a point in a legend beside the axes, wrapped."""
-    return textwrap.fill(point + (f" ({note})" if note else ""), 30)
 
 
 def look(index: int) -> dict[str, Any]:
@@ -140,6 +146,11 @@ def absent(runs: Sequence[Record]) -> str:
     return ", ".join(f"{count} of {len(runs)} {word}" for word, count in counts.items() if count)
 
 
+def are_equal(costs: Collection[float]) -> bool:
+    """True for costs that differ by less than 2 %: a figure says nothing about them."""
+    return not costs or max(costs) <= 1.02 * min(costs)
+
+
 def apart(values: Iterable[float], factor: float) -> list[float]:
     """Sorts the values, and drops those that are less than `factor` times the last one kept."""
     kept: list[float] = []
@@ -148,7 +159,7 @@ def apart(values: Iterable[float], factor: float) -> list[float]:
     return kept
 
 
-def log_axis(axes: Axes, values: Sequence[float], room: int = 90) -> None:
+def log_axis(axes: Axes, values: Sequence[float], room: int = 50) -> None:
     """Makes the x axis logarithmic, with a label at each value that fits; the axis has `room` characters."""
     axes.set_xscale("log", base=2)
     places = apart(values, max(1.01, (max(values) / min(values)) ** (2.7 / room)))
@@ -156,18 +167,15 @@ def log_axis(axes: Axes, values: Sequence[float], room: int = 90) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def categories(labels: Sequence[str], room: int) -> tuple[list[str], bool]:
-    """Wraps tick labels for an axis of `room` characters; the flag is True if they must be slanted to fit."""
-    each = room // len(labels)
-    is_slanted = max(len(word) for label in labels for word in label.split()) > each
-    return [label if is_slanted else textwrap.fill(label, each) for label in labels], is_slanted
+def category_axis(axes: Axes, labels: Sequence[str]) -> None:
+    """Labels the ticks 0, 1, 2, ... of a y axis, the first at the top."""
+    axes.set_yticks(range(len(labels)), [textwrap.fill(label, 20) for label in labels])
+    axes.set_ylim(len(labels) - 0.5, -0.5)
 
 
-def category_axis(axes: Axes, labels: Sequence[str], room: int) -> None:
-    """Labels the ticks 0, 1, 2, ... of an x axis of `room` characters."""
-    labels, is_slanted = categories(labels, room)
-    slant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_slanted else {}
-    axes.set_xticks(range(len(labels)), labels, fontsize=10, **slant)
+def categories_height(labels: Sequence[str]) -> float:
+    """Height in inches of axes with such categories."""
+    return 0.8 + sum(0.16 + 0.15 * (1 + textwrap.fill(label, 20).count("\n")) for label in labels)
 
 
 def series_of(study: Study) -> list[str]:
@@ -193,94 +201,122 @@ def draw_point(
     estimate: Estimate,
     looks: Mapping[str, Any],
     shift: float = 0.0,
+    is_across: bool = False,
 ) -> None:
-    """Draws the mean with its interval, and the seeds beside it, clear of the error bar.
+    """Draws the mean with its interval, and every seed beside it, clear of the error bar.
 
-    `shift` to the right, in points (1/72 inch), separates points at the same place.
+    Args:
+      shift: to the right, in points (1/72 inch), which separates points at the same place.
+      is_across: the values are on the x axis, and `place` is on the y axis.
     """
-    metric = point.comparison[0].metric
-    half = None if estimate.half_width is None else estimate.half_width * MEASURES[metric].scale
-    mean, at = shown(metric, estimate.mean), {"transform": moved(axes, shift)} if shift else {}
-    axes.errorbar(place, mean, half, **looks, ms=7, capsize=4, **at)
-    seeds = [shown(metric, score) for score in point.scores.values()]
-    ends = mean - (half or 0), mean + (half or 0), *seeds
-    axes.update_datalim(
-        [(place, end) for end in ends]
-    )  # a shifted artist does not extend the limits by itself
-    dots = {"color": looks["color"], "ms": 5, "alpha": 0.6, "transform": moved(axes, shift + 7)}
-    axes.plot([place] * len(seeds), seeds, ".", **dots)
-
-
-def moved(axes: Axes, by: float) -> Any:
-    """Data transform, shifted to the right by points (1/72 inch)."""
-    return axes.transData + ScaledTranslation(by / 72, 0, axes.figure.dpi_scale_trans)
+    measure = MEASURES[point.comparison[0].metric]
+    half = None if estimate.half_width is None else estimate.half_width * measure.scale
+    mean = measure.shown(estimate.mean)
+    low, high = mean - (half or 0), mean + (half or 0)
+    if measure.is_share:  # a t interval knows no bounds
+        low, high = max(low, min(0.0, mean)), min(high, max(100.0, mean))
+    bars = None if half is None else [[mean - low], [high - mean]]
+    seeds = [measure.shown(score) for score in point.scores.values()]
+    dots = {"color": looks["color"], "ms": 8, "alpha": 0.75, "mew": 0}
+    if is_across:
+        axes.errorbar(mean, place, xerr=bars, **looks, ms=6.5, capsize=3.5)
+        axes.plot(seeds, [place] * len(seeds), ".", **dots, transform=placing.moved(axes, 0, -7))
+        axes.update_datalim([(end, place) for end in (low, high, *seeds)])
+        return
+    at = {"transform": placing.moved(axes, shift)} if shift else {}
+    axes.errorbar(place, mean, bars, **looks, ms=6.5, capsize=3.5, **at)
+    # A shifted artist does not extend the limits by itself.
+    axes.update_datalim([(place, end) for end in (low, high, *seeds)])
+    axes.plot([place] * len(seeds), seeds, ".", **dots, transform=placing.moved(axes, shift + 7))
 
 
 def draw_values(
     axes: Axes,
     study: Study,
     looks: Mapping[str, Mapping[str, Any]] | None = None,
-    room: int = 90,
     is_reversed: bool = False,
+    height: float = 2.6,
 ) -> None:
-    """Draws the final values of every point: as lines over x, as points over x or as categories.
+    """Draws the final values of every point: as lines over x, as points over x, or across as categories.
 
     Args:
       looks: style of each line by series ("" if there is only one), for points that are joined to lines.
         None: one style for each line in a study of several lines, else one for each point.
-      room: characters that fit side by side below the axis.
-      is_reversed: invert the y axis where lower values are better, so that they are above.
+      is_reversed: invert the axis of the values where lower ones are better, so that these are further up, or
+        to the right.
+      height: of the axes in inches, about.
     """
     measure, places, lines = MEASURES[study.facts.metric], places_of(study), series_of(study)
     of_lines = looks or {line: look(index) for index, line in enumerate(lines)}
-    if places is None:
-        _draw_points(axes, study, {label: i for i, label in enumerate(study.points)}, looks and looks[""])
-        category_axis(axes, list(study.points), room)
+    is_across = places is None
+    if is_across:
+        _draw_points(
+            axes, study, {label: i for i, label in enumerate(study.points)}, looks and looks[""], True
+        )
+        category_axis(axes, list(study.points))
+    elif of_lines:
+        ends = _draw_lines(axes, study, places, lines or [""], of_lines)
     else:
-        if of_lines:
-            _draw_lines(axes, study, places, lines or [""], of_lines)
-        else:
-            _draw_points(axes, study, places)
-        _label_x_axis(axes, study, places, room)
-    axes.margins(x=0.08, y=0.08)
+        _draw_points(axes, study, places)
+    if places is not None:
+        _label_x_axis(axes, study, places)
+    values, margins = ("x", {"x": 0.08}) if is_across else ("y", {"x": 0.08, "y": 0.08})
+    axes.margins(**margins)
     if is_reversed and not measure.is_share:
-        axes.invert_yaxis()
+        axes.invert_xaxis() if is_across else axes.invert_yaxis()
+    get, put = getattr(axes, f"get_{values}lim"), getattr(axes, f"set_{values}lim")
     if any(absent(point.comparison) for point in study.points.values()):  # room for their marks
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high + 0.22 * (high - low))
-    _draw_ends(axes, study)
+        low, high = get()
+        put(low, high + 0.22 * (high - low))
+    _draw_ends(axes, study, values)
     if measure.is_share:  # the room above 100 % is for the marks
-        axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 100])
-    axes.set_ylabel(measure.axis)
-    axes.set_title(_bars(axes, study), fontsize=10, color="0.25")
+        ticks = [tick for tick in getattr(axes, f"get_{values}ticks")() if 0 <= tick <= 100]
+        getattr(axes, f"set_{values}ticks")(ticks)
+    getattr(axes, f"set_{values}label")(measure.axis)
+    if not study.verdict.estimates:
+        getattr(axes, f"set_{values}ticks")([])
     if places and lines:
-        handles = [Line2D([], [], **of_lines[line], label=line) for line in lines]
-        axes.legend(handles=handles, fontsize=9, handlelength=4)
+        placing.label_ends(axes, ends, of_lines, height)
 
 
-def _draw_ends(axes: Axes, study: Study) -> None:
-    """Draws the best value of a task's measure, and that of nothing learned, where the axis reaches them."""
-    metric, limits = study.facts.metric, axes.get_ylim()
+def _draw_ends(axes: Axes, study: Study, values: str) -> None:
+    """Draws the best value of a task's measure, and that of nothing learned, where the axis reaches them.
+
+    `values` is the axis of the values, "x" or "y".
+    """
+    metric, limits = study.facts.metric, getattr(axes, f"get_{values}lim")()
     known = [run.measures for run in study.runs if run.measures is not None]
+    look = {"color": "0.45", "ls": (0, (2, 2)), "lw": 1.2}
+    beside = {"fontsize": 8.5, "color": "0.35"}
     for name in ("floor", "ceiling"):
         ends = {shown(metric, of[name][metric]) for of in known if metric in of[name]}
         for end in ends if len(ends) == 1 else ():
-            if min(limits) <= end <= max(limits):
-                axes.axhline(end, color="0.45", ls=(0, (2, 2)), lw=1.2)
-                beside = {"transform": axes.get_yaxis_transform(), "fontsize": 9, "color": "0.35"}
-                axes.text(1.0, end, f" {name}", va="center", ha="left", **beside)
-    axes.set_ylim(limits)
+            if not min(limits) <= end <= max(limits):
+                continue
+            if values == "x":
+                axes.axvline(end, **look)
+                axes.text(
+                    end, 1.0, name, va="bottom", ha="center", transform=axes.get_xaxis_transform(), **beside
+                )
+            else:
+                axes.axhline(end, **look)
+                axes.text(1.0, end, f" {name}", va="center", transform=axes.get_yaxis_transform(), **beside)
+    getattr(axes, f"set_{values}lim")(limits)
 
 
 def _draw_points(
-    axes: Axes, study: Study, places: Mapping[str, float], same: Mapping[str, Any] | None = None
+    axes: Axes,
+    study: Study,
+    places: Mapping[str, float],
+    same: Mapping[str, Any] | None = None,
+    is_across: bool = False,
 ) -> None:
     """Draws every point at its place, each in its own style or all in the same one."""
     for index, (label, point) in enumerate(study.points.items()):
         mine = same or look(index)
         if estimate := study.verdict.estimates.get(label):
-            draw_point(axes, places[label], point, estimate, mine)
-        _mark_absent(axes, places[label], point, mine["color"])
+            draw_point(axes, places[label], point, estimate, mine, is_across=is_across)
+        _mark_absent(axes, places[label], point, mine["color"], is_across)
 
 
 def _draw_lines(
@@ -289,79 +325,51 @@ def _draw_lines(
     places: Mapping[str, float],
     lines: Sequence[str],
     looks: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Draws the points of each line joined; lines that share a place are side by side there."""
+) -> dict[str, tuple[float, float]]:
+    """Draws the points of each line joined, and returns the line's end on the right.
+
+    Lines that share a place are side by side there.
+    """
     last: dict[str, tuple[float, float]] = {}
+    ends: dict[str, tuple[float, float]] = {}
     for label, point in study.points.items():
         line, place = (point.x or {}).get("series", ""), places[label]
-        shift = 12.0 * (lines.index(line) - (len(lines) - 1) / 2)
+        shift = 10.0 * (lines.index(line) - (len(lines) - 1) / 2)
         mine = looks[line]
         if estimate := study.verdict.estimates.get(label):
             draw_point(axes, place, point, estimate, mine, shift)
             end = place, shown(study.facts.metric, estimate.mean)
             if line in last:
                 xs, ys = zip(last[line], end, strict=True)
-                axes.plot(xs, ys, color=mine["color"], ls=mine["ls"], lw=1.5, transform=moved(axes, shift))
+                axes.plot(
+                    xs, ys, color=mine["color"], ls=mine["ls"], lw=1.5, transform=placing.moved(axes, shift)
+                )
             last[line] = end
+            ends[line] = max(ends.get(line, end), end)
         _mark_absent(axes, place, point, mine["color"])
+    return ends
 
 
-def _mark_absent(axes: Axes, place: float, point: Point, color: str) -> None:
-    """Marks a point of which runs are missing with a cross at the top and their count."""
-    if gone := absent(point.comparison):
-        at_top = axes.get_xaxis_transform()
-        axes.plot(place, 0.97, "x", color=color, ms=9, mew=2, transform=at_top, clip_on=False)
-        axes.text(place, 0.92, gone, ha="center", va="top", fontsize=9, transform=at_top)
+def _mark_absent(axes: Axes, place: float, point: Point, color: str, is_across: bool = False) -> None:
+    """Marks a point of which runs are missing with a cross at the far end of the values, and their count."""
+    if not (gone := absent(point.comparison)):
+        return
+    look = {"color": color, "ms": 8, "mew": 2, "clip_on": False}
+    if is_across:
+        axes.plot(0.97, place, "x", **look, transform=axes.get_yaxis_transform())
+        axes.text(
+            0.94, place, gone, ha="right", va="center", fontsize=8.5, transform=axes.get_yaxis_transform()
+        )
+    else:
+        axes.plot(place, 0.97, "x", **look, transform=axes.get_xaxis_transform())
+        text = textwrap.fill(gone, 10)
+        axes.text(
+            place, 0.92, text, ha="center", va="top", fontsize=8.5, transform=axes.get_xaxis_transform()
+        )
 
 
-def _label_x_axis(axes: Axes, study: Study, places: Mapping[str, float], room: int) -> None:
+def _label_x_axis(axes: Axes, study: Study, places: Mapping[str, float]) -> None:
     x = study.facts.x or {}
     axes.set_xlabel(str(x["label"]))
     if x["log"]:
-        log_axis(axes, list(places.values()), room)
-
-
-def _bars(axes: Axes, study: Study) -> str:
-    """Describes the error bars; "no run finished" if there are none."""
-    estimates = study.verdict.estimates.values()
-    if not estimates:
-        axes.set_yticks([])
-        return "no run finished"
-    if all(estimate.n == 1 for estimate in estimates):
-        return "no intervals: one seed"
-    return "mean, 95 % t interval; dots are seeds"
-
-
-def caption(study: Study, first: str = "") -> str:
-    """Text below a figure: `first`, the scale of the runs, and the first four warnings."""
-    warnings = study.verdict.warnings
-    notes = [first, f"Ours: {_scale(study)}"] if first else [_scale(study)]
-    notes += [f"Warning: {warning}" for warning in warnings[:4]]
-    if len(warnings) > 4:
-        notes.append(f"And {len(warnings) - 4} more warnings, in the report.")
-    return "\n".join(textwrap.fill(note, 128, break_on_hyphens=False) for note in notes)
-
-
-def _scale(study: Study) -> str:
-    runs = study.runs
-    compared = [run for run in runs if run.phase == "comparison"] or runs
-    ended = [run for run in compared if run.status == "finished"] or compared
-
-    def size(values: Iterable[float]) -> str:
-        return span(values, tables.quantity)
-
-    def known(name: str, digits: int) -> str:
-        return ", ".join(sorted({str(r.data[name])[:digits] for r in runs if name in r.data})) or "unknown"
-
-    seeds = size([e.n for e in study.verdict.estimates.values()] or [len({run.seed for run in compared})])
-    parts = [
-        f"{size(r.parameters['total'] for r in runs)} parameters "
-        f"({size(r.parameters['non_embedding'] for r in runs)} non-embedding)",
-        f"vocabulary of {known('vocab_size', 9)}",
-        f"{size(r.tokens_seen for r in ended)} training tokens in {size(r.steps for r in ended)} steps",
-        f"data: {', '.join(sorted({text_name(data_card(r)) for r in ended}))} "
-        f"(sha256 {known('source_sha256', 8)})",
-        f"{seeds} seed{'' if seeds == '1' else 's'}",
-        f"device: {', '.join(sorted({run.device_name for run in runs}))}",
-    ]
-    return f"{'; '.join(parts)}. {tables.head(study)[1]}"
+        log_axis(axes, list(places.values()))

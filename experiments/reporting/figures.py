@@ -24,17 +24,28 @@ from collections.abc import Collection, Mapping
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from experiments.reporting import beside_paper, drawing, latex, layers, loops, pareto, tables
-from experiments.reporting.drawing import WORDS, styled
+from experiments.reporting import (
+    beside_paper,
+    captions,
+    drawing,
+    latex,
+    layers,
+    loops,
+    numerals,
+    pareto,
+    placing,
+    tables,
+    titles,
+)
+from experiments.reporting.drawing import HALO, WORDS, styled
+from mobilellm_jax.analysis.answer import answer
 from mobilellm_jax.analysis.facts import Facts
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import Record, by_study, read_records
 from mobilellm_jax.analysis.study import Study, study_of
 from mobilellm_jax.analysis.verdicts import Comparison
-from mobilellm_jax.analysis.wording import phrase
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
 
@@ -127,92 +138,106 @@ def save(
 @styled
 def outcome(study: Study) -> Figure:
     """Draws the final values of every point above, and the differences of pairs below."""
-    facts, comparisons = study.facts, study.verdict.comparisons
-    rows = [_pair(comparison) for comparison in comparisons]
-    said = [textwrap.fill(phrase(comparison, facts.metric), 30) for comparison in comparisons]
-    labels, is_slanted = drawing.categories(list(study.points), 90)
-    is_slanted = is_slanted and drawing.places_of(study) is None
-    heights = [3.5 + (0.035 * max(map(len, labels)) if is_slanted else 0)]  # inches
+    comparisons = study.verdict.comparisons
+    rows = [textwrap.fill(drawing.unbroken(titles.says(c, study)), 72) for c in comparisons]
+    labels = list(study.points)
+    heights = [drawing.categories_height(labels) if drawing.places_of(study) is None else 3.0]  # inches
     if rows:
-        lines = [max(text.count("\n") for text in texts) + 1 for texts in zip(rows, said, strict=True)]
-        heights.append(1.15 + sum(0.14 + 0.17 * n for n in lines))
-    figure = drawing.framed(facts.question, drawing.caption(study), sum(heights))
-    # Each panel in a figure of its own: the long labels of the lower one would narrow the upper one.
+        lines = max(row.count("\n") for row in rows) + 1
+        heights.append(1.05 + len(rows) * (0.27 + 0.16 * lines))
+    figure = drawing.framed(answer(study), captions.measured(study), captions.caption(study), sum(heights))
+    # Each panel in a figure of its own: the long labels of one would narrow the other.
     parts = np.ravel(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False))
     drawing.draw_values(parts[0].subplots(), study)
     if rows:
-        _draw_effects(parts[1].subplots(), rows, said, comparisons, facts)
+        _draw_effects(parts[1].subplots(), rows, comparisons, study.facts)
     return figure
 
 
 @styled
 def costs(study: Study) -> Figure | None:
-    """Draws final values against parameters and against training FLOPs; None if neither differs."""
-    estimates = study.verdict.estimates
-    points = {label: study.points[label] for label in study.points if label in estimates}
+    """Draws final values against parameters and against training FLOPs, whichever differ; None if neither.
+
+    Equal values say nothing, however they are drawn.
+    """
+    estimates, order = study.verdict.estimates, list(study.points)
+    points = {label: study.points[label] for label in order if label in estimates}
     places = {
         "non-embedding parameters": {p: of.parameters["non_embedding"] for p, of in points.items()},
         "training FLOPs of a run": {
             p: max(r.tokens_seen * r.train_flops_per_token for r in of.comparison) for p, of in points.items()
         },
     }
-    if all(len(set(of_points.values())) < 2 for of_points in places.values()):
+    places = {name: of for name, of in places.items() if not drawing.are_equal(of.values())}
+    if not places:
         return None
-    order = list(study.points)
-    labels = [drawing.legend(point) for point in points]
-    text, height = drawing.caption(study), max(3.8, 0.3 + drawing.legend_height(labels))
-    panels = drawing.framed(study.facts.question, text, height).subfigures()
-    for axes, (label, of_points) in zip(panels.subplots(1, 2, sharey=True), places.items(), strict=True):
-        shifts = _side_by_side(of_points)
-        for point, place in of_points.items():
-            look = drawing.look(order.index(point))
-            drawing.draw_point(axes, place, points[point], estimates[point], look, shifts[point])
-        low, high = min(of_points.values()), max(of_points.values())
-        ratio = max(high / low, 1.1)  # at least 10 %, so that equal values look equal
+    looks = {point: drawing.look(order.index(point)) for point in points}
+    height = max(2.3, placing.labels_height(points))
+    fronts: dict[str, list[str]] = {}
+    for name, of in places.items():
+        fronts.setdefault(titles.front(of, study), []).append(name.partition(" of")[0])
+    title = "; ".join(f"{front} for their {' and '.join(names)}" for front, names in fronts.items())
+    shifts = {name: _side_by_side(of) for name, of in places.items()}
+    apart = any(shift for of in shifts.values() for shift in of.values())
+    text = captions.measured(study) + ". Designs at nearly the same x are drawn a little apart." * apart
+    total = (height + 0.6) * len(places)
+    figure = drawing.framed(title, text, captions.caption(study), total)
+    for axes, (name, of) in zip(np.ravel(figure.subplots(len(places), 1)), places.items(), strict=True):
+        for point, place in of.items():
+            drawing.draw_point(
+                axes, place, points[point], estimates[point], looks[point], shifts[name][point]
+            )
+        low, high = min(of.values()), max(of.values())
         axes.set_xscale("log", base=2)
-        axes.set_xlim(low / ratio**0.25, high * ratio**0.25)
-        ticks = drawing.apart(of_points.values(), ratio**0.3)
+        axes.set_xlim(low / (high / low) ** 0.15, high * (high / low) ** 0.15)
+        ticks = drawing.apart(of.values(), (high / low) ** 0.16)
         axes.set_xticks(ticks, [tables.quantity(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(y=0.08)
-        axes.set_xlabel(label)
-        axes.label_outer()
-        title = "nearly equal x: side by side" if any(shifts.values()) else ""
-        axes.set_title(title, fontsize=10, color="0.25")
-    panels.suptitle("mean, 95 % t interval; dots are seeds", fontsize=10, color="0.25")
-    panels.axes[0].set_ylabel(MEASURES[study.facts.metric].axis)
-    marks = [Line2D([], [], **drawing.look(order.index(point))) for point in points]
-    panels.legend(marks, labels, loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
-    return panels.figure
+        axes.set_xlabel(name)
+        axes.set_ylabel(MEASURES[study.facts.metric].axis)
+        ends = {p: (of[p], drawing.shown(study.facts.metric, estimates[p].mean)) for p in of}
+        placing.label_ends(axes, ends, looks, height, shifts=shifts[name])
+    return figure
 
 
 @styled
 def curves(study: Study) -> Figure:
     """Draws the held-out evaluations during training: each seed and the mean of every point."""
-    metric = study.facts.metric
-    labels = {label: drawing.legend(label, drawing.absent(p.comparison)) for label, p in study.points.items()}
-    figure, axes = drawing.beside_legend(labels.values())
-    late = []  # values of finished runs after the first quarter of training
-    for index, (label, point) in enumerate(study.points.items()):
-        look = drawing.look(index)
+    metric, order = study.facts.metric, list(study.points)
+    measure = MEASURES[metric]
+    notes = {label: drawing.absent(point.comparison) for label, point in study.points.items()}
+    looks = {label: drawing.look(order.index(label)) for label in order}
+    height = max(3.4, placing.labels_height(order, notes) + 0.2)
+    start = "" if measure.is_share else "; the start is cut off"
+    subtitle = f"{measure.axis[0].upper()}{measure.axis[1:]}: thick lines are means, thin ones seeds{start}"
+    figure = drawing.framed(titles.last(study), subtitle, captions.caption(study), height + 0.5)
+    axes = figure.subplots()
+    known = [curve for point in study.points.values() for run in point.finished if (curve := _curve(run))]
+    # Values of finished runs in the second half of training.
+    late = [value for curve in known for at, value in curve.items() if at >= max(curve) / 2]
+    ends: dict[str, tuple[float, float]] = {}
+    for label, point in study.points.items():
         seeds = [_curve(run) for run in point.comparison]
         finished = [_curve(run) for run in point.finished]
-        late += [value for curve in finished for at, value in curve.items() if at >= max(curve) / 4]
         for curve in seeds:
-            axes.plot(list(curve), list(curve.values()), color=look["color"], lw=0.7, alpha=0.5)
+            axes.plot(list(curve), list(curve.values()), color=looks[label]["color"], lw=0.6, alpha=0.4)
         common = sorted(set.intersection(*(set(curve) for curve in finished))) if finished else []
         means = [float(np.mean([curve[tokens] for curve in finished])) for tokens in common]
-        axes.plot(common, means, **look, ms=5, lw=1.8, label=labels[label])
-    if late and not MEASURES[metric].is_share:  # the start, or a diverging run, would squeeze the rest
+        axes.plot(common, means, **looks[label], ms=4.5, lw=1.6, label=label)
+        if common:
+            ends[label] = common[-1], means[-1]
+    if late and not measure.is_share:  # the start, or a diverging run, would squeeze the rest
         low, high = min(late), max(late)
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+        axes.set_xlim(left=0.3 * max(max(curve) for curve in known))
     axes.set_xlabel("training tokens seen")
-    axes.set_ylabel(MEASURES[metric].axis)
+    axes.set_ylabel(measure.axis)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tables.quantity(value)))
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    start = "" if MEASURES[metric].is_share else "; steep start cut off"
-    axes.set_title(f"mean; thin lines are seeds{start}", fontsize=10, color="0.25")
-    axes.figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    right, top = axes.get_xlim()[1], max(axes.get_ylim())
+    axes.set_xlim(right=right)
+    placing.label_ends(axes, {label: ends.get(label, (right, top)) for label in order}, looks, height, notes)
     return figure
 
 
@@ -223,14 +248,22 @@ def learning_rates(study: Study) -> Figure | None:
     if not searches:
         return None
     best: list[float] = []
-    figure, axes = drawing.beside_legend([drawing.legend(point) for point in searches])
+    looks = {point: drawing.look(order.index(point)) for point in searches}
+    height = max(3.4, placing.labels_height(searches) + 0.2)
     gone: dict[float, list[str]] = {}  # by rate, the colours of the points that diverged or failed
     rates = sorted({rate for tuning in searches.values() for rate, _ in tuning.curve})
+    is_lost = any(value is None for tuning in searches.values() for _, value in tuning.curve)
+    crosses = "; cross: diverged or failed" if is_lost else ""
+    subtitle = f"Held-out loss after tuning runs (nats per token); ring: rate of the comparison{crosses}"
+    figure = drawing.framed(titles.best_rates(searches), subtitle, captions.caption(study), height + 0.5)
+    axes, ends = figure.subplots(), {}
     for point, tuning in searches.items():
-        look = drawing.look(order.index(point))
+        look = looks[point]
         tried = {rate: value for rate, value in tuning.curve if value is not None}
-        axes.plot(list(tried), list(tried.values()), **look, ms=5, lw=1.5, label=drawing.legend(point))
+        axes.plot(list(tried), list(tried.values()), **look, ms=4.5, lw=1.5, label=point)
         best += [min(tried.values())] if tried else []
+        if tried:
+            ends[point] = list(tried.items())[-1]
         is_fitted = study.facts.tuning == "fitted" and tried and min(tried) <= tuning.chosen <= max(tried)
         if tuning.chosen in tried or is_fitted:  # which lies between those tried
             at = np.interp(np.log(tuning.chosen), np.log(list(tried)), list(tried.values()))
@@ -253,18 +286,18 @@ def learning_rates(study: Study) -> Figure | None:
                 axes.plot(rate, 1 - step * place, "x", color=color, ms=8, mew=2, transform=at)
     axes.set_xscale("log", base=2)
     marked = drawing.apart(rates, 1.6)  # refined rates lie too close together for a label each
-    axes.set_xticks(marked, [f"{rate:.2g}" for rate in marked], rotation=30 if len(marked) > 8 else 0)
+    axes.set_xticks(marked, [numerals.rate(rate) for rate in marked], rotation=30 if len(marked) > 8 else 0)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("learning rate")
     axes.set_ylabel(MEASURES["loss"].axis)
-    crosses = "; cross: diverged or failed" if gone else ""
-    axes.set_title(f"ring: the rate of the comparison{crosses}", fontsize=10, color="0.25")
-    axes.figure.legend(loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
+    right, top = axes.get_xlim()[1], axes.get_ylim()[1]
+    axes.set_xlim(right=right)
+    placing.label_ends(axes, {p: ends.get(p, (right, top)) for p in searches}, looks, height)
     return figure
 
 
 def _side_by_side(places: Mapping[str, float]) -> dict[str, float]:
-    """Horizontal shift of each point, since those less than 0.5 % apart would hide each other."""
+    """Horizontal shift in points of each point, since those less than 0.5 % apart would hide each other."""
     groups: list[list[str]] = []
     for point in sorted(places, key=lambda point: places[point]):
         if groups and places[point] < 1.005 * places[groups[-1][0]]:
@@ -272,16 +305,18 @@ def _side_by_side(places: Mapping[str, float]) -> dict[str, float]:
         else:
             groups.append([point])
     return {
-        point: (index - (len(group) - 1) / 2) * min(12, 130 / len(group))
+        point: (index - (len(group) - 1) / 2) * min(8, 32 / len(group))
         for group in groups
         for index, point in enumerate(group)
     }
 
 
-def _draw_effects(
-    axes: Axes, rows: list[str], said: list[str], comparisons: list[Comparison], facts: Facts
-) -> None:
-    """Draws one row for each pair. An interval far wider than all differences is clipped, with an arrow."""
+def _draw_effects(axes: Axes, rows: list[str], comparisons: list[Comparison], facts: Facts) -> None:
+    """Draws one row for each pair, with what is found of it.
+
+    An interval far wider than all differences is clipped, with an arrow. As in the panel of the values, the
+    side of the better ones is left of a loss, and right of a share of right answers.
+    """
     measure = MEASURES[facts.metric]
     scale, margin = measure.scale, measure.scale * facts.margin
     known = [c.difference for c in comparisons if c.difference]
@@ -295,44 +330,38 @@ def _draw_effects(
     pad = 0.04 * (high - low) or 1e-3
     axes.axvspan(-margin, margin, color="0.92", lw=0)
     axes.axvline(0, color="0.3", lw=1)
-    for place, comparison in enumerate(comparisons):
+    arrows = "><" if measure.is_share else "<>"  # at the low and the high end
+    for place, (row, comparison) in enumerate(zip(rows, comparisons, strict=True)):
         color, text_color, marker, fill = WORDS[comparison.word]
         difference = comparison.difference
         if difference and difference.low is not None and difference.high is not None:
             start, stop = max(scale * difference.low, low), min(scale * difference.high, high)
             axes.plot([start, stop], [place] * 2, color=color, lw=2)
             is_cut = start > scale * difference.low, stop < scale * difference.high
-            axes.plot(start, place, "<" if is_cut[0] else "|", color=color, ms=8, mew=2)
-            axes.plot(stop, place, ">" if is_cut[1] else "|", color=color, ms=8, mew=2)
+            axes.plot(start, place, arrows[0] if is_cut[0] else "|", color=color, ms=7, mew=2)
+            axes.plot(stop, place, arrows[1] if is_cut[1] else "|", color=color, ms=7, mew=2)
         if difference:
-            axes.plot(scale * difference.mean, place, marker, color=color, ms=8, mfc=fill, mew=1.8)
-        beside = {"va": "center", "fontsize": 10, "transform": axes.get_yaxis_transform()}
-        axes.text(1.02, place, said[place], color=text_color, **beside)
-    axes.set_xlim(low - pad, high + pad)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.set_ylim(len(rows) - 0.4, -0.6)  # the first pair at the top
-    axes.set_yticks(range(len(rows)), rows, fontsize=10)
-    axes.tick_params(axis="y", length=0)
+            axes.plot(scale * difference.mean, place, marker, color=color, ms=7, mfc=fill, mew=1.8)
+        above = {"va": "bottom", "fontsize": 9, "linespacing": 1.05, "color": text_color}
+        lifted = axes.get_yaxis_transform() + placing.raised(axes, 7)
+        axes.text(0.0, place, row, transform=lifted, path_effects=HALO, **above)
+    axes.set_xlim(*((high + pad, low - pad) if measure.is_share else (low - pad, high + pad)))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_ylim(len(rows) - 0.6, -0.8)  # the first pair at the top
+    axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
-    left, right = "\N{LEFTWARDS ARROW} first is better", "first is worse \N{RIGHTWARDS ARROW}"
-    axes.set_xlabel(f"{left}      difference in {measure.of_differences}      {right}")
+    ends_said = ["\N{LEFTWARDS ARROW} first is better", "first is worse \N{RIGHTWARDS ARROW}"]
+    if measure.is_share:
+        ends_said = ["\N{LEFTWARDS ARROW} first is worse", "first is better \N{RIGHTWARDS ARROW}"]
+    axes.set_xlabel(f"{ends_said[0]}        {ends_said[1]}\ndifference in {measure.of_differences}")
     arms = Counter(c.arm for c in comparisons)
     most, under = max(arms.values()), " of a parameterization" * (len(arms) > 1)
     at_once = f" for all {most} pairs{under} at once" if most > 1 else ""
-    notes = [f"difference of means, 95 % interval{at_once}"]
+    notes = [f"Difference of means, 95 % interval{at_once}"]
     notes += [f"grey: within {margin:g}{measure.suffix}, too small to matter"] if margin else []
-    axes.set_title("; ".join(notes), fontsize=10, color="0.25")
-
-
-def _pair(comparison: Comparison) -> str:
-    """Label of the pair, "a - b", on several lines if it is long."""
-    label = f"{comparison.point} \N{MINUS SIGN} {comparison.other}"
-    if len(label) <= 32:
-        return label
-    return "\n".join(
-        textwrap.wrap(comparison.point, 32) + textwrap.wrap(f"\N{MINUS SIGN} {comparison.other}", 32)
-    )
+    title = textwrap.fill("; ".join(notes), 74)
+    axes.set_title(title, fontsize=9, color="0.3", loc="left", x=0.0)
 
 
 def _curve(run: Record) -> dict[int, float]:

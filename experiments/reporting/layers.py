@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from experiments.reporting import drawing
+from experiments.reporting import captions, drawing, placing
 from experiments.reporting.drawing import styled
 from experiments.reporting.tables import Columns
 from mobilellm_jax.analysis.layers import layer_use
@@ -65,24 +65,26 @@ def draw(study: Study) -> Figure | None:
     if not found:
         return None
     order = list(study.points)
-    labels = [drawing.legend(of.point, f"effective depth {of.depth.mean:.2f}") for of in found]
-    height = max(3.8, 0.3 + drawing.legend_height(labels))
-    title = "What is each layer worth, and when is the answer known?"
-    panels = drawing.framed(title, drawing.caption(study), height).subfigures()
-    left, right = panels.subplots(1, 2)
+    looks = {of.point: drawing.look(order.index(of.point)) for of in found}
+    depths = {of.point: f"depth {of.depth.mean:.2f}" for of in found}
+    height = max(2.6, placing.labels_height(looks, depths))
+    used = max(found, key=lambda of: of.depth.mean / of.layers)
+    title = f"{used.point!r} uses most of its layers: {used.depth.mean:.2f} of {used.layers} count"
+    if len(found) == 1:
+        title = f"Of {used.layers} layers of {used.point!r}, {used.depth.mean:.2f} count"
+    subtitle = "Above: what leaving one layer out costs. Below: the logit lens. In brackets: effective depth"
+    figure = drawing.framed(title, subtitle, captions.caption(study), 2 * (height + 0.6))
+    upper, lower = figure.subplots(2, 1)
     for of in found:
-        look = drawing.look(order.index(of.point))
-        _costs(left, of.costs, look)
-        right.plot(range(of.layers + 1), of.lens, **look, ms=5, lw=1.5)
-    left.set_title("without one layer", fontsize=10, color="0.25")
-    right.set_title("logit lens", fontsize=10, color="0.25")
-    right.set_ylabel(_LENS)
-    for axes in (left, right):
+        _costs(upper, of.costs, looks[of.point])
+        lower.plot(range(of.layers + 1), of.lens, **looks[of.point], ms=5, lw=1.5)
+    lower.set_ylabel(_LENS)
+    for axes in (upper, lower):
         _layers(axes)
-    panels.legend(
-        list(right.lines), labels, loc="outside right upper", fontsize=9, frameon=False, handlelength=4
-    )
-    return panels.figure
+    right = {of.point: (of.layers, of.costs[-1]) for of in found}
+    placing.label_ends(upper, right, looks, height, depths)
+    placing.label_ends(lower, {of.point: (of.layers, of.lens[-1]) for of in found}, looks, height, depths)
+    return figure
 
 
 @styled
@@ -95,8 +97,9 @@ def draw_run(entry: Mapping[str, Any], name: str) -> Figure:
         f"{name}, step {entry['step']:,}: {entry['targets']:,} tokens of {entry['text']}, "
         f"{entry['loss']:.4f} nats per token; blocks {' '.join(map(str, entry['plan']))}"
     )
-    figure = drawing.framed(title, textwrap.fill(caption, 128, max_lines=4, placeholder=" ..."), 6.4)
-    panels = figure.subfigures().subplots(2, 2)
+    text = textwrap.fill(caption, 80, max_lines=5, placeholder=" ...")
+    figure = drawing.framed(title, "Four views of the layers applied, from input to output", text, 11.0)
+    panels = figure.subplots(4, 1)
     costs, lens, cosine, distance = panels.ravel()
     places = range(1, layers + 1)
     _costs(costs, entry["costs"], {**drawing.look(0), "label": "without this layer"})

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from experiments.reporting import drawing
+from experiments.reporting import captions, drawing, placing
 from experiments.reporting.drawing import styled
 from experiments.reporting.tables import Columns
 from mobilellm_jax.analysis.loops import Looped, looped
@@ -75,27 +74,37 @@ def draw(study: Study) -> Figure | None:
         return None
     points, hardest = list(dict.fromkeys(of.point for of in found)), _levels(found)[-1:]
     order = list(study.points)
-    labels = [drawing.legend(point) for point in points]
-    height = max(3.8, 0.3 + drawing.legend_height(labels))
-    title = "What do other numbers of loops than in training do?"
-    panels = drawing.framed(title, drawing.caption(study), height).subfigures()
-    axes = panels.subplots(1, 1 + len(hardest), squeeze=False)[0]
+    looks = {point: drawing.look(order.index(point)) for point in points}
+    height, count = max(2.4, placing.labels_height(points)), 1 + len(hardest)
+    subtitle = "Means over the seeds by number of loops; ring: as many as in training"
+    figure = drawing.framed(_answer(found), subtitle, captions.caption(study), count * (height + 0.6))
+    axes = figure.subplots(count, 1, squeeze=False)[:, 0]
+    ends: list[dict[str, tuple[float, float]]] = [{} for _ in axes]
     for point in points:
-        look = drawing.look(order.index(point))
         mine = [of for of in found if of.point == point]
-        _line(axes[0], mine, [of.loss.mean for of in mine], look)
-        for level, name in hardest:
-            shares = [float(_accuracy(of, level) or "nan") for of in mine]
-            _line(axes[1], mine, shares, look)
-            axes[1].set_ylabel(f"right answers, {level} {name} (%)")
+        values = [[of.loss.mean for of in mine]]
+        values += [[float(_accuracy(of, level) or "nan") for of in mine] for level, _ in hardest]
+        for panel, of_panel, end in zip(axes, values, ends, strict=True):
+            _line(panel, mine, of_panel, looks[point])
+            end[point] = mine[-1].count, of_panel[-1]
     axes[0].set_ylabel("held-out loss (nats per token)")
-    panels.suptitle("means over the seeds; ring: loops of training", fontsize=10, color="0.25")
-    for panel in axes:
+    for level, name in hardest:
+        axes[1].set_ylabel(f"right answers, {level} {name} (%)")
+    for panel, end in zip(axes, ends, strict=True):
         panel.set_xlabel("loops")
         drawing.log_axis(panel, sorted({float(of.count) for of in found}))
-    marks = [Line2D([], [], **drawing.look(order.index(point))) for point in points]
-    panels.legend(marks, labels, loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
-    return panels.figure
+        placing.label_ends(panel, {p: e for p, e in end.items() if e[1] == e[1]}, looks, height)
+    return figure
+
+
+def _answer(found: Sequence[Looped]) -> str:
+    """How many designs score best with the loops of training."""
+    best: dict[str, Looped] = {}
+    for of in found:
+        if of.point not in best or of.loss.mean < best[of.point].loss.mean:
+            best[of.point] = of
+    same = [of for of in best.values() if of.count == of.trained]
+    return f"{len(same)} of {len(best)} designs have their lowest loss with as many loops as in training"
 
 
 def _line(axes: Axes, of_point: Sequence[Looped], values: Sequence[float], look: dict[str, object]) -> None:

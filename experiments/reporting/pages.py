@@ -5,9 +5,11 @@ import dataclasses
 import datetime
 import html
 import math
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from urllib.parse import quote
 
 from experiments.reporting import (
     beside_paper,
@@ -15,14 +17,17 @@ from experiments.reporting import (
     figures,
     layers,
     loops,
+    numerals,
     pareto,
     quantized,
     step_times,
     tables,
+    titles,
 )
 from experiments.reporting.figures import Image
+from mobilellm_jax.analysis.answer import in_words, reading
 from mobilellm_jax.analysis.measures import MEASURES
-from mobilellm_jax.analysis.records import Record
+from mobilellm_jax.analysis.records import Record, budget_name
 from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.tuning import Tuning
 from mobilellm_jax.storage.files import AnyPath, path_of, write_atomically
@@ -35,8 +40,19 @@ class Code:
     lines: list[str]
 
 
-Block = str | list[str] | tables.Columns | Image | Code  # paragraph, bullet points, table, ...
-Section = tuple[str, list[Block]]  # heading, content; sections without content are omitted
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """Bullet points with links: text, address relative to reports/, and what follows.
+
+    An address of a report ends with .md; the HTML page leads to its .html instead.
+    """
+
+    items: list[tuple[str, str, str]]
+
+
+Block = str | list[str] | tables.Columns | Image | Code | Links  # paragraph, bullet points, table, ...
+# Heading, content; sections without content are omitted. Without a heading: the lead, below the title.
+Section = tuple[str, list[Block]]
 
 # Light or dark by the reader's preference. The content policy forbids loading or running anything.
 _HTML = """<!DOCTYPE html>
@@ -51,11 +67,18 @@ _HTML = """<!DOCTYPE html>
 :root {{ color-scheme: light dark }}
 body {{ max-width: 60rem; margin: auto; padding: 1rem; font: 16px/1.5 system-ui, sans-serif;
        overflow-wrap: break-word }}
-.wide, pre {{ overflow-x: auto }}
-img {{ width: 100%; min-width: 40rem; background: white }}
-table {{ border-collapse: collapse; font-size: 0.9rem }}
-th, td {{ padding: 0.2rem 0.6rem; border-bottom: 1px solid #8888; text-align: right; vertical-align: top }}
-th:first-child, td:first-child {{ text-align: left }}
+.wide, pre {{ overflow-x: auto; margin: 1rem 0 }}
+img {{ display: block; width: 100%; max-width: 36rem; background: white }}
+@media (prefers-color-scheme: dark) {{ img {{ filter: invert(1) hue-rotate(180deg) brightness(1.4) }} }}
+table {{ border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums }}
+th, td {{ padding: 0.2rem 0.6rem; border-bottom: 1px solid #8888; text-align: left; vertical-align: top;
+         white-space: nowrap }}
+th {{ vertical-align: bottom; white-space: normal }}
+th:first-child, td:first-child {{ position: sticky; left: 0; background: Canvas; white-space: normal;
+                                min-width: 7rem; max-width: 40vw }}
+.number {{ text-align: right }}
+.long {{ min-width: 16rem; white-space: normal; overflow-wrap: anywhere }}
+.lead {{ font-size: 1.1rem }}
 .warnings {{ border-left: 0.3rem solid #d55e00; padding-left: 0.8rem }}
 </style>
 </head>
@@ -64,10 +87,12 @@ th:first-child, td:first-child {{ text-align: left }}
 </body>
 </html>
 """
+INDEX = "index"
+_LONG = 44  # characters of a cell that is broken into lines
 WARNINGS = "Read this first"
 BUDGETS = (
-    "A star marks the budget held equal. FLOP, KV (key/value cache) and decode bytes are per token. D/L is "
-    "the width over the layers applied; outside: of the 6 to 320 that the paper's models at 125M have."
+    "A star marks the budget held equal. D/L is the width over the layers applied; outside: of the 6 to 320 "
+    "that the paper's models at 125M have."
 )
 SHARES = (
     "acc / acc_norm in percent, mean over the seeds; in brackets the number of questions. Chance is the "
@@ -90,10 +115,26 @@ def report(study: Study, workdir: str | AnyPath) -> str:
 def write_report(study: Study, images: dict[str, Image], workdir: str | AnyPath) -> str:
     found = study.verdict
     standing = pareto.block(study, pareto.pareto_of(study, workdir))
-    path = write_page(study.stem, study.facts.question, contents(study, images, standing), workdir)
+    files = "Files", [_files(study, images, path_of(workdir))]
+    path = write_page(study.stem, study.facts.question, [*contents(study, images, standing), files], workdir)
     said = textwrap.fill(found.sentence, 110, break_long_words=False, break_on_hyphens=False)
+    short = textwrap.fill(in_words(study), 110, break_long_words=False, break_on_hyphens=False)
     warnings = [f"Warning: {warning}" for warning in found.warnings]
-    return "\n".join([*warnings, tables.text(study), "", said, f"Report: {path}.html"])
+    return "\n".join([*warnings, tables.text(study), "", said, "", short, f"Report: {path}.html"])
+
+
+def _files(study: Study, images: dict[str, Image], workdir: AnyPath) -> Links:
+    """The tables behind the figures, the records and the index, as far as they are there."""
+    named = {"": "points", "-comparisons": "pairs", "-paper": "paper's points"}
+    items = [
+        (f"Table of the {name} (CSV)", f"../figures/{quote(study.stem + suffix)}.csv", "")
+        for suffix, name in named.items()
+        if (workdir / "figures" / f"{study.stem}{suffix}.csv").exists()
+    ]
+    facts = study.facts
+    if (workdir / (folder := f"results/{facts.study}/{facts.preset}".rstrip("/"))).is_dir():
+        items.append((f"{len(study.runs)} records", f"../{quote(folder)}", ""))
+    return Links([*items, ("All reports", f"{INDEX}.md", "")])
 
 
 def write_page(name: str, title: str, sections: Sequence[Section], workdir: str | AnyPath) -> AnyPath:
@@ -105,7 +146,7 @@ def write_page(name: str, title: str, sections: Sequence[Section], workdir: str 
 
 
 def contents(study: Study, images: dict[str, Image], standing: Sequence[Block] = ()) -> list[Section]:
-    """Sections of the report: warnings first, then the verdict, then the evidence.
+    """Sections of the report: the answer and warnings first, then the verdict, then the evidence.
 
     `standing` is what is said of latency and bytes.
     """
@@ -119,13 +160,16 @@ def contents(study: Study, images: dict[str, Image], standing: Sequence[Block] =
     def shown(suffix: str) -> list[Block]:
         return [images[suffix]] if suffix in images else []
 
+    claimed = [f"The paper claims: {text}. Our records: {word}." for text, word in beside_paper.judged(study)]
+    lead = filter(None, [in_words(study), reading(study), claimed])
     return [
+        ("", list(lead)),
         (WARNINGS, [found.warnings] if found.warnings else []),
         ("Verdict", [found.sentence, images[""], *pairs]),
         ("Floor and context", [evidence.FLOORS, *regime] if regime else []),
         ("Other held-out documents", [evidence.TEXTS, texts] if texts else []),
         ("Beside the paper", [*shown("-paper"), paper] if paper else []),
-        ("Designs", [*tables.head(study)[1:], *tables.designs(study), BUDGETS]),
+        ("Designs", [*tables.head(study)[1:], *tables.designs(study, budget_name), BUDGETS]),
         ("Learning rates", [*shown("-learning_rates"), *_learning_rates(found.tuning)]),
         ("Outcomes", [MEASURES[study.facts.metric].caption, tables.outcomes(study), _seeds(study)]),
         ("By level", [evidence.LEVELS, levels] if (levels := evidence.levels(study)) else []),
@@ -148,18 +192,21 @@ def contents(study: Study, images: dict[str, Image], standing: Sequence[Block] =
 
 
 def _learning_rates(searches: Mapping[str, Tuning]) -> list[Block]:
+    """The final loss at every rate tried, a column for each rate."""
     if not searches:
         return ["No learning rates were tried."]
-    columns: tables.Columns = {"point": list(searches), "chosen": [], "best lies": [], "final losses": []}
+    columns: tables.Columns = {"point": list(searches), "chosen": [], "best lies": []}
     for tuning in searches.values():
-        columns["chosen"].append("none" if math.isnan(tuning.chosen) else f"{tuning.chosen:.4g}")
+        columns["chosen"].append("none" if math.isnan(tuning.chosen) else numerals.near_rate(tuning.chosen))
         columns["best lies"].append("at the edge" if tuning.at_edge else "inside")
-        values = [f"{rate:.4g}: {'none' if v is None else f'{v:.4f}'}" for rate, v in tuning.curve]
-        columns["final losses"].append("; ".join(values))
-    best = [tuning.best for tuning in searches.values() if tuning.best]
-    if not best:
+    for rate in sorted({rate for tuning in searches.values() for rate, _ in tuning.curve}):
+        values = [dict(tuning.curve).get(rate, math.nan) for tuning in searches.values()]
+        columns[numerals.rate(rate)] = [
+            "none" if value is None else "" if math.isnan(value) else f"{value:.4f}" for value in values
+        ]
+    if not any(tuning.best for tuning in searches.values()):
         return [columns]
-    return [f"The best rates of all points lie within a factor of {max(best) / min(best):.3g}.", columns]
+    return [f"{titles.best_rates(searches)}. Final losses by learning rate:", columns]
 
 
 def _quantization(study: Study) -> list[Block]:
@@ -251,16 +298,21 @@ def _origins(study: Study) -> tables.Columns:
 def to_html(title: str, sections: Sequence[Section]) -> str:
     """Writes the report as one self-contained HTML page; all text from records is escaped."""
     body = [f"<h1>{html.escape(title)}</h1>"]
+    listed = [heading for heading, blocks in sections if blocks and heading not in ("", WARNINGS)]
     for heading, blocks in sections:
         if blocks:
-            look = ' class="warnings"' if heading == WARNINGS else ""
-            body += [
-                f"<section{look}>",
-                f"<h2>{html.escape(heading)}</h2>",
-                *map(_html, blocks),
-                "</section>",
-            ]
+            if len(listed) > 1 and heading == listed[0]:
+                links = [f'<a href="#{slug(name)}">{html.escape(name)}</a>' for name in listed]
+                body.append(f"<nav>Contents: {' · '.join(links)}</nav>")
+            look = {WARNINGS: ' class="warnings"', "": ' class="lead"'}.get(heading, "")
+            head = [f'<h2 id="{slug(heading)}">{html.escape(heading)}</h2>'] if heading else []
+            body += [f"<section{look}>", *head, *map(_html, blocks), "</section>"]
     return _HTML.format(title=html.escape(title), body="\n".join(body))
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as GitHub and the documentation site make it."""
+    return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.lower()))
 
 
 def _html(block: Block) -> str:
@@ -273,21 +325,46 @@ def _html(block: Block) -> str:
             return f"<pre><code>{html.escape(chr(10).join(lines))}</code></pre>"
         case Image(_, alt, png):
             source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-            return f'<div class="wide"><img src="{source}" alt="{html.escape(alt)}"></div>'
-        case _:
-            cells = [
-                f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>"
-                for row in zip(*block.values(), strict=True)
+            return f'<img src="{source}" alt="{html.escape(alt)}">'
+        case Links(items):
+            shown = [
+                f'<li><a href="{html.escape(re.sub(r"[.]md$", ".html", to))}">{html.escape(text)}</a>'
+                f"{html.escape(rest)}</li>\n"
+                for text, to, rest in items
             ]
-            head = "".join(f"<th>{html.escape(name)}</th>" for name in block)
+            return f"<ul>\n{''.join(shown)}</ul>"
+        case _:
+            looks = [_look(cells, is_first=not place) for place, cells in enumerate(block.values())]
+            cells = [
+                f"<tr>{''.join(map(_cell, looks, row))}</tr>" for row in zip(*block.values(), strict=True)
+            ]
+            head = "".join(
+                f"<th{look}>{html.escape(name)}</th>" for look, name in zip(looks, block, strict=True)
+            )
             return "\n".join(['<div class="wide"><table>', f"<tr>{head}</tr>", *cells, "</table></div>"])
+
+
+def _look(cells: Sequence[str], is_first: bool) -> str:
+    """Numbers are right-aligned, but for the first column; text that is long is broken into lines."""
+    if not is_first and numerals.are_numbers(cells):
+        return ' class="number"'
+    return ' class="long"' if max(map(len, cells), default=0) > _LONG else ""
+
+
+def _cell(look: str, text: str) -> str:
+    return f"<td{look}>{html.escape(text)}</td>"
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
     """Writes the report as Markdown, with links to the figures; markup in records is escaped."""
     parts = [f"# {tables.plain(title)}"]
+    listed = [heading for heading, blocks in sections if blocks and heading not in ("", WARNINGS)]
     for heading, blocks in sections:
-        parts += [f"## {heading}", *map(_markdown, blocks)] if blocks else []
+        if blocks:
+            if len(listed) > 1 and heading == listed[0]:
+                links = [f"[{tables.plain(name)}](#{slug(name)})" for name in listed]
+                parts.append(f"Contents: {' · '.join(links)}")
+            parts += [*([f"## {heading}"] if heading else []), *map(_markdown, blocks)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -301,6 +378,10 @@ def _markdown(block: Block) -> str:
             return "\n".join(f"    {' '.join(line.split())}" for line in lines)
         case Image(name, alt, _):
             return f"![{tables.plain(alt)}](../figures/{name})"
+        case Links(items):
+            return "\n".join(
+                f"- [{tables.plain(text)}]({to}){tables.plain(rest)}" for text, to, rest in items
+            )
         case _:
             return tables.markdown_table(
                 {tables.plain(k): [tables.plain(c) for c in cells] for k, cells in block.items()}

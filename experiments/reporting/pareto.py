@@ -6,13 +6,14 @@ was measured last; without either, bytes alone are shown.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from experiments.reporting import drawing, tables
+from experiments.reporting import captions, drawing, placing, tables, titles
 from experiments.reporting.drawing import styled
 from mobilellm_jax.analysis import statistics
 from mobilellm_jax.analysis.facts import Point
@@ -202,31 +203,47 @@ def sources(pareto: Pareto) -> str:
 def draw(study: Study, pareto: Pareto) -> Figure | None:
     """Draws final values against the time of a token and bytes, with the front of each parameterization.
 
-    The time of a prompt takes the place of that of a token where a study holds it equal. None for one point.
+    The time of a prompt takes the place of that of a token where a study holds it equal. None for one point,
+    and where neither differs.
     """
     if len(pareto.entries) < 2:
         return None
     left_out = _NAMES["decode_ms" if study.facts.matched == "prefill_ms" else "prefill_ms"]
-    costs = [cost for cost in pareto.costs if cost.name != left_out]
-    order, labels = list(study.points), [drawing.legend(label) for label in study.points]
-    height = max(3.8, 0.3 + drawing.legend_height(labels))
-    title = f"{study.facts.question} Against latency and size"
-    panels = drawing.framed(title, drawing.caption(study, sources(pareto)), height).subfigures()
+    costs = [
+        cost for cost in pareto.costs if cost.name != left_out and not drawing.are_equal(cost.of.values())
+    ]
+    if not costs:
+        return None
+    order = list(study.points)
+    looks = {label: drawing.look(order.index(label)) for label in study.points}
+    unquantized = [label for label, entry in pareto.entries.items() if not entry.scheme]
+    fronts: dict[str, list[str]] = {}
+    for cost in costs:
+        best = titles.front({label: cost.of[label] for label in unquantized if label in cost.of}, study)
+        fronts.setdefault(best, []).append(cost.name)
+    title = "; ".join(f"{best} for their {' and '.join(names)}" for best, names in fronts.items())
+    text = f"{captions.measured(study).partition(', every')[0]}. Line: the front" + (
+        "; hollow: quantized" if len(unquantized) < len(pareto.entries) else ""
+    )
+    height = max(2.3, placing.labels_height(unquantized))
+    caption = f"{captions.caption(study)}\n{sources(pareto)}"
+    figure = drawing.framed(title, text, caption, (height + 0.6) * len(costs))
     arms = {label: point.arm for label, point in study.points.items()}
-    all_axes = panels.subplots(1, len(costs), sharey=True, squeeze=False)[0]
-    for axes, cost in zip(all_axes, costs, strict=True):
+    for axes, cost in zip(np.ravel(figure.subplots(len(costs), 1)), costs, strict=True):
         _draw_fronts(axes, study, pareto, cost, arms)
         for entry in pareto.entries.values():
             if entry.label in cost.of:
-                _draw_entry(axes, study.facts.metric, entry, cost, order.index(entry.point))
+                _draw_entry(axes, study.facts.metric, entry, cost, looks[entry.point])
         _label(axes, cost)
         axes.margins(y=0.08)
-        axes.label_outer()
-    all_axes[0].set_ylabel(MEASURES[study.facts.metric].axis)
-    panels.suptitle("mean, 95 % t interval; line: the front; hollow: quantized", fontsize=10, color="0.25")
-    marks = [Line2D([], [], **drawing.look(place)) for place in range(len(order))]
-    panels.legend(marks, labels, loc="outside right upper", fontsize=9, frameon=False, handlelength=4)
-    return panels.figure
+        axes.set_ylabel(MEASURES[study.facts.metric].axis)
+        ends = {
+            label: (cost.of[label], drawing.shown(study.facts.metric, pareto.entries[label].estimate.mean))
+            for label in unquantized
+            if label in cost.of
+        }
+        placing.label_ends(axes, ends, looks, height)
+    return figure
 
 
 def _label(axes: Axes, cost: Cost) -> None:
@@ -241,8 +258,8 @@ def _label(axes: Axes, cost: Cost) -> None:
     axes.set_xlabel(cost.name)
 
 
-def _draw_entry(axes: Axes, metric: str, entry: Entry, cost: Cost, place: int) -> None:
-    look = {name: value for name, value in drawing.look(place).items() if name != "ls"}
+def _draw_entry(axes: Axes, metric: str, entry: Entry, cost: Cost, look: Mapping[str, Any]) -> None:
+    look = {name: value for name, value in look.items() if name != "ls"}
     half = entry.estimate.half_width
     at = cost.of[entry.label]
     axes.errorbar(

@@ -41,14 +41,18 @@ def differences(found: Findings) -> Figure | None:
     rows = [(arm, row) for arm in found.arms for row in sorted({row for a, row in present if a == arm})]
     if not rows:
         return None
-    caption = _wrapped(
+    caption = (
         f"Below 0: the design is better. Grey: the margin, ±{found.margin:g} nats. Bars: 95 % for all "
         f"{len(found.differences)} differences at once (moderated t). Aspect ratios are compared with the "
         "design of D/L about 32, shared designs and their two controls with the unshared design of their "
         f"width, which has half the layers. D/L is {_ratios(found)}."
     )
     figure = drawing.framed(
-        "Loss difference against training tokens per parameter", caption, 0.3 + 2.2 * len(rows)
+        _differ(found),
+        "Loss difference in nats per token, against training tokens per parameter",
+        caption,
+        0.3 + 2.2 * len(rows),
+        _width(len(found.sizes)),
     )
     widths = [1.0] * len(found.sizes) + [0.62]
     grid = figure.subplots(
@@ -71,6 +75,16 @@ def differences(found: Findings) -> Figure | None:
     for axes in grid[-1][:-1]:
         axes.set_xlabel("tokens per parameter", fontsize=10)
     return figure
+
+
+def _differ(found: Findings) -> str:
+    """How many differences are sure and matter, without a full stop."""
+    sure = [d for d in found.differences if d.half_width is not None and abs(d.mean) > d.half_width]
+    better = sum(d.mean < 0 for d in sure)
+    return (
+        f"{len(sure)} of {len(found.differences)} differences are sure: {better} for the design, "
+        f"{len(sure) - better} against it"
+    )
 
 
 def _ratios(found: Findings) -> str:
@@ -112,7 +126,7 @@ def aspects(found: Findings) -> Figure | None:
     drifting = (
         found.drifting if law is not None and found.drifting and "drift" in found.drifting.free else law
     )
-    caption = _wrapped(
+    caption = (
         "Dots: means over seeds with 95 % intervals (moderated t). Lines: the law. Dotted: its optimum, one "
         "for all sizes. Grey line: the optimum at this size, if it may drift with log N, with its 95 % "
         "bootstrap interval."
@@ -120,7 +134,13 @@ def aspects(found: Findings) -> Figure | None:
         else "Dots: means over seeds with 95 % intervals (moderated t). No law is drawn: see the report."
     )
     sizes = list(dict.fromkeys(cell.size for cell in cells))
-    figure = drawing.framed("Loss against aspect ratio", caption, 3.4)
+    ends = law.optimum_interval(float(size_of(found.fitted, sizes[0]))) if law is not None else None
+    title = "No best aspect ratio can be named from these cells"
+    if law is not None and ends is not None:
+        best = law.optimum(float(size_of(found.fitted, sizes[0])))
+        title = f"The best width over layers is about {best:.3g} [{ends[0]:.3g}, {ends[1]:.3g}]"
+    subtitle = "Held-out loss (nats per token) against width / layers"
+    figure = drawing.framed(title, subtitle, caption, 3.4, _width(len(sizes)))
     *row, beside = figure.subplots(1, len(sizes) + 1, squeeze=False, width_ratios=[1] * len(sizes) + [0.6])[0]
     horizons = sorted({_horizon(cell) for cell in cells})
     sd, df = moderated(found.fitted)
@@ -151,6 +171,11 @@ def aspects(found: Findings) -> Figure | None:
     return figure
 
 
+def _width(sizes: int) -> float:
+    """Inches for a column for each size and one for the names of lines."""
+    return max(drawing.WIDTH, 1.2 + 1.7 * sizes)
+
+
 def _horizon(cell: Cell) -> int:
     return max(1, round(cell.horizon))
 
@@ -179,12 +204,15 @@ def repeats(found: Findings) -> Figure | None:
     rows = worth(found)
     if not rows:
         return None
-    caption = _wrapped(
+    caption = (
         "A block applied r times counts as r^phi blocks in the law: with 0 a repeat is worth nothing, with 1 "
         f"as much as another block. Lines: 95 % bootstrap intervals. Dashed: {PUBLISHED}, arXiv 2604.21106, "
         "of much larger looped models with 1 to 8 repeats."
     )
-    figure = drawing.framed("What is a repeat worth?", caption, 0.9 + 0.5 * len(rows))
+    name, phi, _ = rows[-1]
+    title = f"A block used twice counts as {2**phi:.2f} blocks: {name}"
+    subtitle = "Exponent phi of the number of repeats, with 95 % bootstrap intervals"
+    figure = drawing.framed(title, subtitle, caption, 0.9 + 0.6 * len(rows))
     axes = figure.subplots()
     for value in (0, 1):
         axes.axvline(value, color="0.8", lw=1)
@@ -224,10 +252,6 @@ def worth(found: Findings) -> list[tuple[str, float, tuple[float, float] | None]
     if rows and found.common is not None:
         rows.append(("all orders alike", found.common.values["phi"], found.common.interval("phi")))
     return rows
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 128, break_on_hyphens=False)
 
 
 def images(found: Findings) -> Sequence[tuple[str, str, Figure | None]]:

@@ -41,6 +41,7 @@ def sections(found: Findings, images: Sequence[Image]) -> list[Section]:
         return [by_name[name]] if name in by_name else []
 
     return [
+        ("", [summary(found)[0]]),
         ("Read this first", [warnings(found)]),
         ("In short", [summary(found)]),
         ("Against the horizon", [*shown("differences"), *_trends(found)]),

@@ -6,11 +6,12 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from experiments.reporting import numerals
 from mobilellm_jax.analysis.facts import Point
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import Record, budget_name
@@ -64,14 +65,14 @@ def plain_table(columns: Columns) -> str:
 
 
 def markdown_table(columns: Columns) -> str:
-    """Formats a table as Markdown, with the first column left-aligned and the others right-aligned."""
+    """Formats a table as Markdown, with numbers right-aligned, but for the first column."""
 
     def row(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-    return "\n".join(
-        [row(list(columns)), "|---" + "|---:" * (len(columns) - 1) + "|", *map(row, _rows(columns))]
-    )
+    _, *others = columns.values()
+    rule = "|---" + "".join("|---:" if numerals.are_numbers(cells) else "|---" for cells in others) + "|"
+    return "\n".join([row(list(columns)), rule, *map(row, _rows(columns))])
 
 
 def plain(text: str) -> str:
@@ -111,21 +112,24 @@ def head(study: Study) -> list[str]:
     return lines
 
 
-def designs(study: Study) -> list[Columns]:
+def designs(study: Study, named: Callable[[str], str] = _BUDGETS.__getitem__) -> list[Columns]:
     """Tables of the shapes of all points, and of all budgets with the mismatch (max / min - 1) as last row.
 
     A star marks the budget that is held equal. FLOP, KV (key/value cache) and decode bytes are per token.
     Columns that are equal for all points are in `head` instead.
+
+    Args:
+      named: header of a budget.
     """
     shapes, _ = _split(_shapes(study))
     points = study.points
     budgets = {"point": [*points]} if len(points) == 1 else {"point": [*points, "mismatch"]}
-    for name, label in _BUDGETS.items():
+    for name in _BUDGETS:
         if name not in study.verdict.mismatch:
             continue
         spread = study.verdict.mismatch[name]
         cells = [quantity(point.budgets[name]) for point in points.values()]
-        header = label + (" *" if name == study.facts.matched else "")
+        header = named(name) + (" *" if name == study.facts.matched else "")
         if len(points) == 1:
             budgets[header] = cells
         elif spread:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def points_of(
     for label in only:
         if label not in labels:
             valid = ", ".join(f'"{label}"' if "," in label else label for label in labels)
-            raise UserError(f"--only={label}: no such point; valid: {valid}")
+            near = get_close_matches(label, labels, n=3, cutoff=0.7)  # "4x48" is near to "4 x 48"
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"valid: {valid}"
+            raise UserError(f"--only={label}: no such point; {hint}")
     if only:
         chosen = [point for point in points if point.facts["point"] in only]
         points = [point for arm in _by_arm(chosen).values() for point in _compared(arm)]

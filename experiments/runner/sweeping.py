@@ -352,7 +352,7 @@ def _finish(points: Sequence[Point], workdir: AnyPath, report: Report) -> int:
 
 def _report(points: Sequence[Point], workdir: AnyPath) -> int:
     # Here: two seconds that the processes of the points need not spend.
-    from experiments.reporting import abilities, pages
+    from experiments.reporting import abilities, index, pages
     from mobilellm_jax.analysis.study import study_of
 
     unfinished, refused, reported = [], [], []
@@ -371,6 +371,8 @@ def _report(points: Sequence[Point], workdir: AnyPath) -> int:
         unfinished += [record for record in found if record.status != "finished"]
     for said in abilities.write(reported, workdir):
         print("\n" + said)
+    if reported:
+        print(f"\nAll reports: {index.write(workdir)}.html")
     for record in unfinished:
         print(f"{record.study}, {record.name}: {record.status}: {record.error}")
     if refused:

@@ -5,7 +5,7 @@ import functools
 import re
 from collections.abc import Iterable, Sequence
 
-from mobilellm_jax.analysis import documents, regime, statistics, verdicts, wording
+from mobilellm_jax.analysis import documents, regime, statistics, twins, verdicts, wording
 from mobilellm_jax.analysis.comparable import check_comparable
 from mobilellm_jax.analysis.documents import TwoWay
 from mobilellm_jax.analysis.facts import Facts, Point, facts_of, points_of
@@ -94,7 +94,8 @@ def file_stem(*names: str) -> str:
 def study_of(records: Sequence[Record]) -> Study:
     """Analyses the records of one study at one preset, in any order.
 
-    The verdict depends on comparison runs only; tuning runs show how good the learning rates are.
+    The verdict depends on comparison runs only; tuning runs show how good the learning rates are. Points
+    that are named after published models, but are far smaller, are called twins.
 
     Raises:
       UserError: the runs cannot be compared, see `check_comparable`.
@@ -103,6 +104,7 @@ def study_of(records: Sequence[Record]) -> Study:
     studies = sorted({(run.study, run.preset) for run in records})
     if len(studies) != 1:
         raise ValueError(f"expected the records of one study and preset, not {studies}")
+    records = twins.named(records)
     facts, points = facts_of(records), points_of(records)
     incomparable = check_comparable(facts, _runs(points.values()))
     tuning, unstable = tuning_searches(points), verdicts.unstable(points)

@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-import zstandard
+from mobilellm_jax.errors import of_extra
 
 OnRead = Callable[[int], object]
 
@@ -23,9 +23,15 @@ class CountedFile(io.FileIO):
 
 
 class ZstdFile(io.RawIOBase):
-    """Decompressed bytes of zstd frames; zstandard's own reader ends a truncated file without an error."""
+    """Decompressed bytes of zstd frames; zstandard's own reader ends a truncated file without an error.
 
-    def __init__(self, file: io.BufferedIOBase) -> None:
+    Raises:
+      UserError: zstandard is not installed.
+      EOFError: when it is read: the file is truncated or not valid.
+    """
+
+    def __init__(self, file: io.BufferedIOBase, path: str) -> None:
+        self._zstandard = of_extra("zstandard", "zstd", f"{path}: zstd")
         self._file = file
         self._frame: Any = None
         self._compressed = b""
@@ -41,8 +47,11 @@ class ZstdFile(io.RawIOBase):
                 if self._frame:
                     raise EOFError("the last frame is not complete")
                 return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._ready = memoryview(self._frame.decompress(self._compressed))
+            self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = memoryview(self._frame.decompress(self._compressed))
+            except self._zstandard.ZstdError as error:
+                raise EOFError(str(error)) from None
             self._compressed = self._frame.unused_data
             if self._frame.eof:
                 self._frame = None

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, of_extra
 
 _ROWS = 256  # read at a time
 
@@ -50,11 +50,9 @@ def read_column(path: str, text_field: str, on_read: Callable[[int], object]) ->
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Any]:
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError(f"{path}: Parquet needs pyarrow: python -m pip install -e '.[parquet]'") from None
+    arrow, parquet = (
+        of_extra(name, "parquet", f"{path}: Parquet") for name in ("pyarrow", "pyarrow.parquet")
+    )
     try:
         with parquet.ParquetFile(path) as file:
             yield file

@@ -25,8 +25,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import zstandard
-
 from mobilellm_jax.data import hub
 from mobilellm_jax.data.chat import Conversation
 from mobilellm_jax.data.compressed import CountedFile, OnRead, ZstdFile
@@ -121,7 +119,7 @@ def _readable(path: str) -> Iterator[None]:
     """Turns errors of reading `path` into `UserError`."""
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         kind = os.path.splitext(path)[1]
         raise UserError(f"{path}: truncated or not a valid {kind} file ({error})") from None
     except OSError as error:
@@ -139,7 +137,7 @@ def _open(path: str, on_read: OnRead) -> Iterator[io.BufferedIOBase]:
             elif path.endswith(".xz"):
                 yield cast(io.BufferedIOBase, lzma.LZMAFile(raw))  # noqa: SIM115  (needs no closing)
             elif path.endswith(".zst"):
-                yield io.BufferedReader(ZstdFile(raw), _BLOCK)
+                yield io.BufferedReader(ZstdFile(raw, path), _BLOCK)
             else:
                 yield raw
         after = os.stat(path)

@@ -13,10 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import sentencepiece
 import tokenizers
 
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, of_extra
 from mobilellm_jax.storage.files import AnyPath, path_of, reason
 from mobilellm_jax.storage.sealed import parse
 
@@ -76,12 +75,15 @@ class BytesTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model; raises ValueError if `file_bytes` is not one."""
+    """A SentencePiece model; raises ValueError if `file_bytes` is not one, UserError without its package."""
 
     def __init__(self, spec: str, file_bytes: bytes) -> None:
         self.spec, self.file_bytes = spec, file_bytes
         self.sha256 = hashlib.sha256(file_bytes).hexdigest()
-        self._processor: Any = sentencepiece.SentencePieceProcessor()
+        # Here and not above: the package is an extra.
+        self._processor: Any = of_extra(
+            "sentencepiece", "sentencepiece", "a SentencePiece model"
+        ).SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(file_bytes)
         except RuntimeError:
@@ -96,6 +98,10 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+    def piece(self, token_id: int) -> str:
+        """The entry of the vocabulary, as it stands in the model's file."""
+        return self._processor.id_to_piece(token_id)
 
 
 class HuggingFaceTokenizer:

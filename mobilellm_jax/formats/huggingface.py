@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import tokenizers
 from ml_collections import ConfigDict
 
@@ -150,7 +149,7 @@ def _write_tokenizer(target: Path, tokenizer: Tokenizer, workdir: Path) -> None:
             shutil.copy(path, target)
     special = tokenizer.bos_id, tokenizer.eos_id
     if isinstance(tokenizer, SentencePieceTokenizer):
-        piece = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.file_bytes).id_to_piece
+        piece = tokenizer.piece
     else:
         theirs = tokenizers.Tokenizer.from_str(tokenizer.file_bytes.decode() or bytes_tokenizer())
         piece = theirs.id_to_token

@@ -129,10 +129,24 @@ def open_tokenizer(workdir: AnyPath) -> data.Tokenizer | None:
     """Loads the tokenizer from the run's `tokenizer/`; None if there is none.
 
     Raises:
-      UserError: the tokenizer is corrupt.
+      UserError: the tokenizer is corrupt, or is not the one that the data card of the run names.
     """
     directory = workdir / TOKENIZER
-    return data.load_tokenizer(directory) if directory.exists() else None
+    if not directory.exists():
+        return None
+    tokenizer, card = data.load_tokenizer(directory), workdir / DATA
+    try:
+        trained_with = unseal(parse(card.read_text())).get("tokenizer_sha256", tokenizer.sha256)
+    except FileNotFoundError:  # imported, or of an earlier version
+        return tokenizer
+    except ValueError as error:
+        raise UserError(f"{card}: not a data card ({error}); restore or delete the file") from None
+    if trained_with != tokenizer.sha256:
+        raise UserError(
+            f"{directory}: sha256 {tokenizer.sha256[:12]}, but the run was trained with the tokenizer of "
+            f"sha256 {trained_with[:12]}; restore the folder"
+        )
+    return tokenizer
 
 
 def begins_with_bos(workdir: AnyPath, tokenizer: data.Tokenizer) -> bool:

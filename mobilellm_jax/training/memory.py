@@ -33,6 +33,8 @@ def check_fits(step: jax.stages.Compiled, config: Config) -> None:
         parts = next((n for n in range(2, rows) if rows % n == 0 and temporary / n <= room), rows)
         steps = parts * t.accumulation_steps
         advice.append(f"smaller micro-batches, {rows} rows now (train.accumulation_steps={steps} or more)")
+    if rows > 1 and room <= 0:  # the batch alone is too large
+        advice.append(f"a train.batch_size below {t.batch_size:,}")
     if config.model.remat != "full":
         advice.append(f"model.remat={'dots' if config.model.remat == 'none' else 'full'}")
     advice += [f"a data.sequence_length below {length}", "more devices with mesh.fsdp"]

@@ -24,7 +24,7 @@ from typing import Any
 from mobilellm_jax.errors import Interrupted, Preempted
 
 RESUME_ME = os.EX_TEMPFAIL  # exit status 75: a scheduler should run the command again
-AGAIN = "Run the same command again to resume"
+AGAIN = "Run the same command again; what was saved is kept"
 # What draws on the terminal sets this; it is called before the line that says why the process ends.
 leave_terminal: Callable[[], object] | None = None
 # Cleanups that `watch` runs before a signal ends the process, newest first: release a lease, stop a child.
