@@ -110,7 +110,7 @@ def framed(title: str, subtitle: str, caption: str, height: float, width: float 
             textwrap.fill(line, round(room * width / WIDTH), break_on_hyphens=False)
             for line in text.splitlines()
         )
-        for text, room in ((unbroken(title), 50), (subtitle, 70), (caption, 80))
+        for text, room in ((unbroken(title), 50), (subtitle, 70), (caption, 74))
     )
     below_title = 0.1 + 0.205 * (title.count("\n") + 1)
     above = below_title + (0.06 + 0.16 * (subtitle.count("\n") + 1) if subtitle else 0)

@@ -97,7 +97,7 @@ def draw_run(entry: Mapping[str, Any], name: str) -> Figure:
         f"{name}, step {entry['step']:,}: {entry['targets']:,} tokens of {entry['text']}, "
         f"{entry['loss']:.4f} nats per token; blocks {' '.join(map(str, entry['plan']))}"
     )
-    text = textwrap.fill(caption, 80, max_lines=5, placeholder=" ...")
+    text = textwrap.fill(caption, 74, max_lines=5, placeholder=" ...")
     figure = drawing.framed(title, "Four views of the layers applied, from input to output", text, 11.0)
     panels = figure.subplots(4, 1)
     costs, lens, cosine, distance = panels.ravel()
