@@ -243,7 +243,7 @@ def draw_values(
     """
     measure, places, lines = MEASURES[study.facts.metric], places_of(study), series_of(study)
     of_lines = looks or {line: look(index) for index, line in enumerate(lines)}
-    is_across = places is None
+    is_across, ends = places is None, dict[str, tuple[float, float]]()
     if is_across:
         _draw_points(
             axes, study, {label: i for i, label in enumerate(study.points)}, looks and looks[""], True
@@ -255,8 +255,8 @@ def draw_values(
         _draw_points(axes, study, places)
     if places is not None:
         _label_x_axis(axes, study, places)
-    values, margins = ("x", {"x": 0.08}) if is_across else ("y", {"x": 0.08, "y": 0.08})
-    axes.margins(**margins)
+    values = "x" if is_across else "y"
+    axes.margins(x=0.08, y=None if is_across else 0.08)
     if is_reversed and not measure.is_share:
         axes.invert_xaxis() if is_across else axes.invert_yaxis()
     get, put = getattr(axes, f"get_{values}lim"), getattr(axes, f"set_{values}lim")
@@ -270,7 +270,7 @@ def draw_values(
     getattr(axes, f"set_{values}label")(measure.axis)
     if not study.verdict.estimates:
         getattr(axes, f"set_{values}ticks")([])
-    if places and lines:
+    if lines and ends:
         placing.label_ends(axes, ends, of_lines, height)
 
 
