@@ -74,7 +74,9 @@ def draw(of_size: Mapping[str, Study], title: str = TITLE, marked: Collection[st
             if label in marked and drawing.places_of(study) is None:  # a point for each place
                 axes.axhspan(place - 0.4, place + 0.4, color="#F0E442", alpha=0.3, lw=0, zorder=0)
                 axes.get_yticklabels()[place].set_fontweight("bold")
-        part.suptitle(ability, fontsize=11)
+        sides = ("left", "right") if drawing.places_of(study) is None else ("down", "up")
+        side = sides[MEASURES[study.facts.metric].is_share]
+        part.suptitle(f"{ability}: better is further {side}", fontsize=10)
     return figure
 
 

@@ -49,7 +49,7 @@ def draw(study: Study) -> Figure | None:
     side = "to the right" if is_across else "up"
     subtitle = f"Above: the paper. Below: ours. Better is further {side} in every panel"
     figure = drawing.framed(title, subtitle, captions.caption(study, first), sum(heights))
-    parts = np.ravel(figure.subfigures(len(heights), 1, height_ratios=heights))
+    parts = np.ravel(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False))
     ours = drawing.series_of(study) or [""]
     lines = dict.fromkeys([*(row.series for rows in groups.values() for row in rows), *ours])
     looks = {line: drawing.look(index) for index, line in enumerate(lines)}

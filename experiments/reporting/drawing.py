@@ -110,7 +110,7 @@ def framed(title: str, subtitle: str, caption: str, height: float, width: float 
             textwrap.fill(line, round(room * width / WIDTH), break_on_hyphens=False)
             for line in text.splitlines()
         )
-        for text, room in ((unbroken(title), 50), (subtitle, 70), (caption, 80))
+        for text, room in ((unbroken(title), 50), (subtitle, 70), (caption, 74))
     )
     below_title = 0.1 + 0.205 * (title.count("\n") + 1)
     above = below_title + (0.06 + 0.16 * (subtitle.count("\n") + 1) if subtitle else 0)
@@ -248,7 +248,7 @@ def draw_values(
     """
     measure, places, lines = MEASURES[study.facts.metric], places_of(study), series_of(study)
     of_lines = looks or {line: look(index) for index, line in enumerate(lines)}
-    is_across = places is None
+    is_across, ends = places is None, dict[str, tuple[float, float]]()
     if is_across:
         _draw_points(
             axes, study, {label: i for i, label in enumerate(study.points)}, looks and looks[""], True
@@ -260,8 +260,8 @@ def draw_values(
         _draw_points(axes, study, places)
     if places is not None:
         _label_x_axis(axes, study, places)
-    values, margins = ("x", {"x": 0.08}) if is_across else ("y", {"x": 0.08, "y": 0.08})
-    axes.margins(**margins)
+    values = "x" if is_across else "y"
+    axes.margins(x=0.08, y=None if is_across else 0.08)
     if is_reversed and not measure.is_share:
         axes.invert_xaxis() if is_across else axes.invert_yaxis()
     get, put = getattr(axes, f"get_{values}lim"), getattr(axes, f"set_{values}lim")
@@ -275,7 +275,7 @@ def draw_values(
     getattr(axes, f"set_{values}label")(measure.axis)
     if not study.verdict.estimates:
         getattr(axes, f"set_{values}ticks")([])
-    if places and lines:
+    if lines and ends:
         placing.label_ends(axes, ends, of_lines, height)
 
 

@@ -68,10 +68,9 @@ def draw(study: Study) -> Figure | None:
     looks = {of.point: drawing.look(order.index(of.point)) for of in found}
     depths = {of.point: f"depth {of.depth.mean:.2f}" for of in found}
     height = max(2.6, placing.labels_height(looks, depths))
-    used = max(found, key=lambda of: of.depth.mean / of.layers)
-    title = f"{used.point!r} uses most of its layers: {used.depth.mean:.2f} of {used.layers} count"
-    if len(found) == 1:
-        title = f"Of {used.layers} layers of {used.point!r}, {used.depth.mean:.2f} count"
+    used = max(found, key=lambda of: of.depth.mean)
+    title = f"{used.point!r} uses {used.depth.mean:.2f} of its {used.layers} layers"
+    title += ", more than any other" * (len(found) > 1)
     subtitle = "Above: what leaving one layer out costs. Below: the logit lens. In brackets: effective depth"
     figure = drawing.framed(title, subtitle, captions.caption(study), 2 * (height + 0.6))
     upper, lower = figure.subplots(2, 1)
@@ -97,7 +96,7 @@ def draw_run(entry: Mapping[str, Any], name: str) -> Figure:
         f"{name}, step {entry['step']:,}: {entry['targets']:,} tokens of {entry['text']}, "
         f"{entry['loss']:.4f} nats per token; blocks {' '.join(map(str, entry['plan']))}"
     )
-    text = textwrap.fill(caption, 80, max_lines=5, placeholder=" ...")
+    text = textwrap.fill(caption, 74, max_lines=5, placeholder=" ...")
     figure = drawing.framed(title, "Four views of the layers applied, from input to output", text, 11.0)
     panels = figure.subplots(4, 1)
     costs, lens, cosine, distance = panels.ravel()
