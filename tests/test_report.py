@@ -29,6 +29,7 @@ HEADINGS = [
     "Learning rates",
     "Outcomes",
     "Against parameters and FLOPs",
+    "Against latency and bytes",
     "Training curves",
     "Runs that did not finish",
     "Cost",
@@ -83,7 +84,7 @@ class Page(HTMLParser):
 def make(records):
     """Returns the report as an HTML page and as Markdown, with empty images: to draw them takes time."""
     found = study_of(records)
-    suffixes = ["", "-costs", "-curves", *(["-learning_rates"] if found.verdict.tuning else [])]
+    suffixes = ["", "-costs", "-pareto", "-curves", *(["-learning_rates"] if found.verdict.tuning else [])]
     images = {suffix: figures.Image(f"shape{suffix}.png", "what it shows", b"") for suffix in suffixes}
     sections = pages.contents(found, images)
     title = records[0].question
@@ -107,6 +108,7 @@ def files(folder):
 def test_files_and_the_text_to_print(tmp_path):
     text = pages.report(study_of(study()), tmp_path)
     names = "shape-tiny.png shape-tiny-costs.png shape-tiny-curves.png shape-tiny-learning_rates.png"
+    names += " shape-tiny-pareto.png"
     names += " shape-tiny.csv shape-tiny-comparisons.csv"
     expected = {f"figures/{name}" for name in names.split()}
     assert files(tmp_path).keys() == expected | {"reports/shape-tiny.html", "reports/shape-tiny.md"}
@@ -122,7 +124,7 @@ def test_page_is_whole_in_one_file(tmp_path):
     assert "link" not in page.tags
     assert not page.values("href")
     assert "width=device-width, initial-scale=1" in page.values("content")
-    suffixes = ("", "-learning_rates", "-costs", "-curves")
+    suffixes = ("", "-learning_rates", "-costs", "-pareto", "-curves")
     names = [f"shape-tiny{suffix}.png" for suffix in suffixes]
     images = [base64.b64decode(value.removeprefix("data:image/png;base64,")) for value in page.values("src")]
     assert images == [(tmp_path / "figures" / name).read_bytes() for name in names]
@@ -239,7 +241,7 @@ def test_what_records_say_cannot_become_markup():
     page, text = make([dataclasses.replace(r, versions={EVIL: EVIL}) for r in records])
     evil_header = Page(pages.to_html("", [("", [{EVIL: [EVIL]}])]))
     assert "script" not in page.tags + evil_header.tags
-    assert page.tags.count("img") == 4
+    assert page.tags.count("img") == 5
     assert not page.values("onerror")
     assert EVIL in page.text
     prose = re.sub("^    .*$", "", text, flags=re.MULTILINE)  # but for code
