@@ -29,6 +29,7 @@ HEADINGS = [
     "Learning rates",
     "Outcomes",
     "Against parameters and FLOPs",
+    "Against latency and bytes",
     "Training curves",
     "Runs that did not finish",
     "Cost",
@@ -83,7 +84,7 @@ class Page(HTMLParser):
 def make(records):
     """Returns the report as an HTML page and as Markdown, with empty images: to draw them takes time."""
     found = study_of(records)
-    suffixes = ["", "-costs", "-curves", *(["-learning_rates"] if found.verdict.tuning else [])]
+    suffixes = ["", "-costs", "-pareto", "-curves", *(["-learning_rates"] if found.verdict.tuning else [])]
     images = {suffix: figures.Image(f"shape{suffix}.png", "what it shows", b"") for suffix in suffixes}
     sections = pages.contents(found, images)
     title = records[0].question
@@ -270,7 +271,7 @@ def test_what_records_say_cannot_become_markup():
     page, text = make([dataclasses.replace(r, versions={EVIL: EVIL}) for r in records])
     evil_header = Page(pages.to_html("", [("", [{EVIL: [EVIL]}])]))
     assert "script" not in page.tags + evil_header.tags
-    assert page.tags.count("img") == 4
+    assert page.tags.count("img") == 5
     assert not page.values("onerror")
     assert EVIL in page.text
     prose = re.sub("^    .*$", "", text, flags=re.MULTILINE)  # but for code

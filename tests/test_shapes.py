@@ -12,10 +12,14 @@ from configs import base, depth_vs_width, mobilellm
 from experiments import shapes as command
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.costs import accounting
+from mobilellm_jax.costs.latency import TIMES, Fit, Latency, features
 from mobilellm_jax.costs.shapes import BUDGETS, Rules, Shape, solve
 from mobilellm_jax.errors import UserError
 
 LENGTH = 16
+LATENCY = Latency(  # of a device where everything takes time
+    {"float32": {t: Fit(dict.fromkeys(features(t, tiny_model(), 16), 0.1), {}, ()) for t in TIMES}}
+)
 GROUPED = tiny_model(num_heads=4, num_kv_heads=2, head_dim=6, width=24, ffn_width=64)
 RULES = Rules(head_dims=(), ffn_step=4, ffn_band=0.15, tolerance=0.02)
 
@@ -39,7 +43,7 @@ def every_shape(model, budget, target, head_dims, ffn_step, band, depths, most_h
                         head_dim=head_dim,
                         ffn_width=ffn,
                     )
-                    value = accounting.budgets(config, LENGTH, 1)[budget]
+                    value = accounting.budgets(config, LENGTH, 1, LATENCY)[budget]
                     found.append(((value - target) / target, proportion, config))
     return found
 
@@ -62,18 +66,18 @@ def assert_best(shape, found, tolerance):
 def test_depth_given_no_shape_is_better(budget, overrides):
     model = dataclasses.replace(GROUPED, **overrides)
     wanted = dataclasses.replace(model, depth=3, width=48, num_heads=8, num_kv_heads=4, ffn_width=120)
-    target = accounting.budgets(wanted, LENGTH, 1)[budget] * 1.003
+    target = accounting.budgets(wanted, LENGTH, 1, LATENCY)[budget] * 1.003
     rules = dataclasses.replace(RULES, head_dims=(4, 6))
-    shape = solve(model, budget, target, length=LENGTH, rules=rules, depth=3)
+    shape = solve(model, budget, target, length=LENGTH, rules=rules, depth=3, latency=LATENCY)
     found = every_shape(model, budget, target, (4, 6), 4, 0.15, [3])
     assert_best(shape, found, 0.02)
-    assert shape.mismatch == accounting.budgets(shape.config, LENGTH, 1)[budget] / target - 1
+    assert shape.mismatch == accounting.budgets(shape.config, LENGTH, 1, LATENCY)[budget] / target - 1
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_width_given_no_shape_is_better(budget):
-    target = accounting.budgets(dataclasses.replace(GROUPED, depth=7), LENGTH, 1)[budget] * 1.01
-    shape = solve(GROUPED, budget, target, length=LENGTH, rules=RULES, width=24)
+    target = accounting.budgets(dataclasses.replace(GROUPED, depth=7), LENGTH, 1, LATENCY)[budget] * 1.01
+    shape = solve(GROUPED, budget, target, length=LENGTH, rules=RULES, width=24, latency=LATENCY)
     found = every_shape(GROUPED, budget, target, (6,), 4, 0.15, range(1, 12), most_heads=4)
     assert_best(shape, [m for m in found if m[2].width == 24], 0.02)
     assert shape.config.depth in (6, 7, 8)
@@ -156,6 +160,7 @@ def test_where_no_shape_fits_the_nearest_of_three_widths_are_named(factor):
         ({"target": math.inf}, "total_parameters: inf is not valid"),
         ({"width": 24}, r"depth, width: \(2, 24\) is not valid; expected one of them"),
         ({"depth": None}, r"depth, width: \(None, None\) is not valid; expected one of them"),
+        ({"budget": "decode_ms"}, "budget: decode_ms is that of a device; give a table"),
         ({"depth": 0}, "depth: 0 is not valid; expected an integer from 1 to 1,024"),
         ({"depth": None, "width": 25}, "width: 25 is not a multiple of 12 .* the nearest: 24"),
         (

@@ -26,8 +26,9 @@ def features(time: str, config: ModelConfig, slots: int) -> dict[str, float]:
     """The work behind one of `TIMES`, by name, which has its unit.
 
     A token reads the blocks in the order of the plan, the head, and the keys and values of all slots, filled
-    or not; the largest of the logits is looked for. A block that is used again at once may still be in a cache of the processor: its bytes have a
-    coefficient of their own. A prompt multiplies with every block as often as it is applied.
+    or not; then the largest logit is looked for. A block that is used again at once may still be in a cache
+    of the processor: its bytes have a coefficient of their own. A prompt multiplies with every block as often
+    as it is applied.
     """
     L, T, width = config.effective_depth, slots // 2, DTYPE_BYTES[config.compute_dtype]
     of_block = sum(
