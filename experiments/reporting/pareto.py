@@ -15,6 +15,7 @@ from matplotlib.ticker import NullLocator
 
 from experiments.reporting import captions, drawing, placing, tables, titles
 from experiments.reporting.drawing import styled
+from mobilellm_jax import validation
 from mobilellm_jax.analysis import statistics
 from mobilellm_jax.analysis.facts import Point
 from mobilellm_jax.analysis.latency_table import read_table
@@ -22,7 +23,7 @@ from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.statistics import Estimate
 from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.wording import format_estimate
-from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.costs.latency import TIMES
 from mobilellm_jax.storage.files import AnyPath, files_below, path_of
 
@@ -118,12 +119,17 @@ def _latency(points: Mapping[str, Point], workdir: AnyPath) -> list[Cost]:
     if not files:
         return []
     table, path = max(((read_table(path), path) for path in files), key=lambda pair: pair[0].created)
-    models = {label: from_config_dict(point.config) for label, point in points.items()}
-    if any(c.model.compute_dtype not in table.fits for c in models.values()):
+    # The model alone: older records lack fields of training.
+    models = {
+        label: validation.from_mapping(ModelConfig, point.config["model"], widen=True)
+        for label, point in points.items()
+    }
+    if any(model.compute_dtype not in table.fits for model in models.values()):
         return []
+    slots = {label: point.config["data"]["sequence_length"] for label, point in points.items()}
     latency = table.latency()
-    found = {label: latency.predict(c.model, c.data.sequence_length) for label, c in models.items()}
-    errors = [latency.median_errors(c.model) for c in models.values()]
+    found = {label: latency.predict(model, slots[label]) for label, model in models.items()}
+    errors = [latency.median_errors(model) for model in models.values()]
     return [
         Cost(
             _NAMES[time],
