@@ -151,6 +151,7 @@ def get_config(preset: str = "") -> ConfigDict:
     train.teacher = ""  # none
     train.teacher_weight = 0.5  # the paper does not state it
     train.teacher_temperature = 1.0  # paper: the cross-entropy with the teacher's output, as it is
+    train.quantize = ""  # full precision; w4:32 and the like: rounded in every forward pass
     train.steps = 500
     train.batch_size = 16
     train.accumulation_steps = 1

@@ -82,6 +82,12 @@ class TrainConfig:
         compiled=False,
         before=1.0,
     )
+    quantize: str = science(
+        "scheme of `experiments.quantize`, such as w4:32, that every forward pass rounds weights and "
+        "activations to, with gradients straight through (quantization-aware training); losses are those of "
+        "the quantized model, checkpoints hold full precision; '' rounds nothing",
+        before="",
+    )
     steps: int = science("optimizer steps", compiled=False, decisive=True)
     batch_size: int = science(
         "B, sequences in one optimizer step, over all devices and accumulation steps",
@@ -141,6 +147,12 @@ class TrainConfig:
         for name in ("resume_optimizer", "grow", "resize_embedding", "lora_rank"):
             if (value := getattr(self, name)) and not self.init_from:
                 raise UserError(f"train.{name}: {value} needs a run to start from; set train.init_from")
+        for name in ("lora_rank", "loops"):
+            if self.quantize and (value := getattr(self, name)):
+                raise UserError(
+                    f"train.quantize: {self.quantize!r} does not go with train.{name}={value!r}; "
+                    "use one of them"
+                )
         if self.resume_optimizer and self.lora_rank:
             raise UserError(
                 f"train.resume_optimizer: True does not go with train.lora_rank={self.lora_rank}, as the "

@@ -177,6 +177,7 @@ def test_what_lies_outside_of_the_shapes_measured_is_named():
     assert line == "layers 40, measured 1 to 28"
 
 
+@pytest.mark.slow
 def test_a_shape_is_measured():
     config = tiny_model(sharing="immediate", num_repeats=2)
     said = []

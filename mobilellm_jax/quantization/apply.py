@@ -56,10 +56,10 @@ def quantize(
     """
     check_groups(config, scheme, short_groups)
 
-    def rounded(of: Parameter, w: Any) -> Any:
+    def round_one(of: Parameter, w: Any) -> Any:
         return w if of.is_gain else np.asarray(round_weights(of, w, scheme))
 
-    return map_parameters(rounded, params), quantized_config(config, scheme)
+    return map_parameters(round_one, params), quantized_config(config, scheme)
 
 
 def quantized_config(config: ModelConfig, scheme: Scheme) -> ModelConfig:
@@ -75,7 +75,13 @@ def round_weights(of: Parameter, w: Any, scheme: Scheme) -> Float[Array, "..."]:
     Raises:
       UserError: it holds NaN or infinite values, or is 0 throughout in some block.
     """
-    q_AGSB, scale_AG1B = weight_integers(of, w, scheme)
+    _check_values(of, w)
+    return rounded(of, w, scheme)
+
+
+def rounded(of: Parameter, w: Any, scheme: Scheme) -> Float[Array, "..."]:
+    """As `round_weights`, of any values, which may be traced."""
+    q_AGSB, scale_AG1B = _integers(of, w, scheme)
     A, _, _, B = q_AGSB.shape
     inputs = _matrices(of, w).shape[1]
     return (q_AGSB * scale_AG1B).reshape(A, -1, B)[:, :inputs].reshape(w.shape)
@@ -89,6 +95,12 @@ def weight_integers(
     Errors as in `round_weights`.
     """
     _check_values(of, w)
+    return _integers(of, w, scheme)
+
+
+def _integers(
+    of: Parameter, w: Any, scheme: Scheme
+) -> tuple[Float[Array, "A G S B"], Float[Array, "A G 1 B"]]:
     w_AIB = jnp.asarray(_matrices(of, w))
     A, inputs, B = w_AIB.shape
     group = scheme.group or inputs

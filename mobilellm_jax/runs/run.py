@@ -26,6 +26,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.adapters import adapted
 from mobilellm_jax.model.ops.precision import fastest_dtype
 from mobilellm_jax.parallel import partition, processes
+from mobilellm_jax.quantization.aware import trained_model
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import (
     TOKENIZER,
@@ -68,13 +69,14 @@ def check(config: Config) -> Mesh:
     """Builds the mesh of a run and checks it against the devices, the model and the batch.
 
     Raises:
-      UserError: it does not fit, adapters do not fit the model, or the compute dtype is still "auto".
+      UserError: it does not fit, adapters or groups of weights do not fit the model, or the compute dtype is
+        still "auto".
     """
     is_known, valid = config.model.compute_dtype != "auto", "a dtype by now; see `with_dtype`"
     rules.check(is_known, "model.compute_dtype", config.model.compute_dtype, valid)
     mesh = partition.make_mesh(config.mesh)
     partition.check_divisible(config, mesh)
-    adapted(config)
+    trained_model(config)
     return mesh
 
 

@@ -17,10 +17,10 @@ from jaxtyping import Array, PRNGKeyArray
 
 from mobilellm_jax import model
 from mobilellm_jax.config import COMPILED, Config, ModelConfig, flatten, to_dict
-from mobilellm_jax.model.adapters import adapted
 from mobilellm_jax.model.loops import with_repeats
 from mobilellm_jax.model.stack import cast
 from mobilellm_jax.parallel import partition
+from mobilellm_jax.quantization.aware import trained_model
 from mobilellm_jax.sharing import loop_counts
 from mobilellm_jax.training.step import (
     Distillation,
@@ -108,7 +108,7 @@ def make_programs(
     config: Config, mesh: Mesh | AbstractMesh, distillation: Distillation | None = None
 ) -> JittedPrograms:
     """Builds the programs without compiling them; the mesh may be abstract."""
-    m, o, t = adapted(config), config.optimizer, config.train
+    m, o, t = trained_model(config), config.optimizer, config.train
     shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), m, o))
     shardings = partition.shardings(shapes, mesh)
     batch, scalar = partition.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())

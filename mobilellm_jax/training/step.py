@@ -12,6 +12,7 @@ from mobilellm_jax import model
 from mobilellm_jax.config import ModelConfig, OptimizerConfig
 from mobilellm_jax.data.rows import inputs_and_targets, is_target
 from mobilellm_jax.model.adapters import join, split
+from mobilellm_jax.quantization.aware import straight_through
 from mobilellm_jax.training.optimizer import make_optimizer
 
 Metrics = dict[str, Float[Array, ""]]
@@ -66,6 +67,7 @@ def gradients(
 
     def nats_and_terms(params: model.Params, rows_MS: Int[Array, "M S"]) -> Any:
         params, batch, d = join(params, frozen or {}), inputs_and_targets(rows_MS), distillation
+        params = straight_through(params, config)
         if d is None:
             nats, count = model.loss(params, *batch, config)
             return nats, (count,)
@@ -119,9 +121,10 @@ def eval_step(params: model.Params, rows_BS: Int[Array, "B S"], config: ModelCon
 
     `nats` is 0 where there is no target. With `answers` also the most probable tokens, `guesses` [B, T], the
     number of `rows` that have targets, and of `wrong` rows: those where a guess is not the target. This takes
-    a second forward pass, with logits at all positions.
+    a second forward pass, with logits at all positions. Weights are rounded as in training.
     """
     tokens_BT, targets_BT = inputs_and_targets(rows_BS)
+    params = straight_through(params, config)
     nats_BT = model.token_losses(params, tokens_BT, targets_BT, config)
     is_target_BT = is_target(targets_BT)
     targets = jnp.sum(is_target_BT)

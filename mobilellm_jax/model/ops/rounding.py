@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -20,7 +21,26 @@ def to_integers(
     return jnp.round(x / scale), scale
 
 
-def round_tokens(x: Float[Array, "B T ..."], bits: int) -> Float[Array, "B T ..."]:
-    """Quantizes and dequantizes activations, with one scale for each token, in their own dtype."""
+def _round_tokens(bits: int, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
     q, scale = to_integers(x, bits, range(2, x.ndim))
     return (q * scale).astype(x.dtype)
+
+
+def _forward(bits: int, x: Array) -> tuple[Array, None]:
+    return _round_tokens(bits, x), None
+
+
+def _backward(bits: int, kept: None, dy: Array) -> tuple[Array]:
+    return (dy,)
+
+
+_straight_through = jax.custom_vjp(_round_tokens, nondiff_argnums=(0,))
+_straight_through.defvjp(_forward, _backward)
+
+
+def round_tokens(x: Float[Array, "B T ..."], bits: int) -> Float[Array, "B T ..."]:
+    """Quantizes and dequantizes activations, with one scale for each token, in their own dtype.
+
+    The gradient goes straight through, as if nothing was rounded; see `quantization/aware.py`.
+    """
+    return _straight_through(bits, x)
