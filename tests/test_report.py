@@ -318,6 +318,7 @@ def test_command_gives_the_same_bytes_elsewhere(tmp_path):
     assert done.returncode == 0, done.stderr
     found = study_of(records)
     text = pages.write_report(found, figures.write(found, tmp_path / "b", figures.FORMATS), tmp_path / "b")
+    index.write(tmp_path / "b")
     assert text.replace(str(tmp_path / "b"), str(tmp_path / "a")) in done.stdout
     for folder in ("figures", "reports"):
         assert files(tmp_path / "a" / folder) == files(tmp_path / "b" / folder)
