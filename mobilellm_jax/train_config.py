@@ -27,6 +27,11 @@ def _is_pattern(text: str) -> bool:
         return False
 
 
+def _is_scheme(name: str) -> bool:
+    """True for "" and for names of the form that `quantization.schemes.parse` reads."""
+    return not name or re.fullmatch(r"w\d+(a\d+)?(:\d+)?", name) is not None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Origin, teacher, length, batch, seeds and cadence of a run.
@@ -133,6 +138,7 @@ class TrainConfig:
                 "lora_rank": rules.COUNT,
                 "lora_targets": (_is_pattern, "a regular expression"),
                 "lora_alpha": rules.POSITIVE,
+                "quantize": (_is_scheme, "'' or a scheme such as w8a8 or w4:32"),
                 "teacher_weight": rules.FRACTION,
                 "teacher_temperature": rules.POSITIVE,
                 "eval_rows": rules.COUNT,
