@@ -19,6 +19,11 @@ class Adapters(NamedTuple):
     targets: tuple[str, ...]
 
 
+def _is_scheme(name: str) -> bool:
+    """True for "" and for names of the form that `quantization.schemes.parse` reads."""
+    return not name or re.fullmatch(r"w\d+(a\d+)?(:\d+)?", name) is not None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Origin, teacher, length, batch, seeds and cadence of a run.
@@ -131,6 +136,7 @@ class TrainConfig:
                 "lora_rank": rules.COUNT,
                 "lora_targets": rules.PATTERN,
                 "lora_alpha": rules.POSITIVE,
+                "quantize": (_is_scheme, "'' or a scheme such as w8a8 or w4:32"),
                 "teacher_weight": rules.FRACTION,
                 "teacher_temperature": rules.POSITIVE,
                 "eval_rows": rules.COUNT,

@@ -70,6 +70,7 @@ OUT_OF_RANGE = {
     "optimizer.clip_norm": POSITIVE,
     "train.lora_rank": [-1, 2],  # without a run to start from
     "train.lora_targets": ["", "("],
+    "train.quantize": ["int4", "w4 "],
     "train.lora_alpha": POSITIVE,
     "train.teacher_weight": FRACTION,
     "train.teacher_temperature": POSITIVE,

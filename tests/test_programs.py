@@ -80,6 +80,7 @@ ONE_BY_ONE = {
     "train.batch_size": (16, {}),
     "train.accumulation_steps": (2, {}),
     "train.eval_batch_size": (16, {}),
+    "train.quantize": ("w4", {}),
     "train.loops": ("1..3", {"model.sharing": "immediate"}),
 }
 
