@@ -140,20 +140,13 @@ _HOPS = _Ability(
     margin=0.05,
     sd=0.04,
 )
-_BREADTH = _Ability(
+_BREADTH = dataclasses.replace(
+    _HOPS,
     source="breadth:vertices=7,parents=2",
-    vocab_size=57,
     length=18,
-    shapes=_TINY_33K,
-    orders=_ORDERS,
-    flops=(1.94,),
-    steps=500,
     batch_size=32,
     eval_rows=1024,
-    learning_rates=(2**-8, 2**-7, 2**-6),
     metric="error",  # of whole answers; as a mean over levels, the few rows of the largest would decide
-    margin=0.05,
-    sd=0.04,
 )
 _TINY5 = {
     **{ability: dataclasses.replace(_ABILITIES[f"{ability}_tiny"], orders=_ORDERS) for ability in _ALL[:3]},

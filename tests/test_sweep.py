@@ -1,5 +1,6 @@
 """The sweep: what runs, what is skipped, and what a failure leaves behind."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -8,9 +9,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -469,27 +473,67 @@ def test_a_disk_that_is_full_when_a_lease_is_taken_costs_that_point_alone(study,
     assert not list(folder.iterdir())
 
 
-ANYTHING = workers.Task(sweeping.compare_point, lambda *_: 1)
+def one_is_missing(*_):
+    return 1
+
+
+ANYTHING = workers.Task(sweeping.compare_point, one_is_missing)
 NAMES = ("mini/tiny/none", "mini/tiny/reverse")
 TALLY = view.Tally(0, dict.fromkeys(NAMES, 2), dict.fromkeys(NAMES, 2), dict.fromkeys(NAMES, 1.0), None)
 
 
-def test_a_process_that_a_signal_ended_has_a_second_try_and_no_third(study, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def processes_end(monkeypatch):
+    """Makes the processes of a sweep threads that end as a table says: point -> statuses of its tries.
+
+    Returns a function that takes the table, and gives the list of the points that each process did.
+    """
+
+    def use(statuses):
+        begun = []
+
+        class Process:
+            exitcode = None
+
+            def __init__(self, args, **_):
+                self.channel, self.done = args[-1], []
+                self.sentinel, self.end = os.pipe()
+                begun.append(self.done)
+
+            def start(self):
+                self.channel = os.dup(self.channel.fileno())  # the parent closes its own
+                self.thread = threading.Thread(target=self.work)
+                self.thread.start()
+
+            def work(self):
+                status = 0
+                with Connection(self.channel) as channel, contextlib.suppress(EOFError):
+                    while not status:
+                        _, point = channel.recv()
+                        self.done.append(point.name)
+                        if not (status := statuses[point.name].pop(0)):
+                            channel.send(0)
+                self.exitcode = status
+                os.close(self.end)
+
+            def join(self):
+                self.thread.join()
+
+            def terminate(self):
+                with contextlib.suppress(OSError):  # it has ended
+                    socket.socket(fileno=os.dup(self.channel)).shutdown(socket.SHUT_RDWR)
+
+        monkeypatch.setattr(
+            workers.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Process)
+        )
+        return begun
+
+    return use
+
+
+def test_a_process_that_a_signal_ended_has_a_second_try_and_no_third(study, tmp_path, processes_end, capsys):
     statuses = {"mini/tiny/none": [-9, 0], "mini/tiny/reverse": [-9, -11]}
-
-    class Process:
-        def __init__(self, args, **_):
-            self.name = args[1].name
-
-        def start(self):
-            self.sentinel, end = os.pipe()
-            os.close(end)  # over at once
-
-        def join(self):
-            os.close(self.sentinel)
-            self.exitcode = statuses[self.name].pop(0)
-
-    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Process))
+    processes_end(statuses)
     broken = workers.in_processes(points(study), tmp_path / "w", [{}, {}], ANYTHING, view.View(TALLY, 0))
     assert [said.partition(" ended")[0] for said in broken] == [
         "the process of mini/tiny/reverse (status -11)"
@@ -500,23 +544,17 @@ def test_a_process_that_a_signal_ended_has_a_second_try_and_no_third(study, tmp_
     assert "2 of 2 points done" in out
 
 
-def test_a_process_that_fails_by_itself_has_no_second_try(study, tmp_path, monkeypatch):
-    class Process:
-        exitcode = 1
-
-        def __init__(self, **_):
-            self.sentinel, end = os.pipe()
-            os.close(end)
-
-        def start(self):
-            pass
-
-        def join(self):
-            os.close(self.sentinel)
-
-    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Process))
+def test_a_process_that_fails_by_itself_has_no_second_try(study, tmp_path, processes_end):
+    begun = processes_end({name: [1] for name in NAMES})
     broken = workers.in_processes(points(study), tmp_path / "w", [{}], ANYTHING, view.View(TALLY, 0))
     assert [said.count("(status 1)") for said in broken] == [2]
+    assert sorted(begun) == [[name] for name in NAMES], "a process of its own for each"
+
+
+def test_one_process_does_several_points(study, tmp_path, processes_end):
+    begun = processes_end({name: [0] for name in NAMES})
+    assert not workers.in_processes(points(study), tmp_path / "w", [{}], ANYTHING, view.View(TALLY, 0))
+    assert [sorted(done) for done in begun] == [list(NAMES)]
 
 
 ONLY_TOO = (

@@ -156,7 +156,7 @@ def test_blocks_that_are_written_out_are_a_plain_model():
     assert written_out(params, alike) == (params, alike)
 
 
-def test_what_uses_have_is_counted_sharded_decayed_and_quantized():
+def test_what_uses_have_is_counted_sharded_and_decayed():
     m = tiny_model(**ALL, **REPEAT_ALL, loop_targets="query$|down$", ffn_kind="relu")
     plain = tiny_model(**REPEAT_ALL, ffn_kind="relu")
     new, old = accounting.parameters(m), accounting.parameters(plain)

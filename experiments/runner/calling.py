@@ -28,7 +28,7 @@ from mobilellm_jax.storage.files import AnyPath
 
 _KEPT = Kept("calls", what="the scores of API calls", again="score")
 _KEPT_INSTRUCTIONS = Kept("instructions", what="the scores of instructions", again="score")
-results_path, read = _KEPT.path, _KEPT.read
+results_path = _KEPT.path
 _COLUMNS = {"calls": 6, **dict.fromkeys(("json", "intent", "slots", "call"), 11), "replies": 7}
 _COLUMNS |= {"rouge1": 11, "rougeL": 11}
 
@@ -96,7 +96,7 @@ def score_calls(
     """
     _check_eos(workdir, tokenizer)
     path, first = results_path(workdir), jax.process_index() == 0
-    read(path)  # fails before the work if it cannot be read
+    _KEPT.check(path)
     context, bos = config.data.sequence_length, begins_with_bos(workdir, tokenizer)
     yield _row("conversations", {column: column for column in _COLUMNS})
     shortened = 0
@@ -133,7 +133,7 @@ def score_instructions(
     rules, count = instructions.parse(names)
     _check_eos(workdir, tokenizer)
     path = _KEPT_INSTRUCTIONS.path(workdir)
-    _KEPT_INSTRUCTIONS.read(path)
+    _KEPT_INSTRUCTIONS.check(path)
     bos = begins_with_bos(workdir, tokenizer)
     generator = Generator(params, config.model, GREEDY, config.data.sequence_length)
     speaker = Speaker(generator, tokenizer, bos)

@@ -24,12 +24,8 @@ from mobilellm_jax.storage.checkpoint import newest_intact
 from mobilellm_jax.storage.files import AnyPath
 
 _KEPT = Kept("diagnostics", what="the diagnostics of a run", again="diagnose")
+results_path = _KEPT.path
 Entry = dict[str, Any]
-
-
-def results_path(workdir: AnyPath, text: str | None) -> AnyPath:
-    """The record of a run; where it has none, or with another text, diagnostics.json in its directory."""
-    return _KEPT.beside(workdir) if text else _KEPT.path(workdir)
 
 
 def diagnose_run(
@@ -46,7 +42,7 @@ def diagnose_run(
     """
     from mobilellm_jax.diagnostics.diagnosis import diagnose  # here: it loads scipy
 
-    processes.of_first(lambda: _KEPT.read(path) and None)  # fails before the work if it cannot be read
+    _KEPT.check(path)
     t, documents = config.train, None
     if not text:
         prepared = data.prepare(config.data, config.model.vocab_size)
@@ -83,7 +79,7 @@ def diagnose_point(point: Point, workdir: AnyPath, tell: Tell) -> None:
         directory = workdir / "runs" / name
         config, params = open_run(directory)
         config = dataclasses.replace(config, mesh=point.config.mesh)
-        path = results_path(directory, None)
+        path = results_path(directory)
         entry = diagnose_run(path, directory, config, params, held_out_rows(config))
         depth = entry["effective_depth"]["value"]
         tell(Event(name, f"effective depth {depth:.2f} of {len(entry['plan'])} layers"))

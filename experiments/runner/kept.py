@@ -6,6 +6,7 @@ from typing import Any
 
 from mobilellm_jax.analysis.records import add_entry, read_record
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.parallel import processes
 from mobilellm_jax.storage.files import AnyPath, write_atomically
 
 
@@ -39,9 +40,9 @@ class Kept:
         """The file of a run without a record."""
         return workdir / f"{self.field}.json"
 
-    def path(self, workdir: AnyPath) -> AnyPath:
-        """The record of the run in `workdir`; where it has none, as an imported one, `beside` it."""
-        return record_of(workdir) or self.beside(workdir)
+    def path(self, workdir: AnyPath, text: str | None = None) -> AnyPath:
+        """The record of the run in `workdir`; where it has none, or on another text, `beside` it."""
+        return (None if text else record_of(workdir)) or self.beside(workdir)
 
     def read(self, path: AnyPath) -> dict[str, Any]:
         """The results by name.
@@ -60,6 +61,10 @@ class Kept:
         if not isinstance(document, dict):
             raise UserError(f"{path}: not {self.what}; delete it to {self.again} again")
         return document
+
+    def check(self, path: AnyPath) -> None:
+        """Reads the results once, before work whose result could not be added; errors as in `read`."""
+        processes.of_first(lambda: self.read(path) and None)
 
     def add(self, path: AnyPath, name: str, entry: dict[str, Any]) -> None:
         """Adds one result, atomically."""

@@ -49,7 +49,7 @@ def score_loops(
     configs = {count: looped(config, count) for count in counts}
     if (workdir / IMPORTED).exists():
         raise UserError(f"{workdir}: an imported run has no held-out rows; name a text with --text")
-    processes.of_first(lambda: _KEPT.read(path) and None)  # fails before the work if it cannot be read
+    _KEPT.check(path)
     mesh, t = check(config), config.train
     prepared = data.prepare(config.data, config.model.vocab_size)
     params = jax.device_put(params, partition.shardings(params, mesh))

@@ -30,7 +30,7 @@ from mobilellm_jax.storage.checkpoint import newest_intact
 from mobilellm_jax.storage.files import AnyPath
 
 _KEPT = Kept("quantized", what="results of quantization", again="quantize")
-read = _KEPT.read
+results_path, read = _KEPT.path, _KEPT.read
 Entry = dict[str, Any]
 
 
@@ -69,11 +69,6 @@ def schemes_of(flag: str, names: Sequence[str]) -> tuple[Scheme, ...]:
 # --- one run --------------------------------------------------------------------------------------------
 
 
-def results_path(workdir: AnyPath, text: str | None) -> AnyPath:
-    """The record of a run; where it has none, or another text is scored, quantized.json in its directory."""
-    return _KEPT.beside(workdir) if text else _KEPT.path(workdir)
-
-
 def quantize_run(
     asked: Quantizing,
     path: AnyPath,
@@ -90,7 +85,7 @@ def quantize_run(
     """
     mesh = check(config)
     asked.check(config)
-    processes.of_first(lambda: read(path) and None)  # fails before the work if it cannot be read
+    _KEPT.check(path)
     full = answers(params, config.model, mesh, batches())
     settings = {
         "text": text or f"{config.train.eval_split}:{config.train.eval_rows or 'all'}",
@@ -166,7 +161,7 @@ def quantize_point(point: Point, workdir: AnyPath, tell: Tell, asked: Quantizing
         config, params = open_run(directory)
         config = dataclasses.replace(config, mesh=point.config.mesh)
         these = dataclasses.replace(asked, schemes=tuple(schemes))
-        path = results_path(directory, None)
+        path = results_path(directory)
         done = quantize_run(these, path, directory, config, params, held_out_rows(config))
         gaps = ", ".join(f"{scheme.name} {entry['gap']:+.4f}" for scheme, entry in done)
         tell(Event(name, f"gap: {gaps}"))

@@ -7,7 +7,7 @@ from experiments.runner.kept import Kept
 from mobilellm_jax.storage.files import AnyPath
 
 _KEPT = Kept("zero_shot", what="the scores of tasks", again="score")
-results_path, read = _KEPT.path, _KEPT.read
+results_path, read, check = _KEPT.path, _KEPT.read, _KEPT.check
 
 
 def entry(result: Any) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def score_tasks(
 
     bos = begins_with_bos(workdir, tokenizer) if questions.bos is None else questions.bos
     path, first = scores.results_path(workdir), jax.process_index() == 0
-    processes.of_first(lambda: scores.read(path) and None)  # fails before the work if it cannot be read
+    scores.check(path)
     tasks, left_out = harness.load_tasks(questions.names, questions.data_dir)
     lm = harness.Adapter(params, config, tokenizer, mesh, bos)
     settings = {

@@ -1,4 +1,4 @@
-"""Points side by side, in processes of their own, and beside other sweeps in the same directory."""
+"""Points side by side, in several processes, and beside other sweeps in the same directory."""
 
 import contextlib
 import dataclasses
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import jax
 
@@ -28,7 +29,7 @@ from mobilellm_jax.training.malloc import keep_freed_memory
 
 _POLL_S = 2.0  # between two looks for a point that no other sweep holds
 TUNING = "tuning"  # the first phase of a sweep
-_TAKEN = 3  # exit status of a process whose point another sweep took first
+_DONE, _TAKEN = 0, 3  # what a worker says at the end of a point: done, or another sweep took it first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +62,43 @@ class Slot:
     environment: Mapping[str, str]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Worker:
-    """A process at work on a point, the slot that is free when it ends, and where it tells its events."""
+    """A process that does one point after another, as its start and its imports take seconds.
+
+    Attributes:
+      process: what runs `_child`.
+      slot: what is free when it ends.
+      channel: takes a task and a point; gives events, then `_DONE` or `_TAKEN`.
+      point: what it is at work on; None if it waits for one.
+    """
 
     process: BaseProcess
-    point: Point
     slot: Slot
-    events: Connection
+    channel: Connection
+    point: Point | None = None
+
+    def begin(self, task: Task, point: Point) -> None:
+        self.point = point
+        with contextlib.suppress(OSError):  # it was killed while it waited, which `hear` tells
+            self.channel.send((task, point))
+
+    def hear(self, view: View) -> int | None:
+        """Passes on what it has told so far, up to the end of its point or of the process.
+
+        Returns:
+          The exit status of the process if it has ended, `_DONE` or `_TAKEN` if the point is over, else None.
+        """
+        try:
+            while self.channel.poll():
+                told = self.channel.recv()
+                if isinstance(told, int):
+                    return told
+                if self.point:
+                    view.hear(self.point.name, told)
+        except (EOFError, OSError):  # OSError: it was killed in the middle of a message
+            self.process.join()
+        return self.process.exitcode
 
 
 def in_processes(
@@ -90,34 +120,43 @@ def in_processes(
       Interrupted, Preempted: on SIGINT, on SIGTERM or SIGHUP; the runs at work have saved.
     """
     free, leases, wait = _slots(environments), leases_of(workdir), Wait()
-    waiting, running, broken = list(points), dict[int, Worker](), list[str]()  # running by sentinel
+    waiting, workers, broken, over = list(points), list[Worker](), list[str](), 0
     died: set[str] = set()  # points whose process a signal ended once, as where others took the memory
-    with signals.noted_signals() as received, _ended(running, view):
-        while (waiting or running) and not received:
-            while free and (point := _first_free(waiting, leases, task)):
+    with signals.noted_signals() as received, _ended(workers, view):
+        while over < len(points) and not received:
+            idle = [worker for worker in workers if not worker.point]
+            while (idle or free) and (point := _first_free(waiting, leases, task)):
                 waiting.remove(point)
-                if task.missing(point, workdir):  # else another sweep has done it
-                    worker = _started(point, workdir, task, free.pop(0))
-                    running[worker.process.sentinel] = worker
-                    view.begun(point.name)
-                else:
+                if not task.missing(point, workdir):  # another sweep has done it
                     view.tally.settle(point.name, task.phase == TUNING)
-            if waiting and not running:
-                wait(leases)
-            for sentinel in _over(running, view):
-                worker = running.pop(sentinel)
-                worker.process.join()
-                _hear(worker, view)
-                worker.events.close()
-                free.append(worker.slot)
-                if _is_to_be_repeated(worker, died):
-                    waiting.append(worker.point)
+                    over += 1
                     continue
-                if worker.process.exitcode:
-                    broken.append(f"{worker.point.name} (status {worker.process.exitcode})")
-                view.tally.settle(worker.point.name, task.phase == TUNING)
-                ended = len(points) - len(waiting) - len(running)
-                view.ended(worker.point.name, task.ended(ended, len(points)))
+                if idle:
+                    worker = idle.pop()
+                else:
+                    worker = _started(workdir, free.pop(0))
+                    workers.append(worker)
+                worker.begin(task, point)
+                view.begun(point.name)
+            if waiting and not any(worker.point for worker in workers):
+                wait(leases)
+            for worker, status in _over(workers, view):
+                point, worker.point = worker.point, None
+                if worker.process.exitcode is not None or not waiting:
+                    worker.channel.close()  # which ends the process, if it still waits for a point
+                    worker.process.join()
+                    workers.remove(worker)
+                    free.append(worker.slot)
+                if point is None:
+                    continue
+                if _is_to_be_repeated(point, status, died):
+                    waiting.append(point)
+                    continue
+                if status != _DONE:
+                    broken.append(f"{point.name} (status {status})")
+                view.tally.settle(point.name, task.phase == TUNING)
+                over += 1
+                view.ended(point.name, task.ended(over, len(points)))
     if received:
         raise signals.stopped(received, "with the runs at work, which saved what there was")
     if not broken:
@@ -133,60 +172,53 @@ def _slots(environments: Sequence[Mapping[str, str]]) -> list[Slot]:
     return [Slot(cores[i::count] or cores, environment) for i, environment in enumerate(environments)]
 
 
-def _started(point: Point, workdir: AnyPath, task: Task, slot: Slot) -> Worker:
+def _started(workdir: AnyPath, slot: Slot) -> Worker:
     context = multiprocessing.get_context("spawn")
-    events, channel = multiprocessing.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(task, point, workdir, slot.cores, channel), daemon=True)
+    ours, its = multiprocessing.Pipe()
+    process = context.Process(target=_child, args=(workdir, slot.cores, its), daemon=True)
     with _without_sigint(), _variables({**slot.environment, signals.PARENT: str(os.getpid())}):
         process.start()
-    channel.close()  # so that `events` ends with the process
-    return Worker(process, point, slot, events)
+    its.close()  # so that `ours` ends with the process
+    return Worker(process, slot, ours)
 
 
-def _over(running: Mapping[int, Worker], view: View) -> list[int]:
-    """Passes on what the workers tell until some have ended, or `_POLL_S` have passed; their sentinels."""
-    until, telling = time.monotonic() + _POLL_S, {worker.events: worker for worker in running.values()}
-    while running:
-        wait_s = max(until - time.monotonic(), 0.0)
-        ready = multiprocessing.connection.wait([*running, *telling], wait_s)
-        for events in set(ready) & set(telling):
-            if not _hear(telling[events], view):
-                del telling[events]
-        ended = [sentinel for sentinel in running if sentinel in ready]
-        if ended or not ready:
-            return ended
+def _over(workers: Sequence[Worker], view: View) -> list[tuple[Worker, int]]:
+    """Waits for points that are over or processes that ended, but `_POLL_S` at most.
+
+    Passes on what the workers tell meanwhile.
+
+    Returns:
+      The workers of these, with what `Worker.hear` returned.
+    """
+    until = time.monotonic() + _POLL_S
+    of_signs: dict[Any, Worker] = {worker.channel: worker for worker in workers}
+    of_signs |= {worker.process.sentinel: worker for worker in workers}
+    while workers:
+        ready = multiprocessing.connection.wait(of_signs, max(until - time.monotonic(), 0.0))
+        told = {id(of_signs[sign]): of_signs[sign] for sign in ready}.values()  # each once
+        over = [(worker, status) for worker in told if (status := worker.hear(view)) is not None]
+        if over or not ready:
+            return over
     return []
 
 
-def _hear(worker: Worker, view: View) -> bool:
-    """Passes on what a worker has told so far; False if nothing more will come."""
-    try:
-        while worker.events.poll():
-            event = worker.events.recv()
-            view.hear(worker.point.name, event)
-    except (EOFError, OSError):  # OSError: it was killed in the middle of a message
-        return False
-    return True
-
-
-def _is_to_be_repeated(worker: Worker, died: set[str]) -> bool:
-    """Whether another sweep took the point, or a signal ended the process for the first time (see `died`)."""
-    status, name = worker.process.exitcode, worker.point.name
+def _is_to_be_repeated(point: Point, status: int, died: set[str]) -> bool:
+    """Whether another sweep took the point, or a signal ended its process for the first time (see `died`)."""
     if status == _TAKEN:
         return True
-    if status is None or status >= 0 or name in died:
+    if status >= 0 or point.name in died:
         return False
-    died.add(name)
-    say(name, f"its process was ended by signal {-status}; trying once more")
+    died.add(point.name)
+    say(point.name, f"its process was ended by signal {-status}; trying once more")
     return True
 
 
-def _child(task: Task, point: Point, workdir: AnyPath, cores: Sequence[int], channel: Connection) -> None:
-    """What the process of a point does."""
+def _child(workdir: AnyPath, cores: Sequence[int], channel: Connection) -> None:
+    """Does the points that come through the channel; ends with status 1 where one goes wrong."""
 
-    def tell(event: Event) -> None:
+    def tell(what: Event | int) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more: the sweep was killed
-            channel.send(event)
+            channel.send(what)
 
     os.sched_setaffinity(0, cores)  # before jax starts its threads
     keep_freed_memory()
@@ -194,14 +226,21 @@ def _child(task: Task, point: Point, workdir: AnyPath, cores: Sequence[int], cha
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signals.watch(tell=False)
     enable_compilation_cache()
-    leases = leases_of(workdir)
-    lease = task.lease(point)
+    with contextlib.suppress(EOFError):  # there are no more points
+        while True:
+            task, point = channel.recv()
+            tell(_do(task, point, workdir, tell))
+
+
+def _do(task: Task, point: Point, workdir: AnyPath, tell: Tell) -> int:
+    """Does a point, unless another sweep is at work on it; `_DONE` or `_TAKEN`."""
+    leases, lease = leases_of(workdir), task.lease(point)
     name, error = take(leases, [lease])
     if error:
         tell(Event(name or point.name, f"error: {error}", error=True))
         sys.exit(1)
     if name is None:
-        sys.exit(_TAKEN)
+        return _TAKEN
     try:
         task.do(point, workdir, tell)
     except UserError as error:
@@ -212,6 +251,7 @@ def _child(task: Task, point: Point, workdir: AnyPath, cores: Sequence[int], cha
         sys.exit(1)
     finally:
         leases.release(lease)
+    return _DONE
 
 
 class Wait:
@@ -247,16 +287,16 @@ def leases_of(workdir: AnyPath) -> Leases:
 
 
 @contextlib.contextmanager
-def _ended(running: Mapping[int, Worker], view: View) -> Iterator[None]:
-    """Ends the processes in `running` when it is left; the runs in them save a checkpoint."""
+def _ended(workers: Sequence[Worker], view: View) -> Iterator[None]:
+    """Ends the processes of `workers` when it is left; the runs in them save a checkpoint."""
     try:
         yield
     finally:
-        for worker in running.values():
+        for worker in workers:
             worker.process.terminate()
-        for worker in running.values():
+        for worker in workers:
             worker.process.join()
-            _hear(worker, view)
+            worker.hear(view)
 
 
 @contextlib.contextmanager
