@@ -102,7 +102,7 @@ def test_the_page_says_what_is_closed(tmp_path):
     short = "- shape: tiny: 49 % of the gap; of 1 designs 1 surely close some of it, and 1 surely not all."
     assert short in said
     assert short in page
-    assert "(2 x 128) | 3.49" in page
+    assert "(2 x 128) | 3.50" in page
     assert "| 49 % [48, 51] |" in page
     assert "| loop | 2.8 | 0.49 |" in page
     assert page.startswith("# What is a second use of a layer worth?")
