@@ -121,5 +121,7 @@ def test_growth_needs_a_parent_of_the_same_width(folder):  # noqa: F811
         UserError, match=r"has another model: model.width is 24 there and 28 here; use its values"
     ):
         start(folder, "wider", "first", **{"model.width": 28, "model.depth": 3, "train.grow": "0 1 1"})
-    with pytest.raises(UserError, match=r"model.depth is 2 there and 3 here; .*; other blocks: train.grow$"):
+    with pytest.raises(
+        UserError, match=r"model.depth is 2 there and 3 here; .*; other blocks alone: train.grow$"
+    ):
         start(folder, "deeper", "first", **{"model.depth": 3})
