@@ -1,6 +1,7 @@
 """The part `train` of `config.py`: what a run starts and learns from, how long, and what it writes when."""
 
 import dataclasses
+import re
 from typing import NamedTuple
 
 from mobilellm_jax import validation as rules

@@ -11,6 +11,7 @@ from mobilellm_jax.model.adapters import by_path
 from mobilellm_jax.model.growth import grown, sources
 from mobilellm_jax.runs.directory import open_run
 
+SLOW = pytest.mark.slow
 LOOP = {"sharing": "repeat_all", "num_repeats": 2}
 SCALED = {"parameterization": "completep", "base_depth": 3, "base_width": 24}
 OWN = {"loop_gains": True, "loop_rank": 2, "loop_scale": "1 0.5"}
@@ -19,11 +20,13 @@ OWN = {"loop_gains": True, "loop_rank": 2, "loop_scale": "1 0.5"}
 @pytest.mark.parametrize(
     ("there", "here", "grow"),
     [
-        ({**LOOP, **SCALED}, {"depth": 4, **SCALED}, "unroll"),
+        pytest.param({**LOOP, **SCALED}, {"depth": 4, **SCALED}, "unroll", marks=SLOW),
         ({**LOOP, **SCALED, **OWN}, {"depth": 4, **SCALED}, "unroll"),
-        ({**LOOP, **SCALED}, {"depth": 4, **SCALED}, "0 1 0 1"),
+        pytest.param({**LOOP, **SCALED}, {"depth": 4, **SCALED}, "0 1 0 1", marks=SLOW),
         ({}, {"depth": 4, "sharing": "0 1 2 3 1"}, "0 1 0 1"),
-        ({**LOOP}, {**LOOP, **OWN, "loop_scale": "learned", "loop_embedding": True}, "0 1"),
+        pytest.param(
+            {**LOOP}, {**LOOP, **OWN, "loop_scale": "learned", "loop_embedding": True}, "0 1", marks=SLOW
+        ),
     ],
     ids=["loop", "loop with uses", "by number", "stacked", "uses"],
 )
@@ -43,7 +46,7 @@ def test_a_model_grows_from_a_smaller_one(there, here, grow):
         assert_trees_close(by_path(after["blocks"]), expected, tolerance=0)
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_run_starts_with_the_loss_of_the_loop_that_it_unrolls(folder):  # noqa: F811
     """Split over eight devices; then a stack of twice as many blocks, which has another loss."""
     loop = {f"model.{name}": value for name, value in LOOP.items()}
@@ -118,5 +121,7 @@ def test_growth_needs_a_parent_of_the_same_width(folder):  # noqa: F811
         UserError, match=r"has another model: model.width is 24 there and 28 here; use its values"
     ):
         start(folder, "wider", "first", **{"model.width": 28, "model.depth": 3, "train.grow": "0 1 1"})
-    with pytest.raises(UserError, match=r"model.depth is 2 there and 3 here; .*; other blocks: train.grow$"):
+    with pytest.raises(
+        UserError, match=r"model.depth is 2 there and 3 here; .*; other blocks alone: train.grow$"
+    ):
         start(folder, "deeper", "first", **{"model.depth": 3})

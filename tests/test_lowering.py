@@ -52,7 +52,12 @@ def largest_mesh(config: Config) -> AbstractMesh:
 
 def kind(config: Config) -> str:
     """Settings that change the structure of a program, not only its sizes."""
+    if field := config.model.differing_uses:
+        return field  # on one mesh
     words = [value for value in compile_key(config).values if isinstance(value, str | bool)]
+    words = [
+        "plan" if value == config.model.sharing and " " in config.model.sharing else value for value in words
+    ]
     axes = [size > 1 for size in largest_mesh(config).axis_sizes]
     return f"{words} {axes} {config.model.num_kv_heads < config.model.num_heads}"
 

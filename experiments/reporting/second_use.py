@@ -1,7 +1,7 @@
 """The page "What is a second use of a layer worth?", from the records of all studies with repeats."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from experiments.reporting.pages import Section, write_page
 from experiments.reporting.tables import Columns, quantity
@@ -123,11 +123,18 @@ def closed(gap: Gap) -> str:
 
 
 def _sentence(of: _Answers) -> str:
-    parts = [f"{_named(gap)} closes {closed(gap)}" for gap in of.gaps if gap.closed is not None]
-    open_ones = [_named(gap) for gap in of.gaps if gap.closed is None]
-    return f"{_heading(of.study)}: {_sum_up(parts, open_ones)}."
-
-
-def _sum_up(parts: Sequence[str], open_ones: Sequence[str]) -> str:
-    nothing = f"no gap is sure for {', '.join(open_ones)}" if open_ones else ""
-    return "; ".join(filter(None, [*parts, nothing]))
+    """From the least to the most that is closed, and for how many designs that is surely some, or not all."""
+    heading, total = _heading(of.study), len(of.gaps)
+    known = [gap for gap in of.gaps if gap.closed is not None]
+    unsure = "" if len(known) == total else f" For {total - len(known)} no gap is sure."
+    if not known:
+        return f"{heading}: no gap is sure that any of {total} designs could close."
+    parts = [100 * (gap.closed or 0.0) for gap in known]
+    low, high = min(parts), max(parts)
+    size = f"{low:.0f} %" if f"{low:.0f}" == f"{high:.0f}" else f"{low:.0f} to {high:.0f} %"
+    some = sum(gap.interval is not None and gap.interval[0] > 0 for gap in known)
+    less = sum(gap.interval is not None and gap.interval[1] < 1 for gap in known)
+    return (
+        f"{heading}: {size} of the gap; of {len(known)} designs {some} surely close some of it, and {less} "
+        f"surely not all.{unsure}"
+    )
