@@ -21,9 +21,10 @@ from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.statistics import Estimate
 from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.wording import format_estimate
-from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.costs.latency import TIMES
 from mobilellm_jax.storage.files import AnyPath, files_below, path_of
+from mobilellm_jax.validation import from_mapping
 
 FRONT = (
     "A design is on the front if no other one of its parameterization costs at most as much and has a better "
@@ -117,12 +118,16 @@ def _latency(points: Mapping[str, Point], workdir: AnyPath) -> list[Cost]:
     if not files:
         return []
     table, path = max(((read_table(path), path) for path in files), key=lambda pair: pair[0].created)
-    models = {label: from_config_dict(point.config) for label, point in points.items()}
-    if any(c.model.compute_dtype not in table.fits for c in models.values()):
+    # The model alone: configs of older records lack fields of other groups.
+    models = {label: from_mapping(ModelConfig, point.config["model"]) for label, point in points.items()}
+    if any(model.compute_dtype not in table.fits for model in models.values()):
         return []
     latency = table.latency()
-    found = {label: latency.predict(c.model, c.data.sequence_length) for label, c in models.items()}
-    errors = [latency.median_errors(c.model) for c in models.values()]
+    found = {
+        label: latency.predict(model, points[label].config["data"]["sequence_length"])
+        for label, model in models.items()
+    }
+    errors = [latency.median_errors(model) for model in models.values()]
     return [
         Cost(
             _NAMES[time],
