@@ -15,7 +15,6 @@ from matplotlib.ticker import NullLocator
 
 from experiments.reporting import captions, drawing, placing, tables, titles
 from experiments.reporting.drawing import styled
-from mobilellm_jax import validation
 from mobilellm_jax.analysis import statistics
 from mobilellm_jax.analysis.facts import Point
 from mobilellm_jax.analysis.latency_table import read_table
@@ -26,6 +25,7 @@ from mobilellm_jax.analysis.wording import format_estimate
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.costs.latency import TIMES
 from mobilellm_jax.storage.files import AnyPath, files_below, path_of
+from mobilellm_jax.validation import from_mapping
 
 FRONT = (
     "A design is on the front if no other one of its parameterization costs at most as much and has a better "
@@ -119,11 +119,8 @@ def _latency(points: Mapping[str, Point], workdir: AnyPath) -> list[Cost]:
     if not files:
         return []
     table, path = max(((read_table(path), path) for path in files), key=lambda pair: pair[0].created)
-    # The model alone: older records lack fields of training.
-    models = {
-        label: validation.from_mapping(ModelConfig, point.config["model"], widen=True)
-        for label, point in points.items()
-    }
+    # The model alone: configs of older records lack fields of other groups.
+    models = {label: from_mapping(ModelConfig, point.config["model"]) for label, point in points.items()}
     if any(model.compute_dtype not in table.fits for model in models.values()):
         return []
     slots = {label: point.config["data"]["sequence_length"] for label, point in points.items()}
