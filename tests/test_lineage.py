@@ -17,7 +17,7 @@ from mobilellm_jax.data import save_tokenizer
 from mobilellm_jax.data.tokenizers import BytesTokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.runs import lineage
-from mobilellm_jax.runs.directory import IMPORTED, TOKENIZER, check_same, open_run
+from mobilellm_jax.runs.directory import DATA, IMPORTED, TOKENIZER, check_same, open_run
 from mobilellm_jax.runs.run import check, run
 from mobilellm_jax.storage.checkpoint import MANIFEST, Checkpoints, save_params
 from mobilellm_jax.storage.sealed import seal
@@ -225,6 +225,7 @@ def test_what_does_not_fit_is_refused_before_it_compiles(folder, no_training, pa
         shutil.copytree(folder / "first", folder / name, dirs_exist_ok=True)
     (folder / "corrupt" / "checkpoints" / "4" / "_METADATA").write_text("")
     save_tokenizer(bpe(), folder / "bpe" / TOKENIZER)
+    (folder / "bpe" / DATA).unlink()  # it names the tokenizer of before
     with pytest.raises(UserError, match=message):
         start(folder, "new", parent.format(name=folder.name), **changes)
     shutil.rmtree(folder / "new", ignore_errors=True)

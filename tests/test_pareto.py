@@ -77,7 +77,7 @@ def test_latencies_of_records_are_shown(tmp_path):
     assert "a.json (a CPU)" in pareto.sources(found)
     assert "ms of a token 5% and ms of a prompt 10%" in pareto.sources(found)
     figure = pareto.draw(study, found)
-    assert [axes.get_xlabel() for axes in figure.axes] == ["ms of a token", "bytes of the weights"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["ms of a token"]  # bytes are equal
     assert study.verdict.mismatch["decode_ms"] == pytest.approx(0.25)
     assert any("decode ms" in part for part in tables.designs(study))
 

@@ -23,6 +23,7 @@ OTHER = {
     "optimizer.final_fraction": 0.4,
     "optimizer.decay_fraction": 0.7,
     "train.init_from": "elsewhere",
+    "train.grow": "unroll",
     "train.resume_optimizer": False,
     "train.resize_embedding": True,
     "train.teacher": "elsewhere",
@@ -43,6 +44,7 @@ OTHER = {
 }
 # Another value of every field that they do depend on, with other fields where those give it a meaning.
 COMPLETEP, MUON = {"model.parameterization": "completep"}, {"optimizer.name": "muon"}
+LOOPED = {"model.sharing": "immediate", "model.num_repeats": 2}
 LORA = {"train.init_from": "elsewhere", "train.lora_rank": 3}
 ONE_BY_ONE = {
     "model.vocab_size": (64, {}),
@@ -63,6 +65,12 @@ ONE_BY_ONE = {
     "model.base_width": (64, COMPLETEP),
     "model.base_depth": (8, COMPLETEP),
     "model.compute_dtype": ("bfloat16", {}),
+    "model.loop_gains": (True, LOOPED),
+    "model.loop_rank": (2, LOOPED),
+    "model.loop_targets": ("query", LOOPED | {"model.loop_rank": 2}),
+    "model.loop_scale": ("learned", LOOPED),
+    "model.loop_embedding": (True, LOOPED),
+    "model.loop_norm": (True, LOOPED),
     "model.remat": ("full", {}),
     "model.scan_unroll": (2, {}),
     "model.loss_chunk": (3, {}),

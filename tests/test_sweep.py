@@ -798,7 +798,7 @@ def test_bad_choices(study, overrides, only, message):
 
 def test_labels_with_commas_are_shown_as_only_takes_them():
     with pytest.raises(UserError, match=r'valid: untied, tied, "tied, 1 more block", untied \(standard\)'):
-        points_of("configs/embedding_sharing.py:tiny", {}, None, ["tied", "1 more block"])
+        points_of("configs/embedding_sharing.py:tiny", {}, None, ["tied", "nothing like it"])
 
 
 def test_bad_data_stops_the_sweep_before_anything_is_compiled(study, tmp_path, monkeypatch):

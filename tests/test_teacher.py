@@ -17,7 +17,7 @@ from mobilellm_jax.data.rows import inputs_and_targets
 from mobilellm_jax.data.tokenizers import BytesTokenizer, train_bpe
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.adapters import adapted, merged
-from mobilellm_jax.runs.directory import IMPORTED, TOKENIZER, check_same, open_run
+from mobilellm_jax.runs.directory import DATA, IMPORTED, TOKENIZER, check_same, open_run
 from mobilellm_jax.runs.run import check, run
 from mobilellm_jax.runs.teacher import TEACHER, open_teacher
 from mobilellm_jax.storage.checkpoint import MANIFEST, save_params
@@ -196,6 +196,7 @@ def test_what_does_not_fit_is_refused_before_it_compiles(folder, no_training, te
         shutil.copytree(folder / "teacher", folder / name, dirs_exist_ok=True)
     (folder / "corrupt/checkpoints/7/params.safetensors").write_bytes(b"")
     save_tokenizer(train_bpe("bpe:264", WORDS), folder / "bpe" / TOKENIZER)
+    (folder / "bpe" / DATA).unlink(missing_ok=True)  # it names the tokenizer of before
     heads = {"model.num_kv_heads": 4} if "mesh.tensor" in changes else {}
     with pytest.raises(UserError, match=message):
         start(folder, "new", teacher, **heads, **changes)

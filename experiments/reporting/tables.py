@@ -116,17 +116,12 @@ def designs(study: Study, named: Callable[[str], str] = _BUDGETS.__getitem__) ->
     """Tables of the shapes of all points, and of all budgets with the mismatch (max / min - 1) as last row.
 
     A star marks the budget that is held equal. FLOP, KV (key/value cache) and decode bytes are per token.
-    Columns that are equal for all points are in `head` instead.
-
-    Args:
-      named: header of a budget.
+    Columns that are equal for all points are in `head` instead. `named` gives the header of a budget.
     """
     shapes, _ = _split(_shapes(study))
     points = study.points
     budgets = {"point": [*points]} if len(points) == 1 else {"point": [*points, "mismatch"]}
-    for name in _BUDGETS:
-        if name not in study.verdict.mismatch:
-            continue
+    for name in [name for name in _BUDGETS if name in study.verdict.mismatch]:
         spread = study.verdict.mismatch[name]
         cells = [quantity(point.budgets[name]) for point in points.values()]
         header = named(name) + (" *" if name == study.facts.matched else "")
