@@ -28,6 +28,7 @@ FLAGS = flags.FLAGS
 PARTS: tuple[str, ...] = (
     "training",
     "pytorch",
+    "loops",
     "compile",
     "decode",
     "ondevice",

@@ -126,7 +126,8 @@ def summary(table: Table) -> str:
                 "",
                 f"{time}, weights in {kind}, {len(points)} shapes; error of shapes left out: median "
                 f"{fit.median_error:.1%}, largest {max(fit.errors):.0%} "
-                f"(target: median at most {TARGET:.0%}: {met})",
+                f"(target: median at most {TARGET:.0%}: {met})"
+                + ("" if fit.cache_mb is None else f"; a cache of about {fit.cache_mb:g} MB"),
                 plain_table(
                     {
                         "unit of work": list(fit.coefficients),

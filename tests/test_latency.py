@@ -14,15 +14,16 @@ from experiments.runner import latencies, timing
 from experiments.runner.studies import points_of_module
 from mobilellm_jax.analysis.latency_table import Measured, Table, digest, fitted, read_table, write_table
 from mobilellm_jax.costs import accounting
-from mobilellm_jax.costs.latency import TIMES, Latency, features, fit
+from mobilellm_jax.costs.latency import TIMES, Latency, features, fit, split
 from mobilellm_jax.costs.latency_design import designed
 from mobilellm_jax.errors import UserError
 
+CACHE_MB = 12.0
 KNOWN = {  # milliseconds for a unit of work
     "decode_ms": dict(
         zip(
-            features("decode_ms", tiny_model(), 32),
-            (0.01, 0.02, 0.1, 0.03, 0.09, 0.006, 0.2, 0.001),
+            split(features("decode_ms", tiny_model(), 32), CACHE_MB),
+            (0.01, 0.02, 0.03, 0.006, 0.2, 0.001, 0.05, 0.1),
             strict=True,
         )
     ),
@@ -34,7 +35,8 @@ SHAPES = designed(tiny_model(), 40, 50, 256)
 
 
 def true_ms(time, config, slots):
-    return sum(KNOWN[time][name] * amount for name, amount in features(time, config, slots).items())
+    work = split(features(time, config, slots), CACHE_MB)
+    return sum(KNOWN[time][name] * amount for name, amount in work.items())
 
 
 def synthetic(noise=0.0):
@@ -67,6 +69,7 @@ def test_known_coefficients_are_found():
         found = latency.fits["float32"][time]
         assert found.coefficients == pytest.approx(KNOWN[time], rel=1e-6)
         assert max(found.errors) < 1e-9
+        assert found.cache_mb == (CACHE_MB if time == "decode_ms" else None)
     shape = dataclasses.replace(SHAPES[0][0], depth=5, sharing="reverse", num_repeats=2)
     expected = {time: pytest.approx(true_ms(time, shape, 64)) for time in TIMES}
     assert latency.predict(shape, 64) == expected
@@ -113,11 +116,23 @@ def test_bytes_of_a_token_are_those_of_the_accounting(sharing, repeats, reads, a
     model = tiny_model(depth=3, sharing=sharing, num_repeats=repeats)
     work = features("decode_ms", model, 16)
     gains = 4 * (2 * reads + 1) * model.width  # and a row of the embedding
-    read = 1e6 * (work["MB of blocks"] + work["MB of the head"])
+    read, head = 1e6 * work["MB of weights"], 4 * model.vocab_size * model.width
     assert read + gains + 4 * model.width == pytest.approx(accounting.decode_bytes_per_token(model))
-    assert work["MB of blocks used again at once"] == pytest.approx(again / reads * work["MB of blocks"])
+    assert 1e6 * work["MB of blocks used again at once"] == pytest.approx(again / reads * (read - head))
     keys_and_values = 16 * accounting.kv_cache_bytes_per_token(model)
     assert 1e6 * work["MB of keys and values"] == pytest.approx(keys_and_values)
+    assert 1e6 * work["working set"] == pytest.approx((read - head) * 3 / reads + head + keys_and_values)
+
+
+@pytest.mark.parametrize(("megabytes", "from_memory"), [(3, 0), (10, 0), (13, 0.3), (20, 1), (50, 1)])
+def test_weights_come_from_a_cache_as_far_as_they_stay_there(megabytes, from_memory):
+    work = {"MB of weights": 8.0, "tokens": 1.0, "working set": float(megabytes)}
+    found = split(work, 10.0)
+    assert found["MB of weights from memory"] == pytest.approx(8 * from_memory)
+    assert found["MB of weights from a cache"] == pytest.approx(8 * (1 - from_memory))
+    assert found["tokens"] == 1
+    assert len(found) == 3
+    assert split(work, None) == {"MB of weights": 8.0, "tokens": 1.0}
 
 
 def test_products_of_a_prompt_are_those_of_the_accounting():

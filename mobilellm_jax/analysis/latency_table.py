@@ -17,7 +17,7 @@ from mobilellm_jax.storage.files import path_of, write_atomically
 from mobilellm_jax.storage.sealed import SEAL, parse, seal, unseal
 from mobilellm_jax.validation import from_mapping
 
-SCHEMA = 1
+SCHEMA = 2
 _IDLE = 0.1  # medians are this far above minima, at most, on a machine without other work
 
 
@@ -108,7 +108,7 @@ class Table:
 def _fit_of(fields: Mapping[str, Any]) -> Fit:
     """A fit from JSON, which has no tuples."""
     ranges = {name: (float(low), float(high)) for name, (low, high) in fields["ranges"].items()}
-    return Fit(fields["coefficients"], ranges, tuple(fields["errors"]))
+    return Fit(fields["coefficients"], ranges, tuple(fields["errors"]), fields["cache_mb"])
 
 
 def fitted(points: Mapping[str, Sequence[Measured]], base: ModelConfig) -> dict[str, dict[str, Fit]]:

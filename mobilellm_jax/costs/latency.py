@@ -19,6 +19,9 @@ from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.parameters import declared
 
 TIMES = ("decode_ms", "prefill_ms")
+CACHES_MB = tuple(map(float, (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64, 96)))  # that a fit tries
+_READ = "MB of weights"
+_SET = "working set"  # in MB; it is no work, but tells from where the weights are read
 _SHAPES_FOR_EACH = 2  # shapes for each coefficient, at least
 
 
@@ -28,7 +31,7 @@ def features(time: str, config: ModelConfig, slots: int) -> dict[str, float]:
     A token reads the blocks in the order of the plan, the head, and the keys and values of all slots, filled
     or not; then the largest logit is looked for. A block that is used again at once may still be in a cache
     of the processor: its bytes have a coefficient of their own. A prompt multiplies with every block as often
-    as it is applied.
+    as it is applied. `split` takes the working set of a token, all weights, keys and values.
     """
     L, T, width = config.effective_depth, slots // 2, DTYPE_BYTES[config.compute_dtype]
     of_block = sum(
@@ -47,16 +50,35 @@ def features(time: str, config: ModelConfig, slots: int) -> dict[str, float]:
             "millions of scores": L * N * T * slots / 1e6,
         }
     reads = sum(1 for _ in itertools.groupby(config.plan))
+    keys_and_values = 2 * L * K * slots * H * width / 1e6
     return {
         "tokens": 1.0,
         "layers": float(L),
-        "MB of blocks": reads * width * of_block / 1e6,
+        _READ: reads * width * of_block / 1e6 + head,
         "MB of blocks used again at once": (L - reads) * width * of_block / 1e6,
-        "MB of the head": head,
         "thousands of logits": config.vocab_size / 1e3,
-        "MB of keys and values": 2 * L * K * slots * H * width / 1e6,
+        "MB of keys and values": keys_and_values,
         "thousands of scores": L * N * slots / 1e3,
+        _SET: config.depth * width * of_block / 1e6 + head + keys_and_values,
     }
+
+
+def split(work: Mapping[str, float], cache_mb: float | None) -> dict[str, float]:
+    """The work of a token, its weights split into those that a cache kept since the last one, and the others.
+
+    Every token reads the weights in the same order, so what does not fit pushes out what is needed next: of a
+    working set of twice the cache nothing is found there any more. None: the weights are not split.
+    """
+    found = {name: amount for name, amount in work.items() if name != _SET}
+    if cache_mb is None or _SET not in work:
+        return found
+    from_memory = min(max(work[_SET] / cache_mb - 1, 0.0), 1.0)
+    read = found.pop(_READ)
+    kept = {
+        "MB of weights from a cache": (1 - from_memory) * read,
+        "MB of weights from memory": from_memory * read,
+    }
+    return found | kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,31 +89,33 @@ class Fit:
       coefficients: milliseconds for a unit of each feature, at least 0.
       ranges: smallest and largest value of each feature over the shapes measured.
       errors: |predicted / measured - 1| of every sample, predicted by a fit to the other shapes alone.
+      cache_mb: size of the cache in `split`, one of `CACHES_MB`; None where weights are not split.
     """
 
     coefficients: Mapping[str, float]
     ranges: Mapping[str, tuple[float, float]]
     errors: tuple[float, ...]
+    cache_mb: float | None = None
 
     @property
     def median_error(self) -> float:
         return float(np.median(self.errors))
 
     def predict(self, work: Mapping[str, float]) -> float:
-        return sum(self.coefficients[name] * amount for name, amount in work.items())
+        return sum(self.coefficients[name] * amount for name, amount in split(work, self.cache_mb).items())
 
     def outside(self, work: Mapping[str, float]) -> list[str]:
         """Features that lie above what was measured; below it, a sum can hardly go wrong."""
         return [
             f"{name} {amount:.3g}, measured {low:.3g} to {high:.3g}"
-            for name, amount in work.items()
+            for name, amount in split(work, self.cache_mb).items()
             for low, high in [self.ranges[name]]
             if amount > high * (1 + 1e-6)
         ]
 
 
 def fit(work: Sequence[Mapping[str, float]], times: Sequence[float], shapes: Sequence[Hashable]) -> Fit:
-    """Fits the coefficients, by least squares of relative errors under which none is negative.
+    """Fits the coefficients and the cache, by least squares of relative errors; no coefficient is negative.
 
     Args:
       work: `features` of each sample.
@@ -101,36 +125,51 @@ def fit(work: Sequence[Mapping[str, float]], times: Sequence[float], shapes: Seq
     Raises:
       UserError: there are too few shapes for the coefficients.
     """
-    names = list(work[0]) if work else []
+    caches = CACHES_MB if work and _SET in work[0] else (None,)
+    names = list(split(work[0], caches[0])) if work else []
     least = _SHAPES_FOR_EACH * len(names)
     if not work or len(set(shapes)) < least:
         raise UserError(
             f"latency: {len(set(shapes))} shapes for {len(names)} coefficients; measure at least {least}"
         )
-    amounts = np.array([[of[name] for name in names] for of in work])
+    amounts_of = {
+        cache: np.array([[of[name] for name in names] for of in (split(of, cache) for of in work)])
+        for cache in caches
+    }
     measured = np.array(times)
     errors = np.empty(len(times))
     for shape in set(shapes):
         left_out = np.array([other == shape for other in shapes])
-        solution = _solve(amounts[~left_out], measured[~left_out])
-        errors[left_out] = np.abs(amounts[left_out] @ solution / measured[left_out] - 1)
+        others = {cache: amounts[~left_out] for cache, amounts in amounts_of.items()}
+        cache, solution = _solve(others, measured[~left_out])
+        errors[left_out] = np.abs(amounts_of[cache][left_out] @ solution / measured[left_out] - 1)
+    cache, solution = _solve(amounts_of, measured)
     return Fit(
-        dict(zip(names, map(float, _solve(amounts, measured)), strict=True)),
+        dict(zip(names, map(float, solution), strict=True)),
         {
             name: (float(min(column)), float(max(column)))
-            for name, column in zip(names, amounts.T, strict=True)
+            for name, column in zip(names, amounts_of[cache].T, strict=True)
         },
         tuple(map(float, errors)),
+        cache,
     )
 
 
-def _solve(amounts: np.ndarray, times: np.ndarray) -> np.ndarray:
+def _solve(
+    amounts_of: Mapping[float | None, np.ndarray], times: np.ndarray
+) -> tuple[float | None, np.ndarray]:
+    """The cache of the smallest squared error, and the coefficients."""
     from scipy.optimize import nnls  # here: a sweep without latency does not need it
 
-    relative = amounts / times[:, None]
-    scale = np.linalg.norm(relative, axis=0)
-    scale[scale == 0] = 1.0  # a feature that no shape has
-    return nnls(relative / scale, np.ones(len(times)))[0] / scale
+    solved = {}
+    for cache, amounts in amounts_of.items():
+        relative = amounts / times[:, None]
+        scale = np.linalg.norm(relative, axis=0)
+        scale[scale == 0] = 1.0  # a feature that no shape has
+        solution, error = nnls(relative / scale, np.ones(len(times)))
+        solved[cache] = float(error), solution / scale
+    best = min(solved, key=lambda cache: solved[cache][0])
+    return best, solved[best][1]
 
 
 @dataclasses.dataclass(frozen=True)
