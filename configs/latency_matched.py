@@ -30,9 +30,9 @@ from configs import base
 PRESETS = ("tiny",)
 # depth, num_heads, width, ffn_width, sharing
 _SHAPES = {
-    "wide": (2, 6, 120, 340, "none"),
-    "deep": (4, 3, 48, 128, "none"),
-    "shared": (2, 3, 60, 160, "immediate"),  # 4 layers
+    "wide": (2, 9, 144, 428, "none"),
+    "deep": (4, 4, 64, 180, "none"),
+    "shared": (2, 4, 72, 204, "immediate"),  # 4 layers
 }
 
 
