@@ -98,6 +98,20 @@ def test_loops_are_scored_where_there_are_loops(swept, monkeypatch):
     assert [looping.lacking(point, workdir, (1, 2)) for point in found] == [0, 1]
 
 
+def test_a_number_of_loops_that_a_model_cannot_have_is_left_out_of_a_sweep(swept, monkeypatch):
+    """A model whose uses have parameters of their own has none for a further use."""
+    point, workdir = swept[0][1], swept[1]
+    m = dataclasses.replace(point.config.model, loop_gains=True)
+    point = dataclasses.replace(point, config=dataclasses.replace(point.config, model=m))
+    assert looping.lacking(point, workdir, (1, 3)) == 0
+    assert looping.lacking(point, workdir, (2, 3)) == 1
+    asked, told = [], []
+    monkeypatch.setattr(looping, "score_loops", lambda counts, *_: asked.append(counts) or ())
+    looping.score_point(point, workdir, told.append, (2, 3))
+    assert asked == [[2]]
+    assert told[0].line.startswith("left out: num_repeats=3: model.loop_gains=True is for the 2 uses")
+
+
 def test_evaluate_and_generate_take_other_numbers_of_loops(swept):
     run = swept[1] / "runs/mini/tiny/reverse-s0"
     done = command("experiments.evaluate", f"--workdir={run}", "--num_repeats=2,1")

@@ -88,14 +88,26 @@ def lacking(point: Point, workdir: AnyPath, counts: Sequence[int]) -> int:
 def _lacking_counts(point: Point, workdir: AnyPath, counts: Sequence[int]) -> dict[str, list[int]]:
     if point.config.model.sharing not in LOOPED:
         return {}
+    possible = [count for count in counts if not _refusal(point.config, count)]
     return {
-        name: [count for count in counts if str(count) not in (record.loops or {})]
+        name: [count for count in possible if str(count) not in (record.loops or {})]
         for name, record in finished_records(point, workdir).items()
     }
 
 
+def _refusal(config: Config, count: int) -> str:
+    """Why a model cannot have this number of loops, such as parameters for fewer uses; "" if it can."""
+    try:
+        looped(config, count)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def score_point(point: Point, workdir: AnyPath, tell: Tell, counts: Sequence[int]) -> None:
     """Scores every finished run of a point with the numbers of loops that its record lacks."""
+    for said in filter(None, (_refusal(point.config, count) for count in counts)):
+        tell(Event(point.name, f"left out: {said}"))
     todo = processes.of_first(lambda: _lacking_counts(point, workdir, counts))
     for name, these in todo.items():
         if not these:
