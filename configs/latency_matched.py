@@ -10,8 +10,8 @@ token in about the same time, as the table of one CPU core predicts. Sizes and t
 purpose, and the report shows both: a layer costs time of its own, so the deep design is small, and a block
 that is used again at once costs less time than another one.
 
-`tiny` has a wide, a deep, and a shared design, under both parameterizations: 48 runs, about 8 minutes on 2 CPU
-cores. Where models are as small as here, most of the time of a
+`tiny` has a wide, a deep, and a shared design, under both parameterizations: 48 runs, 16 minutes on one CPU
+core beside other work. Where models are as small as here, most of the time of a
 token is not spent on weights but on starting work, so this says little of larger models. The shapes are from
 
   python -m experiments.shapes --budget=decode_ms:0.0808 --latency=experiments/latency/amd_epyc.json \\
