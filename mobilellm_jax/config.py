@@ -129,6 +129,10 @@ class ModelConfig(UsesConfig):
         layer_plan(self.sharing, self.depth, self.num_repeats)  # raises if the plan is not valid
         self.check_uses()
 
+    def plain_fields(self) -> dict[str, Any]:
+        """The fields of `ModelConfig` by name, without those that a derived class adds."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelConfig)}
+
     @property
     def plan(self) -> LayerPlan:
         """Block index of every layer applied, in order."""

@@ -59,7 +59,7 @@ def adapted(config: Config) -> ModelConfig:
         )
     targets = _matrices("train.lora_rank", t.lora_rank, "train.lora_targets", t.lora_targets, m)
     by = Adapters(t.lora_rank, t.lora_alpha, tuple(of.path for of in targets))
-    fields = {field.name: getattr(m, field.name) for field in dataclasses.fields(ModelConfig)}
+    fields = m.plain_fields()
     return AdaptedModel(**fields, adapted_by=by)
 
 

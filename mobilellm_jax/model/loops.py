@@ -38,7 +38,7 @@ def with_repeats(config: ModelConfig, num_repeats: int) -> ModelConfig:
         )
     if num_repeats == config.num_repeats:
         return config
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
+    fields = config.plain_fields()
     trained = config.trained_repeats if isinstance(config, LoopedModel) else config.num_repeats
     if num_repeats > trained and (field := config.differing_uses) not in ("", "loop_norm"):
         raise UserError(

@@ -142,7 +142,7 @@ def unrolled(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
 
 
 def _plain(config: ModelConfig) -> ModelConfig:
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
+    fields = config.plain_fields()
     alike = {
         "loop_gains": False,
         "loop_rank": 0,

@@ -65,7 +65,7 @@ def quantize(
 def quantized_config(config: ModelConfig, scheme: Scheme) -> ModelConfig:
     if not scheme.activation_bits:
         return config
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
+    fields = config.plain_fields()
     return QuantizedModel(**fields, rounded_to=scheme.activation_bits)
 
 

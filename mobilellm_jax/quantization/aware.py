@@ -42,7 +42,7 @@ def trained_model(config: Config) -> ModelConfig:
         return adapted(config)
     scheme, m = parse(config.train.quantize), config.model
     check_groups(m, scheme)
-    fields = {field.name: getattr(m, field.name) for field in dataclasses.fields(ModelConfig)}
+    fields = m.plain_fields()
     return AwareModel(**fields, scheme=scheme)
 
 
