@@ -40,7 +40,8 @@ class Study:
       tolerance: largest difference in it, as a fraction.
       controls: designs that lie outside that budget on purpose.
       arms: parameterizations (name -> overrides) that every design is run under; {}: the config's alone.
-      makes_teacher: the command that trains the teacher of its points, which has to be there first.
+      makes: the commands that make the runs its points learn or start from, by directory; these have to be
+        there first.
       seeds: comparison runs of each point, in addition to its tuning runs.
       sd: expected standard deviation of the metric over seeds, for the power of the plan; None if not known.
       vary: what a seed changes: "init" (parameters), "data" (order of the rows), or both.
@@ -68,7 +69,7 @@ class Study:
     tolerance: float
     controls: Sequence[str] = ()
     arms: Mapping[str, Overrides] = dataclasses.field(default_factory=dict)
-    makes_teacher: str = ""
+    makes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     seeds: int
     sd: float | None = None
     vary: Sequence[str] = ("init", "data")

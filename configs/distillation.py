@@ -53,9 +53,11 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 
 def study(preset: str) -> base.Study:
-    makes = "train --config=configs/teachers.py:tiny --workdir=runs/teacher_tiny"
+    teacher = "runs/teacher_tiny"
+    makes = f"train --config=configs/teachers.py:tiny --workdir={teacher}"
     if preset in _PAPER:
-        makes = "import_hf --source=<folder of Llama-2-7b-hf> --workdir=runs/llama2_7b"
+        teacher = "runs/llama2_7b"
+        makes = f"import_hf --source=<folder of Llama-2-7b-hf> --workdir={teacher}"
     return base.Study(
         question="Does a teacher pay, at equal steps and at equal time?",
         scientific=("train.teacher_weight", "train.steps"),
@@ -63,7 +65,7 @@ def study(preset: str) -> base.Study:
         pairs=[(_LABELS[1], _LABELS[0]), (_LABELS[1], _LABELS[2])],
         matched="total_parameters",
         tolerance=0.0,
-        makes_teacher=f"python -m experiments.{makes}",
+        makes={teacher: f"python -m experiments.{makes}"},
         **{**base.protocol(preset), **({} if preset in _PAPER else {"arms": base.COMPLETEP})},
     )
 

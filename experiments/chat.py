@@ -2,11 +2,17 @@
 
   python -m experiments.chat --workdir=runs/phone
   python -m experiments.chat --workdir=runs/phone --temperature=0.7 --top_p=0.9
+  python -m experiments.chat --workdir=runs/phone --say='Set an alarm for half past seven.'
+  python -m experiments.chat --gguf=phone-q8_0.gguf
   python -m experiments.chat --workdir=runs/phone --questions=question.jsonl --answers=answers/phone.jsonl
 
 On a terminal: /reset forgets what was said, /quit or Ctrl-D ends, Ctrl-C ends a reply. A reply that is JSON
-is a call of an API: its result is asked for, and an empty one is "ok". Conversations are in the template of
+is a call of an API: its result is asked for, and an empty one is "ok". --say, once for each turn, talks
+without a terminal, where the result of a call is "ok". Conversations are in the template of
 mobilellm_jax/data/chat.py; a model that was not trained on it can be tried all the same.
+
+--gguf takes a file that `experiments.export --format=gguf` made, in place of a run: llama.cpp replies, always
+with the most probable token. It is an extra: pip install -e '.[ondevice]'.
 
 Questions are those of MT-bench (question.jsonl of FastChat) or of AlpacaEval, a JSON list or jsonl; answers
 are written as the judges of the two read them. Neither judge is here, and none of the figures printed, words
@@ -15,6 +21,7 @@ of a reply, empty replies, repeated words, is a judgement. --check only looks at
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -24,7 +31,8 @@ from experiments.runner import answering
 from mobilellm_jax.data import chat
 from mobilellm_jax.data.tokenizers import TEMPLATE_FILE
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.inference.generate import Generator, Sampling
+from mobilellm_jax.formats.gguf_talk import open_speaker
+from mobilellm_jax.inference.generate import GREEDY, Generator, Sampling
 from mobilellm_jax.inference.talk import Speaker, Talk, answers, style
 from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_run, open_tokenizer
 from mobilellm_jax.runs.run import enable_compilation_cache
@@ -36,13 +44,15 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "directory of the run")
+    flags.DEFINE_string("gguf", None, "file to talk with by llama.cpp, in place of --workdir")
+    flags.DEFINE_multi_string("say", [], "a turn of the user, in place of a terminal; once for each")
     flags.DEFINE_string("system", "", "a first turn of the system")
     flags.DEFINE_integer("max_new_tokens", None, "of a reply, at most; else what the context has room for")
     flags.DEFINE_float("temperature", 0.0, "0: the most probable token; 1: drawn as the model says")
     flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
     flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that together have this probability")
     flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_integer("context", None, "longest conversation; else the length of a training row")
+    flags.DEFINE_integer("context", None, "longest conversation; else the length of a training row", 2)
     flags.DEFINE_string("questions", None, "file of questions to answer, .jsonl or .json")
     flags.DEFINE_string("answers", None, "file to write: .jsonl for MT-bench, .json for AlpacaEval")
     flags.DEFINE_enum("format", None, answering.FORMATS, "of both files; default: that of the questions")
@@ -58,16 +68,30 @@ def main() -> int:
         raise UserError(f"--{lacking}: missing; --questions and --answers go together")
     if FLAGS.check and FLAGS.questions:
         return _check()
-    if not FLAGS.workdir:
-        raise UserError("--workdir: missing; name a run, such as --workdir=runs/phone")
+    if bool(FLAGS.workdir) == bool(FLAGS.gguf):
+        what = "--gguf: cannot be combined with --workdir" if FLAGS.gguf else "--workdir: missing"
+        raise UserError(f"{what}; name a run, such as --workdir=runs/phone, or a file with --gguf")
     sampling = Sampling(temperature=FLAGS.temperature, top_k=FLAGS.top_k, top_p=FLAGS.top_p)
-    if not FLAGS.questions and not sys.stdin.isatty():
-        raise UserError("--questions: missing; without a terminal, give a file of questions and --answers")
+    if FLAGS.gguf and sampling != GREEDY:
+        raise UserError("--temperature: --gguf always takes the most probable token; leave the flag out")
+    if FLAGS.questions and FLAGS.say:
+        raise UserError("--say: cannot be combined with --questions")
+    if not FLAGS.questions and not FLAGS.say and not sys.stdin.isatty():
+        raise UserError(
+            "--questions: missing; without a terminal, give a file of questions and --answers, or --say"
+        )
     questions = answering.read_questions(Path(FLAGS.questions), FLAGS.format) if FLAGS.questions else None
-    workdir = cli.directory("workdir", FLAGS.workdir)
-    speaker = _speaker(workdir, sampling)
+    if FLAGS.gguf:
+        name = Path(FLAGS.gguf).stem
+        speaker, template = open_speaker(Path(FLAGS.gguf), FLAGS.context, FLAGS.max_new_tokens)
+        _check_template(template, FLAGS.gguf)
+    else:
+        workdir = cli.directory("workdir", FLAGS.workdir)
+        name, speaker = workdir.absolute().name, _speaker(workdir, sampling)
     if questions:
-        _answer(speaker, *questions, FLAGS.model_id or workdir.absolute().name)
+        _answer(speaker, *questions, FLAGS.model_id or name)
+    elif FLAGS.say:
+        _say(Talk(speaker, FLAGS.system), FLAGS.say)
     else:
         _converse(Talk(speaker, FLAGS.system))
     return 0
@@ -85,11 +109,8 @@ def _speaker(workdir: AnyPath, sampling: Sampling) -> Speaker:
     tokenizer = open_tokenizer(workdir)
     if tokenizer is None or tokenizer.eos_id is None:
         raise UserError(f"{workdir}: this run has no tokenizer with an EOS, with which replies end")
-    template = workdir / TOKENIZER / TEMPLATE_FILE
-    if not template.exists():
-        print("warning: this model was not trained on conversations", file=sys.stderr)
-    elif template.read_text().strip() != chat.TEMPLATE:
-        print(f"warning: {template} is another template than ours, which is used here", file=sys.stderr)
+    file = workdir / TOKENIZER / TEMPLATE_FILE
+    _check_template(file.read_text() if file.exists() else "", str(file))
     enable_compilation_cache()
     context = config.data.sequence_length if FLAGS.context is None else FLAGS.context
     generator = Generator(params, config.model, sampling, context)
@@ -97,11 +118,19 @@ def _speaker(workdir: AnyPath, sampling: Sampling) -> Speaker:
     return Speaker(generator, tokenizer, bos, FLAGS.max_new_tokens, FLAGS.seed)
 
 
+def _check_template(template: str, where: str) -> None:
+    """Warns where a model has another template than ours, or none."""
+    if not template:
+        print("warning: this model was not trained on conversations", file=sys.stderr)
+    elif template.strip() != chat.TEMPLATE:
+        print(f"warning: {where} has another template than ours, which is used here", file=sys.stderr)
+
+
 def _answer(speaker: Speaker, form: str, rows: list[answering.Row], model_id: str) -> None:
     """Writes the answers to all questions, checks the file, and prints figures of style."""
     path = Path(FLAGS.answers)
     asked = [answering.turns_of(form, row) for row in rows]
-    replies = answers(speaker, asked, FLAGS.batch_size)
+    replies = answers(speaker, asked, 1 if FLAGS.gguf else FLAGS.batch_size)
     answering.write_answers(path, form, model_id, rows, replies)
     answering.check_answers(path, form, rows)
     found = style([text for turns in replies for text in turns])
@@ -110,6 +139,16 @@ def _answer(speaker: Speaker, form: str, rows: list[answering.Row], model_id: st
         f"empty, {found['repeated']:.1%} of their triples of words repeated"
     )
     print(f"{len(rows):,} answers in the format {form}; see {path}")
+
+
+def _say(talk: Talk, turns: Sequence[str]) -> None:
+    """Says the turns of the user; where a reply is a call, its result is "ok"."""
+    for text in turns:
+        print(f"you> {text}")
+        _reply(talk, "user", text)
+        if talk.turns[-1].role == "call":
+            print("result> ok")
+            _reply(talk, "result", "ok")
 
 
 def _converse(talk: Talk) -> None:

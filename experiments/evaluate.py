@@ -45,7 +45,13 @@ from absl import flags
 from experiments import cli
 from experiments.runner import looping
 from experiments.runner.calling import asked_calls, score_calls, score_instructions
-from experiments.runner.flags import asked_loops, asked_questions, define_loops, define_scoring
+from experiments.runner.flags import (
+    asked_loops,
+    asked_questions,
+    define_loops,
+    define_scoring,
+    define_speaking,
+)
 from experiments.runner.scoring import score_tasks
 from mobilellm_jax import data
 from mobilellm_jax.analysis.statistics import interval_of_share
@@ -71,15 +77,7 @@ def define_flags() -> None:
     flags.DEFINE_string("text", None, "text to score: bundled, files:<glob>, hub:<name> or tfds:<name>")
     flags.DEFINE_string("text_field", "text", "field that holds the text in jsonl files and TFDS")
     flags.DEFINE_integer("strings", None, "of a grammar: strings to draw from the model, and to parse", 1)
-    flags.DEFINE_list(
-        "calls",
-        [],
-        "API calls to ask for: combinations, values, wordings, conversations:<glob>; with :<number> so many "
-        "conversations",
-    )
-    flags.DEFINE_list(
-        "instructions", [], "rules to follow: all, or names; the last with :<number> of prompts"
-    )
+    define_speaking()
     flags.DEFINE_bool("bos", None, "begin texts of --tasks with BOS; by default as in the model's training")
     flags.DEFINE_integer("batch_size", None, "rows at a time; else as in training")
     flags.DEFINE_list(

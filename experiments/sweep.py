@@ -13,6 +13,8 @@
   python -m experiments.sweep --quantize=w8a8,w4:32                  # and what quantization costs it
   python -m experiments.sweep --diagnose                             # and what each of its layers does
   python -m experiments.sweep --num_repeats=1,2,4                    # and scores with other numbers of loops
+  python -m experiments.sweep --config=configs/api_calls.py:tiny --calls=combinations,values,wordings:200
+  python -m experiments.sweep --config=configs/chat.py:tiny --instructions=all
   python -m experiments.sweep --config=configs/repeats.py:tiny --profile   # and what its designs learn apart
 
 Every point looks for its own learning rate first, with a seed of its own. When all are through, parabolas of
@@ -27,7 +29,8 @@ diverges is recorded as such, and the others go on; a process that a signal ende
 Sweeps that share a --workdir share the points; the point of one that died is taken over (`runner/leases.py`).
 With --tasks, every finished run answers them at the end, also one that was there before; what its record has
 is not asked again. So it is with the schemes of --quantize (`experiments.quantize`), with --diagnose
-(`experiments.diagnose`) and with --num_repeats, for models that have loops. With --profile, every design is
+(`experiments.diagnose`), with --num_repeats, for models that have loops, and with --calls and
+--instructions. With --profile, every design is
 trained on the abilities of the playground as well, in profile/ (`experiments.profile`). Points chosen by
 --only are compared as the study asks, or, where it asks for no pair of them, all with each other. In
 --workdir: results/ has one JSON record for each run, reports/ and figures/ what they show, runs/ checkpoints
@@ -40,13 +43,14 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
-from experiments.runner import devices, hosts, profiles, teachers
+from experiments.runner import devices, hosts, needed, profiles
 from experiments.runner.flags import (
     DEFAULT_STUDY,
     asked_loops,
     asked_points,
     asked_questions,
     asked_schemes,
+    asked_speaking,
     define_sweep,
 )
 from experiments.runner.listing import said_to_compare, said_to_cost, table
@@ -61,14 +65,14 @@ FLAGS = flags.FLAGS
 def main() -> int:
     """Runs the sweep, and returns the exit status."""
     questions, schemes, whole = asked_questions(), asked_schemes(), asked_points()
-    loops = asked_loops()
+    loops, speaking = asked_loops(), asked_speaking()
     points = shard(whole, FLAGS.shard)
     profile = _profile(whole) if FLAGS.profile else None
     if FLAGS.status:
         return _print_status(points)
     groups = None
     if not FLAGS.list:
-        teachers.check(points)
+        needed.check(points)
         groups = _groups()
         hosts.start()
     if FLAGS.only:
@@ -93,6 +97,7 @@ def main() -> int:
         lines_every=every,
         diagnosed=FLAGS.diagnose,
         loops=loops,
+        speaking=speaking,
     )
     if profile:
         more = {"jobs": FLAGS.jobs, "groups": groups, "lines_every": every}

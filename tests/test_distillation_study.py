@@ -10,7 +10,7 @@ from test_results import make_record
 
 from configs import base, distillation, teachers
 from experiments.reporting import step_times
-from experiments.runner import teachers as of_points
+from experiments.runner import needed
 from experiments.runner.costs import costs, memory_bytes
 from experiments.runner.listing import table
 from experiments.runner.studies import points_of
@@ -52,7 +52,7 @@ def test_the_longer_run_has_the_flops_of_the_run_with_a_teacher(elsewhere):
     assert more > 4 * accounting.parameters(taught.teacher).total
     assert f"{by_hand:.3g}" in table([taught])
     assert "teacher" not in costs([taught], None, "").replace("label + teacher", "")
-    of_points.check([label, taught, longer])
+    needed.check([label, taught, longer])
 
 
 def test_a_teacher_that_is_not_there_is_asked_for_with_the_command_that_makes_it(elsewhere):
@@ -60,12 +60,12 @@ def test_a_teacher_that_is_not_there_is_asked_for_with_the_command_that_makes_it
     command = "python -m experiments.train --config=configs/teachers.py:tiny --workdir=runs/teacher_tiny"
     message = f"train.teacher: runs/teacher_tiny: no run found; make it first: {command}"
     with pytest.raises(UserError) as error:
-        of_points.check(points)
+        needed.check(points)
     assert str(error.value) == message
-    assert f"teacher not counted above. {message}" in costs(points, None, "")
-    of_points.check([points[0], points[2]])  # they need none
-    lone = dataclasses.replace(points[1], makes_teacher="")
-    assert of_points.missing([lone]) == ["train.teacher: runs/teacher_tiny: no run found; check the path"]
+    assert f"missing {message} (the work of a teacher is not counted above)" in costs(points, None, "")
+    needed.check([points[0], points[2]])  # they need none
+    lone = dataclasses.replace(points[1], makes={})
+    assert needed.missing([lone]) == ["train.teacher: runs/teacher_tiny: no run found; check the path"]
 
 
 @pytest.mark.parametrize("preset", ["paper_125m", "paper_350m"])
@@ -76,7 +76,7 @@ def test_the_paper_presets_have_its_hours_and_the_tokenizer_of_the_teacher(elsew
     assert longer.config.train.steps == round(120_000 * hours[1] / hours[0])
     assert taught.config.train.teacher == "runs/llama2_7b"
     assert taught.config.data.tokenizer.startswith("sentencepiece:runs/llama2_7b/")
-    assert "import_hf" in of_points.missing([taught])[0]
+    assert "import_hf" in needed.missing([taught])[0]
 
 
 def run(train_s, steps, teacher=None, **changes):

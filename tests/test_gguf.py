@@ -13,6 +13,7 @@ from conftest import SHARING, apply, random_params, tiny_config, tiny_model
 from test_data_tokenizers import sentencepiece_model
 from test_huggingface import import_, make_run
 
+from mobilellm_jax.data import chat
 from mobilellm_jax.data.tokenizers import (
     BytesTokenizer,
     HuggingFaceTokenizer,
@@ -387,6 +388,50 @@ def test_the_command_says_what_it_wrote(tmp_path):
 )
 def test_bad_flags_are_one_line(tmp_path, flags, message):
     result = command("experiments.export", f"--workdir={tmp_path}", *flags)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert message in result.stderr
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bpe", "bytes", "sentencepiece"])
+def test_a_file_talks_as_its_run_does(tmp_path, name):
+    """The same replies from llama.cpp and from our own decoding, with a history."""
+    run_of(tmp_path / "run", TOKENIZERS[name](), vocab_size=400, width=32)
+    (tmp_path / "run" / TOKENIZER / "chat_template.jinja").write_text(chat.TEMPLATE)
+    out = tmp_path / "out.gguf"
+    exported = command("experiments.export", f"--workdir={tmp_path}/run", "--format=gguf", f"--out={out}")
+    assert exported.returncode == 0, exported.stderr
+    flags = ["--say=One day, Lily went to the park.", "--say=é 中 🙂!", "--system=Be kind."]
+    flags += ["--max_new_tokens=12", "--context=300"]
+    ours, theirs = (
+        command("experiments.chat", *flags, where) for where in (f"--workdir={tmp_path}/run", f"--gguf={out}")
+    )
+    assert (theirs.returncode, theirs.stderr) == (0, "")
+    assert ours.stdout == theirs.stdout
+    assert ours.stdout.count("you> ") == 2
+    assert len(ours.stdout) > len("you> One day, Lily went to the park.\nyou> é 中 🙂!\n")
+    asked = [{"question_id": 1, "turns": ["Hi", "And?"]}, {"question_id": 2, "turns": ["Hi"]}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    files = [f"--questions={tmp_path}/q.jsonl", f"--answers={tmp_path}/a.jsonl", "--max_new_tokens=5"]
+    answered = command("experiments.chat", f"--gguf={out}", *files)
+    assert answered.stdout.endswith(f"2 answers in the format mt_bench; see {tmp_path}/a.jsonl\n")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--workdir: missing; name a run, such as --workdir=runs/phone, or a file with --gguf"),
+        (["--gguf=x.gguf", "--workdir=x"], "--gguf: cannot be combined with --workdir"),
+        (["--gguf=x.gguf", "--temperature=1"], "--temperature: --gguf always takes the most probable token"),
+        (["--gguf=nowhere.gguf"], "--gguf=nowhere.gguf: there is no such file"),
+        (["--gguf=README.md"], "README.md: llama.cpp cannot load it"),
+    ],
+    ids=str,
+)
+def test_files_that_cannot_talk_are_refused(flags, message):
+    result = command("experiments.chat", "--say=hi", *flags)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
     assert message in result.stderr
 

@@ -27,7 +27,7 @@ class Claim:
         with the second. A star matches any text. Empty: all pairs of the study.
       paper: the same pairs by the labels of the paper's table, if different. A size group has the pairs of
         which it has both rows.
-      expected: "better", "worse", or "not worse" by as much as the study's margin.
+      expected: "better", "worse", or not so by as much as the study's margin: "not worse", "not better".
       needs: pairs that the claim needs: "all" of them, or "any": an optimum somewhere along a line, which its
         far end does not contradict.
       in_range: only pairs of designs with aspect ratios that the paper covers count.
@@ -39,7 +39,7 @@ class Claim:
     study: str
     pairs: Pairs = ()
     paper: Pairs = ()
-    expected: Literal["better", "worse", "not worse"] = "better"
+    expected: Literal["better", "worse", "not worse", "not better"] = "better"
     needs: Literal["all", "any"] = "all"
     in_range: bool = False
     note: str = ""
@@ -99,8 +99,11 @@ def judge(sides: Sequence[Side], needs: str) -> Word:
 def side(c: Comparison, expected: str) -> Side:
     """What a comparison is to the claim that its point is `expected` compared with the other.
 
-    "better" and "worse" go by the word of the verdict, "not worse" is non-inferiority by the study's margin.
+    "better", "worse" and "not better" go by the word of the verdict, "not worse" is non-inferiority by the
+    study's margin.
     """
+    if expected == "not better":
+        return "against" if c.word == "better" else "open" if c.word == "cannot tell" else "for"
     if expected == "not worse":
         return "open" if c.not_worse is None else "for" if c.not_worse else "against"
     opposite = {"better": "worse", "worse": "better"}[expected]

@@ -1,4 +1,4 @@
-"""Scores of a run on API calls and on instructions, for `experiments.evaluate`."""
+"""Scores of runs on API calls and on instructions, for `experiments.evaluate` and `experiments.sweep`."""
 
 import dataclasses
 import datetime
@@ -11,7 +11,10 @@ import jax
 
 from experiments import cli
 from experiments.runner.kept import Kept
+from experiments.runner.points import Point
+from experiments.runner.progress import finished_records
 from experiments.runner.score_table import percent
+from experiments.runner.view import Event, Tell
 from mobilellm_jax import data
 from mobilellm_jax.config import Config
 from mobilellm_jax.data import api_calls, chat
@@ -21,8 +24,9 @@ from mobilellm_jax.inference import calls, instructions
 from mobilellm_jax.inference.generate import GREEDY, Generator
 from mobilellm_jax.inference.talk import Speaker
 from mobilellm_jax.model.stack import Params
+from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs import provenance
-from mobilellm_jax.runs.directory import begins_with_bos
+from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
 from mobilellm_jax.storage.checkpoint import newest_intact
 from mobilellm_jax.storage.files import AnyPath
 
@@ -81,6 +85,84 @@ def asked_calls(items: Sequence[str]) -> tuple[Asked, ...]:
     return tuple(dataclasses.replace(one, limit=one.limit or last) for one in found)
 
 
+@dataclasses.dataclass(frozen=True)
+class Speaking:
+    """What the finished runs of a sweep are asked.
+
+    Attributes:
+      calls: conversations to ask for.
+      rules: of instructions, `prompts` of each.
+    """
+
+    calls: tuple[Asked, ...]
+    rules: tuple[str, ...]
+    prompts: int
+
+    def check(self, config: Config) -> None:
+        """Checks that runs of a config have a tokenizer; UserError if they have none."""
+        if config.data.is_task or config.data.source.startswith("tokens:"):
+            raise UserError(
+                f"--calls, --instructions: runs on {config.data.source!r} have no tokenizer, which both need"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A run that is asked, and how many prompts at a time."""
+
+    workdir: AnyPath
+    config: Config
+    params: Params
+    tokenizer: data.Tokenizer
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_id is None:
+            raise UserError(f"{self.workdir}: the tokenizer of this run has no EOS, with which replies end")
+
+    @property
+    def bos(self) -> bool:
+        return begins_with_bos(self.workdir, self.tokenizer)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "bos": self.bos,
+            "context": self.config.data.sequence_length,
+            "step": newest_intact(self.workdir / "checkpoints")[0],
+            "compute_dtype": self.config.model.compute_dtype,
+            "command": cli.command(),
+            "git_commit": provenance.git_commit(),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+
+
+def _scored(of: _Run, asked: Sequence[Asked]) -> Iterator[tuple[Asked, calls.CallScores]]:
+    """Yields the scores of each, as soon as they are kept."""
+    path, context = results_path(of.workdir), of.config.data.sequence_length
+    _KEPT.check(path)
+    for one in asked:
+        conversations, settings = one.open(of.config)
+        found = calls.score(
+            of.params, of.config.model, of.tokenizer, conversations, context, of.batch_size, of.bos
+        )
+        if jax.process_index() == 0:
+            _KEPT.add(path, one.name, {**entry(found), **settings, "limit": one.limit, **of.settings()})
+        yield one, found
+
+
+def _followed(of: _Run, rules: Sequence[str], count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields how each rule is followed, as soon as it is kept."""
+    path = _KEPT_INSTRUCTIONS.path(of.workdir)
+    _KEPT_INSTRUCTIONS.check(path)
+    generator = Generator(of.params, of.config.model, GREEDY, of.config.data.sequence_length)
+    speaker = Speaker(generator, of.tokenizer, of.bos)
+    for rule in rules:
+        found = instructions.follow(speaker, rule, count, of.batch_size)
+        if jax.process_index() == 0:
+            _KEPT_INSTRUCTIONS.add(path, rule, {**found, **of.settings()})
+        yield rule, found
+
+
 def score_calls(
     asked: Sequence[Asked],
     workdir: AnyPath,
@@ -94,25 +176,17 @@ def score_calls(
     Raises:
       UserError: the tokenizer has no EOS, or the conversations cannot be read.
     """
-    _check_eos(workdir, tokenizer)
-    path, first = results_path(workdir), jax.process_index() == 0
-    _KEPT.check(path)
-    context, bos = config.data.sequence_length, begins_with_bos(workdir, tokenizer)
+    of, shortened = _Run(workdir, config, params, tokenizer, batch_size), 0
     yield _row("conversations", {column: column for column in _COLUMNS})
-    shortened = 0
-    for one in asked:
-        conversations, settings = one.open(config)
-        found = calls.score(params, config.model, tokenizer, conversations, context, batch_size, bos)
+    for one, found in _scored(of, asked):
         shortened += found.shortened
-        if first:
-            settings = {**settings, "limit": one.limit, **_settings(config, workdir, bos)}
-            _KEPT.add(path, one.name, {**entry(found), **settings})
         cells = {name: percent(*value) for name, value in found.metrics.items()}
         cells |= {"calls": f"{found.calls:,}", "replies": f"{found.replies:,}"}
         yield _row(f"{one.name} ({found.conversations:,})", cells)
     if shortened:
+        context = config.data.sequence_length
         yield f"{shortened:,} prompts were longer than the context of {context} and lost their first turns"
-    yield f"in percent, ± a standard error over conversations; see {path}"
+    yield f"in percent, ± a standard error over conversations; see {results_path(workdir)}"
 
 
 def entry(found: calls.CallScores) -> dict[str, Any]:
@@ -131,36 +205,51 @@ def score_instructions(
 ) -> Iterator[str]:
     """Asks a run to follow instructions; as `score_calls`, for what --instructions names."""
     rules, count = instructions.parse(names)
-    _check_eos(workdir, tokenizer)
-    path = _KEPT_INSTRUCTIONS.path(workdir)
-    _KEPT_INSTRUCTIONS.check(path)
-    bos = begins_with_bos(workdir, tokenizer)
-    generator = Generator(params, config.model, GREEDY, config.data.sequence_length)
-    speaker = Speaker(generator, tokenizer, bos)
+    of = _Run(workdir, config, params, tokenizer, batch_size)
     yield instructions.HEAD
-    for rule in rules:
-        found = instructions.follow(speaker, rule, count, batch_size)
-        if jax.process_index() == 0:
-            _KEPT_INSTRUCTIONS.add(path, rule, {**found, **_settings(config, workdir, bos)})
+    for rule, found in _followed(of, rules, count):
         yield instructions.line(rule, found)
+    path = _KEPT_INSTRUCTIONS.path(workdir)
     yield f"kept: ± a standard error over prompts; a reply that keeps a rule may be nonsense; see {path}"
 
 
-def _check_eos(workdir: AnyPath, tokenizer: data.Tokenizer) -> None:
-    if tokenizer.eos_id is None:
-        raise UserError(f"{workdir}: the tokenizer of this run has no EOS, with which replies end")
+# --- the runs of a sweep --------------------------------------------------------------------------------
 
 
-def _settings(config: Config, workdir: AnyPath, bos: bool) -> dict[str, Any]:
-    return {
-        "bos": bos,
-        "context": config.data.sequence_length,
-        "step": newest_intact(workdir / "checkpoints")[0],
-        "compute_dtype": config.model.compute_dtype,
-        "command": cli.command(),
-        "git_commit": provenance.git_commit(),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+def lacking(point: Point, workdir: AnyPath, asked: Speaking) -> int:
+    """Number of finished comparison runs of a point whose record lacks some of it."""
+    return sum(map(bool, _lacking(point, workdir, asked).values()))
+
+
+def _lacking(point: Point, workdir: AnyPath, asked: Speaking) -> dict[str, Speaking | None]:
+    """What the record of each finished run lacks; None for nothing."""
+    found: dict[str, Speaking | None] = {}
+    for name, record in finished_records(point, workdir).items():
+        todo = dataclasses.replace(
+            asked,
+            calls=tuple(one for one in asked.calls if one.name not in (record.calls or {})),
+            rules=tuple(rule for rule in asked.rules if rule not in (record.instructions or {})),
+        )
+        found[name] = todo if todo.calls or todo.rules else None
+    return found
+
+
+def ask_point(point: Point, workdir: AnyPath, tell: Tell, asked: Speaking) -> None:
+    """Asks every finished run of a point for what its record lacks."""
+    for name, todo in processes.of_first(lambda: _lacking(point, workdir, asked)).items():
+        if todo is None:
+            continue
+        directory = workdir / "runs" / name
+        config, params = open_run(directory)
+        tokenizer = open_tokenizer(directory)
+        assert tokenizer is not None, directory  # `Speaking.check`
+        of = _Run(directory, dataclasses.replace(config, mesh=point.config.mesh), params, tokenizer)
+        for one, found in _scored(of, todo.calls):
+            shares = (f"{metric} {percent(*value)}" for metric, value in found.metrics.items())
+            tell(Event(name, f"{one.name}: {', '.join(shares)}"))
+        kept = [f"{rule} {found['kept']:.0%}" for rule, found in _followed(of, todo.rules, todo.prompts)]
+        if kept:
+            tell(Event(name, f"instructions kept: {', '.join(kept)}"))
 
 
 def _row(name: str, cells: dict[str, str]) -> str:

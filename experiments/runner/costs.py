@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from experiments.runner.needed import missing
 from experiments.runner.points import Point
 from experiments.runner.studies import by_study
-from experiments.runner.teachers import missing
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.costs.datasheet import PEAK_FLOPS
 
@@ -40,7 +40,7 @@ def costs(points: Sequence[Point], here_s: float | None, here: str) -> str:
         if small:
             rows[name] += "; models this small take several times as long"
     if absent := missing(points):
-        rows["teacher"] = f"not counted above. {absent[0]}"
+        rows["missing"] = f"{absent[0]} (the work of a teacher is not counted above)"
     said = [f"{name:8}{text}" for name, text in rows.items()]
     return "\n".join(said + [_seeds(name, of_study) for name, of_study in by_study(points).items()])
 

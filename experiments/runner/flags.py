@@ -4,12 +4,14 @@ from absl import flags
 
 from experiments import cli
 from experiments.runner import hosts
+from experiments.runner.calling import Speaking, asked_calls
 from experiments.runner.latencies import NamedTable, named
 from experiments.runner.points import Point
 from experiments.runner.quantizing import Quantizing, schemes_of
 from experiments.runner.questions import Questions
 from experiments.runner.studies import points_of
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.inference import instructions
 from mobilellm_jax.storage.files import local_directory
 
 FLAGS = flags.FLAGS
@@ -19,6 +21,7 @@ DEFAULT_STUDY = "configs/playground.py:tiny"
 PASSED_ON = (
     *("workdir", "only", "arms", "seeds", "lines_every"),
     *("tasks", "data_dir", "limit", "quantize", "diagnose", "num_repeats"),
+    *("calls", "instructions"),
 )
 
 
@@ -65,6 +68,7 @@ def define_sweep() -> None:
     )
     flags.DEFINE_bool("diagnose", False, "say of every finished run what its layers do")
     define_loops()
+    define_speaking()
     hosts.define_flags()
     define_scoring()
 
@@ -74,6 +78,27 @@ def define_loops() -> None:
     flags.DEFINE_list(
         "num_repeats", [], "numbers of loops to score with, such as 1,2,4; default: that of training alone"
     )
+
+
+def define_speaking() -> None:
+    """Defines the flags of API calls and instructions."""
+    flags.DEFINE_list(
+        "calls",
+        [],
+        "API calls to ask for: combinations, values, wordings, conversations:<glob>; with :<number> so many "
+        "conversations",
+    )
+    flags.DEFINE_list(
+        "instructions", [], "rules to follow: all, or names; the last with :<number> of prompts"
+    )
+
+
+def asked_speaking() -> Speaking | None:
+    """What --calls and --instructions ask for; None without them, UserError if a name is unknown."""
+    if not FLAGS.calls and not FLAGS.instructions:
+        return None
+    rules, prompts = instructions.parse(FLAGS.instructions) if FLAGS.instructions else ((), 0)
+    return Speaking(asked_calls(FLAGS.calls), rules, prompts)
 
 
 def define_latency() -> None:

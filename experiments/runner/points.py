@@ -1,7 +1,7 @@
 """A point is a design of a study; its runs differ in learning rate and seed."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mobilellm_jax.config import Config, ModelConfig
@@ -45,7 +45,7 @@ class Point:
       control: outside the matched budget on purpose.
       notes: what is to be said of its study before a sweep.
       teacher: the model of its teacher; None without one, and where it is not there yet.
-      makes_teacher: the command that trains it; "" if the study has none.
+      makes: the commands that make the runs it learns or starts from, by directory.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Point:
     control: bool = False
     notes: tuple[str, ...] = ()
     teacher: ModelConfig | None = None
-    makes_teacher: str = ""
+    makes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def arm(self) -> tuple[str, str, str | None]:

@@ -14,8 +14,8 @@ from configs.base import Study
 from experiments import cli
 from experiments.runner import devices, names
 from experiments.runner.latencies import NamedTable, of_study
+from experiments.runner.needed import teacher_of
 from experiments.runner.points import Point
-from experiments.runner.teachers import teacher_of
 from mobilellm_jax.analysis.records import budget_name
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.costs import accounting
@@ -176,7 +176,7 @@ def _study_points(
             sd=study.sd,
             control=designs[index] in study.controls,
             teacher=teacher_of(config),
-            makes_teacher=study.makes_teacher,
+            makes=study.makes,
         )
         points.append(point)
     notes = _base_shapes(points)

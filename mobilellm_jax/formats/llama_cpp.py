@@ -59,6 +59,15 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result, then the arguments
     "llama_model_free": (None, c_void_p),
     "llama_model_get_vocab": (c_void_p, c_void_p),
     "llama_vocab_n_tokens": (c_int32, c_void_p),
+    "llama_vocab_bos": (c_int32, c_void_p),
+    "llama_vocab_eos": (c_int32, c_void_p),
+    "llama_vocab_get_add_bos": (c_bool, c_void_p),
+    "llama_model_n_ctx_train": (c_int32, c_void_p),
+    "llama_model_chat_template": (c_char_p, c_void_p, c_char_p),
+    "llama_detokenize": (
+        *(c_int32, c_void_p, POINTER(c_int32), c_int32),
+        *(c_char_p, c_int32, c_bool, c_bool),
+    ),
     "llama_tokenize": (c_int32, c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool),
     "llama_context_default_params": (_Parameters,),
     "llama_init_from_model": (c_void_p, c_void_p, _Parameters),
@@ -81,12 +90,14 @@ def installed() -> bool:
 class Model:
     """A GGUF file in llama.cpp, on one CPU thread: with more, it spins, which a shared machine punishes."""
 
-    def __init__(self, path: Path, context: int, exact: bool = True, library: Any = None) -> None:
+    def __init__(
+        self, path: Path, context: int | None = None, exact: bool = True, library: Any = None
+    ) -> None:
         """Loads a file.
 
         Args:
           path: the file.
-          context: positions that fit in its key/value cache.
+          context: positions that fit in its key/value cache; None: as many as the file says.
           exact: keep keys and values in float32, and attend in float32. Otherwise, as llama.cpp does by
             itself, they are rounded to f16, which changes logits by about 1e-3 of the largest.
           library: what `load` returned; None: that of xllamacpp.
@@ -102,13 +113,14 @@ class Model:
         )
         if not self._model:
             raise UserError(f"{path}: llama.cpp cannot load it: {_said()}")
-        settings = _context_settings(self._c.llama_context_default_params(), context, exact)
+        self.context = self._c.llama_model_n_ctx_train(self._model) if context is None else context
+        settings = _context_settings(self._c.llama_context_default_params(), self.context, exact)
         self._context = self._c.llama_init_from_model(self._model, settings)
         if not self._context:
-            raise UserError(f"{path}: llama.cpp makes no context of {context} positions: {_said()}")
+            raise UserError(f"{path}: llama.cpp makes no context of {self.context} positions: {_said()}")
         self._c.llama_set_n_threads(self._context, 1, 1)
         self._vocab = self._c.llama_model_get_vocab(self._model)
-        self._vocab_size = self._c.llama_vocab_n_tokens(self._vocab)
+        self.vocab_size = self._c.llama_vocab_n_tokens(self._vocab)
 
     def __enter__(self) -> "Model":
         return self
@@ -126,12 +138,39 @@ class Model:
             self._c.llama_model_free(self._model)
         self._model = self._context = None
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, with BOS in front where the file says so; no text encodes to a control token."""
+    @property
+    def marks(self) -> tuple[int | None, int | None]:
+        """Ids of BOS and EOS; None where the file has none."""
+        ids = self._c.llama_vocab_bos(self._vocab), self._c.llama_vocab_eos(self._vocab)
+        bos_id, eos_id = (i if i >= 0 else None for i in ids)
+        return bos_id, eos_id
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether texts begin with BOS."""
+        return bool(self._c.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def template(self) -> str:
+        """The chat template; "" where the file has none."""
+        return (self._c.llama_model_chat_template(self._model, None) or b"").decode()
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """The text of ids; control tokens are skipped."""
+        room = 16 + 8 * len(ids)
+        while True:
+            text, given = ctypes.create_string_buffer(room), (c_int32 * len(ids))(*ids)
+            count = self._c.llama_detokenize(self._vocab, given, len(ids), text, room, True, False)
+            if count >= 0:
+                return text.raw[:count]
+            room = -count
+
+    def tokenize(self, text: str, marks: bool = True) -> list[int]:
+        """Ids of a text; with `marks`, BOS in front where the file says so. None is a control token else."""
         content = text.encode()
         room = len(content) + 2  # a space before the text, and BOS
         ids = (c_int32 * room)()
-        count = self._c.llama_tokenize(self._vocab, content, len(content), ids, room, True, False)
+        count = self._c.llama_tokenize(self._vocab, content, len(content), ids, room, marks, False)
         assert count >= 0, f"{-count} ids for {len(content)} bytes"
         return list(ids[:count])
 
@@ -168,7 +207,7 @@ class Model:
         status = self._c.llama_decode(self._context, batch)
         if status != 0:
             raise UserError(f"llama.cpp cannot read {count} tokens (status {status}): {_said()}")
-        shape = (last, self._vocab_size)
+        shape = (last, self.vocab_size)
         values = ctypes.cast(self._c.llama_get_logits(self._context), POINTER(c_float))
         return np.ctypeslib.as_array(values, shape).copy()
 

@@ -6,11 +6,27 @@ Prompts are in the template of `data/chat.py`. A conversation that outgrows the 
 from collections import Counter
 from collections.abc import Generator as Generated
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from mobilellm_jax.data import Tokenizer, chat
 from mobilellm_jax.data.chat import Turn
-from mobilellm_jax.inference.generate import Generator, TextStream
+from mobilellm_jax.inference.generate import TextStream
+
+
+@runtime_checkable  # the tests check every annotation
+class Generates(Protocol):
+    """What `inference.generate.Generator` does, and llama.cpp too."""
+
+    context: int
+
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | None,
+        eos_id: int | None,
+        seed: int,
+        place: int = 0,
+    ) -> Iterator[list[int | None]]: ...
 
 
 class Speaker(NamedTuple):
@@ -24,7 +40,7 @@ class Speaker(NamedTuple):
       seed: of the draws.
     """
 
-    generator: Generator
+    generator: Generates
     tokenizer: Tokenizer
     bos: bool
     max_new_tokens: int | None = None

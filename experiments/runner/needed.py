@@ -1,4 +1,4 @@
-"""The teachers of points: what they add to the work, and the command that makes one that is not there."""
+"""Runs that points need: teachers to learn from, parents to start from; and the commands that make them."""
 
 import os
 from collections.abc import Sequence
@@ -19,16 +19,22 @@ def teacher_of(config: Config) -> ModelConfig | None:
 
 
 def missing(points: Sequence[Point]) -> list[str]:
-    """A line about each teacher that is not there, with the command that makes it, if the study has one."""
-    absent = [p for p in points if p.config.train.has_teacher and p.teacher is None]
+    """A line about each run that is not there, with the command that makes it, if the study has one."""
     said = {}
-    for point in absent:
-        command = f"; make it first: {point.makes_teacher}" if point.makes_teacher else "; check the path"
-        said[f"train.teacher: {point.config.train.teacher}: no run found{command}"] = None
+    for point in points:
+        train = point.config.train
+        for field, name in (
+            ("init_from", train.init_from),
+            ("teacher", train.teacher if train.has_teacher else ""),
+        ):
+            if name and not (path_of(os.path.expanduser(name)) / "config.json").is_file():
+                command = point.makes.get(name)
+                advice = f"make it first: {command}" if command else "check the path"
+                said[f"train.{field}: {name}: no run found; {advice}"] = None
     return list(said)
 
 
 def check(points: Sequence[Point]) -> None:
-    """Raises UserError if the teacher of a point is not there."""
+    """Raises UserError if a run that a point needs is not there."""
     for line in missing(points):
         raise UserError(line)
