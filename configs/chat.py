@@ -54,9 +54,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.data.sequence_length = 192  # one conversation, in the vocabulary of the base model
     config.optimizer.schedule = "linear"
     config.optimizer.final_fraction = 0.0
-    config.optimizer.warmup_steps = 20
+    config.optimizer.warmup_steps = 10
     train = config.train
-    train.steps = train.log_every = train.checkpoint_every = 200
+    train.steps = train.log_every = train.checkpoint_every = 100
     train.eval_every = 50
     train.eval_rows = train.eval_batch_size = 256
     return config
@@ -92,11 +92,11 @@ def study(preset: str) -> base.Study:
         scientific=("train.init_from", "train.lora_rank", "model.sharing", "model.num_repeats"),
         labels=labels,
         pairs=[(labels[1], labels[0]), *((label, labels[1]) for label in labels[2:])],
-        learning_rates=(2**-9, 2**-8, 2**-7) if tiny else (),
+        learning_rates=(2**-8, 2**-7) if tiny else (),
         matched="total_parameters",
         tolerance=0.0,
         makes=_makes(preset),
-        seeds=4 if tiny else 1,
+        seeds=3 if tiny else 1,
         vary=("init", "data"),
         margin=0.01,
     )
