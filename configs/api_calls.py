@@ -32,7 +32,7 @@ _SHAPES: tuple[Shape, ...] = ((1, 3, 52, 146), (2, 2, 38, 100), (4, 2, 26, 62))
 _ORDERS = ("immediate", "repeat_all")
 # Of training with two blocks applied twice, over those of once; the head is a large part of both.
 _FLOPS = 1.667
-_STEPS = 400
+_STEPS = 200
 _PAPER = {"paper_125m": (30, 9, 3, 576), "paper_350m": (32, 15, 5, 960)}  # depth, heads, kv heads, width
 PRESETS = ("tiny", *_PAPER)
 
@@ -60,7 +60,7 @@ def _use_tiny_recipe(config: ConfigDict) -> None:
     config.data.sequence_length = 103  # one conversation
     config.optimizer.schedule = "linear"
     config.optimizer.final_fraction = 0.0
-    config.optimizer.learning_rate = 2**-6
+    config.optimizer.learning_rate = 2**-5
     config.optimizer.warmup_steps = _STEPS // 10
     train = config.train
     train.steps = train.log_every = train.checkpoint_every = _STEPS
@@ -106,7 +106,7 @@ def study(preset: str) -> base.Study:
         labels=[label for label, _ in _rows()],
         pairs=pairs,
         arms=base.COMPLETEP,
-        learning_rates=(2**-7, 2**-6, 2**-5),
+        learning_rates=(2**-6, 2**-5, 2**-4),
         matched="non_embedding_parameters",
         tolerance=0.02,
         controls=[twice, long],
