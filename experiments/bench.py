@@ -29,6 +29,7 @@ PARTS: tuple[str, ...] = (
     "training",
     "pytorch",
     "loops",
+    "finetuning",
     "compile",
     "decode",
     "ondevice",

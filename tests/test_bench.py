@@ -8,8 +8,19 @@ from pathlib import Path
 import pytest
 from commands import command, real
 
-from experiments.benchmarks import compile, decode, loops, measure, ondevice, pytorch, training, trials
+from experiments.benchmarks import (
+    compile,
+    decode,
+    finetuning,
+    loops,
+    measure,
+    ondevice,
+    pytorch,
+    training,
+    trials,
+)
 
+PARTS = [compile, decode, finetuning, loops, training, trials]
 ROOT = Path(__file__).parents[1]
 
 
@@ -50,7 +61,9 @@ def test_a_target_is_met_by_the_median(bounds, is_met, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [compile, decode, loops, training, trials], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [compile, decode, finetuning, loops, training, trials], ids=lambda m: m.__name__
+)
 def test_parts_run(module):
     lines = module.measure(quick=True)
     assert len({line.name for line in lines}) == len(lines)

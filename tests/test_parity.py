@@ -3,7 +3,11 @@
 Skipped without PyTorch and transformers: python -m pip install -e '.[hf]'.
 """
 
+import functools
 import json
+import lzma
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -11,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import sentencepiece
+from commands import command
 from conftest import (
     SHARING,
     apply,
@@ -21,12 +26,13 @@ from conftest import (
 )
 
 from configs import base
+from mobilellm_jax.analysis.records import read_record
 from mobilellm_jax.config import to_dict
 from mobilellm_jax.data import save_tokenizer
 from mobilellm_jax.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, train_bpe
 from mobilellm_jax.formats import huggingface
 from mobilellm_jax.formats.huggingface_weights import places
-from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_tokenizer
+from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_run, open_tokenizer
 from mobilellm_jax.storage.checkpoint import Checkpoints
 
 WITHOUT = "not installed: python -m pip install -e '.[hf]'"
@@ -35,6 +41,7 @@ transformers = pytest.importorskip("transformers", reason=f"transformers is {WIT
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 STORIES = Path(__file__).parents[2] / "shared/data/weights/stories260K"
+BOOKS = STORIES.parents[1] / "corpora/storybooks_en.jsonl.xz"
 TEXT = "One day, Lily went  to the park.\n\tShe saw a big é 中 🙂!  "
 
 
@@ -143,6 +150,82 @@ def test_transformers_tells_the_same_story_after_a_round_trip(tmp_path):
     with torch.no_grad():
         logits_TV = load(tmp_path / "out")(torch.tensor([greedy])).logits[0]
     assert logits_TV.argmax(-1).tolist()[:-1] == greedy[1:]
+
+
+def stories_encoder():
+    """Ids of a text in the vocabulary of stories260K, as llama2.c finds them: the best merge first.
+
+    No piece goes on after a space, so that words can be encoded one by one.
+    """
+    content, entries = (STORIES / "tok512.bin").read_bytes(), []
+    place = 4  # behind the length of the longest piece
+    while place < len(content):
+        size = int.from_bytes(content[place + 4 : place + 8], "little")
+        score = float(np.frombuffer(content[place : place + 4], "<f4")[0])
+        entries.append((content[place + 8 : place + 8 + size], score))
+        place += 8 + size
+    ids = {piece: i for i, (piece, _) in enumerate(entries)}
+
+    @functools.cache
+    def word(text):
+        found = []
+        for letter in text:
+            piece = letter.encode()
+            found += [ids[piece]] if piece in ids else [3 + byte for byte in piece]
+        while True:
+            joined = [ids.get(entries[a][0] + entries[b][0]) for a, b in pairwise(found)]
+            scores = [-np.inf if i is None else entries[i][1] for i in joined]
+            if not scores or max(scores) == -np.inf:
+                return found
+            best = int(np.argmax(scores))
+            found[best : best + 2] = [joined[best]]
+
+    return lambda text: [1, *(i for part in re.findall(r" ?[^ ]*", f" {text}") for i in word(part))]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BOOKS.is_file(), reason=f"{BOOKS} is not there")
+def test_stories260k_learns_from_other_stories_and_transformers_agrees(tmp_path, record_property):
+    """Imported, trained further on children's books and exported by the commands, as in docs/howto."""
+    encode = stories_encoder()
+    greedy = json.loads((STORIES / "reference.json").read_text())["greedy_ids"]
+    text = (STORIES / "greedy_256.txt").read_text()
+    assert encode(text.strip())[:200] == greedy[:200]
+    with lzma.open(BOOKS, "rt") as file:
+        ids = [encode(json.loads(line)["text"]) for line in file]
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps({"token_ids": of}) + "\n" for of in ids))
+
+    def do(name, *flags):
+        done = command(f"experiments.{name}", *flags)
+        assert done.returncode == 0, done.stderr
+
+    do("import_hf", f"--source={STORIES}", f"--workdir={tmp_path}/run")
+    fields = {
+        "data.source": f"tokens:{tmp_path}/ids.jsonl",
+        "data.cache_dir": f"{tmp_path}/cache",
+        "data.sequence_length": 256,
+        "train.batch_size": 8,
+        "train.eval_rows": 64,
+        "optimizer.learning_rate": 1e-3,
+    }
+    losses = {}
+    for steps in (1, 60):  # the rate of the first step is 0
+        given = {**fields, "train.steps": steps, "optimizer.warmup_steps": min(steps, 10)}
+        flags = [f"--config.{name}={value}" for name, value in given.items()]
+        workdir = tmp_path / f"steps{steps}"
+        do("train", f"--config=configs/finetune.py:{tmp_path}/run", f"--workdir={workdir}", *flags)
+        record = read_record(workdir / "record.json")
+        losses[steps] = record.loss
+        assert record.parent["run"] == "run"
+    assert losses[60] < losses[1] - 0.3
+    do("export", f"--workdir={tmp_path}/steps60", f"--out={tmp_path}/out")
+    config, params = open_run(tmp_path / "steps60")
+    tokens = np.array([ids[0][:256]])
+    with torch.no_grad():
+        theirs = load(tmp_path / "out")(torch.tensor(tokens)).logits.numpy()
+    difference = error(np.asarray(apply(params, tokens, config.model)), theirs)
+    assert difference < 5e-6
+    record_property("figures", {"held-out loss on books, before": losses[1], "after 60 steps": losses[60]})
 
 
 def bpe(tmp_path):

@@ -112,13 +112,15 @@ def test_the_cases_are_all_fields():
     ("one", "other"),
     [
         ({}, OTHER),
+        # Fine-tuning on replies costs what pretraining does.
+        ({}, {"train.init_from": "elsewhere", "data.source": "conversations:x"}),
         ({"train.init_from": "here"}, {"train.init_from": "elsewhere", "train.grow": "unroll"}),
         (
             TASK,
             OTHER | TASK | {"data.source": TASK["data.source"].replace("4", "5"), "data.valid_source": ""},
         ),
     ],
-    ids=["text", "growing", "task"],
+    ids=["text", "conversations", "growing", "task"],
 )
 def test_equal_keys_mean_equal_programs(one, other):
     one, other = tiny_config(**one), tiny_config(**other)
