@@ -14,8 +14,10 @@ one CPU core. Steps are such that four blocks neither know it all nor next to no
 with untuned rates, 31 % of operations were wrong after 600 steps of one block (400 here), 5.7 % of a block
 four times and 2.7 % of four blocks; 47 % and 41 % of hops; 21 % of bits were forgotten by four blocks, and
 74 % by a block eight times. `laptop` has all extras at all R; a loop whose count is drawn at each step of
-training, for `sweep --num_repeats=1,2,4,8`; and `text`, the same with extras at R = 4 on text, such as the
-novels of configs/shape_laws.py by --config.data.source.
+training, for `sweep --num_repeats=1,2,4,8`; and `text`, with extras at R = 4, on text such as the novels of
+configs/shape_laws.py by --config.data.source. It reads bytes: one block comes below a trigram within 1,000
+steps (1.82 nats a byte against 1.94), but not in words of bpe:512 (3.63 against 3.19), where architecture
+could hardly be judged.
 
 What it cannot show: loops of several blocks (configs/middle_loop.py), and models that are converted to loops
 instead of trained with them.
@@ -66,7 +68,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     if ability == "text":
         config, shape = base.get_config(), _TEXT
         base.use_small_recipe(config, "tiny")
-        config.train.steps = 2000
+        config.data.tokenizer, config.data.sequence_length = "bytes", 128
+        config.model.vocab_size = 260
+        use_steps(config, 500)
     else:
         task, steps, shape = _ABILITIES[ability]
         config = playground.get_config(task)
