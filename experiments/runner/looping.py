@@ -34,8 +34,9 @@ Entry = dict[str, Any]
 
 
 def looped(config: Config, num_repeats: int) -> Config:
-    """The config of a run with another number of loops; errors as in `with_repeats`."""
-    return dataclasses.replace(config, model=with_repeats(config.model, num_repeats))
+    """The config of a run with another number of loops, also one not drawn; errors as in `with_repeats`."""
+    model, train = with_repeats(config.model, num_repeats), dataclasses.replace(config.train, loops="")
+    return dataclasses.replace(config, model=model, train=train)
 
 
 def score_loops(
