@@ -115,14 +115,14 @@ def _latency(points: Mapping[str, Point], workdir: AnyPath) -> list[Cost]:
             )
             for time in TIMES
         ]
-    files = [path for path in files_below(workdir / "latency") if path.suffix == ".json"]
-    if not files:
-        return []
-    table, path = max(((read_table(path), path) for path in files), key=lambda pair: pair[0].created)
     # The model alone: configs of older records lack fields of other groups.
     models = {label: from_mapping(ModelConfig, point.config["model"]) for label, point in points.items()}
-    if any(model.compute_dtype not in table.fits for model in models.values()):
+    kinds = {model.compute_dtype for model in models.values()}
+    files = [path for path in files_below(workdir / "latency") if path.suffix == ".json"]
+    tables_ = [(table, path) for path in files for table in [read_table(path)] if kinds <= set(table.fits)]
+    if not tables_:
         return []
+    table, path = max(tables_, key=lambda pair: pair[0].created)
     slots = {label: point.config["data"]["sequence_length"] for label, point in points.items()}
     latency = table.latency()
     found = {label: latency.predict(model, slots[label]) for label, model in models.items()}
