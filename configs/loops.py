@@ -15,9 +15,9 @@ with untuned rates, 31 % of operations were wrong after 600 steps of one block (
 four times and 2.7 % of four blocks; 47 % and 41 % of hops; 21 % of bits were forgotten by four blocks, and
 74 % by a block eight times. `laptop` has all extras at all R; a loop whose count is drawn at each step of
 training, for `sweep --num_repeats=1,2,4,8`; and `text`, with extras at R = 4, on text such as the novels of
-configs/shape_laws.py by --config.data.source. It reads bytes: one block comes below a trigram within 1,000
-steps (1.82 nats a byte against 1.94), but not in words of bpe:512 (3.63 against 3.19), where architecture
-could hardly be judged.
+configs/shape_laws.py by --config.data.source. It reads bytes: in a trial of 1,000 steps one block came below
+the trigram there (1.82 nats a byte, 1.94), but not in tokens of bpe:512 (3.63, 3.19), where architecture can
+hardly be judged. A trigram of bytes is a low bar: it sees two letters.
 
 What it cannot show: loops of several blocks (configs/middle_loop.py), and models that are converted to loops
 instead of trained with them.
