@@ -26,7 +26,8 @@ from mobilellm_jax.data.tokenizers import TEMPLATE_FILE
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.generate import Generator, Sampling
 from mobilellm_jax.inference.talk import Speaker, Talk, answers, style
-from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_run, open_tokenizer
+from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_tokenizer
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import enable_compilation_cache
 from mobilellm_jax.storage.files import AnyPath
 from mobilellm_jax.training import signals

@@ -24,8 +24,9 @@ from mobilellm_jax import data
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.generate import Generator, Sampling, TextStream
-from mobilellm_jax.model.loops import with_repeats
-from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
+from mobilellm_jax.loops import with_repeats
+from mobilellm_jax.runs.directory import begins_with_bos, open_tokenizer
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import enable_compilation_cache
 from mobilellm_jax.training import signals
 

@@ -23,7 +23,8 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats import gguf as ours
 from mobilellm_jax.formats import gguf_parity, llama_cpp
 from mobilellm_jax.formats.gguf_tokenizer import vocabulary
-from mobilellm_jax.runs.directory import TOKENIZER, open_run
+from mobilellm_jax.runs.directory import TOKENIZER
+from mobilellm_jax.runs.opening import open_run
 
 gguf = pytest.importorskip("gguf")
 needs_llama_cpp = pytest.mark.skipif(not llama_cpp.installed(), reason="llama.cpp is not installed")

@@ -2,9 +2,11 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
-from commands import command
+from commands import ROOT, command
 from test_sweep import losses, points, write_study
 
 from experiments.runner import leases, sweeping
@@ -68,3 +70,14 @@ def test_a_workdir_that_is_not_there_is_named(study, tmp_path):
     assert result.stderr == (
         f"error: --workdir={tmp_path}/no: there is no such directory; no sweep has run there\n"
     )
+
+
+def test_status_starts_without_jax(study, tmp_path):
+    """Which takes longer to import than all the rest; a real process, as a fork has imported it."""
+    (tmp_path / "w").mkdir()
+    run = "runpy.run_module('experiments.sweep', run_name='__main__')"
+    program = f"import runpy, sys; sys.modules['jax'] = None; {run}"
+    line = [sys.executable, "-c", program, f"--config={study}", f"--workdir={tmp_path}/w", "--status"]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith(f"{tmp_path}/w: 0 of about ")

@@ -18,7 +18,7 @@ from mobilellm_jax.config import Config
 from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs import provenance
-from mobilellm_jax.runs.directory import open_run
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import check
 from mobilellm_jax.storage.checkpoint import newest_intact
 from mobilellm_jax.storage.files import AnyPath

@@ -16,11 +16,12 @@ from mobilellm_jax import data
 from mobilellm_jax.config import Config
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.loops import with_repeats
+from mobilellm_jax.loops import with_repeats
 from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import partition, processes
 from mobilellm_jax.runs import provenance
-from mobilellm_jax.runs.directory import IMPORTED, open_run
+from mobilellm_jax.runs.directory import IMPORTED
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import check
 from mobilellm_jax.sharing import LOOPED
 from mobilellm_jax.storage.checkpoint import newest_intact

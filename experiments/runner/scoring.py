@@ -20,7 +20,8 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs import provenance
-from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
+from mobilellm_jax.runs.directory import begins_with_bos, open_tokenizer
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import check
 from mobilellm_jax.storage.checkpoint import newest_intact
 from mobilellm_jax.storage.files import AnyPath

@@ -20,10 +20,10 @@ from mobilellm_jax.analysis.records import budget_name
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.costs.shapes import shown
+from mobilellm_jax.dtypes import with_dtype
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import flatten
-from mobilellm_jax.runs.run import with_dtype
 
 Pairs = list[list[str]]  # of labels
 

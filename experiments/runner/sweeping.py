@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from experiments.runner import devices, diagnosing, looping, plans, quantizing, questions, rates, scoring
 from experiments.runner.points import Point, Run
 from experiments.runner.progress import Progress, missing_of, record_path, settled
-from experiments.runner.quantizing import Quantizing
 from experiments.runner.questions import Questions
+from experiments.runner.schemes import Quantizing
 from experiments.runner.view import FINISHED, Event, Tally, Tell, View, view_of
 from experiments.runner.workers import TUNING, Task, Wait, in_processes, leases_of, take
 from mobilellm_jax import data
