@@ -40,7 +40,7 @@ _BATCH = 4
 _LENGTH = 256
 CELLS = tuple(f"{size}_{horizon}" for size in _SHAPES for horizon in _HORIZONS)
 COLLECTIONS = {"laptop": CELLS[:5], "full": CELLS}
-PRESETS = (*COLLECTIONS, *CELLS)
+PRESETS = base.presets_of(COLLECTIONS)
 
 
 def get_config(preset: str = "laptop") -> ConfigDict:
@@ -69,7 +69,7 @@ def get_config(preset: str = "laptop") -> ConfigDict:
 
 def studies(preset: str) -> list[str]:
     """Cells of a collection, the cheapest first; a cell is a study itself."""
-    return [f"configs/shape_laws.py:{cell}" for cell in COLLECTIONS.get(preset, ())]
+    return base.members(__file__, COLLECTIONS, preset)
 
 
 def study(preset: str) -> base.Study:

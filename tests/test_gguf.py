@@ -54,14 +54,14 @@ def run_of(path, tokenizer=None, change=lambda params: None, **fields):
 
 
 def read(path):
-    """Returns the keys and the tensors of a file, numbers of few bits as float32."""
+    """The keys and the tensors of a file, numbers of few bits as float32."""
     reader = gguf.GGUFReader(path)
     keys = {name: field.contents() for name, field in reader.fields.items()}
     return keys, {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
 
 
 def expected_tensors(params, m):
-    """Returns what a file holds, by a plain loop over layers, heads and pairs of dimensions."""
+    """The tensors of a model in llama.cpp's layout, by a plain loop over layers, heads and pairs."""
 
     def rows(w):  # [D, heads, H] -> [heads * H, D], pairs as neighbours
         return np.array(

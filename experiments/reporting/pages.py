@@ -52,7 +52,7 @@ class Links:
 
 Block = str | list[str] | tables.Columns | Image | Code | Links  # paragraph, bullet points, table, ...
 # Heading, content; sections without content are omitted. Without a heading: the lead, below the title.
-Section = tuple[str, list[Block]]
+Section = tuple[str, Sequence[Block]]
 
 # Light or dark by the reader's preference. The content policy forbids loading or running anything.
 _HTML = """<!DOCTYPE html>

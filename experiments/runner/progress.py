@@ -94,7 +94,7 @@ class Progress:
         for name in point.run_names():
             folder = self._workdir / "runs" / name
             if any(folder.glob("checkpoints/*")):
-                yield read_config(folder / "config.json").optimizer.learning_rate
+                yield read_config(folder / "config.json")["optimizer"]["learning_rate"]
 
     def _missing(self) -> dict[str, int]:
         missing, records = {}, self.records()

@@ -348,7 +348,9 @@ def _check_labels(spec: str, study: Study, labels: Sequence[str], configs: Seque
         raise UserError(
             f"--config={spec}: labels: {labels} do not tell {len(configs)} points apart; give each its own"
         )
-    named = {label for pair in study.pairs for label in pair} | ({study.baseline} - {None})
+    named = {label for pair in study.pairs for label in pair}
+    if study.baseline is not None:
+        named.add(study.baseline)
     for label in named - set(labels):
         raise UserError(f"--config={spec}: no point {label!r} to compare with; {did_you_mean(label, labels)}")
     for label in set(study.controls) - set(labels):

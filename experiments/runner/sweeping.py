@@ -184,7 +184,7 @@ def _tally(
     own = {point.name: point.seeds for point in points}
     return Tally(
         done=sum(point.runs for point in points) - sum(missing.values()),
-        left=searches | missing,
+        left={**searches, **missing},
         compared=dict.fromkeys(searches, 0) | own,
         costs={point.name: point.cost for point in (*untuned, *points)},
         expected_s=expected_s,
@@ -316,7 +316,7 @@ def _ending(record: Record) -> str:
     if record.status != "finished":
         return f"{record.status}: {record.error}"
     score = f"{record.score:.1%} wrong" if record.metric == "error" else f"{record.metric} {record.score:.4f}"
-    return f"{FINISHED}: {score} in {duration(record.timing['wall_s'])}"
+    return f"{FINISHED}: {score} in {duration(record.timing['wall_s'] or 0.0)}"
 
 
 def _keep_traceback(path: AnyPath) -> str:
