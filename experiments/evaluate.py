@@ -41,6 +41,7 @@ from collections.abc import Sequence
 
 import jax
 from absl import flags
+from tqdm import tqdm
 
 from experiments import cli
 from experiments.runner import looping
@@ -161,8 +162,11 @@ def _score_text(
     programs = make_programs(config, check(config))
     text = read_text(spec, FLAGS.text_field, tokenizer, config.data.sequence_length, add_bos)
     params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, programs.state.params))
-    batches = text.batches(config.train.eval_batch_size, jax.process_index(), jax.process_count())
-    loss, _ = evaluate_batches(programs, params, batches)
+    size = config.train.eval_batch_size
+    batches = text.batches(size, jax.process_index(), jax.process_count())
+    total = -(-len(text.rows_RS) // size)
+    shown = tqdm(batches, f"{name}scoring", total, unit="batch", leave=False, disable=None)  # on a terminal
+    loss, _ = evaluate_batches(programs, params, shown)
     bits = loss * text.tokens / math.log(2) / text.text_bytes
     print(
         f"{name}{spec}: {loss:.4f} nats per token, perplexity {math.exp(loss):,.3f}, {bits:.4f} bits per "

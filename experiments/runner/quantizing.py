@@ -8,9 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from experiments import cli
 from experiments.runner import scores
-from experiments.runner.kept import Kept
+from experiments.runner.kept import Kept, made_with
 from experiments.runner.points import Point
 from experiments.runner.progress import finished_records
 from experiments.runner.questions import Questions
@@ -24,11 +23,9 @@ from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.quantization.apply import quantize, short_rows, weight_bytes
 from mobilellm_jax.quantization.schemes import Scheme
-from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import begins_with_bos, open_tokenizer
 from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import check
-from mobilellm_jax.storage.checkpoint import newest_intact
 from mobilellm_jax.storage.files import AnyPath
 
 _KEPT = Kept("quantized", what="results of quantization", again="quantize")
@@ -62,10 +59,7 @@ def quantize_run(
         "targets": len(full.best),
         "full_loss": full.loss,
         "full_bytes": weight_bytes(config.model, None),
-        "step": newest_intact(workdir / "checkpoints")[0],
-        "compute_dtype": config.model.compute_dtype,
-        "command": cli.command(),
-        "git_commit": provenance.git_commit(),
+        **made_with(workdir, config),
     }
     for scheme in asked.schemes:
         new, model_config = quantize(params, config.model, scheme, asked.short_groups)

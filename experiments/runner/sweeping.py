@@ -362,7 +362,7 @@ def _report(points: Sequence[Point], workdir: AnyPath) -> int:
             continue
         try:
             analysed = study_of(records)
-            print("\n" + pages.report(analysed, workdir))
+            print("\n" + pages.report(analysed, workdir)[0])
             reported.append(analysed)
         except UserError as error:  # the other studies are reported all the same
             refused.append(str(error))
