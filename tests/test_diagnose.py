@@ -17,7 +17,7 @@ from mobilellm_jax import data
 from mobilellm_jax.analysis.layers import effective_depth, layer_use
 from mobilellm_jax.analysis.records import read_record, read_records, write_record
 from mobilellm_jax.analysis.study import study_of
-from mobilellm_jax.runs.directory import open_run
+from mobilellm_jax.runs.opening import open_run
 
 
 @pytest.fixture(scope="module")

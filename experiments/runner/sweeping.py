@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from experiments.runner import devices, diagnosing, looping, plans, quantizing, questions, rates, scoring
 from experiments.runner.points import Point, Run
 from experiments.runner.progress import Progress, missing_of, record_path, settled
-from experiments.runner.quantizing import Quantizing
 from experiments.runner.questions import Questions
+from experiments.runner.schemes import Quantizing
 from experiments.runner.view import FINISHED, Event, Tally, Tell, View, view_of
 from experiments.runner.workers import TUNING, Task, Wait, in_processes, leases_of, take
 from mobilellm_jax import data
@@ -185,7 +185,7 @@ def _tally(
     own = {point.name: point.seeds for point in points}
     return Tally(
         done=sum(point.runs for point in points) - sum(missing.values()),
-        left=searches | missing,
+        left={**searches, **missing},
         compared=dict.fromkeys(searches, 0) | own,
         costs={point.name: point.cost for point in (*untuned, *points)},
         expected_s=expected_s,
@@ -317,7 +317,7 @@ def _ending(record: Record) -> str:
     if record.status != "finished":
         return f"{record.status}: {record.error}"
     score = f"{record.score:.1%} wrong" if record.metric == "error" else f"{record.metric} {record.score:.4f}"
-    return f"{FINISHED}: {score} in {duration(record.timing['wall_s'])}"
+    return f"{FINISHED}: {score} in {duration(record.timing['wall_s'] or 0.0)}"
 
 
 def _keep_traceback(path: AnyPath) -> str:
@@ -363,7 +363,7 @@ def _report(points: Sequence[Point], workdir: AnyPath) -> int:
             continue
         try:
             analysed = study_of(records)
-            print("\n" + pages.report(analysed, workdir))
+            print("\n" + pages.report(analysed, workdir)[0])
             reported.append(analysed)
         except UserError as error:  # the other studies are reported all the same
             refused.append(str(error))
