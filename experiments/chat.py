@@ -27,14 +27,15 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli
-from experiments.runner import answering
+from experiments.runner import answering, sampling
 from mobilellm_jax.data import chat
 from mobilellm_jax.data.tokenizers import TEMPLATE_FILE
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats.gguf_talk import open_speaker
 from mobilellm_jax.inference.generate import GREEDY, Generator, Sampling
 from mobilellm_jax.inference.talk import Speaker, Talk, answers, style
-from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_run, open_tokenizer
+from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_tokenizer
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import enable_compilation_cache
 from mobilellm_jax.storage.files import AnyPath
 from mobilellm_jax.training import signals
@@ -47,12 +48,7 @@ def define_flags() -> None:
     flags.DEFINE_string("gguf", None, "file to talk with by llama.cpp, in place of --workdir")
     flags.DEFINE_multi_string("say", [], "a turn of the user, in place of a terminal; once for each")
     flags.DEFINE_string("system", "", "a first turn of the system")
-    flags.DEFINE_integer("max_new_tokens", None, "of a reply, at most; else what the context has room for")
-    flags.DEFINE_float("temperature", 0.0, "0: the most probable token; 1: drawn as the model says")
-    flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
-    flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that together have this probability")
-    flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_integer("context", None, "longest conversation; else the length of a training row", 2)
+    sampling.define_flags()
     flags.DEFINE_string("questions", None, "file of questions to answer, .jsonl or .json")
     flags.DEFINE_string("answers", None, "file to write: .jsonl for MT-bench, .json for AlpacaEval")
     flags.DEFINE_enum("format", None, answering.FORMATS, "of both files; default: that of the questions")
@@ -71,8 +67,8 @@ def main() -> int:
     if bool(FLAGS.workdir) == bool(FLAGS.gguf):
         what = "--gguf: cannot be combined with --workdir" if FLAGS.gguf else "--workdir: missing"
         raise UserError(f"{what}; name a run, such as --workdir=runs/phone, or a file with --gguf")
-    sampling = Sampling(temperature=FLAGS.temperature, top_k=FLAGS.top_k, top_p=FLAGS.top_p)
-    if FLAGS.gguf and sampling != GREEDY:
+    asked = sampling.asked()
+    if FLAGS.gguf and asked != GREEDY:
         raise UserError("--temperature: --gguf always takes the most probable token; leave the flag out")
     if FLAGS.questions and FLAGS.say:
         raise UserError("--say: cannot be combined with --questions")
@@ -87,7 +83,7 @@ def main() -> int:
         _check_template(template, FLAGS.gguf)
     else:
         workdir = cli.directory("workdir", FLAGS.workdir)
-        name, speaker = workdir.absolute().name, _speaker(workdir, sampling)
+        name, speaker = workdir.absolute().name, _speaker(workdir, asked)
     if questions:
         _answer(speaker, *questions, FLAGS.model_id or name)
     elif FLAGS.say:
@@ -104,7 +100,7 @@ def _check() -> int:
     return 0
 
 
-def _speaker(workdir: AnyPath, sampling: Sampling) -> Speaker:
+def _speaker(workdir: AnyPath, asked: Sampling) -> Speaker:
     config, params = open_run(workdir)
     tokenizer = open_tokenizer(workdir)
     if tokenizer is None or tokenizer.eos_id is None:
@@ -112,8 +108,7 @@ def _speaker(workdir: AnyPath, sampling: Sampling) -> Speaker:
     file = workdir / TOKENIZER / TEMPLATE_FILE
     _check_template(file.read_text() if file.exists() else "", str(file))
     enable_compilation_cache()
-    context = config.data.sequence_length if FLAGS.context is None else FLAGS.context
-    generator = Generator(params, config.model, sampling, context)
+    generator = Generator(params, config.model, asked, sampling.context(config))
     bos = begins_with_bos(workdir, tokenizer)
     return Speaker(generator, tokenizer, bos, FLAGS.max_new_tokens, FLAGS.seed)
 

@@ -50,7 +50,6 @@ from experiments.runner.flags import (
     asked_points,
     asked_questions,
     asked_schemes,
-    asked_speaking,
     define_sweep,
 )
 from experiments.runner.listing import said_to_compare, said_to_cost, table
@@ -65,7 +64,11 @@ FLAGS = flags.FLAGS
 def main() -> int:
     """Runs the sweep, and returns the exit status."""
     questions, schemes, whole = asked_questions(), asked_schemes(), asked_points()
-    loops, speaking = asked_loops(), asked_speaking()
+    loops, speaking = asked_loops(), None
+    if FLAGS.calls or FLAGS.instructions:
+        from experiments.runner.calling import asked_speaking  # here: it loads jax
+
+        speaking = asked_speaking(FLAGS.calls, FLAGS.instructions)
     points = shard(whole, FLAGS.shard)
     profile = _profile(whole) if FLAGS.profile else None
     if FLAGS.status:

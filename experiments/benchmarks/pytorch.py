@@ -123,7 +123,7 @@ def _peer(what: dict[str, Any]) -> None:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-        loss.item()
+        loss.item()  # pyright: ignore[reportPossiblyUnboundVariable]  # there is a step
         print("done", flush=True)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from experiments.runner import calling, diagnosing, looping, quantizing, questions, scoring
 from experiments.runner.calling import Speaking
 from experiments.runner.points import Point
-from experiments.runner.quantizing import Quantizing
 from experiments.runner.questions import Questions
+from experiments.runner.schemes import Quantizing
 from experiments.runner.view import Tell
 from mobilellm_jax.storage.files import AnyPath
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import jax
 
-from experiments import cli
-from experiments.runner.kept import Kept
+from experiments.runner.kept import Kept, made_with
 from experiments.runner.points import Point
 from experiments.runner.progress import finished_records
 from experiments.runner.score_table import percent
@@ -25,9 +24,8 @@ from mobilellm_jax.inference.generate import GREEDY, Generator
 from mobilellm_jax.inference.talk import Speaker
 from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import processes
-from mobilellm_jax.runs import provenance
-from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
-from mobilellm_jax.storage.checkpoint import newest_intact
+from mobilellm_jax.runs.directory import begins_with_bos, open_tokenizer
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.storage.files import AnyPath
 
 _KEPT = Kept("calls", what="the scores of API calls", again="score")
@@ -106,6 +104,12 @@ class Speaking:
             )
 
 
+def asked_speaking(of_calls: Sequence[str], of_instructions: Sequence[str]) -> Speaking:
+    """What --calls and --instructions ask every run of a sweep for; UserError if a name is unknown."""
+    rules, prompts = instructions.parse(of_instructions) if of_instructions else ((), 0)
+    return Speaking(asked_calls(of_calls), rules, prompts)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """A run that is asked, and how many prompts at a time."""
@@ -128,10 +132,7 @@ class _Run:
         return {
             "bos": self.bos,
             "context": self.config.data.sequence_length,
-            "step": newest_intact(self.workdir / "checkpoints")[0],
-            "compute_dtype": self.config.model.compute_dtype,
-            "command": cli.command(),
-            "git_commit": provenance.git_commit(),
+            **made_with(self.workdir, self.config),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
 

@@ -4,14 +4,12 @@ from absl import flags
 
 from experiments import cli
 from experiments.runner import hosts
-from experiments.runner.calling import Speaking, asked_calls
 from experiments.runner.latencies import NamedTable, named
 from experiments.runner.points import Point
-from experiments.runner.quantizing import Quantizing, schemes_of
 from experiments.runner.questions import Questions
+from experiments.runner.schemes import Quantizing, schemes_of
 from experiments.runner.studies import points_of
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.inference import instructions
 from mobilellm_jax.storage.files import local_directory
 
 FLAGS = flags.FLAGS
@@ -91,14 +89,6 @@ def define_speaking() -> None:
     flags.DEFINE_list(
         "instructions", [], "rules to follow: all, or names; the last with :<number> of prompts"
     )
-
-
-def asked_speaking() -> Speaking | None:
-    """What --calls and --instructions ask for; None without them, UserError if a name is unknown."""
-    if not FLAGS.calls and not FLAGS.instructions:
-        return None
-    rules, prompts = instructions.parse(FLAGS.instructions) if FLAGS.instructions else ((), 0)
-    return Speaking(asked_calls(FLAGS.calls), rules, prompts)
 
 
 def define_latency() -> None:

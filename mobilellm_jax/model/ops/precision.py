@@ -1,27 +1,10 @@
-"""Which dtype of matrix products is fastest, by what the processor has."""
-
-import functools
-from pathlib import Path
+"""The dtype to ask of a matrix product, by what the processor has."""
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-_CPUINFO = Path("/proc/cpuinfo")  # of Linux
-
-
-@functools.cache
-def has_amx() -> bool:
-    """True if the CPU multiplies matrices in bfloat16 by Intel's AMX; False where that is not known."""
-    return _CPUINFO.exists() and "amx_bf16" in _CPUINFO.read_text().split()
-
-
-def fastest_dtype(platform: str) -> str:
-    """The dtype that `compute_dtype="auto"` stands for on a platform of JAX: "cpu", "gpu", "tpu".
-
-    A CPU without AMX emulates bfloat16: a training step takes 1.5 to 2 times as long as in float32.
-    """
-    return "float32" if platform == "cpu" and not has_amx() else "bfloat16"
+from mobilellm_jax.dtypes import has_amx
 
 
 def sum_dtype(dtype: DTypeLike) -> DTypeLike:
