@@ -1,5 +1,6 @@
 """The documentation: links lead somewhere, commands exist, numbers are those of records, tutorials run."""
 
+import json
 import os
 import re
 import runpy
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import yaml
@@ -18,6 +20,8 @@ from commands import command
 from configs import playground
 from experiments import cli, docs
 from experiments.reporting import site
+from experiments.runner.score_table import percent
+from mobilellm_jax.analysis.records import read_record
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.sharing import STRATEGIES, layer_plan
 
@@ -314,6 +318,8 @@ def test_tutorials_run(page, tmp_path):
     python.parent.mkdir()
     python.write_text(SHORT.replace("FIELDS", fields).replace("PYTHON", sys.executable))
     python.chmod(0o755)
+    texts = [json.dumps({"text": text}) for text in topics.values()]  # in place of a reader's own
+    (tmp_path / "novels_train.jsonl").write_text("\n".join(texts))
     environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
     environment = {
         name: value for name, value in environment.items() if name not in ("PYTHONPATH", "XLA_FLAGS")
@@ -333,6 +339,27 @@ def test_tutorials_run(page, tmp_path):
             assert any(masked(line) in printed for line in text.splitlines()), text
         else:
             assert kind == "console", kind
+
+
+def test_the_numbers_of_the_walk_are_those_of_its_records():
+    lines = (ROOT / "docs/tutorials/phone.md").read_text().splitlines()
+    text, calls = (read_record(ROOT / f"experiments/phone/{name}.json") for name in ("text", "phone"))
+    for record in (text, calls):
+        bits = record.final["bits_per_byte"]
+        said = f"finished: held-out loss {record.loss:.4f} nats per token, {bits:.4f} bits per byte"
+        assert any(line.startswith(said) for line in lines), said
+    minutes = -(-(text.timing["wall_s"] + calls.timing["wall_s"]) // 60)
+    assert f"{minutes:.0f} minutes" in " ".join(lines)
+    assert calls.parent["run"] == "text"
+    assert {*calls.calls} == {"combinations", "values", "wordings"}
+    for name, entry in calls.calls.items():
+        (line,) = [line for line in lines if line.startswith(f"{name} (")]
+        shown = [percent(of["value"], of["standard_error"]) for of in entry["metrics"].values()]
+        assert [said for said in shown if said not in line] == []
+    assert {*calls.quantized} == {"w8a8", "w4:32"}
+    for name, entry in calls.quantized.items():
+        (line,) = [line for line in lines if line.startswith(f"{name} ")]
+        assert f"{entry['loss']:.5f} {entry['gap']:>+9.5f}" in line
 
 
 def test_the_idea_takes_fifteen_lines():
