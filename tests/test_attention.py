@@ -1,14 +1,18 @@
 """Attention in chunks, and `ops.linear`, against NumPy in float64 and against what JAX derives."""
 
+import csv
+import functools
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobilellm_jax.model.ops import attention, linear
-from mobilellm_jax.model.ops.attention import attend_causally, attend_padded
+from mobilellm_jax.model.ops import attention_kernels, linear
+from mobilellm_jax.model.ops.attention import attend_causally, plain_attention
+from mobilellm_jax.model.ops.attention_kernels import attend_by_jax, attend_by_splash
 
 # One chunk, one and a bit, several with a short last one, and more than 8 chunks' worth of positions.
 LENGTHS = (7, 65, 150, 600)
@@ -50,7 +54,7 @@ def test_heads_padded_for_cudnn_change_nothing(size, padded, monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
     q, k, v = random_inputs(65, size=size)
-    out = attend_padded(*map(jnp.float32, (q, k, v)), implementation="xla")
+    out = attend_by_jax(*map(jnp.float32, (q, k, v)), implementation="xla")
     np.testing.assert_allclose(out, numpy_attention(q, k, v), atol=2e-5)
     assert sizes == {padded}
 
@@ -68,11 +72,41 @@ def test_heads_padded_for_cudnn_change_nothing(size, padded, monkeypatch):
     ],
 )
 def test_cudnn_attends_where_it_has_a_kernel(capability, dtype, size, attends, monkeypatch):
-    calls, device = [], types.SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(attention.jax, "devices", lambda: [device])
-    monkeypatch.setattr(attention, "attend_padded", lambda q, k, v, how: calls.append(how) or q)
+    calls, device = [], types.SimpleNamespace(compute_capability=capability, device_kind="a GPU")
+    monkeypatch.setattr(attention_kernels.jax, "devices", lambda: [device])
+    monkeypatch.setitem(attention_kernels.KERNELS, "cudnn", lambda q, k, v: calls.append("cudnn") or q)
     attend_causally(*(jnp.asarray(x, dtype) for x in random_inputs(7, size=size)))
     assert calls == (["cudnn"] if attends else [])
+
+
+def head_sizes_of_the_paper():
+    """Of table 13."""
+    with Path("experiments/paper/table13_fig5_heads_kvheads.csv").open() as file:
+        return sorted({int(row["dim"]) // int(row["heads"]) for row in csv.DictReader(file)})
+
+
+def test_the_paper_has_six_head_sizes():
+    assert head_sizes_of_the_paper() == [28, 40, 56, 80, 112, 160]
+
+
+@pytest.mark.slow  # an emulated kernel takes seconds to compile
+@pytest.mark.parametrize("size", head_sizes_of_the_paper())
+def test_splash_attends_as_the_plain_attention(size):
+    """150 tokens become two blocks of 128."""
+    inputs = [jnp.float32(x) for x in random_inputs(150, rows=1, size=size)]
+    dout = jnp.float32(np.random.default_rng(1).normal(size=inputs[0].shape))
+    out, pullback = jax.vjp(jax.jit(functools.partial(attend_by_splash, interpret=True)), *inputs)
+    expected, plain_pullback = jax.vjp(jax.jit(plain_attention), *inputs)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    for a, b in zip(pullback(dout), plain_pullback(dout), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+def test_the_plain_attention_is_that_of_float64():
+    q, k, v = random_inputs(7)
+    np.testing.assert_allclose(
+        plain_attention(*map(jnp.float32, (q, k, v))), numpy_attention(q, k, v), atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("length", LENGTHS[:3])

@@ -13,7 +13,7 @@ def attend_and_measure(
     """Attends as in training, and gives the mean distance of every query and head, in tokens.
 
     The mean position is attention with positions for values, in float32: no weights are stored. Takes the
-    place of `block.attend_in_training`.
+    place of `block.attention_in_training`.
     """
     out_BTNH = attend_causally(q_BTNH, k_BTKH, v_BTKH)
     T = q_BTNH.shape[1]
