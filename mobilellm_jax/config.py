@@ -93,8 +93,8 @@ class ModelConfig(UsesConfig):
         "bfloat16 passes) unless JAX's `jax_default_matmul_precision` says otherwise"
     )
     attention: str = placement(
-        "kernel of causal attention in training: 'chunks' (ours), 'cudnn' (NVIDIA GPUs in bfloat16), 'splash' "
-        "(TPUs), or 'auto', the fastest that the devices have; see `ops/attention.py`",
+        "kernel of causal attention in training: 'chunks' (ours), 'cudnn' (NVIDIA GPUs in bfloat16), "
+        "'splash' (TPUs), or 'auto', the fastest that the devices have; see `ops/attention.py`",
         before="auto",
     )
     remat: str = placement(

@@ -107,7 +107,7 @@ def stacked_dtypes(jaxpr):
 
 def gradient(config):
     """The gradient of the loss, as a function of the parameters."""
-    tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, 8))
+    tokens_BT = jnp.array(np.random.default_rng(0).integers(0, config.vocab_size, (2, 8)))
     return jax.grad(lambda params: model.loss(params, tokens_BT, tokens_BT, config)[0])
 
 

@@ -2,8 +2,8 @@
 
 `attend_causally` is the one door to its kernels: cuDNN's FlashAttention on NVIDIA GPUs in 16 bits, splash
 attention on TPUs (`attention_kernels.py`), and elsewhere the one that is implemented here, "chunks": the
-algorithm of FlashAttention (Dao et al. 2022, algorithms 1 and 4) over chunks of queries, without its chunks of
-keys. `plain_attention` is what all of them compute.
+algorithm of FlashAttention (Dao et al. 2022, algorithms 1 and 4) over chunks of queries, without its chunks
+of keys. `plain_attention` is what all of them compute.
 Letters as in `model/__init__.py`, and
   C queries of one chunk   P keys up to the last of these queries
 """

@@ -1,4 +1,4 @@
-"""Which dtype of matrix products is fastest, by what the processor has, and in which dtype loops stack arrays."""
+"""Which dtype is fastest in matrix products, by what the processor has, and in the stacks of loops."""
 
 import functools
 from pathlib import Path
