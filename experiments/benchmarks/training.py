@@ -1,8 +1,8 @@
 """Training: tokens per second, and utilization of the machine's matrix-product rate.
 
 The dtype is the one that `compute_dtype="auto"` picks. The rate is that of a product of square matrices of
-this dtype, measured in the same turns; for known accelerators also the datasheet's. FLOPs are those of the model, see
-`accounting.train_flops_per_token`: recomputation by remat and elementwise operations do not count.
+this dtype, measured in the same turns; for known accelerators also the datasheet's. FLOPs are those of the
+model, see `accounting.train_flops_per_token`: recomputation by remat and elementwise operations do not count.
 """
 
 from collections.abc import Callable, Iterator
