@@ -24,9 +24,9 @@ from experiments import cli
 from mobilellm_jax.config import Config, MeshConfig, from_config_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.costs.collectives import Collective, count_collectives, partitioned_text
+from mobilellm_jax.dtypes import with_dtype
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition
-from mobilellm_jax.runs.run import with_dtype
 from mobilellm_jax.runs.teacher import distillation_of
 from mobilellm_jax.training.programs import make_programs
 

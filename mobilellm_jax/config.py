@@ -168,7 +168,7 @@ class ModelConfig(UsesConfig):
 
     @property
     def scaled_depth(self) -> int:
-        """Layers that the parameterization scales by; others than L in `model.loops.LoopedModel`."""
+        """Layers that the parameterization scales by; others than L in `loops.LoopedModel`."""
         return len(self.trained_plan)
 
 

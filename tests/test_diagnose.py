@@ -17,7 +17,7 @@ from mobilellm_jax import data
 from mobilellm_jax.analysis.layers import effective_depth, layer_use
 from mobilellm_jax.analysis.records import read_record, read_records, write_record
 from mobilellm_jax.analysis.study import study_of
-from mobilellm_jax.runs.directory import open_run
+from mobilellm_jax.runs.opening import open_run
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,8 @@ def test_a_number_of_loops_that_a_model_cannot_have_is_left_out_of_a_sweep(swept
     monkeypatch.setattr(looping, "score_loops", lambda counts, *_: asked.append(counts) or ())
     looping.score_point(point, workdir, told.append, (2, 3))
     assert asked == [[2]]
-    assert told[0].line.startswith("left out: num_repeats=3: model.loop_gains=True is for the 2 uses")
+    (line,) = looping.left_out([swept[0][0], point], (2, 3))
+    assert line.startswith("left out: reverse: num_repeats=3: model.loop_gains=True is for the 2 uses")
 
 
 def test_evaluate_and_generate_take_other_numbers_of_loops(swept):

@@ -12,8 +12,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from configs import base, mobilellm
 from mobilellm_jax.config import Config, from_config_dict
+from mobilellm_jax.dtypes import with_dtype
 from mobilellm_jax.parallel import partition
-from mobilellm_jax.runs.run import with_dtype
 from mobilellm_jax.training.programs import compile_key, make_programs
 
 DEVICES = 256

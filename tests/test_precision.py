@@ -9,11 +9,12 @@ from jax.extend.core import jaxprs_in_params
 
 from experiments.runner import devices
 from experiments.runner.studies import points_of
-from mobilellm_jax import model
+from mobilellm_jax import dtypes, model
+from mobilellm_jax.dtypes import with_dtype
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import stack
 from mobilellm_jax.model.ops import linear, precision
-from mobilellm_jax.runs.run import check, with_dtype
+from mobilellm_jax.runs.run import check
 
 XEON = "processor\t: 0\nflags\t\t: fpu avx512_bf16 amx_bf16 amx_tile amx_int8\n"
 EPYC = "processor\t: 0\nflags\t\t: fpu avx2 fma\nmodel name: not_amx_bf16\n"
@@ -25,11 +26,11 @@ def processor(tmp_path, monkeypatch):
 
     def becomes(text):
         (tmp_path / "cpuinfo").write_text(text)
-        precision.has_amx.cache_clear()
+        dtypes.has_amx.cache_clear()
 
-    monkeypatch.setattr(precision, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(dtypes, "_CPUINFO", tmp_path / "cpuinfo")
     yield becomes
-    precision.has_amx.cache_clear()
+    dtypes.has_amx.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -51,8 +52,8 @@ def test_auto_is_what_the_platform_is_fast_at(processor, text, platform, dtype):
 
 
 def test_a_system_without_cpuinfo_has_no_amx(processor):
-    precision.has_amx.cache_clear()
-    assert not precision.has_amx()
+    dtypes.has_amx.cache_clear()
+    assert not dtypes.has_amx()
 
 
 def test_points_of_a_sweep_have_a_dtype(monkeypatch):

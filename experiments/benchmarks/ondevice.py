@@ -125,7 +125,7 @@ def _model(quick: bool) -> tuple[str, str, Any, Any]:
     from experiments import cli
     from experiments.benchmarks.shapes import config_of
     from mobilellm_jax import model
-    from mobilellm_jax.runs.directory import open_run
+    from mobilellm_jax.runs.opening import open_run
 
     workdir = cli.directory("workdir", flags.FLAGS.workdir)
     if (workdir / "config.json").is_file():
@@ -203,7 +203,7 @@ def _ours(what: dict[str, Any]) -> tuple[Callable[[], list[float]], int]:
     from mobilellm_jax import model
     from mobilellm_jax.config import from_config_dict
     from mobilellm_jax.inference.generate import Generator, Sampling
-    from mobilellm_jax.runs.directory import open_run
+    from mobilellm_jax.runs.opening import open_run
 
     before, config = _peak(), from_config_dict(what["fields"])
     if what["workdir"]:

@@ -25,8 +25,8 @@ from typing import Any
 import jax
 
 from experiments.benchmarks import measure as m
+from mobilellm_jax.dtypes import has_amx
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.ops.precision import has_amx
 from mobilellm_jax.training.malloc import keep_freed_memory
 
 AGAINST = ("torch", "transformers")
@@ -148,7 +148,7 @@ def _peer(what: dict[str, Any]) -> None:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-        loss.item()
+        loss.item()  # pyright: ignore[reportPossiblyUnboundVariable]  # there is a step
         print("done", flush=True)
 
 

@@ -15,7 +15,8 @@ from experiments.benchmarks.shapes import chosen, config_of
 from experiments.benchmarks.trainer import Trainer
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.costs.datasheet import PEAK_FLOPS
-from mobilellm_jax.model.ops.precision import fastest_dtype, sum_dtype
+from mobilellm_jax.dtypes import with_dtype
+from mobilellm_jax.model.ops.precision import sum_dtype
 
 # name: rows and tokens of a row on a CPU, and on an accelerator
 _SHAPES = {
@@ -37,15 +38,17 @@ def measure(quick: bool) -> list[m.Line]:
 def _measure(name: str, labels: list[str], quick: bool) -> Iterator[m.Line]:
     on_cpu = jax.default_backend() == "cpu"
     rows, length = (8, 32) if quick else _SHAPES[name][0 if on_cpu else 1]
-    dtype = fastest_dtype(jax.default_backend())
-    shared = {"sharing": "immediate", "num_repeats": 2}
+    fields = {name: {}, name + _SHARED: {"sharing": "immediate", "num_repeats": 2}}
     configs = {
-        name: config_of(name, rows, length, quick, compute_dtype=dtype),
-        name + _SHARED: config_of(name, rows, length, quick, compute_dtype=dtype, **shared),
+        label: with_dtype(
+            config_of(name, rows, length, quick, compute_dtype="auto", **of), jax.default_backend
+        )
+        for label, of in fields.items()
+        if label in labels
     }
-    configs = {label: config for label, config in configs.items() if label in labels}
     if not configs:
         return
+    dtype = next(iter(configs.values())).model.compute_dtype
     product, flops = matrix_product(64 if quick else 2048 if on_cpu else 8192, dtype)
     sides: dict[str, Callable[[], object]] = {"product": product}
     for label, config in configs.items():

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.benchmarks import measure as m
 from experiments.benchmarks.shapes import config_of
-from mobilellm_jax.training.step import init_state, train_step
+from mobilellm_jax.training.step import TrainState, init_state, train_step
 
 _TRIALS = (1, 4, 16)
 
@@ -32,7 +32,7 @@ def _steps(trials: int, rows: int, length: int, quick: bool) -> Callable[[], obj
     config = config_of("4 x 48", rows, length, quick)
     model, optimizer = config.model, config.optimizer
 
-    def step(state: object, rows_BS: jax.Array, rate: jax.Array) -> object:
+    def step(state: TrainState, rows_BS: jax.Array, rate: jax.Array) -> object:
         return train_step(state, rows_BS, rate, model, optimizer, 1)
 
     together = jax.jit(jax.vmap(step), donate_argnums=0)

@@ -6,8 +6,8 @@ from experiments import cli
 from experiments.runner import hosts
 from experiments.runner.latencies import NamedTable, named
 from experiments.runner.points import Point
-from experiments.runner.quantizing import Quantizing, schemes_of
 from experiments.runner.questions import Questions
+from experiments.runner.schemes import Quantizing, schemes_of
 from experiments.runner.studies import points_of
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import local_directory

@@ -7,8 +7,7 @@ from typing import Any
 
 import jax
 
-from experiments import cli
-from experiments.runner.kept import Kept
+from experiments.runner.kept import Kept, made_with
 from experiments.runner.points import Point
 from experiments.runner.progress import finished_records
 from experiments.runner.view import Event, Tell
@@ -16,14 +15,13 @@ from mobilellm_jax import data
 from mobilellm_jax.config import Config
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.loops import with_repeats
+from mobilellm_jax.loops import with_repeats
 from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import partition, processes
-from mobilellm_jax.runs import provenance
-from mobilellm_jax.runs.directory import IMPORTED, open_run
+from mobilellm_jax.runs.directory import IMPORTED
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import check
 from mobilellm_jax.sharing import LOOPED
-from mobilellm_jax.storage.checkpoint import newest_intact
 from mobilellm_jax.storage.files import AnyPath
 from mobilellm_jax.training.held_out import evaluate_held_out
 from mobilellm_jax.training.programs import make_programs
@@ -34,8 +32,9 @@ Entry = dict[str, Any]
 
 
 def looped(config: Config, num_repeats: int) -> Config:
-    """The config of a run with another number of loops; errors as in `with_repeats`."""
-    return dataclasses.replace(config, model=with_repeats(config.model, num_repeats))
+    """The config of a run with another number of loops, also one not drawn; errors as in `with_repeats`."""
+    model, train = with_repeats(config.model, num_repeats), dataclasses.replace(config.train, loops="")
+    return dataclasses.replace(config, model=model, train=train)
 
 
 def score_loops(
@@ -56,10 +55,7 @@ def score_loops(
     settings = {
         "trained": config.model.num_repeats,
         "text": f"{t.eval_split}:{t.eval_rows or 'all'}",
-        "step": newest_intact(workdir / "checkpoints")[0],
-        "compute_dtype": config.model.compute_dtype,
-        "command": cli.command(),
-        "git_commit": provenance.git_commit(),
+        **made_with(workdir, config),
     }
     for count, asked in configs.items():
         share = partition.process_share(mesh)
@@ -95,6 +91,13 @@ def _lacking_counts(point: Point, workdir: AnyPath, counts: Sequence[int]) -> di
     }
 
 
+def left_out(points: Sequence[Point], counts: Sequence[int]) -> list[str]:
+    """A line for each design with loops and number of loops that it cannot have, which is not scored."""
+    looped_points = [point for point in points if point.config.model.sharing in LOOPED]
+    refusals = ((point.name, _refusal(point.config, count)) for point in looped_points for count in counts)
+    return [f"left out: {name}: {refusal}" for name, refusal in refusals if refusal]
+
+
 def _refusal(config: Config, count: int) -> str:
     """Why a model cannot have this number of loops, such as parameters for fewer uses; "" if it can."""
     try:
@@ -106,8 +109,6 @@ def _refusal(config: Config, count: int) -> str:
 
 def score_point(point: Point, workdir: AnyPath, tell: Tell, counts: Sequence[int]) -> None:
     """Scores every finished run of a point with the numbers of loops that its record lacks."""
-    for said in filter(None, (_refusal(point.config, count) for count in counts)):
-        tell(Event(point.name, f"left out: {said}"))
     todo = processes.of_first(lambda: _lacking_counts(point, workdir, counts))
     for name, these in todo.items():
         if not these:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from experiments.runner import devices, diagnosing, looping, plans, quantizing, questions, rates, scoring
 from experiments.runner.points import Point, Run
 from experiments.runner.progress import Progress, missing_of, record_path, settled
-from experiments.runner.quantizing import Quantizing
 from experiments.runner.questions import Questions
+from experiments.runner.schemes import Quantizing
 from experiments.runner.view import FINISHED, Event, Tally, Tell, View, view_of
 from experiments.runner.workers import TUNING, Task, Wait, in_processes, leases_of, take
 from mobilellm_jax import data
@@ -73,10 +73,8 @@ def sweep(
       UserError: bad data, or a `workdir` of another sweep or data; found before anything is compiled.
         Or a point broke off, for example when memory ran out; the others are done and reported.
     """
-    if jax.process_count() > 1:
-        if jobs not in (None, 1):
-            raise UserError(f"--jobs={jobs}: expected 1, as {jax.process_count()} processes share every run")
-        jobs = 1
+    if jax.process_count() > 1 and jobs not in (None, 1):
+        raise UserError(f"--jobs={jobs}: expected 1, as {jax.process_count()} processes share every run")
     jobs = jobs or default_jobs()
     enable_compilation_cache()
     points = plans.with_power(points)
@@ -95,6 +93,8 @@ def sweep(
     in_arms = [point for point in whole if point.arm in of_arms and point.learning_rates]
     cards = _prepare([*todo, *in_arms], progress)
     expected_s = None
+    for line in looping.left_out(points, loops):
+        print(line, flush=True)
     if todo:
         for line in plans.lines(todo, progress.other_plans(), cards):
             print(line)
@@ -132,13 +132,13 @@ def sweep(
         compare = Task(_on_devices(size, compare_point), missing_of)
         broken += _all(todo, workdir, environments, compare, view)
         for do, lacking in _after(asked, known, quantized, diagnosed, loops):
-            left = processes.of_first(lambda: {point.name: lacking(point, workdir) for point in points})  # noqa: B023
-            todo = [point for point in points if left[point.name]]
+            left = processes.of_first(lambda: [point.name for point in points if lacking(point, workdir)])  # noqa: B023
+            todo = [point for point in points if point.name in left]
             broken += _all(todo, workdir, environments, Task(_on_devices(size, do), lacking), view)
-    status = 0
     try:
         status = processes.of_first(lambda: _finish(points, workdir, report or _report))
     except UserError as error:
+        status = 0
         if not any(line.endswith(str(error)) for line in broken):  # a full disk, once
             broken.append(str(error))
     if broken:
@@ -172,8 +172,9 @@ def _after(
 
 
 def default_jobs() -> int:
-    """Points side by side: one for each core on a CPU, 1 on an accelerator."""
-    return len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
+    """Points side by side: one for each core on a CPU, 1 on an accelerator or where processes share runs."""
+    alone = jax.process_count() == 1
+    return len(os.sched_getaffinity(0)) if alone and jax.default_backend() == "cpu" else 1
 
 
 def _tally(
@@ -184,7 +185,7 @@ def _tally(
     own = {point.name: point.seeds for point in points}
     return Tally(
         done=sum(point.runs for point in points) - sum(missing.values()),
-        left=searches | missing,
+        left={**searches, **missing},
         compared=dict.fromkeys(searches, 0) | own,
         costs={point.name: point.cost for point in (*untuned, *points)},
         expected_s=expected_s,
@@ -316,7 +317,7 @@ def _ending(record: Record) -> str:
     if record.status != "finished":
         return f"{record.status}: {record.error}"
     score = f"{record.score:.1%} wrong" if record.metric == "error" else f"{record.metric} {record.score:.4f}"
-    return f"{FINISHED}: {score} in {duration(record.timing['wall_s'])}"
+    return f"{FINISHED}: {score} in {duration(record.timing['wall_s'] or 0.0)}"
 
 
 def _keep_traceback(path: AnyPath) -> str:
@@ -362,7 +363,7 @@ def _report(points: Sequence[Point], workdir: AnyPath) -> int:
             continue
         try:
             analysed = study_of(records)
-            print("\n" + pages.report(analysed, workdir))
+            print("\n" + pages.report(analysed, workdir)[0])
             reported.append(analysed)
         except UserError as error:  # the other studies are reported all the same
             refused.append(str(error))

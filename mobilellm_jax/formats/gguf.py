@@ -26,7 +26,8 @@ from mobilellm_jax.formats.gguf_parity import Parity, expanded, parity
 from mobilellm_jax.formats.gguf_tokenizer import Vocabulary, chat_template, vocabulary
 from mobilellm_jax.formats.huggingface_weights import Place, places, tensors
 from mobilellm_jax.model.uses import as_blocks
-from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_run, open_tokenizer
+from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_tokenizer
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.storage.files import new_file
 
 GROUP = 32  # numbers of a row that share a scale

@@ -32,8 +32,9 @@ from mobilellm_jax.formats.huggingface_config import (
 )
 from mobilellm_jax.formats.huggingface_weights import INDEX, WEIGHTS, read_params, write_params
 from mobilellm_jax.model.uses import as_blocks
-from mobilellm_jax.runs.directory import IMPORTED, TOKENIZER, begins_with_bos, open_run
+from mobilellm_jax.runs.directory import IMPORTED, TOKENIZER, begins_with_bos
 from mobilellm_jax.runs.directory import open_tokenizer as read_tokenizer
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.storage.checkpoint import save_params
 from mobilellm_jax.storage.sealed import seal
 

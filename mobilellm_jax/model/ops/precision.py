@@ -1,7 +1,5 @@
-"""Which dtype is fastest in matrix products, by what the processor has, and in the stacks of loops."""
+"""Dtypes that are fast in matrix products, by what the processor has, and in the stacks of loops."""
 
-import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,21 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-_CPUINFO = Path("/proc/cpuinfo")  # of Linux
-
-
-@functools.cache
-def has_amx() -> bool:
-    """True if the CPU multiplies matrices in bfloat16 by Intel's AMX; False where that is not known."""
-    return _CPUINFO.exists() and "amx_bf16" in _CPUINFO.read_text().split()
-
-
-def fastest_dtype(platform: str) -> str:
-    """The dtype that `compute_dtype="auto"` stands for on a platform of JAX: "cpu", "gpu", "tpu".
-
-    A CPU without AMX emulates bfloat16: a training step takes 1.5 to 2 times as long as in float32.
-    """
-    return "float32" if platform == "cpu" and not has_amx() else "bfloat16"
+from mobilellm_jax.dtypes import has_amx
 
 
 def sum_dtype(dtype: DTypeLike) -> DTypeLike:
