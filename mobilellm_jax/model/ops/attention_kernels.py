@@ -90,7 +90,7 @@ def _splash(q_BNTH: Array, k_BKTH: Array, v_BKTH: Array, interpret: bool) -> Arr
     N, T = q_BNTH.shape[1:3]
     block = next(size for size in range(_LARGEST_BLOCK, 0, -_LANES) if T % size == 0)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    kernel = splash.make_splash_mha(
+    kernel: Any = splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask((T, T)) for _ in range(N)]),
         block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
         head_shards=1,
