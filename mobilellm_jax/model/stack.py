@@ -20,7 +20,7 @@ from mobilellm_jax.model.ops.cross_entropy import (
     head_logits,
     token_cross_entropy,
 )
-from mobilellm_jax.model.ops.precision import stacks_integers
+from mobilellm_jax.model.ops.precision import stack_dtype
 from mobilellm_jax.model.ops.rounding import round_tokens
 from mobilellm_jax.model.parameterization import multipliers
 from mobilellm_jax.model.remat import REMAT_POLICIES
@@ -140,7 +140,7 @@ def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) ->
             x_BTD = layer(blocks[u], pick(own_L, place), x_BTD)
     else:
         dtype = x_BTD.dtype
-        carried = jnp.float32 if stacks_integers(dtype) else dtype  # the input of a layer is stored, too
+        carried = stack_dtype(dtype)  # the input of a layer is stored, too
 
         @remat
         def pick_and_apply(x_BTD: Float[Array, "B T D"], at: Any) -> tuple[Any, None]:

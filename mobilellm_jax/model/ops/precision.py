@@ -1,10 +1,7 @@
 """Dtypes that are fast in matrix products, by what the processor has, and in the stacks of loops."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -23,32 +20,15 @@ def sum_dtype(dtype: DTypeLike) -> DTypeLike:
 
 
 def keep(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
-    """`checkpoint_name(x, name)`: x, which the backward pass may store under this name, see `remat.py`.
+    """`checkpoint_name(x, name)`: x, which the backward pass may store under this name, see `remat.py`."""
+    return checkpoint_name(x.astype(stack_dtype(x.dtype)), name).astype(x.dtype)
+
+
+def stack_dtype(dtype: DTypeLike) -> DTypeLike:
+    """The dtype in which a loop over layers should stack arrays of `dtype`.
 
     XLA on a CPU computes in float32 what is 16 bits wide, even where one layer is written into the stack of
-    all: it converts the whole stack, once for each layer, three quarters of a step of 30 layers. Of integers
-    it writes the layer alone, so there the bits of x are stored.
+    all: it converts the whole stack, once for each layer, three quarters of a step of 30 layers. So there
+    the backward pass of bfloat16 needs the memory of float32.
     """
-    return _keep_bits(name, x) if stacks_integers(x.dtype) else checkpoint_name(x, name)
-
-
-def stacks_integers(dtype: DTypeLike) -> bool:
-    """True if a loop should stack the bits of arrays of `dtype`, not the arrays, or numbers of 32 bits."""
-    return jnp.dtype(dtype).itemsize == 2 and jax.default_backend() == "cpu"
-
-
-def _bits(name: str, x: Array) -> Array:
-    bits = checkpoint_name(lax.bitcast_convert_type(x, jnp.uint16), name)
-    return lax.bitcast_convert_type(bits, x.dtype)
-
-
-def _bits_forward(name: str, x: Array) -> tuple[Array, None]:
-    return _bits(name, x), None
-
-
-def _bits_backward(name: str, kept: None, dy: Array) -> tuple[Array]:
-    return (dy,)
-
-
-_keep_bits: Any = jax.custom_vjp(_bits, nondiff_argnums=(0,))
-_keep_bits.defvjp(_bits_forward, _bits_backward)
+    return jnp.float32 if jnp.dtype(dtype).itemsize == 2 and jax.default_backend() == "cpu" else dtype
