@@ -22,9 +22,10 @@ from mobilellm_jax.config import Config, ModelConfig
 from mobilellm_jax.data import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats import llama_cpp
-from mobilellm_jax.formats.gguf_parity import Parity, expanded, parity
+from mobilellm_jax.formats.gguf_parity import parity
 from mobilellm_jax.formats.gguf_tokenizer import Vocabulary, chat_template, vocabulary
 from mobilellm_jax.formats.huggingface_weights import Place, places, tensors
+from mobilellm_jax.formats.parity import Parity, expanded
 from mobilellm_jax.model.uses import as_blocks
 from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_run, open_tokenizer
 from mobilellm_jax.storage.files import new_file
