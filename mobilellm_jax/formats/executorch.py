@@ -81,7 +81,7 @@ def _build(run: tools.Run, directory: Path) -> None:
 
 def _write_checkpoint(folder: Path, path: Path) -> None:
     """Writes the weights of a folder under Meta's names; the head is written out even if it is tied."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     from safetensors.torch import load_file
 
     there = load_file(folder / WEIGHTS)
@@ -138,8 +138,11 @@ class Model:
     def __init__(self, path: Path) -> None:
         """Loads a program; UserError if ExecuTorch is not installed."""
         tools.require("executorch", "executorch", "torch")
-        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401, attention with a cache
-        from executorch.runtime import Runtime
+        # Attention with a cache is an operator that this import registers.
+        from executorch.extension.llm.custom_ops import (  # pyright: ignore[reportMissingImports]
+            custom_ops,  # noqa: F401
+        )
+        from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
         self._program = Runtime.get().load_program(path)
         self._forward = self._program.load_method("forward")
@@ -147,7 +150,7 @@ class Model:
 
     def extend(self, ids: Sequence[int]) -> Float32[np.ndarray, " V"]:
         """Reads more of the text; returns the logits after the last of its ids."""
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         assert self._forward is not None
         position = torch.tensor([self._position], dtype=torch.long)

@@ -76,7 +76,7 @@ class Model:
     def __init__(self, path: Path) -> None:
         """Loads a graph; UserError if LiteRT is not installed."""
         tools.require("litert", "ai_edge_litert")
-        from ai_edge_litert.interpreter import Interpreter
+        from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
 
         self._graph = Interpreter(model_path=str(path), num_threads=1)
         self._graph.allocate_tensors()

@@ -102,8 +102,8 @@ def build(run: tools.Run, directory: Path, kind: str) -> None:
 
 def _store_once(source: Path, target: Path) -> None:
     """Copies a graph with its weights; equal ones are stored once, and all nodes name the same."""
-    import onnx_ir as ir
-    from onnx_ir.passes.common import DeduplicateHashedInitializersPass
+    import onnx_ir as ir  # pyright: ignore[reportMissingImports]
+    from onnx_ir.passes.common import DeduplicateHashedInitializersPass  # pyright: ignore[reportMissingImports]
 
     graph = DeduplicateHashedInitializersPass()(ir.load(source)).model
     ir.save(graph, target, external_data=f"{target.name}.data", size_threshold_bytes=0)
@@ -139,7 +139,7 @@ def _logits(directory: Path, graph: str, ids: list[int]) -> Float32[np.ndarray, 
 
 def _write_exact(directory: Path) -> None:
     """Writes a graph beside that of a folder, with the same weights, which does not round activations."""
-    import onnx_ir as ir
+    import onnx_ir as ir  # pyright: ignore[reportMissingImports]
 
     graph = ir.load(directory / "model.onnx")
     for node in graph.graph:
@@ -161,7 +161,7 @@ def _rounded(path: Path, params: model.Params, config: ModelConfig) -> tuple[Mod
 
 def _read_matrices(path: Path, config: ModelConfig) -> dict[str, Float32[np.ndarray, "O I"]]:
     """The matrices of few bits in a graph, by their names in a Hugging Face folder."""
-    import onnx_ir as ir
+    import onnx_ir as ir  # pyright: ignore[reportMissingImports]
 
     heads = [config.num_heads * config.head_dim, (config.num_heads + config.num_kv_heads) * config.head_dim]
     found, nodes = {}, list(ir.load(path).graph)

@@ -28,7 +28,7 @@ class Model:
           UserError: onnxruntime-genai is not installed.
         """
         tools.require("onnx", "onnxruntime_genai")
-        import onnxruntime_genai as genai
+        import onnxruntime_genai as genai  # pyright: ignore[reportMissingImports]
 
         self._genai, self._context = genai, context
         config = genai.Config(str(folder))
