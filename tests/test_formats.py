@@ -229,6 +229,20 @@ def test_a_run_without_a_tokenizer_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("value", "message"), [(np.nan, "has NaN or infinite weights"), (0.0, "all weights are 0")]
+)
+def test_weights_that_no_model_has_are_refused(tmp_path, monkeypatch, value, message):
+    monkeypatch.setattr(tools, "find_spec", lambda package: "installed")
+    config = tiny_config()
+    params = random_params(config.model)
+    params["blocks"]["ffn"]["up"][1] = value
+    make_run(tmp_path / "run", config, params, BytesTokenizer())
+    with pytest.raises(UserError, match=rf"model\.layers\.1\.mlp\.up_proj\.weight: {message}"):
+        executorch.export_run(tmp_path / "run", tmp_path / "out", "f32")
+    assert os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--format=onnx"], "--out: missing; name what to make, such as --out=first-onnx"),

@@ -37,7 +37,7 @@ from experiments.benchmarks import measure as m
 from mobilellm_jax.errors import UserError
 
 AGAINST = ("gguf", "xllamacpp", "onnxruntime", "onnxruntime-genai")
-_NEEDED = AGAINST[:2]
+NEEDED = AGAINST[:2]
 _TYPES = ("f16", "q8_0", "q4_0")
 _ONNX = ("int8", "int4")
 _AT_LEAST = {("q4_0", "AVX2"): 50.0, ("q4_0", "best kernels"): 100.0, ("q8_0", "best kernels"): 60.0}
@@ -48,7 +48,7 @@ _TABLE_7 = {"immediate x2": 1.03, "60 blocks": 1.86}  # latency over that of the
 
 def missing() -> str:
     """Message that names what is not installed; "" if all is."""
-    lacking = [name for name in _NEEDED if find_spec(name) is None]
+    lacking = [name for name in NEEDED if find_spec(name) is None]
     if flags.FLAGS.llama_cpp:
         lacking = [name for name in lacking if name != "xllamacpp"]
     return (

@@ -14,6 +14,7 @@ from mobilellm_jax.data import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats import huggingface_config
 from mobilellm_jax.formats.huggingface import write_folder
+from mobilellm_jax.formats.huggingface_weights import check_values, tensors
 from mobilellm_jax.formats.parity import Parity
 from mobilellm_jax.model.uses import as_blocks
 from mobilellm_jax.runs.directory import open_run, open_tokenizer
@@ -68,7 +69,7 @@ def open_exportable(workdir: Path, name: str) -> Run:
     """Opens a run for the format `name`.
 
     Raises:
-      UserError: there is no intact run, it is not a Llama, or it keeps no tokenizer.
+      UserError: there is no intact run, it is not a Llama, it keeps no tokenizer, or weights are NaN or 0.
     """
     config, params = open_run(workdir)
     huggingface_config.check_exportable(config.model)
@@ -79,6 +80,8 @@ def open_exportable(workdir: Path, name: str) -> Run:
             "use --format=gguf"
         )
     params, m = as_blocks(params, config.model, f"--format={name}")
+    for tensor_name, tensor in tensors(params, m):
+        check_values(tensor_name, tensor)
     return Run(workdir, config, dataclasses.replace(config, model=m), params, tokenizer)
 
 
