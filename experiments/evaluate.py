@@ -139,7 +139,7 @@ def main() -> int:
 
 
 def _on_this_machine(config: Config) -> Config:
-    """The config with the mesh and batch size of this command."""
+    """The config with the mesh and batch size of this command, and the attention of these devices."""
     try:
         mesh = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), map(int, FLAGS.mesh), strict=True)))
     except (TypeError, ValueError) as error:
@@ -152,7 +152,8 @@ def _on_this_machine(config: Config) -> Config:
         ways = data_size * fsdp_size
         size = -(-config.train.eval_batch_size // ways) * ways
     sizes = {"batch_size": size, "accumulation_steps": 1, "eval_batch_size": size}
-    return dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, **sizes))
+    m = dataclasses.replace(config.model, attention="auto")
+    return dataclasses.replace(config, model=m, mesh=mesh, train=dataclasses.replace(config.train, **sizes))
 
 
 def _score_text(
