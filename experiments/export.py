@@ -27,7 +27,7 @@ from mobilellm_jax.formats import executorch, gguf, huggingface, litert, llama_c
 from mobilellm_jax.formats.huggingface_weights import DTYPES, WEIGHTS
 from mobilellm_jax.formats.parity import Parity, ParityError
 from mobilellm_jax.runs.directory import open_tokenizer
-from mobilellm_jax.storage.files import files_below, local_directory
+from mobilellm_jax.storage.files import local_directory
 
 FLAGS = flags.FLAGS
 _TYPES = {
@@ -101,8 +101,7 @@ def _to_gguf(workdir: Path, out: Path) -> int:
 
 
 def _say(m: ModelConfig, weights: Path, tokenizer: Tokenizer | None, out: Path) -> None:
-    files = files_below(weights) if weights.is_dir() else [weights]
-    size = sum(path.stat().st_size for path in files) / 1e6
+    size = sum(path.stat().st_size for path in [weights, *weights.rglob("*")] if path.is_file()) / 1e6
     print(
         f"exported {m.effective_depth} layers in {FLAGS.type}, {size:.1f} MB; "
         f"tokenizer: {tokenizer.spec if tokenizer else 'the run keeps none'}; see {out}"

@@ -261,7 +261,8 @@ def _llama_cpp(what: dict[str, Any]) -> tuple[Callable[[], list[float]], int]:
 
 
 def _onnx_runtime(what: dict[str, Any]) -> tuple[Callable[[], list[float]], int]:
-    import onnxruntime_genai  # noqa: F401, which is not to count as memory
+    # Which is not to count as memory.
+    import onnxruntime_genai  # noqa: F401  # pyright: ignore[reportMissingImports]
 
     from mobilellm_jax.formats.onnx_runtime import Model
 
