@@ -167,7 +167,7 @@ def _score_text(
     batches = text.batches(size, jax.process_index(), jax.process_count())
     total = -(-len(text.rows_RS) // size)
     shown = tqdm(batches, f"{name}scoring", total, unit="batch", leave=False, disable=None)  # on a terminal
-    loss, _ = evaluate_batches(programs, params, shown)
+    loss, _ = evaluate_batches(programs, params, iter(shown))
     bits = loss * text.tokens / math.log(2) / text.text_bytes
     print(
         f"{name}{spec}: {loss:.4f} nats per token, perplexity {math.exp(loss):,.3f}, {bits:.4f} bits per "

@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from experiments.runner import diagnosing, hosts, looping, quantizing, questions
+from experiments.runner import diagnosing, hosts, looping, quantizing, questions, samples
 from experiments.runner.flags import (
     DEFAULT_STUDY,
     PASSED_ON,
@@ -88,6 +88,7 @@ def main() -> int:
         or (schemes and quantizing.lacking(point, workdir, schemes))
         or (FLAGS.diagnose and diagnosing.lacking(point, workdir))
         or looping.lacking(point, workdir, loops)
+        or samples.lacking(point, workdir, FLAGS.sample)
     ]
     print(f"\n{len(points) - len(todo)} of {len(points)} points are complete", flush=True)
     command = [sys.executable, "-m", "experiments.sweep", *cli.given(*PASSED_ON)]

@@ -18,7 +18,7 @@ DEFAULT_STUDY = "configs/playground.py:tiny"
 # What a launcher passes on to the sweeps that it starts, besides the flags of the config.
 PASSED_ON = (
     *("workdir", "only", "arms", "seeds", "lines_every"),
-    *("tasks", "data_dir", "limit", "quantize", "diagnose", "num_repeats"),
+    *("tasks", "data_dir", "limit", "quantize", "diagnose", "num_repeats", "sample"),
 )
 
 
@@ -64,6 +64,9 @@ def define_sweep() -> None:
         "quantize", [], "schemes that every finished run is quantized to, such as w8a8,w4:32; default: none"
     )
     flags.DEFINE_bool("diagnose", False, "say of every finished run what its layers do")
+    flags.DEFINE_multi_string(
+        "sample", [], "a text that the first run of every design continues, for the report; may be repeated"
+    )
     define_loops()
     hosts.define_flags()
     define_scoring()

@@ -4,14 +4,15 @@ import functools
 import os
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments.runner import devices, diagnosing, looping, plans, quantizing, questions, rates, scoring
+from experiments.runner import after, devices, looping, plans, questions, rates, samples
+from experiments.runner.after import Do
 from experiments.runner.points import Point, Run
 from experiments.runner.progress import Progress, missing_of, record_path, settled
 from experiments.runner.questions import Questions
@@ -31,7 +32,6 @@ from mobilellm_jax.training.progress import StepLine, duration
 # training reaches, and the seconds that a point (process, compilation) and a run (evaluation, saving) cost.
 _EFFICIENCY, _POINT_S, _RUN_S = 0.12, 10.0, 1.2
 
-Do = Callable[[Point, AnyPath, Tell], None]
 Report = Callable[[Sequence[Point], AnyPath], int]
 
 
@@ -46,6 +46,7 @@ def sweep(
     lines_every: int | float = 60,
     diagnosed: bool = False,
     loops: Sequence[int] = (),
+    prompts: Sequence[str] = (),
     report: Report | None = None,
 ) -> int:
     """Does the runs that `workdir` has no record of, reports on all, and returns the exit status.
@@ -67,6 +68,7 @@ def sweep(
       lines_every: seconds between two lines about the steps of a point, where there is no terminal.
       diagnosed: diagnose every finished run of the points.
       loops: numbers of loops to score every finished run with, where its model has loops.
+      prompts: texts that the first finished run of every point is to continue.
       report: what to do at the end, in place of a report on each study; returns the exit status.
 
     Raises:
@@ -83,6 +85,8 @@ def sweep(
         check(point.config)
         if quantized:
             quantized.check(point.config)
+    if prompts:
+        samples.check(points)
     known = questions.load(asked, points) if asked else {}
     processes.of_first(lambda: make_workdir(workdir))
     progress = Progress(points, workdir)
@@ -131,7 +135,7 @@ def sweep(
         ]
         compare = Task(_on_devices(size, compare_point), missing_of)
         broken += _all(todo, workdir, environments, compare, view)
-        for do, lacking in _after(asked, known, quantized, diagnosed, loops):
+        for do, lacking in after.tasks(asked, known, quantized, diagnosed, loops, prompts):
             left = processes.of_first(lambda: [point.name for point in points if lacking(point, workdir)])  # noqa: B023
             todo = [point for point in points if point.name in left]
             broken += _all(todo, workdir, environments, Task(_on_devices(size, do), lacking), view)
@@ -144,31 +148,6 @@ def sweep(
     if broken:
         raise UserError("\n".join(broken))
     return status
-
-
-def _after(
-    asked: Questions | None,
-    known: Mapping[str, str],
-    quantized: Quantizing | None,
-    diagnosed: bool,
-    loops: Sequence[int],
-) -> Iterator[tuple[Do, Callable[[Point, AnyPath], int]]]:
-    """What to do for the finished runs of every point, and how many of them lack it."""
-    if asked:
-        these = {"questions": asked, "known": known}
-        yield functools.partial(scoring.score_point, **these), functools.partial(questions.lacking, **these)
-    if quantized:
-        yield (
-            functools.partial(quantizing.quantize_point, asked=quantized),
-            functools.partial(quantizing.lacking, asked=quantized),
-        )
-    if diagnosed:
-        yield diagnosing.diagnose_point, diagnosing.lacking
-    if loops:
-        yield (
-            functools.partial(looping.score_point, counts=loops),
-            functools.partial(looping.lacking, counts=loops),
-        )
 
 
 def default_jobs() -> int:
