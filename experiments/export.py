@@ -5,7 +5,7 @@
   python -m experiments.export --workdir=runs/first --format=gguf --type=q8_0 --out=first.gguf
   llama-cli --model first.gguf --prompt 'The list'
   python -m experiments.export --workdir=runs/first --format=onnx --type=int4 --out=first-onnx
-  python -m experiments.export --workdir=runs/first --format=executorch --out=first.pte
+  python -m experiments.export --workdir=runs/first --format=executorch --out=first-executorch
   python -m experiments.export --workdir=runs/first --format=litert --out=first.litertlm
 
 All are a plain Llama, which has no layer sharing: a shared block is a layer for each time it is applied. Its
@@ -37,8 +37,13 @@ _TYPES = {
     "executorch": executorch.TYPES,
     "litert": litert.TYPES,
 }
-_OUT = {"hf": "exported", "gguf": "first.gguf", "onnx": "first-onnx", "executorch": "first.pte"}
-_OUT["litert"] = "first.litertlm"
+_OUT = {
+    "hf": "exported",
+    "gguf": "first.gguf",
+    "onnx": "first-onnx",
+    "executorch": "first-executorch",
+    "litert": "first.litertlm",
+}
 _BLOCKS = {"onnx", "executorch"}  # that store equal weights once
 _DRIVERS = {"onnx": onnx, "executorch": executorch, "litert": litert}
 
