@@ -44,7 +44,7 @@ def measure(quick: bool) -> list[m.Line]:
         records = read_records(workdir / "results")
     points = len({record.point for record in records})
     side_by_side = min(cores, points)
-    train_s = sum(record.timing["train_s"] for record in records)
+    train_s = sum(record.own_train_s for record in records)
     evaluate = "runs, with evaluation and checkpoints"
     run_s = sum(record.timing["wall_s"] for record in records)
     all_s = side_by_side * wall_s
