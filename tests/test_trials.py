@@ -52,7 +52,7 @@ OWN = (
     {"optimizer.learning_rate": 0.05, "train.init_seed": 3, "train.data_seed": 4, "train.steps": 5},
     {"optimizer.learning_rate": 1e30, "optimizer.schedule": "constant"},
 )
-# Measured: 2e-7 of the losses and 2e-6 of the largest parameter, in float32 after 6 steps.
+# Measured: 3e-7 of the losses and 1e-6 of the largest number of a parameter, in float32 after 6 steps.
 TOLERANCE = 1e-5
 
 
@@ -77,10 +77,14 @@ def together(configs, workdir, mesh, places=(0, 1, 2), say=lambda _: None):
 
 
 def log(workdir):
-    """The log without times, and without where it was saved."""
+    """The log without times, and without where it was saved, by step, kind and name."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    dropped = ("train_s", "sha256")
-    return [{k: v for k, v in line.items() if k not in dropped} for line in lines if line["kind"] != "save"]
+    return {
+        (line["step"], line["kind"], name): value
+        for line in lines
+        for name, value in line.items()
+        if line["kind"] != "save" and name not in ("kind", "train_s", "sha256")
+    }
 
 
 def last_state(config, workdir):
@@ -93,8 +97,7 @@ def last_state(config, workdir):
 
 def assert_same_within_rounding(config, workdir, alone, outcome, other):
     assert (outcome.status, outcome.steps) == (other.status, other.steps)
-    for line, expected in zip(log(workdir), log(alone), strict=True):
-        assert line == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+    assert log(workdir) == pytest.approx(log(alone), rel=TOLERANCE, abs=TOLERANCE)
     (step, state), (expected_step, expected) = (last_state(config, at) for at in (workdir, alone))
     assert step == expected_step == config.train.steps
     assert_trees_close(state, expected, TOLERANCE)
@@ -141,9 +144,9 @@ def test_interrupted_or_killed_while_some_had_saved_all_resume_bit_for_bit(tmp_p
     shutil.rmtree(stopped / "2/checkpoints")
     resumed = together(given, stopped, mesh)
     for at in range(3):
-        assert dataclasses.replace(resumed[at], train_s=0, wall_s=0, compile_s=0) == dataclasses.replace(
-            straight[at], train_s=0, wall_s=0, compile_s=0
-        )
+        times = dict.fromkeys(("train_s", "wall_s", "compile_s"), 0.0)
+        one, other = (dataclasses.replace(outcomes[at], **times) for outcomes in (resumed, straight))
+        assert one == other
         assert log(stopped / str(at)) == log(tmp_path / "straight" / str(at))
         states = [last_state(given[at], folder / str(at)) for folder in (stopped, tmp_path / "straight")]
         assert states[0][0] == states[1][0]
@@ -168,8 +171,7 @@ def test_in_company_on_8_devices(tmp_path, fields):
     prepared = data.prepare(given[0].data, 48)
     other = train(given[0], prepared, mesh_of(), alone, lambda _: None)
     tolerance = 1e-4 if "optimizer.name" not in fields else 0.02  # bfloat16 has 8 bits
-    for line, expected in zip(log(tmp_path / "together/0"), log(alone), strict=True):
-        assert line == pytest.approx(expected, rel=tolerance, abs=tolerance)
+    assert log(tmp_path / "together/0") == pytest.approx(log(alone), rel=tolerance, abs=tolerance)
     assert outcomes[2].status == "diverged"
     assert other.status == outcomes[0].status == "finished"
 
