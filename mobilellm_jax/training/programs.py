@@ -123,21 +123,11 @@ def make_programs(
     config: Config, mesh: Mesh | AbstractMesh, distillation: Distillation | None = None, trials: int = 1
 ) -> JittedPrograms:
     """Builds the programs without compiling them; the mesh may be abstract."""
-
-    def of_trials(shardings: Any) -> Any:
-        return jax.tree.map(stacked, shardings) if trials > 1 else shardings
-
-    def over_trials(function: Any, shared: int = 0) -> Any:
-        """`function` of all trials; its last `shared` arguments are the same for all."""
-        if trials == 1:
-            return function
-        return lambda *args: jax.vmap(function, (0,) * (len(args) - shared) + (None,) * shared)(*args)
-
     m, o, t = trained_model(config), config.optimizer, config.train
     shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), m, o))
     shardings = partition.shardings(shapes, mesh)
     batch, scalar = partition.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-
+    states, batches = jax.tree.map(stacked, (shardings, batch)) if trials > 1 else (shardings, batch)
     teacher = _teacher_shapes(distillation, mesh)
 
     def rows(size: int) -> jax.ShapeDtypeStruct:
@@ -152,13 +142,9 @@ def make_programs(
                 return train_step(state, rows, learning_rate, m, o, parts, *teacher, distillation=d)
 
         return jax.jit(
-            over_trials(step, shared=len(teacher)),
-            in_shardings=(
-                *of_trials((shardings, batch)),
-                scalar,
-                *jax.tree.map(lambda leaf: leaf.sharding, teacher),
-            ),
-            out_shardings=(of_trials(shardings), scalar),
+            _over_trials(step, trials, shared=len(teacher)),
+            in_shardings=(states, batches, scalar, *jax.tree.map(lambda leaf: leaf.sharding, teacher)),
+            out_shardings=(states, scalar),
             donate_argnums=0,
             compiler_options=_fast_to_compile(),
         )
@@ -180,24 +166,33 @@ def make_programs(
         step=steps[counts[-1]] if counts else step_of(m),
         steps=steps,
         evaluate=jax.jit(
-            over_trials(evaluate),
-            in_shardings=of_trials((shardings.params, batch)),
+            _over_trials(evaluate, trials),
+            in_shardings=(states.params, batches),
             out_shardings=scalar,
             compiler_options=_fast_to_compile(),
         ),
-        put=jax.jit(
-            lambda states, state, place: jax.tree.map(lambda all_, x: all_.at[place].set(x), states, state),
-            donate_argnums=0,
-            out_shardings=of_trials(shardings),
-        ),
-        pick=jax.jit(
-            lambda states, place: jax.tree.map(lambda all_: all_[place], states), out_shardings=shardings
-        ),
+        put=jax.jit(_put, donate_argnums=0, out_shardings=states),
+        pick=jax.jit(_pick, out_shardings=shardings),
         state=with_shardings(shapes, shardings),
         rows=rows(t.batch_size),
         eval_rows=rows(t.eval_batch_size),
         teacher=teacher,
     )
+
+
+def _put(states: TrainState, state: TrainState, place: Array) -> TrainState:
+    return jax.tree.map(lambda all_, one: all_.at[place].set(one), states, state)
+
+
+def _pick(states: TrainState, place: Array) -> TrainState:
+    return jax.tree.map(lambda all_: all_[place], states)
+
+
+def _over_trials(function: Any, trials: int, shared: int = 0) -> Any:
+    """`function` of all trials; its last `shared` arguments are the same for all."""
+    if trials == 1:
+        return function
+    return lambda *args: jax.vmap(function, (0,) * (len(args) - shared) + (None,) * shared)(*args)
 
 
 def stacked(sharding: NamedSharding) -> NamedSharding:
