@@ -1,14 +1,16 @@
 """Measure how long shapes take to make a token and to read a prompt here, and fit a model of latency to it.
 
   python -m experiments.latency --out=experiments/latency/my_cpu.json        # minutes, on an idle machine
+  python -m experiments.latency --out=experiments/latency/my_phone.json --program=llama.cpp   # in few bits
   python -m experiments.latency --table=experiments/latency/my_cpu.json      # what it says
   python -m experiments.latency --table=experiments/latency/my_cpu.json \\
     --config=configs/latency_matched.py:tiny                # designs of a study: predicted beside measured
 
-Measured is our own decoding at batch 1, with random weights: a prompt that fills half of the cache, then
-tokens one by one. The shapes are spread over depth, width, feed-forward width, heads, vocabulary, sharing of
-blocks and slots of the cache (`costs/latency_design.py`); each type of weights in --weights has a fit of its
-own. Of the turns of a shape the fastest counts, as other work on the machine can only add to it; how far the
+Measured is our own decoding at batch 1, or with --program=llama.cpp that of llama.cpp (extras `gguf` and
+`ondevice`), with random weights: a prompt that fills half of the cache, then tokens one by one. The shapes
+are spread over depth, width, feed-forward width, heads, vocabulary, sharing of blocks and slots of the cache
+(`costs/latency_design.py`); each type of weights in --weights has a fit of its own, so bits are an axis too.
+Of the turns of a shape the fastest counts, as other work on the machine can only add to it; how far the
 median lies above it tells whether there was any.
 
 The fit (`costs/latency.py`) is a sum over the work of a shape, with coefficients that are at least 0. Its
@@ -19,6 +21,7 @@ of at most 10 %. The table in --out has device, threads, versions, all points, c
 
 import dataclasses
 import datetime
+import importlib.metadata
 from pathlib import Path
 
 from absl import flags
@@ -29,16 +32,22 @@ from experiments.reporting.tables import plain_table
 from experiments.runner import timing
 from experiments.runner.studies import points_of
 from mobilellm_jax.analysis.latency_table import Table, fitted, read_table, write_table
-from mobilellm_jax.config import DTYPE_BYTES, from_config_dict
-from mobilellm_jax.costs.latency import TIMES
+from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.costs.latency import LLAMA_CPP, OURS, TIMES
 from mobilellm_jax.costs.latency_design import designed
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.formats.gguf import GROUP
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.run import enable_compilation_cache
 from mobilellm_jax.storage.files import local_directory
 
 FLAGS = flags.FLAGS
 TARGET = 0.10  # median error of shapes left out
+# By --program: what tables call it, its types of weights, and those that are measured by default.
+_PROGRAMS = {
+    "ours": ("our own decoding", tuple(OURS), ("float32",)),
+    "llama.cpp": ("llama.cpp", tuple(LLAMA_CPP), tuple(LLAMA_CPP)),
+}
 
 
 def define_flags() -> None:
@@ -49,7 +58,9 @@ def define_flags() -> None:
     flags.DEFINE_string("table", None, "table to show, or to compare with the designs of --config")
     flags.DEFINE_string("config", None, "study whose designs are measured, beside what --table predicts")
     flags.DEFINE_integer("shapes", 40, "number of shapes", 1, 1000)
-    flags.DEFINE_list("weights", ["float32"], f"types of weights: {', '.join(DTYPE_BYTES)}")
+    flags.DEFINE_enum("program", "ours", list(_PROGRAMS), "whose decoding is measured")
+    types = "; ".join(f"{', '.join(kinds)} of {program}" for program, (_, kinds, _) in _PROGRAMS.items())
+    flags.DEFINE_list("weights", None, f"types of weights: {types}; default: float32, or all of llama.cpp")
     flags.DEFINE_integer("threads", 1, "cores that may be used; 1 stands for a small core", 1)
     flags.DEFINE_float("megabytes", 100, "weights and cache that a shape reads for a token, at most", 1)
     flags.DEFINE_integer("slots", 512, "largest cache, a power of 2", 32)
@@ -77,28 +88,35 @@ def measure(out: Path) -> Table:
     """Measures and fits.
 
     Raises:
-      UserError: --out exists already, there is no such type of weights, or a number does not fit.
+      UserError: --out exists already, there is no such type of weights, a number does not fit, or llama.cpp
+        is not installed.
     """
     if out.exists():
         raise UserError(f"--out={out}: already exists; delete it, or use another name")
-    for kind in FLAGS.weights:
-        if kind not in DTYPE_BYTES:
-            raise UserError(f"--weights={kind}: expected some of {', '.join(DTYPE_BYTES)}")
+    program, kinds, default = _PROGRAMS[FLAGS.program]
+    asked = FLAGS.weights or default
+    for kind in asked:
+        if kind not in kinds:
+            raise UserError(f"--weights={kind}: expected some of {', '.join(kinds)}")
     if FLAGS.slots & (FLAGS.slots - 1):
         raise UserError(f"--slots={FLAGS.slots}: not a power of 2; use {1 << (FLAGS.slots.bit_length() - 1)}")
+    if program == "llama.cpp" and FLAGS.threads > 1:
+        raise UserError(f"--threads={FLAGS.threads}: llama.cpp is measured on one thread; use 1")
     timing.use_threads(FLAGS.threads)
     enable_compilation_cache()
     plain, points = from_config_dict(base.get_config()).model, {}
-    for kind in FLAGS.weights:
-        of_kind = dataclasses.replace(plain, compute_dtype=kind)
-        shapes = designed(of_kind, FLAGS.shapes, FLAGS.megabytes, FLAGS.slots)
-        points[kind] = timing.measured(shapes, plain, FLAGS.rounds, _say)
+    opened = {kind: _open(kind) for kind in asked}
+    for kind, open_ in opened.items():
+        of_kind = dataclasses.replace(plain, compute_dtype=kind) if kind in OURS else plain
+        multiple = 1 if kind in OURS else GROUP
+        shapes = designed(of_kind, FLAGS.shapes, FLAGS.megabytes, FLAGS.slots, kind, multiple)
+        points[kind] = timing.measured(shapes, plain, FLAGS.rounds, open_, _say)
     fits = fitted(points, plain)
     return Table(
-        program=timing.PROGRAM,
+        program=program,
         device=provenance.device(),
         threads=FLAGS.threads,
-        versions=provenance.versions(),
+        versions=provenance.versions() | _version_of(program),
         git_commit=provenance.git_commit(),
         command=cli.command(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -106,6 +124,15 @@ def measure(out: Path) -> Table:
         points={kind: [dataclasses.asdict(point) for point in of] for kind, of in points.items()},
         fits={kind: {time: dataclasses.asdict(fit) for time, fit in of.items()} for kind, of in fits.items()},
     )
+
+
+def _open(kind: str) -> timing.Open:
+    """Opens shapes with weights of a type; UserError if llama.cpp is not installed."""
+    return timing.ours if kind in OURS else timing.in_llama_cpp(kind, from_config_dict(base.get_config()))
+
+
+def _version_of(program: str) -> dict[str, str]:
+    return {"xllamacpp": importlib.metadata.version("xllamacpp")} if program == "llama.cpp" else {}
 
 
 def _say(line: str) -> None:
@@ -144,11 +171,12 @@ def _beside(table: Table, spec: str) -> str:
     """Measures the designs of a study, and compares with what the table predicts of them."""
     timing.use_threads(table.threads)
     enable_compilation_cache()
-    latency, columns = table.latency(), {"design": []}
-    columns |= {f"{time} {what}": [] for time in TIMES for what in ("predicted", "measured", "error")}
     points = {p.facts["design"] or p.facts["point"]: p.config for p in points_of(spec, {}, None, [])}
     shapes = [(config.model, config.data.sequence_length) for config in points.values()]
-    found = timing.measured(shapes, shapes[0][0], FLAGS.rounds, _say)
+    kind = (FLAGS.weights or [shapes[0][0].compute_dtype])[0]
+    latency, columns = table.latency(kind), {"design": []}
+    columns |= {f"{time} {what}": [] for time in TIMES for what in ("predicted", "measured", "error")}
+    found = timing.measured(shapes, shapes[0][0], FLAGS.rounds, _open(kind), _say)
     for label, shape, there in zip(points, shapes, found, strict=True):
         columns["design"].append(label)
         for time, predicted in latency.predict(*shape).items():

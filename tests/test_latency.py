@@ -7,16 +7,18 @@ import types
 import numpy as np
 import pytest
 from commands import command
-from conftest import tiny_config, tiny_model
+from conftest import random_params, tiny_config, tiny_model
+from gguf import GGUFReader
 
 from configs import base
 from experiments.runner import latencies, timing
 from experiments.runner.studies import points_of_module
 from mobilellm_jax.analysis.latency_table import Measured, Table, digest, fitted, read_table, write_table
 from mobilellm_jax.costs import accounting
-from mobilellm_jax.costs.latency import TIMES, Latency, features, fit, split
+from mobilellm_jax.costs.latency import LLAMA_CPP, TIMES, Latency, features, fit, split
 from mobilellm_jax.costs.latency_design import designed
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.formats import gguf
 
 CACHE_MB = 12.0
 KNOWN = {  # milliseconds for a unit of work
@@ -156,6 +158,26 @@ def test_shapes_are_the_same_ones_and_cover_the_space():
     assert np.abs(np.corrcoef(logs.T) - np.eye(3)).max() < 0.5
 
 
+@pytest.mark.parametrize("kind", LLAMA_CPP)
+def test_bytes_in_llama_cpp_are_those_of_the_file(kind, tmp_path):
+    """Each layer of a shared model has a block of its own there, and all are read for a token."""
+    (shape, _), *_ = designed(tiny_model(sharing="immediate", num_repeats=2), 1, 9, 64, kind, multiple=32)
+    shape = dataclasses.replace(shape, sharing="immediate", num_repeats=2)
+    config = dataclasses.replace(tiny_config(), model=shape)
+    gguf.write(tmp_path / "a.gguf", config, random_params(shape), kind)
+    matrices = [t.n_bytes for t in GGUFReader(tmp_path / "a.gguf").tensors if "norm" not in t.name]
+    work = features("decode_ms", shape, 32, kind)
+    assert 1e6 * work["MB of weights"] == pytest.approx(sum(matrices))
+    assert work["MB of blocks used again at once"] == 0
+    numbers = 2 * shape.effective_depth * shape.num_kv_heads * shape.head_dim * 32
+    assert 1e6 * work["MB of keys and values"] == pytest.approx(2 * numbers)
+
+
+def test_shapes_for_llama_cpp_have_rows_of_whole_groups():
+    for config, _ in designed(tiny_model(), 40, 50, 256, "q4_0", multiple=32):
+        gguf.check_exportable(config, "q4_0")
+
+
 def test_a_table_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "latency" / "a.json"
     table = synthetic(noise=0.05)
@@ -196,7 +218,7 @@ def test_what_lies_outside_of_the_shapes_measured_is_named():
 def test_a_shape_is_measured():
     config = tiny_model(sharing="immediate", num_repeats=2)
     said = []
-    (point,) = timing.measured([(config, 32)], tiny_model(), 2, said.append)
+    (point,) = timing.measured([(config, 32)], tiny_model(), 2, timing.ours, said.append)
     assert 0 < point.decode_ms <= point.decode_median_ms < 1e3
     assert 0 < point.prefill_ms <= point.prefill_median_ms < 1e4
     assert point.slots == 32
@@ -300,6 +322,11 @@ def test_shapes_of_equal_latency(tmp_path):
         ([], "--out: missing; name the table to make"),
         (["--out=README.md"], "--out=README.md: already exists"),
         (["--out=new.json", "--weights=int8"], "--weights=int8: expected some of float32, bfloat16"),
+        (["--out=new.json", "--weights=q4_0"], "--weights=q4_0: expected some of float32, bfloat16"),
+        (
+            ["--out=new.json", "--program=llama.cpp", "--threads=2"],
+            "--threads=2: llama.cpp is measured on one",
+        ),
         (["--out=new.json", "--slots=100"], "--slots=100: not a power of 2; use 64"),
         (["--out=new.json", "--threads=1000"], "--threads=1000: this process may use"),
         (["--table=README.md"], "README.md: not a table of latency"),
@@ -314,16 +341,17 @@ def test_bad_flags(arguments, message):
 
 
 @pytest.mark.slow
-def test_the_command_measures_and_fits(tmp_path):
+@pytest.mark.parametrize(("program", "kinds"), [("ours", ["float32"]), ("llama.cpp", list(LLAMA_CPP))])
+def test_the_command_measures_and_fits(program, kinds, tmp_path):
     out = tmp_path / "a.json"
     few = ("--shapes=16", "--megabytes=2", "--slots=32", "--rounds=2")
-    done = command("experiments.latency", "--device=this", f"--out={out}", *few)
+    done = command("experiments.latency", "--device=this", f"--program={program}", f"--out={out}", *few)
     assert done.returncode == 0, done.stderr
     table = read_table(out)
-    assert len(table.points["float32"]) == 16
+    assert [len(table.points[kind]) for kind in kinds] == [16] * len(kinds)
     assert table.threads == 1
     assert json.loads(out.read_text())["command"].startswith("python -m experiments.latency")
-    assert tiny_config().model.compute_dtype in table.fits
+    assert list(table.fits) == kinds
     assert "error of shapes left out" in done.stdout
 
 

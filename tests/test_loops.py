@@ -16,6 +16,7 @@ from test_train import run_loop
 
 from experiments.reporting import loops as tables
 from experiments.reporting import pages
+from experiments.runner import looping
 from mobilellm_jax import data, model
 from mobilellm_jax.analysis.loops import looped
 from mobilellm_jax.analysis.study import study_of
@@ -217,6 +218,12 @@ def test_costs_are_expected_ones():
     fixed = tiny_config(**{**DRAWN, "train.loops": ""})
     assert accounting.run_budgets(fixed) == accounting.budgets(shapes[1], length, 8)
     assert budgets["inference_flops_per_token"] == accounting.forward_flops_per_token(shapes[1], length)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_model_of_drawn_loops_is_scored_with_any_number(count):
+    config = looping.looped(tiny_config(**DRAWN), count)
+    assert (config.model.num_repeats, config.train.loops) == (count, "")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from test_committed import RESULTS
-from test_latency import synthetic
+from test_latency import CACHE_MB, KNOWN, synthetic
 from test_results import make_record
 
 from experiments.reporting import pareto, tables
@@ -15,6 +15,7 @@ from mobilellm_jax.analysis.records import read_records
 from mobilellm_jax.analysis.statistics import mean_and_interval
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.costs.latency import LLAMA_CPP, features, split
 
 LATENCY = {"table": "a.json", "sha256": "ab", "device": "a CPU", "weights": "float32"}
 LATENCY |= {"median_error": {"decode_ms": 0.05, "prefill_ms": 0.1}}
@@ -107,12 +108,33 @@ def test_quantized_runs_stand_beside_their_design(tmp_path):
     assert pareto.draw(study, found) is not None
 
 
-def test_the_newest_table_of_the_workdir_predicts(tmp_path):
+@pytest.fixture(scope="module")
+def committed():
+    return read_records(RESULTS / "layer_sharing" / "tiny")
+
+
+def test_quantized_runs_take_the_time_of_llama_cpp_in_as_many_bits(committed, tmp_path):
+    entry = {"bytes": 1_000_000, "full_bytes": 4_000_000, "gap": 0.01, "full_loss": 3.6, "agreement": 0.9}
+    runs = [dataclasses.replace(r, quantized={"w4:32": {**entry, "loss": 4.0}}) for r in committed]
+    table = synthetic()
+    few_bits = dict.fromkeys(LLAMA_CPP, table.fits["float32"])
+    write_table(dataclasses.replace(table, program="llama.cpp", fits=few_bits), tmp_path / "latency/a.json")
+    study = study_of(runs)
+    (in_few_bits, _) = pareto.pareto_of(study, tmp_path).costs
+    assert in_few_bits.name == "ms of a token in llama.cpp"
+    config = from_config_dict(study.points["immediate"].config)
+    for label, kind in (("immediate", "f16"), ("immediate, w4:32", "q4_0")):
+        work = split(features("decode_ms", config.model, config.data.sequence_length, kind), CACHE_MB)
+        expected = sum(KNOWN["decode_ms"][name] * amount for name, amount in work.items())
+        assert in_few_bits.of[label] == pytest.approx(expected)
+
+
+def test_the_newest_table_of_the_workdir_predicts(committed, tmp_path):
     table = synthetic()
     old = dataclasses.replace(table, created="2025-01-01T00:00:00+00:00", program="another program")
     write_table(old, tmp_path / "latency/b.json")
     write_table(table, tmp_path / "latency/a.json")
-    study = study_of(read_records(RESULTS / "layer_sharing" / "tiny"))
+    study = study_of(committed)
     found = pareto.pareto_of(study, tmp_path)
     config = from_config_dict(study.points["immediate"].config)
     expected = table.latency().predict(config.model, config.data.sequence_length)

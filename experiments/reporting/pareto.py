@@ -1,11 +1,12 @@
 """Quality against latency and against bytes: which designs no other one beats in both.
 
 The latency of a point is what its records say, else what a table in <workdir>/latency/ predicts, the one that
-was measured last; without either, bytes alone are shown.
+was measured last; without either, bytes alone are shown. Of quantized runs, a table of llama.cpp there says
+how long a token takes in as many bits.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from experiments.reporting import captions, drawing, placing, tables, titles
 from experiments.reporting.drawing import styled
 from mobilellm_jax.analysis import statistics
 from mobilellm_jax.analysis.facts import Point
-from mobilellm_jax.analysis.latency_table import read_table
+from mobilellm_jax.analysis.latency_table import Table, read_table
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.statistics import Estimate
 from mobilellm_jax.analysis.study import Study
@@ -33,6 +34,10 @@ FRONT = (
     "Bytes are those of all weights in float32, and in integers and scales for the schemes of --quantize."
 )
 _NAMES = {"decode_ms": "ms of a token", "prefill_ms": "ms of a prompt"}
+# What llama.cpp has for a scheme of --quantize; "": the model as it was trained.
+_LLAMA_CPP = {"": "f16", "w8": "q8_0", "w8a8": "q8_0", "w4:32": "q4_0"}
+
+Named = tuple[Table, str]  # and the name of its file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +91,10 @@ def pareto_of(study: Study, workdir: str | AnyPath) -> Pareto:
             found = [entry["loss"] for entry in values]
             entries[key] = Entry(key, label, scheme, statistics.mean_and_interval(found))
             sizes[key] = float(values[0]["bytes"])
-    return Pareto(entries, (*_latency(points, path_of(workdir)), Cost("bytes of the weights", sizes)))
+    files = [path for path in files_below(path_of(workdir) / "latency") if path.suffix == ".json"]
+    tables_ = [(read_table(path), path.name) for path in files]
+    costs = *_latency(points, tables_), *_in_llama_cpp(entries, points, tables_)
+    return Pareto(entries, (*costs, Cost("bytes of the weights", sizes)))
 
 
 def _quantized(study: Study, point: Point) -> dict[str, list[dict]]:
@@ -100,7 +108,7 @@ def _quantized(study: Study, point: Point) -> dict[str, list[dict]]:
     return found
 
 
-def _latency(points: Mapping[str, Point], workdir: AnyPath) -> list[Cost]:
+def _latency(points: Mapping[str, Point], tables_: Sequence[Named]) -> list[Cost]:
     """Milliseconds of a token and of a prompt; [] where nobody knows."""
     known = {label: point.finished[0].latency for label, point in points.items() if point.finished}
     there = {label: of for label, of in known.items() if of}
@@ -115,27 +123,66 @@ def _latency(points: Mapping[str, Point], workdir: AnyPath) -> list[Cost]:
             )
             for time in TIMES
         ]
-    files = [path for path in files_below(workdir / "latency") if path.suffix == ".json"]
-    if not files:
+    shapes = _shapes(points) if tables_ else {}
+    newest = _newest(tables_, {model.compute_dtype for model, _ in shapes.values()})
+    if newest is None:
         return []
-    table, path = max(((read_table(path), path) for path in files), key=lambda pair: pair[0].created)
-    # The model alone: configs of older records lack fields of other groups.
-    models = {label: from_mapping(ModelConfig, point.config["model"]) for label, point in points.items()}
-    if any(model.compute_dtype not in table.fits for model in models.values()):
-        return []
-    slots = {label: point.config["data"]["sequence_length"] for label, point in points.items()}
+    table, source = newest
     latency = table.latency()
-    found = {label: latency.predict(model, slots[label]) for label, model in models.items()}
-    errors = [latency.median_errors(model) for model in models.values()]
+    found = {label: latency.predict(*shape) for label, shape in shapes.items()}
+    errors = [latency.median_errors(model) for model, _ in shapes.values()]
     return [
         Cost(
             _NAMES[time],
             {label: of[time] for label, of in found.items()},
             max(of[time] for of in errors),
-            f"{path.name} ({table.title})",
+            source,
         )
         for time in TIMES
     ]
+
+
+def _in_llama_cpp(
+    entries: Mapping[str, Entry], points: Mapping[str, Point], tables_: Sequence[Named]
+) -> list[Cost]:
+    """Milliseconds of a token in llama.cpp; [] where nothing is quantized, or nobody knows."""
+    kinds = {label: _LLAMA_CPP[of.scheme] for label, of in entries.items() if of.scheme in _LLAMA_CPP}
+    newest = _newest(tables_, set(kinds.values()))
+    if newest is None or not any(of.scheme for of in entries.values()):
+        return []
+    table, source = newest
+    shapes, latency = _shapes(points), {kind: table.latency(kind) for kind in set(kinds.values())}
+    return [
+        Cost(
+            "ms of a token in llama.cpp",
+            {
+                label: latency[kind].predict(*shapes[entries[label].point])["decode_ms"]
+                for label, kind in kinds.items()
+            },
+            max(of.fits[kind]["decode_ms"].median_error for kind, of in latency.items()),
+            source,
+        )
+    ]
+
+
+def _shapes(points: Mapping[str, Point]) -> dict[str, tuple[ModelConfig, int]]:
+    """Model and slots of the cache of every point; the model alone, as older configs lack other fields."""
+    return {
+        label: (
+            from_mapping(ModelConfig, point.config["model"]),
+            point.config["data"]["sequence_length"],
+        )
+        for label, point in points.items()
+    }
+
+
+def _newest(tables_: Sequence[Named], kinds: set[str]) -> tuple[Table, str] | None:
+    """The table of these types of weights that was measured last, and what it is, for people."""
+    found = [(table, name) for table, name in tables_ if kinds <= set(table.fits)]
+    if not found:
+        return None
+    table, name = max(found, key=lambda pair: pair[0].created)
+    return table, f"{name} ({table.title})"
 
 
 def standing(pareto: Pareto, cost: Cost, arms: Mapping[str, str | None]) -> dict[str, str]:
@@ -195,9 +242,10 @@ def sources(pareto: Pareto) -> str:
             "--out=<workdir>/latency/<name>.json, and make this report again."
         )
     errors = " and ".join(f"{cost.name} {cost.error:.0%}" for cost in predicted)
+    sources_ = dict.fromkeys(cost.source for cost in predicted)
     return (
-        f"Latencies are predicted, not measured, from {predicted[0].source}: a prompt of half a row, and a "
-        f"token with a cache of a row, at batch 1. Median error for shapes that its fit has not seen: "
+        f"Latencies are predicted, not measured, from {' and '.join(sources_)}: a prompt of half a row, and "
+        f"a token with a cache of a row, at batch 1. Median error for shapes that its fit has not seen: "
         f"{errors}; the horizontal bars."
     )
 

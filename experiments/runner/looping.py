@@ -34,8 +34,9 @@ Entry = dict[str, Any]
 
 
 def looped(config: Config, num_repeats: int) -> Config:
-    """The config of a run with another number of loops; errors as in `with_repeats`."""
-    return dataclasses.replace(config, model=with_repeats(config.model, num_repeats))
+    """The config of a run with another number of loops, also one not drawn; errors as in `with_repeats`."""
+    model, train = with_repeats(config.model, num_repeats), dataclasses.replace(config.train, loops="")
+    return dataclasses.replace(config, model=model, train=train)
 
 
 def score_loops(
@@ -95,6 +96,13 @@ def _lacking_counts(point: Point, workdir: AnyPath, counts: Sequence[int]) -> di
     }
 
 
+def left_out(points: Sequence[Point], counts: Sequence[int]) -> list[str]:
+    """A line for each design with loops and number of loops that it cannot have, which is not scored."""
+    looped_points = [point for point in points if point.config.model.sharing in LOOPED]
+    refusals = ((point.name, _refusal(point.config, count)) for point in looped_points for count in counts)
+    return [f"left out: {name}: {refusal}" for name, refusal in refusals if refusal]
+
+
 def _refusal(config: Config, count: int) -> str:
     """Why a model cannot have this number of loops, such as parameters for fewer uses; "" if it can."""
     try:
@@ -106,8 +114,6 @@ def _refusal(config: Config, count: int) -> str:
 
 def score_point(point: Point, workdir: AnyPath, tell: Tell, counts: Sequence[int]) -> None:
     """Scores every finished run of a point with the numbers of loops that its record lacks."""
-    for said in filter(None, (_refusal(point.config, count) for count in counts)):
-        tell(Event(point.name, f"left out: {said}"))
     todo = processes.of_first(lambda: _lacking_counts(point, workdir, counts))
     for name, these in todo.items():
         if not these:

@@ -80,10 +80,8 @@ def sweep(
       UserError: bad data, or a `workdir` of another sweep or data; found before anything is compiled.
         Or a point broke off, for example when memory ran out; the others are done and reported.
     """
-    if jax.process_count() > 1:
-        if jobs not in (None, 1):
-            raise UserError(f"--jobs={jobs}: expected 1, as {jax.process_count()} processes share every run")
-        jobs = 1
+    if jax.process_count() > 1 and jobs not in (None, 1):
+        raise UserError(f"--jobs={jobs}: expected 1, as {jax.process_count()} processes share every run")
     jobs = jobs or default_jobs()
     enable_compilation_cache()
     points = plans.with_power(points)
@@ -104,6 +102,8 @@ def sweep(
     in_arms = [point for point in whole if point.arm in of_arms and point.learning_rates]
     cards = _prepare([*todo, *in_arms], progress)
     expected_s = None
+    for line in looping.left_out(points, loops):
+        print(line, flush=True)
     if todo:
         for line in plans.lines(todo, progress.other_plans(), cards):
             print(line)
@@ -143,13 +143,13 @@ def sweep(
         compare = Task(_on_devices(size, do), missing_of)
         broken += do_all(todo, workdir, environments, compare, view)
         for do, lacking in _after(asked, known, quantized, diagnosed, loops):
-            left = processes.of_first(lambda: {point.name: lacking(point, workdir) for point in points})  # noqa: B023
-            todo = [point for point in points if left[point.name]]
+            left = processes.of_first(lambda: [point.name for point in points if lacking(point, workdir)])  # noqa: B023
+            todo = [point for point in points if point.name in left]
             broken += do_all(todo, workdir, environments, Task(_on_devices(size, do), lacking), view)
-    status = 0
     try:
         status = processes.of_first(lambda: _finish(points, workdir, report or _report))
     except UserError as error:
+        status = 0
         if not any(line.endswith(str(error)) for line in broken):  # a full disk, once
             broken.append(str(error))
     if broken:
@@ -183,8 +183,9 @@ def _after(
 
 
 def default_jobs() -> int:
-    """Points side by side: one for each core on a CPU, 1 on an accelerator."""
-    return len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
+    """Points side by side: one for each core on a CPU, 1 on an accelerator or where processes share runs."""
+    alone = jax.process_count() == 1
+    return len(os.sched_getaffinity(0)) if alone and jax.default_backend() == "cpu" else 1
 
 
 def _tally(

@@ -1,27 +1,32 @@
-"""Measures the latency of our own decoding, for `experiments.latency`: a prompt, then token by token."""
+"""Measures latency, for `experiments.latency`: a prompt, then token by token, by us or by llama.cpp."""
 
+import dataclasses
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from mobilellm_jax import model
 from mobilellm_jax.analysis.latency_table import Measured
-from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.config import Config, ModelConfig
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.formats import gguf, llama_cpp
 from mobilellm_jax.inference.generate import GREEDY, Generator
 
-PROGRAM = "our own decoding"
 _WINDOW_S = 2e-3  # of tokens timed together: less than what the system gives to other work at a time
 _WINDOWS = 4  # in a turn
 _FEWEST = 3  # tokens of a window
 
 Shape = tuple[ModelConfig, int]  # and the slots of its cache
 Turn = Callable[[], tuple[float, float]]
+Step = Callable[[], object]  # makes the next token
+Read = Callable[[], tuple[Step, float]]  # reads the prompt: what to go on with, and the seconds it took
+Open = Callable[[ModelConfig, int], Read]
 
 
 def use_threads(count: int) -> None:
@@ -37,7 +42,7 @@ def use_threads(count: int) -> None:
 
 
 def measured(
-    shapes: Sequence[Shape], base: ModelConfig, rounds: int, say: Callable[[str], None]
+    shapes: Sequence[Shape], base: ModelConfig, rounds: int, open_: Open, say: Callable[[str], None]
 ) -> list[Measured]:
     """Measures shapes at batch 1: a prompt that fills half of the cache, then some tokens.
 
@@ -49,14 +54,15 @@ def measured(
       shapes: models, whose weights are random; slots are powers of 2 of at least 32.
       base: what the fields of `Measured` differ from.
       rounds: at least 1.
+      open_: `ours`, or `in_llama_cpp(kind)`.
       say: receives a line for each shape and round.
     """
     turns: list[Turn] = []
     for number, (config, slots) in enumerate(shapes, start=1):
         start = time.perf_counter()
-        turns.append(_turn_of(config, slots))
+        turns.append(_turn_of(open_(config, slots), slots))
         seconds = time.perf_counter() - start
-        say(f"{number} of {len(shapes)} compiled, {seconds:.1f} s: {described(config)}, {slots} slots")
+        say(f"{number} of {len(shapes)} ready, {seconds:.1f} s: {described(config)}, {slots} slots")
     found: list[list[tuple[float, float]]] = [[] for _ in shapes]
     for number in range(1, rounds + 1):
         start = time.perf_counter()
@@ -78,32 +84,75 @@ def _of(base: ModelConfig, config: ModelConfig, slots: int, turns: list[tuple[fl
     )
 
 
-def _turn_of(config: ModelConfig, slots: int) -> Turn:
-    """Compiles, and returns a turn: seconds of a prompt and of a token."""
-    prompt = [[i % config.vocab_size for i in range(slots // 2)]]
-    generator = Generator(_random(config), config, GREEDY, slots)
+def ours(config: ModelConfig, slots: int) -> Read:
+    """Our own decoding of a shape; random weights."""
+    generator, prompt = Generator(_random(config), config, GREEDY, slots), _prompt(config, slots)
 
-    def read() -> Any:
-        text = generator.start(prompt, slots // 2, None, 0)
+    def read() -> tuple[Step, float]:
+        text = generator.start([prompt], slots // 2, None, 0)
         start = time.perf_counter()
         next(text)
-        return text, time.perf_counter() - start
+        return (lambda: next(text)), time.perf_counter() - start
 
-    def window(text: Any, tokens: int) -> float:
+    return read
+
+
+def in_llama_cpp(kind: str, config: Config) -> Open:
+    """llama.cpp with weights of a type of `gguf.TYPES`; its own key/value cache, f16.
+
+    Args:
+      config: of any run, for what a file says beside its model.
+
+    Raises:
+      UserError: llama.cpp or the package that writes its files is not installed.
+    """
+    llama_cpp.load()
+
+    def open_(model_config: ModelConfig, slots: int) -> Read:
+        prompt, of = _prompt(model_config, slots), dataclasses.replace(config, model=model_config)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.gguf"
+            gguf.write(path, of, _random(model_config), kind)
+            there = llama_cpp.Model(path, slots, exact=False)  # keeps the file open
+
+        def read() -> tuple[Step, float]:
+            start = time.perf_counter()
+            last = there.start(prompt)
+            seconds = time.perf_counter() - start
+
+            def step() -> None:
+                nonlocal last
+                last = there.step(last)
+
+            return step, seconds
+
+        return read
+
+    return open_
+
+
+def _prompt(config: ModelConfig, slots: int) -> list[int]:
+    return [i % config.vocab_size for i in range(slots // 2)]
+
+
+def _turn_of(read: Read, slots: int) -> Turn:
+    """Warms up, and returns a turn: seconds of a prompt and of a token."""
+
+    def window(step: Step, tokens: int) -> float:
         start = time.perf_counter()
         for _ in range(tokens):
-            next(text)
+            step()
         return (time.perf_counter() - start) / tokens
 
-    text, _ = read()
-    window(text, _FEWEST)
+    step, _ = read()
+    window(step, _FEWEST)
     most = (slots // 2 - 1) // _WINDOWS
-    tokens = min(most, max(_FEWEST, round(_WINDOW_S / window(text, _FEWEST))))
+    tokens = min(most, max(_FEWEST, round(_WINDOW_S / window(step, _FEWEST))))
 
     def turn() -> tuple[float, float]:
         read()
-        text, prefill = read()
-        return prefill, min(window(text, tokens) for _ in range(_WINDOWS))
+        step, prefill = read()
+        return prefill, min(window(step, tokens) for _ in range(_WINDOWS))
 
     return turn
 

@@ -118,7 +118,7 @@ def fitted(points: Mapping[str, Sequence[Measured]], base: ModelConfig) -> dict[
         models = [dataclasses.replace(base, **point.fields) for point in measured]
         found[kind] = {
             time: latency.fit(
-                [latency.features(time, m, p.slots) for m, p in zip(models, measured, strict=True)],
+                [latency.features(time, m, p.slots, kind) for m, p in zip(models, measured, strict=True)],
                 [getattr(point, time) for point in measured],
                 models,
             )

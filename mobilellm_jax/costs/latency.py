@@ -25,15 +25,43 @@ _SET = "working set"  # in MB; it is no work, but tells from where the weights a
 _SHAPES_FOR_EACH = 2  # shapes for each coefficient, at least
 
 
-def features(time: str, config: ModelConfig, slots: int) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """How a program keeps weights of one type.
+
+    Attributes:
+      weight_bytes: of a weight of a matrix, its share of the scale of its group included.
+      cache_bytes: of a number in the key/value cache.
+      written_out: a shared block is there once for each layer that applies it, as in a GGUF file.
+    """
+
+    weight_bytes: int | float
+    cache_bytes: int
+    written_out: bool = False
+
+
+OURS = {name: Stored(size, size) for name, size in DTYPE_BYTES.items()}
+LLAMA_CPP = {  # groups of 32 weights with a scale of 2 bytes; the cache is f16
+    "f16": Stored(2, 2, written_out=True),
+    "q8_0": Stored(34 / 32, 2, written_out=True),
+    "q4_0": Stored(18 / 32, 2, written_out=True),
+}
+_STORED = OURS | LLAMA_CPP
+
+
+def features(time: str, config: ModelConfig, slots: int, kind: str | None = None) -> dict[str, float]:
     """The work behind one of `TIMES`, by name, which has its unit.
 
     A token reads the blocks in the order of the plan, the head, and the keys and values of all slots, filled
     or not; then the largest logit is looked for. A block that is used again at once may still be in a cache
     of the processor: its bytes have a coefficient of their own. A prompt multiplies with every block as often
     as it is applied. `split` takes the working set of a token, all weights, keys and values.
+
+    Args:
+      kind: type of the weights, of `OURS` or `LLAMA_CPP`; None: the compute dtype of the model.
     """
-    L, T, width = config.effective_depth, slots // 2, DTYPE_BYTES[config.compute_dtype]
+    stored = _STORED[kind or config.compute_dtype]
+    L, T, width = config.effective_depth, slots // 2, stored.weight_bytes
     of_block = sum(
         math.prod(p.unstacked_shape(config)) for p in declared(config) if p.stack and p.kind == "matrix"
     )
@@ -49,8 +77,9 @@ def features(time: str, config: ModelConfig, slots: int) -> dict[str, float]:
             "GFLOP of attention": 4 * T * slots * L * N * H / 1e9,
             "millions of scores": L * N * T * slots / 1e6,
         }
-    reads = sum(1 for _ in itertools.groupby(config.plan))
-    keys_and_values = 2 * L * K * slots * H * width / 1e6
+    reads = L if stored.written_out else sum(1 for _ in itertools.groupby(config.plan))
+    blocks = L if stored.written_out else config.depth
+    keys_and_values = 2 * L * K * slots * H * stored.cache_bytes / 1e6
     return {
         "tokens": 1.0,
         "layers": float(L),
@@ -59,7 +88,7 @@ def features(time: str, config: ModelConfig, slots: int) -> dict[str, float]:
         "thousands of logits": config.vocab_size / 1e3,
         "MB of keys and values": keys_and_values,
         "thousands of scores": L * N * slots / 1e3,
-        _SET: config.depth * width * of_block / 1e6 + head + keys_and_values,
+        _SET: blocks * width * of_block / 1e6 + head + keys_and_values,
     }
 
 
@@ -190,24 +219,26 @@ class Latency:
         Raises:
           UserError: the type of the weights was not measured.
         """
-        return {time: of.predict(features(time, config, slots)) for time, of in self._of(config).items()}
+        kind = self._kind(config)
+        return {time: of.predict(features(time, config, slots, kind)) for time, of in self.fits[kind].items()}
 
     def outside(self, config: ModelConfig, slots: int) -> list[str]:
         """What of this shape lies outside of the shapes measured, by feature of a token or a prompt."""
+        kind = self._kind(config)
         found = [
             line
-            for time, of in self._of(config).items()
-            for line in of.outside(features(time, config, slots))
+            for time, of in self.fits[kind].items()
+            for line in of.outside(features(time, config, slots, kind))
         ]
         return list(dict.fromkeys(found))
 
     def median_errors(self, config: ModelConfig) -> dict[str, float]:
-        return {time: of.median_error for time, of in self._of(config).items()}
+        return {time: of.median_error for time, of in self.fits[self._kind(config)].items()}
 
-    def _of(self, config: ModelConfig) -> Mapping[str, Fit]:
+    def _kind(self, config: ModelConfig) -> str:
         kind = self.weights or config.compute_dtype
         if kind not in self.fits:
             raise UserError(
                 f"latency: weights in {kind!r} were not measured; {did_you_mean(kind, self.fits)}"
             )
-        return self.fits[kind]
+        return kind

@@ -4,6 +4,7 @@ A low-discrepancy sequence in place of random numbers or a grid: any first part 
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -20,7 +21,12 @@ T = TypeVar("T")
 
 
 def designed(
-    base: ModelConfig, count: int, most_megabytes: int | float, most_slots: int
+    base: ModelConfig,
+    count: int,
+    most_megabytes: int | float,
+    most_slots: int,
+    kind: str | None = None,
+    multiple: int = 1,
 ) -> list[tuple[ModelConfig, int]]:
     """The first `count` shapes, and the slots of the cache for each.
 
@@ -33,11 +39,13 @@ def designed(
       count: at least 1.
       most_megabytes: a shape whose layers and head read more than this for a token is left out.
       most_slots: of a cache.
+      kind: type of the weights, as in `features`.
+      multiple: of widths; 32 where weights have a scale for each group of 32.
     """
     found: list[tuple[ModelConfig, int]] = []
     for point in _sequence(dimensions=8):
-        config, slots = _shape(base, point, most_slots)
-        work = features("decode_ms", config, slots)
+        config, slots = _shape(base, point, most_slots, multiple)
+        work = features("decode_ms", config, slots, kind)
         read = sum(amount for name, amount in work.items() if name.startswith("MB"))
         if config.effective_depth <= _MOST_LAYERS and read <= most_megabytes:
             found.append((config, slots))
@@ -58,11 +66,14 @@ def _sequence(dimensions: int) -> Iterator[list[float]]:
         yield [float(of) for of in (0.5 + number * steps) % 1]
 
 
-def _shape(base: ModelConfig, point: Sequence[float], most_slots: int) -> tuple[ModelConfig, int]:
+def _shape(
+    base: ModelConfig, point: Sequence[float], most_slots: int, multiple: int
+) -> tuple[ModelConfig, int]:
     depth, width, head_dim, group, ffn, vocabulary, sharing, slots = point
     H, G, plan = _choice(head_dim, _HEAD_DIMS), _choice(group, _GROUPS), _choice(sharing, _SHARING)
-    heads = G * max(1, round(_between(width, 32, 768) / (G * H)))
-    D = heads * H
+    unit, ffn_unit = math.lcm(G * H, multiple), math.lcm(8, multiple)
+    D = unit * max(1, round(_between(width, 32, 768) / unit))
+    heads = D // H
     config = dataclasses.replace(
         base,
         depth=round(_between(depth, 1, 24)),
@@ -70,7 +81,7 @@ def _shape(base: ModelConfig, point: Sequence[float], most_slots: int) -> tuple[
         num_heads=heads,
         num_kv_heads=heads // G,
         head_dim=H,
-        ffn_width=8 * max(1, round(D * _between(ffn, 1, 4) / 8)),
+        ffn_width=ffn_unit * max(1, round(D * _between(ffn, 1, 4) / ffn_unit)),
         vocab_size=round(_between(vocabulary, 256, 32_768)),
         sharing=plan,
         num_repeats=1 if plan == "none" else 2,

@@ -38,6 +38,8 @@ def with_repeats(config: ModelConfig, num_repeats: int) -> ModelConfig:
         )
     if num_repeats == config.num_repeats:
         return config
+    if type(config) not in (ModelConfig, LoopedModel):
+        raise TypeError(f"{type(config).__name__}: what it adds to a model would be lost")
     fields = config.plain_fields()
     trained = config.trained_repeats if isinstance(config, LoopedModel) else config.num_repeats
     if num_repeats > trained and (field := config.differing_uses) not in ("", "loop_norm"):
