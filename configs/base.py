@@ -112,6 +112,7 @@ def get_config(preset: str = "") -> ConfigDict:
     model.base_width = 128  # where mup and completep equal standard: this config's shape
     model.base_depth = 4
     model.compute_dtype = "float32"  # float32 | bfloat16 | auto: bfloat16 where it is fast
+    model.attention = "auto"  # auto | chunks | cudnn | splash: the kernel in training, by the devices
     # none | dots | full: ever less memory; dots is the fastest on CPUs, and of the loops over layers on a GPU
     model.remat = "dots"
     model.scan_unroll = 1
@@ -182,6 +183,16 @@ def check_preset(file: str, preset: str, presets: Sequence[str]) -> None:
         raise ValueError(f"{Path(file).name} has no preset {preset!r}; valid presets: {valid}")
 
 
+def presets_of(collections: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The presets of a file with collections of studies: these, then every study."""
+    return (*collections, *dict.fromkeys(study for of in collections.values() for study in of))
+
+
+def members(file: str, collections: Mapping[str, Sequence[str]], preset: str) -> list[str]:
+    """The studies of a collection as values of --config; none where the preset is a study itself."""
+    return [f"configs/{Path(file).name}:{study}" for study in collections.get(preset, ())]
+
+
 def use_recipe(config: ConfigDict, preset: str) -> None:
     """Sets the recipe of a preset: that of the paper for `paper*`, else the small one."""
     if preset.startswith("paper"):
@@ -190,17 +201,17 @@ def use_recipe(config: ConfigDict, preset: str) -> None:
         use_small_recipe(config, preset)
 
 
-def protocol(preset: str) -> dict[str, Any]:
+def protocol(preset: str, seeds: int | None = None) -> dict[str, Any]:
     """Fields of a `Study` that depend on the cost of a run.
 
     `paper*` has the paper's parameterization, and one learning rate for all shapes, as in the paper; its
-    three seeds are ours, the paper has one.
+    three seeds are ours, the paper has one. `seeds` replaces the number of seeds.
     """
     paper, tiny = preset.startswith("paper"), preset == "tiny"
     return {
         "arms": {} if paper else BOTH,
         "learning_rates": () if paper else (2**-8, 2**-7, 2**-6),
-        "seeds": 5 if tiny else 3,
+        "seeds": seeds or (5 if tiny else 3),
         "margin": 0.05 if tiny else 0.02,
         "sd": 0.025 if tiny else None,  # of `noise:tiny`
     }

@@ -60,7 +60,7 @@ def study(preset: str) -> base.Study:
         pairs=[(later, earlier) for earlier, later in pairwise(names)],
         matched="tokens",
         tolerance=0.0,
-        **base.protocol(preset) | {"seeds": 3},
+        **base.protocol(preset, seeds=3),
     )
 
 

@@ -51,7 +51,7 @@ def study(preset: str) -> base.Study:
         baseline="16 x 16",
         matched="total_parameters",
         tolerance=0.15,
-        **base.protocol(preset) | {"seeds": 3},
+        **base.protocol(preset, seeds=3),
     )
 
 

@@ -56,7 +56,7 @@ COLLECTIONS = {
     "tiny": tuple(f"{ability}_tiny" for ability in _ABILITIES),
     "laptop": tuple(f"{ability}_laptop" for ability in (*_ABILITIES, "text")),
 }
-PRESETS = (*COLLECTIONS, *(preset for presets in COLLECTIONS.values() for preset in presets))
+PRESETS = base.presets_of(COLLECTIONS)
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
@@ -92,7 +92,7 @@ def use_steps(config: ConfigDict, steps: int) -> None:
 
 def studies(preset: str) -> list[str]:
     """Abilities of a collection; an ability is a study itself."""
-    return [f"configs/loops.py:{ability}" for ability in COLLECTIONS.get(preset, ())]
+    return base.members(__file__, COLLECTIONS, preset)
 
 
 def study(preset: str) -> base.Study:

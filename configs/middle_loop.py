@@ -23,7 +23,7 @@ _ABILITIES = {"operations": ("manipulation_tiny5", 300), "hops": ("hops_tiny5", 
 _SHAPE = (2, 26, 62)  # heads, width and ffn width
 _DEPTHS = {"tiny": 6, "laptop": 12}
 COLLECTIONS = {size: tuple(f"{ability}_{size}" for ability in _ABILITIES) for size in _DEPTHS}
-PRESETS = (*COLLECTIONS, *(preset for presets in COLLECTIONS.values() for preset in presets))
+PRESETS = base.presets_of(COLLECTIONS)
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
@@ -43,7 +43,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 def studies(preset: str) -> list[str]:
     """Abilities of a collection; an ability is a study itself."""
-    return [f"configs/middle_loop.py:{ability}" for ability in COLLECTIONS.get(preset, ())]
+    return base.members(__file__, COLLECTIONS, preset)
 
 
 def study(preset: str) -> base.Study:

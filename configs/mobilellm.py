@@ -57,7 +57,7 @@ def study(preset: str) -> base.Study:
         pairs=[*twice, *((larger, smaller) for smaller, larger in pairwise(plain))] if len(names) > 1 else (),
         matched="tokens",
         tolerance=0.0,
-        **base.protocol("paper" if preset in _MODELS else preset) | {"seeds": 1 if preset in _MODELS else 3},
+        **base.protocol("paper" if preset in _MODELS else preset, seeds=1 if preset in _MODELS else 3),
     )
 
 

@@ -216,7 +216,7 @@ COLLECTIONS = {
     },
 }
 COLLECTIONS["paper"] = (*COLLECTIONS["paper8x512"], *COLLECTIONS["paper12x768"])
-PRESETS = (*COLLECTIONS, *_ABILITIES)
+PRESETS = base.presets_of(COLLECTIONS)
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
@@ -249,7 +249,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 def studies(preset: str) -> list[str]:
     """Abilities of a collection; an ability is a study itself."""
-    return [f"configs/playground.py:{ability}" for ability in COLLECTIONS.get(preset, ())]
+    return base.members(__file__, COLLECTIONS, preset)
 
 
 def arms(preset: str) -> tuple[str, ...]:

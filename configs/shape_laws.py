@@ -44,7 +44,7 @@ _LENGTH = 256
 _CHECK = "1m_8"  # for the error of the law at a size that it was not fitted to
 CELLS = (*(f"{size}_{horizon}" for size in ("33k", "100k", "300k") for horizon in _HORIZONS), _CHECK)
 COLLECTIONS = {"laptop": CELLS[:5], "full": CELLS}
-PRESETS = (*COLLECTIONS, *CELLS)
+PRESETS = base.presets_of(COLLECTIONS)
 
 
 def get_config(preset: str = "laptop") -> ConfigDict:
@@ -73,7 +73,7 @@ def get_config(preset: str = "laptop") -> ConfigDict:
 
 def studies(preset: str) -> list[str]:
     """Cells of a collection, the cheapest first; a cell is a study itself."""
-    return [f"configs/shape_laws.py:{cell}" for cell in COLLECTIONS.get(preset, ())]
+    return base.members(__file__, COLLECTIONS, preset)
 
 
 def study(preset: str) -> base.Study:

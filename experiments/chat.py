@@ -20,13 +20,14 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli
-from experiments.runner import answering
+from experiments.runner import answering, sampling
 from mobilellm_jax.data import chat
 from mobilellm_jax.data.tokenizers import TEMPLATE_FILE
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.generate import Generator, Sampling
 from mobilellm_jax.inference.talk import Speaker, Talk, answers, style
-from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_run, open_tokenizer
+from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_tokenizer
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import enable_compilation_cache
 from mobilellm_jax.storage.files import AnyPath
 from mobilellm_jax.training import signals
@@ -37,12 +38,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "directory of the run")
     flags.DEFINE_string("system", "", "a first turn of the system")
-    flags.DEFINE_integer("max_new_tokens", None, "of a reply, at most; else what the context has room for")
-    flags.DEFINE_float("temperature", 0.0, "0: the most probable token; 1: drawn as the model says")
-    flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
-    flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that together have this probability")
-    flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_integer("context", None, "longest conversation; else the length of a training row")
+    sampling.define_flags()
     flags.DEFINE_string("questions", None, "file of questions to answer, .jsonl or .json")
     flags.DEFINE_string("answers", None, "file to write: .jsonl for MT-bench, .json for AlpacaEval")
     flags.DEFINE_enum("format", None, answering.FORMATS, "of both files; default: that of the questions")
@@ -60,12 +56,12 @@ def main() -> int:
         return _check()
     if not FLAGS.workdir:
         raise UserError("--workdir: missing; name a run, such as --workdir=runs/phone")
-    sampling = Sampling(temperature=FLAGS.temperature, top_k=FLAGS.top_k, top_p=FLAGS.top_p)
+    asked = sampling.asked()
     if not FLAGS.questions and not sys.stdin.isatty():
         raise UserError("--questions: missing; without a terminal, give a file of questions and --answers")
     questions = answering.read_questions(Path(FLAGS.questions), FLAGS.format) if FLAGS.questions else None
     workdir = cli.directory("workdir", FLAGS.workdir)
-    speaker = _speaker(workdir, sampling)
+    speaker = _speaker(workdir, asked)
     if questions:
         _answer(speaker, *questions, FLAGS.model_id or workdir.absolute().name)
     else:
@@ -80,7 +76,7 @@ def _check() -> int:
     return 0
 
 
-def _speaker(workdir: AnyPath, sampling: Sampling) -> Speaker:
+def _speaker(workdir: AnyPath, asked: Sampling) -> Speaker:
     config, params = open_run(workdir)
     tokenizer = open_tokenizer(workdir)
     if tokenizer is None or tokenizer.eos_id is None:
@@ -91,8 +87,7 @@ def _speaker(workdir: AnyPath, sampling: Sampling) -> Speaker:
     elif template.read_text().strip() != chat.TEMPLATE:
         print(f"warning: {template} is another template than ours, which is used here", file=sys.stderr)
     enable_compilation_cache()
-    context = config.data.sequence_length if FLAGS.context is None else FLAGS.context
-    generator = Generator(params, config.model, sampling, context)
+    generator = Generator(params, config.model, asked, sampling.context(config))
     bos = begins_with_bos(workdir, tokenizer)
     return Speaker(generator, tokenizer, bos, FLAGS.max_new_tokens, FLAGS.seed)
 

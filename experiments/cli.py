@@ -176,7 +176,7 @@ def check_field(config: ConfigDict, name: str, prefix: str = "") -> None:
         group = group[part]
 
 
-def _fields(config: ConfigDict) -> str:
+def _fields(config: Any) -> str:
     """All fields of a config with their values, as flags."""
     lines = [
         f"\nfields of {config_spec()}, of which the points of a study change some; "

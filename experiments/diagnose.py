@@ -26,7 +26,7 @@ from experiments.reporting import drawing, layers
 from experiments.runner.diagnosing import Entry, diagnose_run, results_path
 from experiments.runner.rows import on_this_machine, rows_to_score
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.runs.directory import open_run
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import enable_compilation_cache
 from mobilellm_jax.storage.files import write_atomically
 

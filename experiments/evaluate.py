@@ -24,7 +24,7 @@ is none, as of an imported run, to zero_shot.json in its directory.
 
 --num_repeats scores a model whose blocks are repeated with other numbers of loops than in training: its
 held-out rows, and of a synthetic task what it measures, which is added to the run's record; or a --text. The
-multiplier of the residual branches stays that of training (`mobilellm_jax/model/loops.py` says why).
+multiplier of the residual branches stays that of training (`mobilellm_jax/loops.py` says why).
 API calls after true conversations, decoded greedily: the splits of mobilellm_jax/data/api_calls.py, or files
 as conversations:<glob>, each with :<number> for so many. Counted are JSON, intent, names of slots and whole
 calls, and ROUGE of the replies (mobilellm_jax/inference/calls.py); kept as scores of tasks are, or in
@@ -41,6 +41,7 @@ from collections.abc import Sequence
 
 import jax
 from absl import flags
+from tqdm import tqdm
 
 from experiments import cli
 from experiments.runner import looping
@@ -57,7 +58,8 @@ from mobilellm_jax.inference import instructions
 from mobilellm_jax.inference.strings import count_parsed, draw_strings
 from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import partition
-from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
+from mobilellm_jax.runs.directory import begins_with_bos, open_tokenizer
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import check, enable_compilation_cache
 from mobilellm_jax.storage.files import AnyPath
 from mobilellm_jax.training.held_out import evaluate_batches
@@ -137,7 +139,7 @@ def main() -> int:
 
 
 def _on_this_machine(config: Config) -> Config:
-    """The config with the mesh and batch size of this command."""
+    """The config with the mesh and batch size of this command, and the attention of these devices."""
     try:
         mesh = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), map(int, FLAGS.mesh), strict=True)))
     except (TypeError, ValueError) as error:
@@ -150,7 +152,8 @@ def _on_this_machine(config: Config) -> Config:
         ways = data_size * fsdp_size
         size = -(-config.train.eval_batch_size // ways) * ways
     sizes = {"batch_size": size, "accumulation_steps": 1, "eval_batch_size": size}
-    return dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, **sizes))
+    m = dataclasses.replace(config.model, attention="auto")
+    return dataclasses.replace(config, model=m, mesh=mesh, train=dataclasses.replace(config.train, **sizes))
 
 
 def _score_text(
@@ -160,8 +163,11 @@ def _score_text(
     programs = make_programs(config, check(config))
     text = read_text(spec, FLAGS.text_field, tokenizer, config.data.sequence_length, add_bos)
     params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, programs.state.params))
-    batches = text.batches(config.train.eval_batch_size, jax.process_index(), jax.process_count())
-    loss, _ = evaluate_batches(programs, params, batches)
+    size = config.train.eval_batch_size
+    batches = text.batches(size, jax.process_index(), jax.process_count())
+    total = -(-len(text.rows_RS) // size)
+    shown = tqdm(batches, f"{name}scoring", total, unit="batch", leave=False, disable=None)  # on a terminal
+    loss, _ = evaluate_batches(programs, params, iter(shown))
     bits = loss * text.tokens / math.log(2) / text.text_bytes
     print(
         f"{name}{spec}: {loss:.4f} nats per token, perplexity {math.exp(loss):,.3f}, {bits:.4f} bits per "

@@ -20,12 +20,14 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
+from experiments.runner import sampling
 from mobilellm_jax import data
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.inference.generate import Generator, Sampling, TextStream
-from mobilellm_jax.model.loops import with_repeats
-from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
+from mobilellm_jax.inference.generate import Generator, TextStream
+from mobilellm_jax.loops import with_repeats
+from mobilellm_jax.runs.directory import begins_with_bos, open_tokenizer
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import enable_compilation_cache
 from mobilellm_jax.training import signals
 
@@ -40,12 +42,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_string(
         "prompt_ids", [], "or token ids to continue, as they are, such as 1,403; several make a batch"
     )
-    flags.DEFINE_integer("max_new_tokens", None, "at most; else what the context has room for")
-    flags.DEFINE_float("temperature", 0.0, "0: the most probable token; 1: drawn as the model says")
-    flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens; 0: from all")
-    flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that together have this probability")
-    flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_integer("context", None, "longest prompt and text; else the length of a training row")
+    sampling.define_flags()
     flags.DEFINE_integer(
         "num_repeats", None, "times each block is applied; else as in training", lower_bound=1
     )
@@ -63,7 +60,7 @@ def main() -> int:
     """Generates, and returns the exit status."""
     if not FLAGS.workdir:
         raise UserError("--workdir: missing; name a run, such as --workdir=runs/first")
-    sampling = Sampling(temperature=FLAGS.temperature, top_k=FLAGS.top_k, top_p=FLAGS.top_p)
+    asked = sampling.asked()
     if not (FLAGS.prompt or FLAGS.prompt_ids or sys.stdin.isatty()):
         raise UserError("--prompt: missing; give a text to continue, such as --prompt='Once upon a time'")
     given_ids = [_token_ids(text) for text in FLAGS.prompt_ids]
@@ -78,8 +75,8 @@ def main() -> int:
     add_bos = tokenizer is not None and begins_with_bos(workdir, tokenizer)
     prompts = [*_encode(FLAGS.prompt, tokenizer, add_bos), *given_ids]
     enable_compilation_cache()
-    context = config.data.sequence_length if FLAGS.context is None else FLAGS.context
-    generator = Generator(params, shape, sampling, context, FLAGS.exit_above)
+    context = sampling.context(config)
+    generator = Generator(params, shape, asked, context, FLAGS.exit_above)
     if prompts:
         _answer(generator, prompts, tokenizer)
     else:
@@ -128,11 +125,11 @@ def _converse(generator: Generator, tokenizer: data.Tokenizer | None, add_bos: b
             print()
             return
         if text:
-            try:
-                with signals.noted_signals() as received:
+            with signals.noted_signals() as received:
+                try:
                     _answer(generator, _encode([text], tokenizer, add_bos), tokenizer, place, received)
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
+                except UserError as error:
+                    print(f"error: {error}", file=sys.stderr)
             if received and set(received) != {"SIGINT"}:
                 raise signals.stopped(received, "in an answer")
             place += 1

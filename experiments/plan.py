@@ -24,9 +24,9 @@ from experiments import cli
 from mobilellm_jax.config import Config, MeshConfig, from_config_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.costs.collectives import Collective, count_collectives, partitioned_text
+from mobilellm_jax.dtypes import with_dtype
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition
-from mobilellm_jax.runs.run import with_dtype
 from mobilellm_jax.runs.teacher import distillation_of
 from mobilellm_jax.training.programs import make_programs
 
@@ -77,6 +77,8 @@ def define_flags() -> None:
 def main() -> int:
     """Prints the plan, and returns the exit status."""
     config = with_dtype(from_config_dict(cli.one_config()), lambda: "tpu")  # or a GPU, with the same dtype
+    m = dataclasses.replace(config.model, attention="auto")  # a platform's own kernel lowers for it alone
+    config = dataclasses.replace(config, model=m)
     sizes = parse_mesh(FLAGS.mesh)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", math.prod(sizes))

@@ -25,9 +25,9 @@ from experiments.runner import devices, profiles
 from experiments.runner.listing import said_to_cost, table
 from experiments.runner.profiles import Design
 from mobilellm_jax.config import from_config_dict
+from mobilellm_jax.dtypes import with_dtype
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.runs.directory import read_config
-from mobilellm_jax.runs.run import with_dtype
 
 FLAGS = flags.FLAGS
 

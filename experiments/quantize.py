@@ -20,10 +20,11 @@ from absl import flags
 
 from experiments import cli
 from experiments.runner.flags import asked_questions, define_scoring
-from experiments.runner.quantizing import Entry, Quantizing, quantize_run, results_path, schemes_of
+from experiments.runner.quantizing import Entry, quantize_run, results_path
 from experiments.runner.rows import on_this_machine, rows_to_score
+from experiments.runner.schemes import Quantizing, schemes_of
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.runs.directory import open_run
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import enable_compilation_cache
 
 FLAGS = flags.FLAGS

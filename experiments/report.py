@@ -45,8 +45,8 @@ def redraw(workdir: str | AnyPath, formats: Collection[str] = figures.FORMATS[:1
     studies, refused = figures.read_studies(workdir)
     drawn = []
     for study in studies:
-        images = figures.write(study, workdir, formats)
-        print(pages.write_report(study, images, workdir), end="\n\n")
+        said, images = pages.report(study, workdir, formats)
+        print(said, end="\n\n")
         drawn.append((study, images))
     for said in abilities.write(studies, workdir, formats):
         print(said, end="\n\n")

@@ -25,8 +25,9 @@ def main() -> int:
     wanted = flags.FLAGS.presets
     found = [record for record in read_records(workdir / "results") if record.study == study]
     there = {record.preset for record in found}
-    if not found or (absent := [preset for preset in wanted if preset not in there]):
-        preset = "" if not found else f":{absent[0]}"
+    absent = [preset for preset in wanted if preset not in there]
+    if not found or absent:
+        preset = f":{absent[0]}" if found else ""
         raise UserError(
             f"{workdir}/results: no records of {study}{preset}; make them with: "
             f"python -m experiments.sweep --config=configs/{study}.py{preset} --workdir={workdir}"

@@ -27,8 +27,8 @@ from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.costs.latency import TIMES
 from mobilellm_jax.costs.shapes import BUDGETS, Rules, Shape, shown, solve
+from mobilellm_jax.dtypes import with_dtype
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.runs.run import with_dtype
 
 FLAGS = flags.FLAGS
 

@@ -2,6 +2,7 @@
 
   python -m experiments.slurm --config=configs/khop.py:tiny --workdir=/shared/runs --partition=gpu --gpus=1
   python -m experiments.slurm --config=configs/khop.py:tiny --workdir=runs --cluster=local    # without Slurm
+  python -m experiments.slurm ... --dry_run                   # what would be submitted, without Slurm
   python -m experiments.slurm ... --time=240 --parallel=16 --sbatch='qos=low,constraint=a100'
 
 A task is `python -m experiments.sweep ... --shard=i/n`, started in this directory, which all nodes see, as
@@ -14,6 +15,7 @@ it for good. Logs are in --workdir/slurm. Tried with submitit on one machine, an
 srun and scontrol; not on a cluster.
 """
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from experiments.runner import diagnosing, hosts, looping, quantizing, questions
+from experiments.runner import diagnosing, hosts, looping, quantizing, questions, samples
 from experiments.runner.flags import (
     DEFAULT_STUDY,
     PASSED_ON,
@@ -56,6 +58,7 @@ def define_flags() -> None:
     flags.DEFINE_float("mem_gb", None, "memory for each task, in GB; default: the cluster's", 0.1)
     flags.DEFINE_integer("parallel", 256, "tasks that may run at once", 1)
     flags.DEFINE_list("sbatch", [], "more options of sbatch, such as qos=low,constraint=a100")
+    flags.DEFINE_bool("dry_run", False, "print what would be submitted; submit and write nothing")
     define_sweep()
 
 
@@ -72,8 +75,9 @@ def main() -> int:
     loops = asked_loops()
     asked_trials()  # so that a wrong value is refused here, not in every task
     workdir = local_directory("workdir", FLAGS.workdir)  # submitit keeps its logs there
-    executor = _executor(workdir / "slurm", extra)
-    make_workdir(workdir)
+    executor = None if FLAGS.dry_run else _executor(workdir / "slurm", extra)
+    if executor:
+        make_workdir(workdir)
     if FLAGS.only:
         print(said_to_compare(points))
     print(table(points))
@@ -86,11 +90,15 @@ def main() -> int:
         or (schemes and quantizing.lacking(point, workdir, schemes))
         or (FLAGS.diagnose and diagnosing.lacking(point, workdir))
         or looping.lacking(point, workdir, loops)
+        or samples.lacking(point, workdir, FLAGS.sample)
     ]
     print(f"\n{len(points) - len(todo)} of {len(points)} points are complete", flush=True)
     command = [sys.executable, "-m", "experiments.sweep", *cli.given(*PASSED_ON)]
     tasks = [[*command, f"--shard={index}/{len(points)}"] for index in todo]
     names = [points[index].name for index in todo]
+    if not executor:
+        print("\n".join(_planned(names, tasks)))
+        return 0
     return _run_here(executor, names, tasks) if FLAGS.cluster == "local" else _submit(executor, names, tasks)
 
 
@@ -133,6 +141,21 @@ def _executor(folder: Path, extra: dict[str, Any]) -> Any:
         slurm_additional_parameters={"requeue": True, **extra},
     )
     return executor
+
+
+def _planned(names: list[str], tasks: list[list[str]]) -> list[str]:
+    """What would be submitted: the command of each task, and what each gets."""
+    counts = {"minutes": FLAGS.time, "CPU cores": FLAGS.cpus, "GPUs": FLAGS.gpus, "GB": FLAGS.mem_gb}
+    words = {"partition": FLAGS.partition, "account": FLAGS.account}
+    each = [
+        *(f"{count:g} {unit}" for unit, count in counts.items() if count),
+        *(f"{name}={word}" for name, word in words.items() if word),
+        *FLAGS.sbatch,
+    ]
+    return [
+        *(f"{name}  {shlex.join(task)}" for name, task in zip(names, tasks, strict=True)),
+        f"tasks to submit: {len(tasks)}, at most {FLAGS.parallel} at once, each with {', '.join(each)}",
+    ]
 
 
 def _submit(executor: Any, names: list[str], tasks: list[list[str]]) -> int:

@@ -13,6 +13,7 @@
   python -m experiments.sweep --tasks=mobilellm --data_dir=eval      # and zero-shot accuracy of every run
   python -m experiments.sweep --quantize=w8a8,w4:32                  # and what quantization costs it
   python -m experiments.sweep --diagnose                             # and what each of its layers does
+  python -m experiments.sweep --sample='The list of'                 # and what its designs write
   python -m experiments.sweep --num_repeats=1,2,4                    # and scores with other numbers of loops
   python -m experiments.sweep --config=configs/repeats.py:tiny --profile   # and what its designs learn apart
 
@@ -28,11 +29,11 @@ diverges is recorded as such, and the others go on; a process that a signal ende
 Sweeps that share a --workdir share the points; the point of one that died is taken over (`runner/leases.py`).
 With --tasks, every finished run answers them at the end, also one that was there before; what its record has
 is not asked again. So it is with the schemes of --quantize (`experiments.quantize`), with --diagnose
-(`experiments.diagnose`) and with --num_repeats, for models that have loops. With --profile, every design is
-trained on the abilities of the playground as well, in profile/ (`experiments.profile`). Points chosen by
---only are compared as the study asks, or, where it asks for no pair of them, all with each other. In
---workdir: results/ has one JSON record for each run, reports/ and figures/ what they show, runs/ checkpoints
-and logs.
+(`experiments.diagnose`), with --num_repeats, for models that have loops, and with --sample, for the first run
+of every design. With --profile, every design is trained on the abilities of the playground as well, in
+profile/ (`experiments.profile`). Points chosen by --only are compared as the study asks, or, where it asks
+for no pair of them, all with each other. In --workdir: results/ has one JSON record for each run, reports/
+and figures/ what they show, runs/ checkpoints and logs.
 """
 
 import os
@@ -96,6 +97,7 @@ def main() -> int:
         diagnosed=FLAGS.diagnose,
         loops=loops,
         trials=trials,
+        prompts=FLAGS.sample,
     )
     if profile:
         more = {"jobs": FLAGS.jobs, "groups": groups, "lines_every": every, "trials": trials}

@@ -26,13 +26,14 @@ from experiments.runner.leases import Leases
 from mobilellm_jax.analysis.records import Record, write_record
 from mobilellm_jax.config import Config, ModelConfig, from_config_dict
 from mobilellm_jax.costs import accounting
+from mobilellm_jax.dtypes import with_dtype
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.adapters import adapted
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import check_workdir
 from mobilellm_jax.runs.lineage import check_apart, open_parent
-from mobilellm_jax.runs.run import agreed_record, check, enable_compilation_cache, run, with_dtype
+from mobilellm_jax.runs.run import agreed_record, check, enable_compilation_cache, run
 from mobilellm_jax.runs.teacher import Teacher, open_teacher
 from mobilellm_jax.storage.files import AnyPath, reason
 

@@ -35,7 +35,7 @@ class UsesConfig:
 
     @property
     def trained_plan(self) -> LayerPlan:
-        """The plan that multipliers and parameters of uses are for; another in `model.loops.LoopedModel`."""
+        """The plan that multipliers and parameters of uses are for; another in `loops.LoopedModel`."""
         raise NotImplementedError
 
     @property

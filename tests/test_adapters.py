@@ -31,7 +31,7 @@ from mobilellm_jax.formats.huggingface_weights import read_params
 from mobilellm_jax.model.adapters import adapted, by_path, join, merged, split
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.parameters import nest
-from mobilellm_jax.runs.directory import open_run
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import check
 from mobilellm_jax.training.programs import make_programs
 from mobilellm_jax.training.step import init_state, train_step

@@ -1,6 +1,7 @@
 """Any text as rows: the rows that preparing it would give, and the rest of it."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -74,3 +75,12 @@ def test_a_text_without_a_token_to_predict_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(UserError, match=r"has 0 token\(s\); expected at least 2"):
         read_text(f"files:{tmp_path}/x.jsonl", "text", BytesTokenizer(), 4, add_bos=True)
+
+
+def test_reading_shows_a_bar_on_a_terminal(folder, monkeypatch, capsys):
+    spec = f"files:{folder}/*.txt"
+    read_text(spec, "text", BytesTokenizer(), 7, True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    read_text(spec, "text", BytesTokenizer(), 7, True)
+    assert f"reading {spec}: 100%" in capsys.readouterr().err

@@ -1,5 +1,8 @@
 """A run on each device of a host: what each process gets to see, and what is refused."""
 
+import importlib.metadata
+import importlib.util
+
 import pytest
 from commands import command
 from test_sweep import points, write_study
@@ -87,3 +90,18 @@ def test_flags_that_do_not_fit(study, tmp_path, flags, platforms, message):
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
     assert message in result.stderr
     assert not (tmp_path / "w").exists()
+
+
+def test_a_host_that_can_have_no_accelerator_is_not_asked(monkeypatch):
+    """Looking takes a process that imports jax."""
+    platform = devices.platform.__wrapped__
+    monkeypatch.setattr(devices, "of_host", lambda: ("tpu", 4))
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    for asked, found in ((None, "cpu"), ("cpu", "cpu"), ("tpu", "tpu"), ("tpu,cpu", "tpu")):
+        monkeypatch.setenv("JAX_PLATFORMS", asked or "")
+        assert platform() == found
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ["xla_cuda13"])
+    assert platform() == "tpu"

@@ -23,7 +23,9 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats import gguf as ours
 from mobilellm_jax.formats import gguf_parity, llama_cpp
 from mobilellm_jax.formats.gguf_tokenizer import vocabulary
-from mobilellm_jax.runs.directory import TOKENIZER, open_run
+from mobilellm_jax.formats.parity import ParityError
+from mobilellm_jax.runs.directory import TOKENIZER
+from mobilellm_jax.runs.opening import open_run
 
 gguf = pytest.importorskip("gguf")
 needs_llama_cpp = pytest.mark.skipif(not llama_cpp.installed(), reason="llama.cpp is not installed")
@@ -53,14 +55,14 @@ def run_of(path, tokenizer=None, change=lambda params: None, **fields):
 
 
 def read(path):
-    """Returns the keys and the tensors of a file, numbers of few bits as float32."""
+    """The keys and the tensors of a file, numbers of few bits as float32."""
     reader = gguf.GGUFReader(path)
     keys = {name: field.contents() for name, field in reader.fields.items()}
     return keys, {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
 
 
 def expected_tensors(params, m):
-    """Returns what a file holds, by a plain loop over layers, heads and pairs of dimensions."""
+    """The tensors of a model in llama.cpp's layout, by a plain loop over layers, heads and pairs."""
 
     def rows(w):  # [D, heads, H] -> [heads * H, D], pairs as neighbours
         return np.array(
@@ -197,16 +199,14 @@ def test_parity_with_rounded_weights(tmp_path, kind):
 def test_what_differs_gets_no_name(tmp_path, monkeypatch):
     run_of(tmp_path / "run", TOKENIZERS["bpe"](), vocab_size=300)
     monkeypatch.setattr(ours, "_permute", lambda tensor, place, config: tensor)
-    with pytest.raises(gguf_parity.ParityError, match=r"differ from those of the run by .* expected at most"):
+    with pytest.raises(ParityError, match=r"differ from those of the run by .* expected at most"):
         ours.export_run(tmp_path / "run", tmp_path / "out.gguf", "f32")
     monkeypatch.undo()
     monkeypatch.setattr(ours, "begins_with_bos", lambda workdir, tokenizer: False)
     monkeypatch.setattr(gguf_parity, "TEXTS", ["<eos>"])
     monkeypatch.setattr(BytesTokenizer, "encode_batch", lambda self, texts: [[1]] * len(texts))
     run_of(tmp_path / "bytes", BytesTokenizer(), vocab_size=300)
-    with pytest.raises(
-        gguf_parity.ParityError, match=r"'<eos>': llama.cpp encodes it to \[60, 101, 111, 115, 62\]"
-    ):
+    with pytest.raises(ParityError, match=r"'<eos>': llama.cpp encodes it to \[60, 101, 111, 115, 62\]"):
         ours.export_run(tmp_path / "bytes", tmp_path / "out.gguf", "f32")
     assert sorted(os.listdir(tmp_path)) == ["bytes", "run"]
 
@@ -380,7 +380,7 @@ def test_the_command_says_what_it_wrote(tmp_path):
     [
         ([], "--out: missing; name what to make, such as --out=exported"),
         (["--format=gguf"], "--out: missing; name what to make, such as --out=first.gguf"),
-        (["--out=x", "--type=q8_0"], "--type=q8_0: a Hugging Face folder holds f32, bf16, f16"),
+        (["--out=x", "--type=q8_0"], "--type=q8_0: --format=hf holds f32, bf16, f16; use one of these, or"),
         (["--out=x", "--format=gguf"], "no run found"),
     ],
     ids=str,
@@ -391,30 +391,29 @@ def test_bad_flags_are_one_line(tmp_path, flags, message):
     assert message in result.stderr
 
 
-@needs_llama_cpp
-@pytest.mark.slow
-def test_a_trained_run_answers_in_llama_cpp(tmp_path):
-    """As in docs/howto/gguf.md, with shared blocks, from the bundled text."""
+def trained_run(folder):
+    """Trains a run with shared blocks on the bundled text, and exports it; the paths of both."""
     tiny = {"model.vocab_size": 512, "data.tokenizer": "bpe:512", "data.sequence_length": 64}
     tiny |= {"model.depth": 2, "model.width": 64, "model.num_heads": 4, "model.sharing": "immediate"}
     tiny |= {"model.num_repeats": 2, "train.steps": 150, "train.batch_size": 8, "train.eval_every": 150}
     config = [f"--config.{name}={value}" for name, value in tiny.items()]
-    config += [f"--config.data.cache_dir={tmp_path}/cache", "--config.train.eval_rows=8"]
-    trained = command("experiments.train", f"--workdir={tmp_path}/run", *config)
+    config += [f"--config.data.cache_dir={folder}/cache", "--config.train.eval_rows=8"]
+    run, file = folder / "run", folder / "first.gguf"
+    trained = command("experiments.train", f"--workdir={run}", *config)
     assert trained.returncode == 0, trained.stderr
-    exported = command(
-        "experiments.export", f"--workdir={tmp_path}/run", "--format=gguf", f"--out={tmp_path}/first.gguf"
-    )
+    exported = command("experiments.export", f"--workdir={run}", "--format=gguf", f"--out={file}")
     assert exported.returncode == 0, exported.stderr
-    generated = command(
-        "experiments.generate",
-        f"--workdir={tmp_path}/run",
-        "--prompt=The list of",
-        "--max_new_tokens=40",
-        "--print_ids",
-    )
+    return run, file
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+def test_a_trained_run_answers_in_llama_cpp(tmp_path):
+    """As in docs/howto/gguf.md."""
+    run, file = trained_run(tmp_path)
+    flags = ["--prompt=The list of", "--max_new_tokens=40", "--print_ids"]
+    generated = command("experiments.generate", f"--workdir={run}", *flags)
     ids = [int(word) for word in generated.stdout.split(",")]
-    with llama_cpp.Model(tmp_path / "first.gguf", context=64) as there:
+    with llama_cpp.Model(file, context=64) as there:
         prompt = there.tokenize("The list of")
         assert prompt + there.greedy(prompt, len(ids) - len(prompt)) == ids
-    assert len(set(ids)) > 5  # it says something

@@ -9,7 +9,7 @@ from test_lineage import folder, start  # noqa: F401, a fixture
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.adapters import by_path
 from mobilellm_jax.model.growth import grown, sources
-from mobilellm_jax.runs.directory import open_run
+from mobilellm_jax.runs.opening import open_run
 
 SLOW = pytest.mark.slow
 LOOP = {"sharing": "repeat_all", "num_repeats": 2}

@@ -23,7 +23,8 @@ from mobilellm_jax.inference.local_tasks import LOCAL_TASKS
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.quantization.apply import quantize
 from mobilellm_jax.quantization.schemes import parse
-from mobilellm_jax.runs.directory import TOKENIZER, open_run, open_tokenizer
+from mobilellm_jax.runs.directory import TOKENIZER, open_tokenizer
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.storage.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries of others

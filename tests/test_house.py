@@ -71,7 +71,7 @@ LAYERS = {
         ["validation", "sharing", "roles"],
         ["train_config", "uses_config"],  # parts of the config
         ["config"],
-        ["parameters"],
+        ["parameters", "chunks", "dtypes", "loops"],
         ["model", "parallel"],  # they meet through the names of mesh axes
         ["storage", "costs", "quantization"],
         ["data", "analysis"],

@@ -27,7 +27,8 @@ from mobilellm_jax.formats import huggingface
 from mobilellm_jax.formats.huggingface_config import check_exportable, model_fields, read_object
 from mobilellm_jax.formats.huggingface_weights import INDEX, WEIGHTS, read_params, write_params
 from mobilellm_jax.inference.generate import Generator, Sampling
-from mobilellm_jax.runs.directory import IMPORTED, TOKENIZER, claim_workdir, open_run, open_tokenizer
+from mobilellm_jax.runs.directory import IMPORTED, TOKENIZER, claim_workdir, open_tokenizer
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.storage.checkpoint import Checkpoints
 from mobilellm_jax.storage.sealed import seal, unseal
 

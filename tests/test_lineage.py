@@ -17,7 +17,8 @@ from mobilellm_jax.data import save_tokenizer
 from mobilellm_jax.data.tokenizers import BytesTokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.runs import lineage
-from mobilellm_jax.runs.directory import DATA, IMPORTED, TOKENIZER, check_same, open_run
+from mobilellm_jax.runs.directory import DATA, IMPORTED, TOKENIZER, check_same
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import check, run
 from mobilellm_jax.storage.checkpoint import MANIFEST, Checkpoints, save_params
 from mobilellm_jax.storage.sealed import seal

@@ -24,7 +24,7 @@ from mobilellm_jax.config import from_config_dict, to_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import Preempted, UserError
 from mobilellm_jax.inference.generate import Generator, Sampling
-from mobilellm_jax.model.loops import LoopedModel, with_repeats
+from mobilellm_jax.loops import LoopedModel, with_repeats
 from mobilellm_jax.model.parameterization import multipliers
 from mobilellm_jax.runs.directory import check_same, read_config
 from mobilellm_jax.training.draws import loops_of_steps

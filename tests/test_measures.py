@@ -309,7 +309,7 @@ def test_floor_and_ceiling_are_drawn_where_the_axis_reaches_them(metric, a, b, e
 
 @pytest.mark.parametrize("metric", ["wrong", "log_divergence", "forgotten"])
 def test_reports_are_written_for_every_measure(tmp_path, metric):
-    said = pages.report(study_of(two_points(metric, 0.4, 0.1)), tmp_path)
+    said, _ = pages.report(study_of(two_points(metric, 0.4, 0.1)), tmp_path)
     page = (tmp_path / "reports" / "shape-tiny.md").read_text()
     assert MEASURES[metric].caption in page
     assert "## By level" in page

@@ -17,8 +17,9 @@ from configs import base, quantization
 from experiments.reporting import pages
 from experiments.reporting import quantized as tables
 from experiments.runner import sweeping
-from experiments.runner.quantizing import Quantizing, lacking, quantize_run, read, schemes_of
+from experiments.runner.quantizing import lacking, quantize_run, read
 from experiments.runner.rows import rows_of_text
+from experiments.runner.schemes import Quantizing, schemes_of
 from experiments.runner.studies import points_of
 from mobilellm_jax.analysis.quantized import gap_pairs, gaps
 from mobilellm_jax.analysis.records import Record, add_entry, read_record, read_records, write_record
@@ -29,7 +30,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats import huggingface
 from mobilellm_jax.quantization.apply import check_groups
 from mobilellm_jax.quantization.schemes import parse
-from mobilellm_jax.runs.directory import open_run
+from mobilellm_jax.runs.opening import open_run
 
 STORIES = Path(__file__).parents[2] / "shared/data/weights/stories260K"
 

@@ -106,7 +106,7 @@ def files(folder):
 
 
 def test_files_and_the_text_to_print(tmp_path):
-    text = pages.report(study_of(study()), tmp_path)
+    text, _ = pages.report(study_of(study()), tmp_path)
     names = "shape-tiny.png shape-tiny-curves.png shape-tiny-learning_rates.png"  # all cost the same
     names += " shape-tiny.csv shape-tiny-comparisons.csv"
     expected = {f"figures/{name}" for name in names.split()}
@@ -317,7 +317,7 @@ def test_command_gives_the_same_bytes_elsewhere(tmp_path):
     done = real("experiments.report", workdir, f"--formats={formats}", env=environment)
     assert done.returncode == 0, done.stderr
     found = study_of(records)
-    text = pages.write_report(found, figures.write(found, tmp_path / "b", figures.FORMATS), tmp_path / "b")
+    text, _ = pages.report(found, tmp_path / "b", figures.FORMATS)
     index.write(tmp_path / "b")
     assert text.replace(str(tmp_path / "b"), str(tmp_path / "a")) in done.stdout
     for folder in ("figures", "reports"):

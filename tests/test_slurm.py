@@ -182,6 +182,20 @@ def test_what_is_asked_of_slurm(study, tmp_path, slurm):
     assert asked >= {"signal=USR2@120", "requeue", "open-mode=append", "qos=low", "exclusive"}
 
 
+def test_a_dry_run_needs_no_slurm_and_writes_nothing(study, tmp_path):
+    flags = ["--partition=gpu", "--gpus=2", "--parallel=3", "--sbatch=qos=low", "--seeds=1", "--dry_run"]
+    status, output, errors = end(launch(study, tmp_path / "w", *flags))
+    assert (status, errors) == (0, "")
+    *_, first, second, last = output.splitlines()
+    assert first.startswith("mini/tiny/none  ")
+    assert second.endswith(f"--workdir={tmp_path}/w --seeds=1 --shard=1/2")
+    assert last == (
+        "tasks to submit: 2, at most 3 at once, each with 240 minutes, 2 CPU cores, 2 GPUs, "
+        "partition=gpu, qos=low"
+    )
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -2,13 +2,17 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
-from commands import command
+from commands import ROOT, command
 from test_sweep import losses, points, write_study
 
 from experiments.runner import leases, sweeping
+from experiments.runner.progress import Progress
 from experiments.runner.status import status
+from mobilellm_jax.config import to_dict
 from mobilellm_jax.errors import UserError
 
 
@@ -68,3 +72,24 @@ def test_a_workdir_that_is_not_there_is_named(study, tmp_path):
     assert result.stderr == (
         f"error: --workdir={tmp_path}/no: there is no such directory; no sweep has run there\n"
     )
+
+
+def test_status_starts_without_jax(study, tmp_path):
+    """Which takes longer to import than all the rest; a real process, as a fork has imported it."""
+    (tmp_path / "w").mkdir()
+    run = "runpy.run_module('experiments.sweep', run_name='__main__')"
+    program = f"import runpy, sys; sys.modules['jax'] = None; {run}"
+    line = [sys.executable, "-c", program, f"--config={study}", f"--workdir={tmp_path}/w", "--status"]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith(f"{tmp_path}/w: 0 of about ")
+
+
+def test_a_comparison_that_was_stopped_in_its_first_run_goes_on_at_its_rate(study, tmp_path):
+    """It has a checkpoint and no record; the others are fitted anew, as more may have been tried."""
+    (none,), workdir = points(study, only=["none"]), tmp_path
+    first = next(none.comparison_runs(0.003))
+    folder = workdir / "runs" / first.name
+    (folder / "checkpoints/2").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(to_dict(first.config)))
+    assert Progress(points(study), workdir).rates() == {none.name: 0.003}

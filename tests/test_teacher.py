@@ -17,7 +17,8 @@ from mobilellm_jax.data.rows import inputs_and_targets
 from mobilellm_jax.data.tokenizers import BytesTokenizer, train_bpe
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.adapters import adapted, merged
-from mobilellm_jax.runs.directory import DATA, IMPORTED, TOKENIZER, check_same, open_run
+from mobilellm_jax.runs.directory import DATA, IMPORTED, TOKENIZER, check_same
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import check, run
 from mobilellm_jax.runs.teacher import TEACHER, open_teacher
 from mobilellm_jax.storage.checkpoint import MANIFEST, save_params

@@ -14,8 +14,8 @@ from mobilellm_jax.costs import accounting
 from mobilellm_jax.diagnostics.diagnosis import diagnose
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.generate import GREEDY, Generator
+from mobilellm_jax.loops import with_repeats
 from mobilellm_jax.model.adapters import adapted, by_path
-from mobilellm_jax.model.loops import with_repeats
 from mobilellm_jax.model.parameterization import multipliers
 from mobilellm_jax.model.uses import as_blocks, written_out
 from mobilellm_jax.parallel import partition

@@ -21,7 +21,7 @@ _REPEATS = (1, 2, 4)
 def measure(quick: bool) -> list[m.Line]:
     """Measures seconds to compile a training step, memory, and the ratio of the deepest to the shallowest."""
     depths = _DEPTHS[:2] if quick else _DEPTHS
-    plans = {f"{depth} blocks": {"depth": depth} for depth in depths}
+    plans: dict[str, dict[str, object]] = {f"{depth} blocks": {"depth": depth} for depth in depths}
     plans |= {
         f"12 blocks, each applied {times} times": {"depth": 12, "sharing": "immediate", "num_repeats": times}
         for times in _REPEATS[1:]

@@ -45,12 +45,15 @@ def measure(quick: bool) -> list[m.Line]:
     points = len({record.point for record in records})
     side_by_side = min(cores, points)
     train_s = sum(record.own_train_s for record in records)
+    run_s, compile_s = (
+        sum((record.timing[name] or 0) / (record.trials_together or 1) for record in records)
+        for name in ("wall_s", "compile_s")
+    )
     evaluate = "runs, with evaluation and checkpoints"
-    run_s = sum(record.timing["wall_s"] for record in records)
     all_s = side_by_side * wall_s
     return [
         m.Line(f"{DEFAULT_STUDY}, {len(records)} runs: wall time", "s", (wall_s,)),
         m.Line("not training steps, share of wall time", "%", (100 * (1 - train_s / all_s),), at_most=15),
-        m.Line("of it compilation", "%", (100 * sum(r.timing["compile_s"] for r in records) / all_s,)),
+        m.Line("of it compilation", "%", (100 * compile_s / all_s,)),
         m.Line(f"of it outside of {evaluate}", "%", (100 * (1 - run_s / all_s),)),
     ]

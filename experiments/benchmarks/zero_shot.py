@@ -28,7 +28,8 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats import huggingface
 from mobilellm_jax.inference import local_tasks
 from mobilellm_jax.runs import provenance
-from mobilellm_jax.runs.directory import TOKENIZER, open_run
+from mobilellm_jax.runs.directory import TOKENIZER
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import check
 from mobilellm_jax.storage.checkpoint import save_params
 

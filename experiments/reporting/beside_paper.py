@@ -54,7 +54,7 @@ def draw(study: Study) -> Figure | None:
     lines = dict.fromkeys([*(row.series for rows in groups.values() for row in rows), *ours])
     looks = {line: drawing.look(index) for index, line in enumerate(lines)}
     is_stairs = len(facts.pairs) > 1 and all(a[0] == b[1] for a, b in pairwise(facts.pairs))
-    _draw_paper(parts[:-1], groups, looks, facts.x["label"] if facts.x else "", is_stairs, heights)
+    _draw_paper(list(parts[:-1]), groups, looks, facts.x["label"] if facts.x else "", is_stairs, heights)
     axes = parts[-1].subplots()
     drawing.draw_values(axes, study, looks, is_reversed=True, height=2.1)
     reversed_axis = "" if MEASURES[facts.metric].is_share else "; axis reversed"
@@ -205,7 +205,8 @@ def _draw_paper(
                 placing.label_ends(axes, ends, looks, height - 0.8)
         else:
             drawing.category_axis(axes, [row.label for row in rows])
-            axes.plot(values, range(len(values)), **looks[rows[0].series] | {"ls": "none"}, ms=7)
+            look: dict[str, Any] = {**looks[rows[0].series], "ls": "none"}
+            axes.plot(values, range(len(values)), **look, ms=7)
             axes.set_xlim(limits)
             axes.set_xlabel("average zero-shot accuracy (%)")
             if is_stairs:

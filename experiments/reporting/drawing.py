@@ -81,7 +81,8 @@ def _settle(figure: Figure) -> None:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes in figure.get_axes():
-        axes.set_position([round(float(place), 5) for place in axes.get_position().bounds])
+        left, bottom, width, height = (round(float(place), 5) for place in axes.get_position().bounds)
+        axes.set_position((left, bottom, width, height))
 
 
 def _with_plain_ids(svg: bytes) -> bytes:
@@ -121,7 +122,7 @@ def framed(title: str, subtitle: str, caption: str, height: float, width: float 
     room = (0, below / total, 1, height / total)
     figure.set_layout_engine(ConstrainedLayoutEngine(rect=room, w_pad=0.08, h_pad=0.06))
     figure.text(0.02, 0.07 / total, caption, fontsize=8, color="0.25", linespacing=1.3)
-    at = {"ha": "left", "va": "top"}
+    at: dict[str, Any] = {"ha": "left", "va": "top"}
     figure.text(0.02, 1 - 0.08 / total, title, fontsize=11.5, fontweight="bold", **at)
     figure.text(0.02, 1 - below_title / total, subtitle, fontsize=9, color="0.3", **at)
     return figure
@@ -249,7 +250,7 @@ def draw_values(
     measure, places, lines = MEASURES[study.facts.metric], places_of(study), series_of(study)
     of_lines = looks or {line: look(index) for index, line in enumerate(lines)}
     is_across, ends = places is None, dict[str, tuple[float, float]]()
-    if is_across:
+    if places is None:
         _draw_points(
             axes, study, {label: i for i, label in enumerate(study.points)}, looks and looks[""], True
         )

@@ -83,7 +83,9 @@ def read_studies(workdir: str | AnyPath) -> tuple[list[Study], list[str]]:
     return found, refused
 
 
-def write(study: Study, workdir: str | AnyPath, formats: Collection[str] = FORMATS[:1]) -> dict[str, Image]:
+def write(
+    study: Study, standing: pareto.Pareto, workdir: str | AnyPath, formats: Collection[str] = FORMATS[:1]
+) -> dict[str, Image]:
     """Writes figures and tables (CSV) of one study at one preset. Returns the figures by suffix.
 
     `formats` are those of `FORMATS` to write.
@@ -95,10 +97,7 @@ def write(study: Study, workdir: str | AnyPath, formats: Collection[str] = FORMA
         "": ("Final values and differences", outcome(study)),
         "-paper": ("The paper's points beside ours", beside_paper.draw(study)),
         "-costs": ("Final values against parameters and FLOPs", costs(study)),
-        "-pareto": (
-            "Final values against latency and bytes",
-            pareto.draw(study, pareto.pareto_of(study, workdir)),
-        ),
+        "-pareto": ("Final values against latency and bytes", pareto.draw(study, standing)),
         "-curves": ("Held-out values during training", curves(study)),
         "-learning_rates": ("Final loss against learning rate", learning_rates(study)),
         "-layers": ("What each layer is worth, and the logit lens", layers.draw(study)),

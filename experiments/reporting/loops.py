@@ -1,6 +1,7 @@
 """Table and figure of a study's designs with other numbers of loops than in training."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -107,7 +108,7 @@ def _answer(found: Sequence[Looped]) -> str:
     return f"{len(same)} of {len(best)} designs have their lowest loss with as many loops as in training"
 
 
-def _line(axes: Axes, of_point: Sequence[Looped], values: Sequence[float], look: dict[str, object]) -> None:
+def _line(axes: Axes, of_point: Sequence[Looped], values: Sequence[float], look: dict[str, Any]) -> None:
     axes.plot([of.count for of in of_point], values, **look, ms=5, lw=1.5)
     for of, value in zip(of_point, values, strict=True):
         if of.count == of.trained:

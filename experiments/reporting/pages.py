@@ -8,7 +8,7 @@ import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from urllib.parse import quote
 
 from experiments.reporting import (
@@ -20,6 +20,7 @@ from experiments.reporting import (
     numerals,
     pareto,
     quantized,
+    sample_texts,
     step_times,
     tables,
     titles,
@@ -52,7 +53,7 @@ class Links:
 
 Block = str | list[str] | tables.Columns | Image | Code | Links  # paragraph, bullet points, table, ...
 # Heading, content; sections without content are omitted. Without a heading: the lead, below the title.
-Section = tuple[str, list[Block]]
+Section = tuple[str, Sequence[Block]]
 
 # Light or dark by the reader's preference. The content policy forbids loading or running anything.
 _HTML = """<!DOCTYPE html>
@@ -100,27 +101,29 @@ SHARES = (
 )
 
 
-def report(study: Study, workdir: str | AnyPath) -> str:
-    """Writes figures, table (CSV) and report (HTML, Markdown) of one study at one preset.
+def report(
+    study: Study, workdir: str | AnyPath, formats: Collection[str] = figures.FORMATS[:1]
+) -> tuple[str, dict[str, Image]]:
+    """Writes figures, tables (CSV) and report (HTML, Markdown) of one study at one preset.
+
+    `formats` are those of `figures.FORMATS` to write.
 
     Returns:
-      The text to print: warnings, tables, verdict, and the path of the report.
+      The text to print: warnings, tables, verdict, and the path of the report. And the figures by suffix.
 
     Raises:
       UserError: a file cannot be written.
     """
-    return write_report(study, figures.write(study, workdir), workdir)
-
-
-def write_report(study: Study, images: dict[str, Image], workdir: str | AnyPath) -> str:
-    found = study.verdict
-    standing = pareto.block(study, pareto.pareto_of(study, workdir))
+    found, standing = study.verdict, pareto.pareto_of(study, workdir)
+    images = figures.write(study, standing, workdir, formats)
+    sections = contents(study, images, pareto.block(study, standing))
     files = "Files", [_files(study, images, path_of(workdir))]
-    path = write_page(study.stem, study.facts.question, [*contents(study, images, standing), files], workdir)
+    path = write_page(study.stem, study.facts.question, [*sections, files], workdir)
     said = textwrap.fill(found.sentence, 110, break_long_words=False, break_on_hyphens=False)
     short = textwrap.fill(in_words(study), 110, break_long_words=False, break_on_hyphens=False)
     warnings = [f"Warning: {warning}" for warning in found.warnings]
-    return "\n".join([*warnings, tables.text(study), "", said, "", short, f"Report: {path}.html"])
+    lines = [*warnings, tables.text(study), "", said, "", short, f"Report: {path}.html"]
+    return "\n".join(lines), images
 
 
 def _files(study: Study, images: dict[str, Image], workdir: AnyPath) -> Links:
@@ -182,6 +185,7 @@ def contents(study: Study, images: dict[str, Image], standing: Sequence[Block] =
         ("Against parameters and FLOPs", shown("-costs")),
         ("Against latency and bytes", [*shown("-pareto"), *standing]),
         ("Training curves", [images["-curves"]]),
+        ("What they write", [sample_texts.SAMPLES, said] if (said := sample_texts.table(study)) else []),
         ("Runs that did not finish", _unfinished(study)),
         ("Time of a step", [step_times.TIMES, times] if (times := step_times.table(study)) else []),
         ("Cost", [_cost(runs)]),

@@ -9,8 +9,7 @@ from typing import Any
 
 import jax
 
-from experiments import cli
-from experiments.runner.kept import Kept
+from experiments.runner.kept import Kept, made_with
 from experiments.runner.score_table import percent
 from mobilellm_jax import data
 from mobilellm_jax.config import Config
@@ -21,9 +20,7 @@ from mobilellm_jax.inference import calls, instructions
 from mobilellm_jax.inference.generate import GREEDY, Generator
 from mobilellm_jax.inference.talk import Speaker
 from mobilellm_jax.model.stack import Params
-from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import begins_with_bos
-from mobilellm_jax.storage.checkpoint import newest_intact
 from mobilellm_jax.storage.files import AnyPath
 
 _KEPT = Kept("calls", what="the scores of API calls", again="score")
@@ -155,10 +152,7 @@ def _settings(config: Config, workdir: AnyPath, bos: bool) -> dict[str, Any]:
     return {
         "bos": bos,
         "context": config.data.sequence_length,
-        "step": newest_intact(workdir / "checkpoints")[0],
-        "compute_dtype": config.model.compute_dtype,
-        "command": cli.command(),
-        "git_commit": provenance.git_commit(),
+        **made_with(workdir, config),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

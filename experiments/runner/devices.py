@@ -5,12 +5,13 @@ on a GPU it takes most of the memory. A short process of its own looks at what i
 """
 
 import functools
+import importlib.metadata
+import importlib.util
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Mapping
-
-import jax
 
 from mobilellm_jax.errors import UserError
 
@@ -22,6 +23,8 @@ _TPU_PORT = 8476  # of the first group
 
 def seen() -> tuple[str, int]:
     """Platform and number of devices that this process sees; of a TPU, chips."""
+    import jax  # here and below: `platform` does without, where there can be no accelerator
+
     local = jax.local_devices()  # two for a TPU chip with two cores, which only one process can have
     return local[0].platform, len({getattr(device, "coords", device.id) for device in local})
 
@@ -52,11 +55,24 @@ def of_host() -> tuple[str, int]:
 @functools.cache
 def platform() -> str:
     """Platform of this host's devices, which this process does not open."""
-    return of_host()[0]
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    return "cpu" if asked == "cpu" or not (asked or _supports_accelerators()) else of_host()[0]
+
+
+def _supports_accelerators() -> bool:
+    """Whether something is installed by which jax could find an accelerator."""
+    return bool(
+        importlib.metadata.entry_points(group="jax_plugins")
+        or importlib.util.find_spec("jax_plugins")
+        or importlib.util.find_spec("libtpu")
+        or os.environ.get("TPU_LIBRARY_PATH")
+    )
 
 
 def stay_off(count: int) -> None:
     """Has this process, which has not used jax yet, see `count` simulated devices and no accelerator."""
+    import jax
+
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 
-from experiments import cli
-from experiments.runner.kept import Kept
+from experiments.runner.kept import Kept, made_with
 from experiments.runner.points import Point
 from experiments.runner.progress import finished_records
 from experiments.runner.rows import Batches, held_out_rows
@@ -17,10 +16,8 @@ from mobilellm_jax.analysis.records import LAYERS
 from mobilellm_jax.config import Config
 from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import processes
-from mobilellm_jax.runs import provenance
-from mobilellm_jax.runs.directory import open_run
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import check
-from mobilellm_jax.storage.checkpoint import newest_intact
 from mobilellm_jax.storage.files import AnyPath
 
 _KEPT = Kept("diagnostics", what="the diagnostics of a run", again="diagnose")
@@ -52,10 +49,7 @@ def diagnose_run(
         **dataclasses.asdict(found),
         "units": "rows" if documents is None else "documents",
         "text": text or f"{t.eval_split}:{t.eval_rows or 'all'}",
-        "step": newest_intact(workdir / "checkpoints")[0],
-        "compute_dtype": config.model.compute_dtype,
-        "command": cli.command(),
-        "git_commit": provenance.git_commit(),
+        **made_with(workdir, config),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if jax.process_index() == 0:

@@ -6,8 +6,8 @@ from experiments import cli
 from experiments.runner import hosts
 from experiments.runner.latencies import NamedTable, named
 from experiments.runner.points import Point
-from experiments.runner.quantizing import Quantizing, schemes_of
 from experiments.runner.questions import Questions
+from experiments.runner.schemes import Quantizing, schemes_of
 from experiments.runner.studies import points_of
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import local_directory
@@ -18,7 +18,7 @@ DEFAULT_STUDY = "configs/playground.py:tiny"
 # What a launcher passes on to the sweeps that it starts, besides the flags of the config.
 PASSED_ON = (
     *("workdir", "only", "arms", "seeds", "lines_every", "trials_per_program"),
-    *("tasks", "data_dir", "limit", "quantize", "diagnose", "num_repeats"),
+    *("tasks", "data_dir", "limit", "quantize", "diagnose", "num_repeats", "sample"),
 )
 
 
@@ -70,6 +70,9 @@ def define_sweep() -> None:
         "quantize", [], "schemes that every finished run is quantized to, such as w8a8,w4:32; default: none"
     )
     flags.DEFINE_bool("diagnose", False, "say of every finished run what its layers do")
+    flags.DEFINE_multi_string(
+        "sample", [], "a text that the first run of every design continues, for the report; may be repeated"
+    )
     define_loops()
     hosts.define_flags()
     define_scoring()

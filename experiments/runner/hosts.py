@@ -11,12 +11,10 @@ import re
 import shlex
 import sys
 
-import jax
 from absl import flags
 
 from experiments import cli
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.parallel import processes
 
 FLAGS = flags.FLAGS
 
@@ -49,6 +47,10 @@ def start() -> None:
     given = [value is not None for value in (address, count, index)]
     if not asked():
         return
+    import jax  # here, as --list and --status do without
+
+    from mobilellm_jax.parallel import processes
+
     if any(given) and not all(given):
         raise UserError("--coordinator_address, --num_processes, --process_id: give all three, or none")
     if address is not None and not re.fullmatch(r".+:\d{1,5}", address):

@@ -4,9 +4,13 @@ import dataclasses
 import json
 from typing import Any
 
+from experiments import cli
 from mobilellm_jax.analysis.records import add_entry, read_record
+from mobilellm_jax.config import Config
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import processes
+from mobilellm_jax.runs import provenance
+from mobilellm_jax.storage.checkpoint import newest_intact
 from mobilellm_jax.storage.files import AnyPath, write_atomically
 
 
@@ -20,6 +24,16 @@ def record_of(workdir: AnyPath) -> AnyPath | None:
         if parent.name == "runs" and record.exists():
             return record
     return None
+
+
+def made_with(workdir: AnyPath, config: Config) -> dict[str, Any]:
+    """What an entry says of how it was made: the checkpoint of the run, dtype, command and commit."""
+    return {
+        "step": newest_intact(workdir / "checkpoints")[0],
+        "compute_dtype": config.model.compute_dtype,
+        "command": cli.command(),
+        "git_commit": provenance.git_commit(),
+    }
 
 
 @dataclasses.dataclass(frozen=True)

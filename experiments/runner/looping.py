@@ -7,8 +7,7 @@ from typing import Any
 
 import jax
 
-from experiments import cli
-from experiments.runner.kept import Kept
+from experiments.runner.kept import Kept, made_with
 from experiments.runner.points import Point
 from experiments.runner.progress import finished_records
 from experiments.runner.view import Event, Tell
@@ -16,14 +15,13 @@ from mobilellm_jax import data
 from mobilellm_jax.config import Config
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.loops import with_repeats
+from mobilellm_jax.loops import with_repeats
 from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import partition, processes
-from mobilellm_jax.runs import provenance
-from mobilellm_jax.runs.directory import IMPORTED, open_run
+from mobilellm_jax.runs.directory import IMPORTED
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import check
 from mobilellm_jax.sharing import LOOPED
-from mobilellm_jax.storage.checkpoint import newest_intact
 from mobilellm_jax.storage.files import AnyPath
 from mobilellm_jax.training.held_out import evaluate_held_out
 from mobilellm_jax.training.programs import make_programs
@@ -57,10 +55,7 @@ def score_loops(
     settings = {
         "trained": config.model.num_repeats,
         "text": f"{t.eval_split}:{t.eval_rows or 'all'}",
-        "step": newest_intact(workdir / "checkpoints")[0],
-        "compute_dtype": config.model.compute_dtype,
-        "command": cli.command(),
-        "git_commit": provenance.git_commit(),
+        **made_with(workdir, config),
     }
     for count, asked in configs.items():
         share = partition.process_share(mesh)

@@ -1,16 +1,17 @@
 """How far a sweep is: which runs its workdir has records of, and whether they belong to this sweep."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.runner.points import Point, Run
 from mobilellm_jax.analysis import comparable
 from mobilellm_jax.analysis.records import Record, read_record
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs.directory import check_data, check_same, check_workdir, read_config
 from mobilellm_jax.storage.files import AnyPath, files_below
+
+T = TypeVar("T")
 
 
 def record_path(workdir: AnyPath, run: Run) -> AnyPath:
@@ -37,7 +38,7 @@ class Progress:
         Raises:
           UserError: in all processes, where `workdir` holds runs of another sweep.
         """
-        return processes.of_first(self._missing)
+        return _of_first(self._missing)
 
     def check_data(self, cards: Mapping[Path, Iterable[dict[str, Any]]]) -> None:
         """Checks the data cards of studies, given by folder, against all records and runs of these studies.
@@ -45,7 +46,7 @@ class Progress:
         Raises:
           UserError: in all processes, where one was made with other data.
         """
-        processes.of_first(lambda: self._check_data(cards))
+        _of_first(lambda: self._check_data(cards))
 
     def records(self) -> dict[str, dict[str, Record]]:
         """The records of each point, by its name and then by file name; read by the process that calls."""
@@ -76,7 +77,7 @@ class Progress:
 
         Read by process 0, for all.
         """
-        return processes.of_first(self._other_plans)
+        return _of_first(self._other_plans)
 
     def _other_plans(self) -> dict[str, list[int]]:
         found: dict[str, set[int]] = {}
@@ -93,7 +94,7 @@ class Progress:
         for name in point.run_names():
             folder = self._workdir / "runs" / name
             if any(folder.glob("checkpoints/*")):
-                yield read_config(folder / "config.json").optimizer.learning_rate
+                yield read_config(folder / "config.json")["optimizer"]["learning_rate"]
 
     def _missing(self) -> dict[str, int]:
         missing, records = {}, self.records()
@@ -126,7 +127,7 @@ def missing_of(point: Point, workdir: AnyPath) -> int:
 
 def settled(point: Point, workdir: AnyPath) -> Point:
     """The point at the learning rate that its comparison has begun with, if it has."""
-    begun = processes.of_first(Progress([point], workdir).rates)
+    begun = _of_first(Progress([point], workdir).rates)
     return point.at_rate(begun[point.name]) if point.name in begun else point
 
 
@@ -165,3 +166,9 @@ def progress(point: Point, there: Mapping[str, Record]) -> tuple[int, int]:
     if compared == point.seeds:
         return done_runs, 0
     return done_runs, max(point.runs - done_runs, point.seeds - compared)
+
+
+def _of_first(function: Callable[[], T]) -> T:
+    from mobilellm_jax.parallel import processes  # here: it imports jax, which --status does without
+
+    return processes.of_first(function)

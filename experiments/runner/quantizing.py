@@ -2,68 +2,35 @@
 
 import dataclasses
 import datetime
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from experiments import cli
 from experiments.runner import scores
-from experiments.runner.kept import Kept
+from experiments.runner.kept import Kept, made_with
 from experiments.runner.points import Point
 from experiments.runner.progress import finished_records
 from experiments.runner.questions import Questions
 from experiments.runner.rows import Batches, held_out_rows
+from experiments.runner.schemes import Quantizing
 from experiments.runner.view import Event, Tell
 from mobilellm_jax.config import Config
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.quantized import Answers, answers
 from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import processes
-from mobilellm_jax.quantization.apply import check_groups, quantize, short_rows, weight_bytes
-from mobilellm_jax.quantization.schemes import Scheme, parse
-from mobilellm_jax.runs import provenance
-from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
+from mobilellm_jax.quantization.apply import quantize, short_rows, weight_bytes
+from mobilellm_jax.quantization.schemes import Scheme
+from mobilellm_jax.runs.directory import begins_with_bos, open_tokenizer
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import check
-from mobilellm_jax.storage.checkpoint import newest_intact
 from mobilellm_jax.storage.files import AnyPath
 
 _KEPT = Kept("quantized", what="results of quantization", again="quantize")
 results_path, read = _KEPT.path, _KEPT.read
 Entry = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantizing:
-    """What to do to every run.
-
-    Attributes:
-      schemes: to quantize to, each from full precision.
-      short_groups: allow a last group that is shorter than the others.
-      questions: zero-shot tasks that every quantized model is asked; None asks none.
-    """
-
-    schemes: tuple[Scheme, ...]
-    short_groups: bool = False
-    questions: Questions | None = None
-
-    def check(self, config: Config) -> None:
-        """Checks that the schemes fit a model; UserError if they do not."""
-        for scheme in self.schemes:
-            check_groups(config.model, scheme, self.short_groups)
-
-
-def schemes_of(flag: str, names: Sequence[str]) -> tuple[Scheme, ...]:
-    """The schemes that a flag names.
-
-    Raises:
-      UserError: there is no such scheme.
-    """
-    try:
-        return tuple(dict.fromkeys(map(parse, names)))
-    except UserError as error:
-        raise UserError(f"--{flag}: {error}") from None
 
 
 # --- one run --------------------------------------------------------------------------------------------
@@ -92,10 +59,7 @@ def quantize_run(
         "targets": len(full.best),
         "full_loss": full.loss,
         "full_bytes": weight_bytes(config.model, None),
-        "step": newest_intact(workdir / "checkpoints")[0],
-        "compute_dtype": config.model.compute_dtype,
-        "command": cli.command(),
-        "git_commit": provenance.git_commit(),
+        **made_with(workdir, config),
     }
     for scheme in asked.schemes:
         new, model_config = quantize(params, config.model, scheme, asked.short_groups)

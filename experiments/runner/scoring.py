@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from experiments import cli
 from experiments.runner import scores
+from experiments.runner.kept import made_with
 from experiments.runner.points import Point
 from experiments.runner.questions import Questions, lacking_tasks, left_out_line
 from experiments.runner.score_table import ScoreTable, percent
@@ -19,10 +19,9 @@ from mobilellm_jax.config import Config
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.stack import Params
 from mobilellm_jax.parallel import processes
-from mobilellm_jax.runs import provenance
-from mobilellm_jax.runs.directory import begins_with_bos, open_run, open_tokenizer
+from mobilellm_jax.runs.directory import begins_with_bos, open_tokenizer
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import check
-from mobilellm_jax.storage.checkpoint import newest_intact
 from mobilellm_jax.storage.files import AnyPath
 
 
@@ -59,11 +58,8 @@ def score_tasks(
         "limit": questions.limit,
         "bos": bos,
         "context": lm.max_length,
-        "step": newest_intact(workdir / "checkpoints")[0],
-        "compute_dtype": config.model.compute_dtype,
+        **made_with(workdir, config),
         "lm_eval": importlib.metadata.version("lm_eval"),
-        "command": cli.command(),
-        "git_commit": provenance.git_commit(),
     }
     table = ScoreTable(config.model) if show and first else None
     done = []

@@ -20,10 +20,10 @@ from mobilellm_jax.analysis.records import budget_name
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.costs.shapes import shown
+from mobilellm_jax.dtypes import with_dtype
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.runs.directory import flatten
-from mobilellm_jax.runs.run import with_dtype
 
 Pairs = list[list[str]]  # of labels
 
@@ -348,7 +348,9 @@ def _check_labels(spec: str, study: Study, labels: Sequence[str], configs: Seque
         raise UserError(
             f"--config={spec}: labels: {labels} do not tell {len(configs)} points apart; give each its own"
         )
-    named = {label for pair in study.pairs for label in pair} | ({study.baseline} - {None})
+    named = {label for pair in study.pairs for label in pair}
+    if study.baseline is not None:
+        named.add(study.baseline)
     for label in named - set(labels):
         raise UserError(f"--config={spec}: no point {label!r} to compare with; {did_you_mean(label, labels)}")
     for label in set(study.controls) - set(labels):

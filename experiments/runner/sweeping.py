@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 
-from experiments.runner import devices, diagnosing, looping, plans, quantizing, questions, rates, scoring
+from experiments.runner import after, devices, looping, plans, questions, rates, samples
+from experiments.runner.after import Do
 from experiments.runner.costs import expected_seconds
 from experiments.runner.points import Point, Run
 from experiments.runner.progress import Progress, missing_of, record_path, settled
-from experiments.runner.quantizing import Quantizing
 from experiments.runner.questions import Questions
+from experiments.runner.schemes import Quantizing
 from experiments.runner.trials import parts, trials_of
 from experiments.runner.view import FINISHED, Event, Tally, Tell, view_of
 from experiments.runner.workers import TUNING, Task, do_all, leases_of
@@ -36,7 +37,6 @@ from mobilellm_jax.runs.run import (
 from mobilellm_jax.storage.files import AnyPath, reason
 from mobilellm_jax.training.progress import StepLine, duration
 
-Do = Callable[[Point, AnyPath, Tell], None]
 Report = Callable[[Sequence[Point], AnyPath], int]
 
 
@@ -51,6 +51,7 @@ def sweep(
     lines_every: int | float = 60,
     diagnosed: bool = False,
     loops: Sequence[int] = (),
+    prompts: Sequence[str] = (),
     report: Report | None = None,
     trials: int | None = 1,
 ) -> int:
@@ -73,6 +74,7 @@ def sweep(
       lines_every: seconds between two lines about the steps of a point, where there is no terminal.
       diagnosed: diagnose every finished run of the points.
       loops: numbers of loops to score every finished run with, where its model has loops.
+      prompts: texts that the first finished run of every point is to continue.
       report: what to do at the end, in place of a report on each study; returns the exit status.
       trials: runs of a point that train in one program, see `trials.trials_of`.
 
@@ -92,6 +94,8 @@ def sweep(
             quantized.check(point.config)
         if not groups:  # whose processes see other devices
             trials_of(point, trials, jobs)
+    if prompts:
+        samples.check(points)
     known = questions.load(asked, points) if asked else {}
     processes.of_first(lambda: make_workdir(workdir))
     progress = Progress(points, workdir)
@@ -142,7 +146,7 @@ def sweep(
         do = functools.partial(compare_point, trials=trials, jobs=jobs)
         compare = Task(_on_devices(size, do), missing_of)
         broken += do_all(todo, workdir, environments, compare, view)
-        for do, lacking in _after(asked, known, quantized, diagnosed, loops):
+        for do, lacking in after.tasks(asked, known, quantized, diagnosed, loops, prompts):
             left = processes.of_first(lambda: [point.name for point in points if lacking(point, workdir)])  # noqa: B023
             todo = [point for point in points if point.name in left]
             broken += do_all(todo, workdir, environments, Task(_on_devices(size, do), lacking), view)
@@ -155,31 +159,6 @@ def sweep(
     if broken:
         raise UserError("\n".join(broken))
     return status
-
-
-def _after(
-    asked: Questions | None,
-    known: Mapping[str, str],
-    quantized: Quantizing | None,
-    diagnosed: bool,
-    loops: Sequence[int],
-) -> Iterator[tuple[Do, Callable[[Point, AnyPath], int]]]:
-    """What to do for the finished runs of every point, and how many of them lack it."""
-    if asked:
-        these = {"questions": asked, "known": known}
-        yield functools.partial(scoring.score_point, **these), functools.partial(questions.lacking, **these)
-    if quantized:
-        yield (
-            functools.partial(quantizing.quantize_point, asked=quantized),
-            functools.partial(quantizing.lacking, asked=quantized),
-        )
-    if diagnosed:
-        yield diagnosing.diagnose_point, diagnosing.lacking
-    if loops:
-        yield (
-            functools.partial(looping.score_point, counts=loops),
-            functools.partial(looping.lacking, counts=loops),
-        )
 
 
 def default_jobs() -> int:
@@ -196,7 +175,7 @@ def _tally(
     own = {point.name: point.seeds for point in points}
     return Tally(
         done=sum(point.runs for point in points) - sum(missing.values()),
-        left=searches | missing,
+        left={**searches, **missing},
         compared=dict.fromkeys(searches, 0) | own,
         costs={point.name: point.cost for point in (*untuned, *points)},
         expected_s=expected_s,
@@ -303,7 +282,7 @@ def _ending(record: Record) -> str:
     if record.status != "finished":
         return f"{record.status}: {record.error}"
     score = f"{record.score:.1%} wrong" if record.metric == "error" else f"{record.metric} {record.score:.4f}"
-    return f"{FINISHED}: {score} in {duration(record.timing['wall_s'])}"
+    return f"{FINISHED}: {score} in {duration(record.timing['wall_s'] or 0.0)}"
 
 
 def _keep_traceback(path: AnyPath) -> str:
@@ -349,7 +328,7 @@ def _report(points: Sequence[Point], workdir: AnyPath) -> int:
             continue
         try:
             analysed = study_of(records)
-            print("\n" + pages.report(analysed, workdir))
+            print("\n" + pages.report(analysed, workdir)[0])
             reported.append(analysed)
         except UserError as error:  # the other studies are reported all the same
             refused.append(str(error))

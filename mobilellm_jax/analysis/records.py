@@ -24,9 +24,9 @@ Evaluation = dict[str, int | float | None]
 _EVALUATION = ("step", "loss", "bits_per_byte", "error")
 # Not in older records.
 _LATER = (
-    *("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor"),
-    *("measures", "quantized", "parent", "diagnostics", "loops", "teacher", "calls", "instructions"),
-    *("latency", "trials_together"),
+    *("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor", "measures", "quantized"),
+    *("parent", "diagnostics", "loops", "teacher", "calls", "instructions", "samples", "latency"),
+    "trials_together",
 )
 LAYERS = "layers"  # name of the entry in `Record.diagnostics`
 _KEYS = {  # required keys of nested fields
@@ -111,6 +111,8 @@ class Record:
       teacher: run that this one learned from, see `runs.teacher.Teacher`, and the FLOPs of its forward pass.
       calls: scores of API calls by split, as `experiments.evaluate --calls` prints them.
       instructions: shares of instructions kept by rule, as `experiments.evaluate --instructions` prints them.
+      samples: by prompt, the text that the run continued it with, as `experiments.sweep --sample` keeps it:
+        {"text", "temperature", "seed", ...}.
       latency: milliseconds predicted from a table of `experiments.latency`: {"table" (its file), "sha256",
         "device", "weights", "median_error" (by time, of shapes that it was not fitted to), "decode_ms",
         "prefill_ms"}, the latter two as in `accounting.budgets`.
@@ -169,6 +171,7 @@ class Record:
     parent: dict[str, Any] | None = None
     diagnostics: dict[str, dict[str, Any]] | None = None
     loops: dict[str, dict[str, Any]] | None = None
+    samples: dict[str, dict[str, Any]] | None = None
     teacher: dict[str, Any] | None = None
     calls: dict[str, dict[str, Any]] | None = None
     instructions: dict[str, dict[str, Any]] | None = None

@@ -5,10 +5,10 @@ import itertools
 import math
 from collections.abc import Callable
 
+from mobilellm_jax.chunks import mean_keys
 from mobilellm_jax.config import DTYPE_BYTES, Config, ModelConfig
 from mobilellm_jax.costs.latency import Latency
-from mobilellm_jax.model.loops import with_repeats
-from mobilellm_jax.model.ops.attention import mean_keys
+from mobilellm_jax.loops import with_repeats
 from mobilellm_jax.parameters import declared
 from mobilellm_jax.sharing import loop_counts
 

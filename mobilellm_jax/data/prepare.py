@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,16 +21,16 @@ import numpy as np
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data import chat, splits, tokenizers
+from mobilellm_jax.data.bars import reading
 from mobilellm_jax.data.card import CONVERSATIONS, CUTS, PACKING, DataCard
 from mobilellm_jax.data.conversations import open_any
 from mobilellm_jax.data.packing import check_template, pack_conversations
 from mobilellm_jax.data.pipeline import Dataset
 from mobilellm_jax.data.prepared import documents_file, open_prepared
-from mobilellm_jax.data.sources import OnRead, Source
+from mobilellm_jax.data.sources import Source
 from mobilellm_jax.data.splits import HELD_OUT, SPLITS, Item
 from mobilellm_jax.data.tasks import open_task
 from mobilellm_jax.data.tokenizers import CARD_FILE, Tokenizer, UntrainedBPE
@@ -160,7 +159,7 @@ def _make(
         tokenizer = _trained(tokens, source, card.valid_fraction)
         card = card.with_tokenizer(tokenizer)
         shared = splits.Shared(held_out)
-        with _progress(f"packing {card.source}", [s for s in (source, held_out) if s]) as on_read:
+        with reading(f"packing {card.source}", [s for s in (source, held_out) if s]) as on_read:
             documents = splits.split_documents(source, held_out, card.valid_fraction, on_read)
             packers = _pack(work, card, shared.noted(documents), tokenizer)
         if tokenizer is None:
@@ -192,7 +191,7 @@ def _trained(tokens: TokenSource, source: Source, valid_fraction: float | None) 
     """Trains an `UntrainedBPE` on the training split; passes others on."""
     if not isinstance(tokens, UntrainedBPE):
         return tokens
-    with _progress(f"training {tokens.spec}", [source]) as on_read:
+    with reading(f"training {tokens.spec}", [source]) as on_read:
         documents = splits.split_documents(source, None, valid_fraction, on_read)
         texts = (splits.as_text(item.document) for item in documents if item.split == "train")
         return tokenizers.train_bpe(tokens.spec, texts)
@@ -204,19 +203,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _progress(what: str, sources: list[Source]) -> Iterator[OnRead]:
-    """Shows the bytes of input read so far: a bar on a terminal, else a line at each end."""
-    size = sum(source.size for source in sources)
-    if sys.stderr.isatty():
-        with tqdm(desc=what, total=size, unit="B", unit_scale=True) as bar:
-            yield bar.update
-    else:
-        logging.info("%s: %.1f MB", what, size / 1e6)
-        yield lambda count: None
-        logging.info("%s: done", what)
 
 
 def _pack(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mobilellm_jax.data import tokenizers
+from mobilellm_jax.data.bars import reading
 from mobilellm_jax.data.pipeline import padded_batches
 from mobilellm_jax.data.rows import PADDING
 from mobilellm_jax.data.sources import open_source
@@ -53,12 +54,14 @@ def read_text(spec: str, text_field: str, tokenizer: Tokenizer, sequence_length:
     bos_id = tokenizer.bos_id if add_bos else None
     before, after = ([] if i is None else [i] for i in (bos_id, tokenizer.eos_id))
     parts, documents, text_bytes = [], 0, 0
-    for document in open_source(spec, text_field, "--text").read(lambda count: None):
-        if not isinstance(document, str) or not document:
-            continue
-        encoded = tokenizer.encode_batch(list(tokenizers.pieces(document, drop_space)))
-        parts += [np.array(ids, np.int32) for ids in (before, *encoded, after)]
-        documents, text_bytes = documents + 1, text_bytes + len(document.encode())
+    source = open_source(spec, text_field, "--text")
+    with reading(f"reading {spec}", [source]) as on_read:
+        for document in source.read(on_read):
+            if not isinstance(document, str) or not document:
+                continue
+            encoded = tokenizer.encode_batch(list(tokenizers.pieces(document, drop_space)))
+            parts += [np.array(ids, np.int32) for ids in (before, *encoded, after)]
+            documents, text_bytes = documents + 1, text_bytes + len(document.encode())
     stream = np.concatenate([np.empty(0, np.int32), *parts])
     tokens = len(stream) - 1
     if tokens < 1:

@@ -1,20 +1,15 @@
-"""The directory of a run: config, data card, tokenizer and checkpoints, and the checks before a resume."""
+"""The directory of a run: config, data card and tokenizer, and the checks before a resume. Without jax."""
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
-from mobilellm_jax import data, model
+from mobilellm_jax import data
 from mobilellm_jax.analysis.comparable import data_changes, leakage
 from mobilellm_jax.config import BEFORE, RESUMABLE, Config, flatten, from_config_dict, to_dict
 from mobilellm_jax.data.splits import BY_PLACE, HELD_OUT
 from mobilellm_jax.data.tokenizers import adds_bos
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.adapters import adapted, merged
-from mobilellm_jax.storage.checkpoint import load_params
 from mobilellm_jax.storage.files import AnyPath, reason, write_atomically
 from mobilellm_jax.storage.sealed import parse, seal, unseal, unseal_if_sealed
 
@@ -101,28 +96,6 @@ def claim_data(workdir: AnyPath, card: dict[str, Any]) -> str | None:
     warning = check_data(workdir, card, rows=True)
     write_atomically(workdir / DATA, (json.dumps(seal(card), indent=1) + "\n").encode())
     return warning
-
-
-def open_run(workdir: AnyPath) -> tuple[Config, model.Params]:
-    """Reads the config of a run and the parameters of its newest intact checkpoint, as NumPy arrays.
-
-    The run may be trained, imported or still in progress; nothing in `workdir` is changed. Adapters are
-    merged, and the config is that of a model without them.
-
-    Raises:
-      UserError: there is no run in `workdir`, its config is corrupt, or no checkpoint is intact.
-    """
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(f"--workdir={workdir}: no run found, {path.name} is missing; check the path")
-    config = from_config_dict(read_config(path))
-    m = adapted(config)
-    like = jax.eval_shape(lambda: model.init(jax.random.key(0), m))
-    params = load_params(workdir / "checkpoints", like)
-    if m.adapters is None:
-        return config, params
-    params = jax.device_get(merged(params, m))
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, lora_rank=0)), params
 
 
 def open_tokenizer(workdir: AnyPath) -> data.Tokenizer | None:

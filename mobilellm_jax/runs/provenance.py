@@ -7,11 +7,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import jax
-
 
 def device() -> dict[str, Any]:
     """Platform, kind and number of the devices of all processes, and the CPU cores of this process."""
+    import jax  # here, as the commit of a sweep is asked for without it
+
     first = jax.devices()[0]
     kind = _cpu() if first.platform == "cpu" else first.device_kind
     cores = len(os.sched_getaffinity(0))

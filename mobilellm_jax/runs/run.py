@@ -24,7 +24,7 @@ from mobilellm_jax.data import ngrams
 from mobilellm_jax.data.rows import is_target
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.adapters import adapted
-from mobilellm_jax.model.ops.precision import fastest_dtype
+from mobilellm_jax.model.ops import attention_kernels
 from mobilellm_jax.parallel import partition, processes
 from mobilellm_jax.quantization.aware import trained_model
 from mobilellm_jax.runs import provenance
@@ -58,22 +58,17 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def with_dtype(config: Config, platform: Callable[[], str]) -> Config:
-    """Replaces `compute_dtype="auto"` by the fastest dtype on a platform of JAX, such as "cpu"."""
-    if config.model.compute_dtype != "auto":
-        return config
-    dtype = fastest_dtype(platform())
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
-
-
 def check(config: Config) -> Mesh:
     """Builds the mesh of a run and checks it against the devices, the model and the batch.
 
     Raises:
-      UserError: it does not fit, adapters or groups of weights do not fit the model, or the compute dtype is
-        still "auto".
+      UserError: it does not fit, adapters or groups of weights do not fit the model, the compute dtype is
+        still "auto", or the devices lack the kernel of attention.
     """
-    is_known, valid = config.model.compute_dtype != "auto", "a dtype by now; see `with_dtype`"
+    m = config.model
+    if lack := attention_kernels.missing(m.attention, m.compute_dtype, m.head_dim):
+        raise UserError(f"model.attention: {m.attention!r} needs {lack}; use 'auto'")
+    is_known, valid = config.model.compute_dtype != "auto", "a dtype by now; see `dtypes.with_dtype`"
     rules.check(is_known, "model.compute_dtype", config.model.compute_dtype, valid)
     mesh = partition.make_mesh(config.mesh)
     partition.check_divisible(config, mesh)

@@ -175,7 +175,11 @@ def _evaluated(
 ) -> list[dict[str, Any]]:
     """The results of `eval_step` for each batch, of the rows of all processes."""
     place = functools.partial(jax.make_array_from_process_local_data, programs.eval_rows.sharding)
-    return jax.device_get([programs.evaluate(params, place(rows)) for rows in batches])
+    found = []
+    for rows in batches:
+        found.append(programs.evaluate(params, place(rows)))
+        jax.block_until_ready(found[-2:-1])  # else a bar over the batches would show what is queued
+    return jax.device_get(found)
 
 
 def _order(programs: Programs, **share: int) -> np.ndarray:

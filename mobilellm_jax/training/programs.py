@@ -18,7 +18,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from mobilellm_jax import model
 from mobilellm_jax.config import COMPILED, Config, ModelConfig, flatten, to_dict
-from mobilellm_jax.model.loops import with_repeats
+from mobilellm_jax.loops import with_repeats
 from mobilellm_jax.model.stack import cast
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.quantization.aware import trained_model

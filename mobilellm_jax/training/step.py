@@ -85,7 +85,7 @@ def gradients(
     (nats, (count, *terms)), grads = value
     named = zip(("loss", "teacher_loss"), terms or [nats], strict=False)
     losses = {name: total / count for name, total in named}
-    return losses, jax.tree.map(lambda g: g / count, grads)
+    return losses, jax.tree.map(lambda g: (1 / count) * g, grads)  # no quotients, see `optimizer`
 
 
 def train_step(

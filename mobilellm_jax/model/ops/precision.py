@@ -1,27 +1,12 @@
-"""Which dtype of matrix products is fastest, by what the processor has."""
-
-import functools
-from pathlib import Path
+"""Dtypes that are fast in matrix products, by what the processor has, and in the stacks of loops."""
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
-_CPUINFO = Path("/proc/cpuinfo")  # of Linux
-
-
-@functools.cache
-def has_amx() -> bool:
-    """True if the CPU multiplies matrices in bfloat16 by Intel's AMX; False where that is not known."""
-    return _CPUINFO.exists() and "amx_bf16" in _CPUINFO.read_text().split()
-
-
-def fastest_dtype(platform: str) -> str:
-    """The dtype that `compute_dtype="auto"` stands for on a platform of JAX: "cpu", "gpu", "tpu".
-
-    A CPU without AMX emulates bfloat16: a training step takes 1.5 to 2 times as long as in float32.
-    """
-    return "float32" if platform == "cpu" and not has_amx() else "bfloat16"
+from mobilellm_jax.dtypes import has_amx
 
 
 def sum_dtype(dtype: DTypeLike) -> DTypeLike:
@@ -32,3 +17,18 @@ def sum_dtype(dtype: DTypeLike) -> DTypeLike:
     """
     low_on_amx = jnp.dtype(dtype).itemsize == 2 and jax.default_backend() == "cpu" and has_amx()
     return jnp.float32 if low_on_amx else dtype
+
+
+def keep(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
+    """`checkpoint_name(x, name)`: x, which the backward pass may store under this name, see `remat.py`."""
+    return checkpoint_name(x.astype(stack_dtype(x.dtype)), name).astype(x.dtype)
+
+
+def stack_dtype(dtype: DTypeLike) -> DTypeLike:
+    """The dtype in which a loop over layers should stack arrays of `dtype`.
+
+    XLA on a CPU computes in float32 what is 16 bits wide, even where one layer is written into the stack of
+    all: it converts the whole stack, once for each layer, three quarters of a step of 30 layers. So there
+    the backward pass of bfloat16 needs the memory of float32.
+    """
+    return jnp.float32 if jnp.dtype(dtype).itemsize == 2 and jax.default_backend() == "cpu" else dtype
