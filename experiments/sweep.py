@@ -9,6 +9,7 @@
   python -m experiments.sweep --workdir=/shared/runs --shard=0/4     # or each has a part of its own
   python -m experiments.sweep --workdir=/shared/runs --distributed   # every run on all hosts
   python -m experiments.sweep --devices_per_run=1                    # a run on each device of this host
+  python -m experiments.sweep --trials_per_program=8                 # 8 runs of a point in one program
   python -m experiments.sweep --tasks=mobilellm --data_dir=eval      # and zero-shot accuracy of every run
   python -m experiments.sweep --quantize=w8a8,w4:32                  # and what quantization costs it
   python -m experiments.sweep --diagnose                             # and what each of its layers does
@@ -48,6 +49,7 @@ from experiments.runner.flags import (
     asked_points,
     asked_questions,
     asked_schemes,
+    asked_trials,
     define_sweep,
 )
 from experiments.runner.listing import said_to_compare, said_to_cost, table
@@ -62,7 +64,7 @@ FLAGS = flags.FLAGS
 def main() -> int:
     """Runs the sweep, and returns the exit status."""
     questions, schemes, whole = asked_questions(), asked_schemes(), asked_points()
-    loops = asked_loops()
+    loops, trials = asked_loops(), asked_trials()
     points = shard(whole, FLAGS.shard)
     profile = _profile(whole) if FLAGS.profile else None
     if FLAGS.status:
@@ -94,10 +96,11 @@ def main() -> int:
         lines_every=every,
         diagnosed=FLAGS.diagnose,
         loops=loops,
+        trials=trials,
         prompts=FLAGS.sample,
     )
     if profile:
-        more = {"jobs": FLAGS.jobs, "groups": groups, "lines_every": every}
+        more = {"jobs": FLAGS.jobs, "groups": groups, "lines_every": every, "trials": trials}
         status = max(status, profiles.run(profile, workdir / "profile", _on_record(), **more))
     return status
 

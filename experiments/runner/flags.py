@@ -17,7 +17,7 @@ DEFAULT_STUDY = "configs/playground.py:tiny"
 
 # What a launcher passes on to the sweeps that it starts, besides the flags of the config.
 PASSED_ON = (
-    *("workdir", "only", "arms", "seeds", "lines_every"),
+    *("workdir", "only", "arms", "seeds", "lines_every", "trials_per_program"),
     *("tasks", "data_dir", "limit", "quantize", "diagnose", "num_repeats", "sample"),
 )
 
@@ -53,6 +53,12 @@ def define_sweep() -> None:
         None,
         "points run side by side, each on so many devices of this host (TPU: chips)",
         1,
+    )
+    flags.DEFINE_string(
+        "trials_per_program",
+        "auto",
+        "runs of a point, of its first learning rates or of its seeds, that train in one program; auto: 1 on "
+        "CPUs and on several devices, else as many as fit into memory",
     )
     flags.DEFINE_string(
         "shard",
@@ -104,6 +110,14 @@ def asked_points() -> list[Point]:
 def asked_schemes() -> Quantizing | None:
     """What --quantize asks for; None without it, UserError if it names an unknown scheme."""
     return Quantizing(schemes_of("quantize", FLAGS.quantize)) if FLAGS.quantize else None
+
+
+def asked_trials() -> int | None:
+    """The number that --trials_per_program gives, None for auto; UserError if it is neither."""
+    value = FLAGS.trials_per_program
+    if value != "auto" and not (value.isdecimal() and int(value)):
+        raise UserError(f"--trials_per_program={value}: expected auto, or a number of at least 1")
+    return None if value == "auto" else int(value)
 
 
 def asked_loops() -> tuple[int, ...]:

@@ -26,6 +26,7 @@ _EVALUATION = ("step", "loss", "bits_per_byte", "error")
 _LATER = (
     *("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor", "measures", "quantized"),
     *("parent", "diagnostics", "loops", "teacher", "calls", "instructions", "samples", "latency"),
+    "trials_together",
 )
 LAYERS = "layers"  # name of the entry in `Record.diagnostics`
 _KEYS = {  # required keys of nested fields
@@ -116,6 +117,9 @@ class Record:
         "device", "weights", "median_error" (by time, of shapes that it was not fitted to), "decode_ms",
         "prefill_ms"}, the latter two as in `accounting.budgets`.
 
+      trials_together: number of runs in the program that it was trained in, whose `timing` is that of all;
+        None: it was alone.
+
     The fields from `zero_shot` on are None where they do not apply, and in records older than the field.
     """
 
@@ -172,6 +176,7 @@ class Record:
     calls: dict[str, dict[str, Any]] | None = None
     instructions: dict[str, dict[str, Any]] | None = None
     latency: dict[str, Any] | None = None
+    trials_together: int | None = None
 
     @property
     def name(self) -> str:
@@ -192,6 +197,11 @@ class Record:
         """FLOPs per token of training, those of a teacher included."""
         taught = self.teacher["flops_per_token"] if self.teacher else 0.0
         return self.budgets["train_flops_per_token"] + taught
+
+    @property
+    def own_train_s(self) -> float:
+        """Seconds in training steps, divided by the runs that trained together; 0 if there was no step."""
+        return (self.timing["train_s"] or 0.0) / (self.trials_together or 1)
 
     @property
     def score(self) -> float:

@@ -15,7 +15,7 @@ from mobilellm_jax.model.adapters import join, split
 from mobilellm_jax.quantization.aware import straight_through
 from mobilellm_jax.training.optimizer import make_optimizer
 
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Float[Array, "*trials"]]  # of a run alone without an axis
 Sums = dict[str, Shaped[Array, "*shape"]]
 
 
