@@ -55,6 +55,29 @@ setup(
         # structures of its C functions change.
         "gguf": ["gguf>=0.19"],
         "ondevice": ["gguf>=0.19", "xllamacpp==2026.10.11549"],
+        # The next three have torch in common: without a GPU, install a CPU build first. Each was tried with
+        # these versions alone, and their converters change from month to month, so they are pinned.
+        # For experiments.export --format=onnx, and to run what it makes.
+        "onnx": [
+            "onnx==1.23.2",  # for the quantizer in onnxruntime, which does not name it
+            "onnx-ir==1.1.0",  # for the builder, which does not name it
+            "onnxruntime==1.32.0",
+            "onnxruntime-genai==0.18.0",  # the model builder, and the loop of generation
+            "torch>=2.6",  # the builder reads weights by it
+            "transformers>=5.0",  # and loads the model by it
+        ],
+        # For experiments.export --format=executorch.
+        "executorch": [
+            "executorch==1.5.1",  # the exporter and the runtime; brings torchao, for its quantizers
+            "torch>=2.13,<2.14",  # that it was built with; it does not name it
+        ],
+        # For experiments.export --format=litert.
+        "litert": [
+            "ai-edge-litert==2.3.0",  # the interpreter
+            "litert-torch==0.10.0",  # the converter; brings torchao, for its quantizers
+            "torch>=2.13,<2.15",
+            "transformers>=5.0",  # loads the model
+        ],
         # For experiments.slurm.
         "slurm": ["submitit>=1.5.4"],
         # For data.source="files:*.parquet" and "hub:...".

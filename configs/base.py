@@ -113,6 +113,7 @@ def get_config(preset: str = "") -> ConfigDict:
     model.base_width = 128  # where mup and completep equal standard: this config's shape
     model.base_depth = 4
     model.compute_dtype = "float32"  # float32 | bfloat16 | auto: bfloat16 where it is fast
+    model.attention = "auto"  # auto | chunks | cudnn | splash: the kernel in training, by the devices
     # none | dots | full: ever less memory; dots is the fastest on CPUs, and of the loops over layers on a GPU
     model.remat = "dots"
     model.scan_unroll = 1

@@ -137,7 +137,7 @@ def main() -> int:
 
 
 def _on_this_machine(config: Config) -> Config:
-    """The config with the mesh and batch size of this command."""
+    """The config with the mesh and batch size of this command, and the attention of these devices."""
     try:
         mesh = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), map(int, FLAGS.mesh), strict=True)))
     except (TypeError, ValueError) as error:
@@ -150,7 +150,8 @@ def _on_this_machine(config: Config) -> Config:
         ways = data_size * fsdp_size
         size = -(-config.train.eval_batch_size // ways) * ways
     sizes = {"batch_size": size, "accumulation_steps": 1, "eval_batch_size": size}
-    return dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, **sizes))
+    m = dataclasses.replace(config.model, attention="auto")
+    return dataclasses.replace(config, model=m, mesh=mesh, train=dataclasses.replace(config.train, **sizes))
 
 
 def _score_text(
@@ -164,7 +165,7 @@ def _score_text(
     batches = text.batches(size, jax.process_index(), jax.process_count())
     total = -(-len(text.rows_RS) // size)
     shown = tqdm(batches, f"{name}scoring", total, unit="batch", leave=False, disable=None)  # on a terminal
-    loss, _ = evaluate_batches(programs, params, shown)
+    loss, _ = evaluate_batches(programs, params, iter(shown))
     bits = loss * text.tokens / math.log(2) / text.text_bytes
     print(
         f"{name}{spec}: {loss:.4f} nats per token, perplexity {math.exp(loss):,.3f}, {bits:.4f} bits per "

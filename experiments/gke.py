@@ -26,7 +26,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from experiments import cli
 from experiments.runner import hosts
-from experiments.runner.flags import DEFAULT_STUDY, PASSED_ON, asked_points, define_sweep
+from experiments.runner.flags import DEFAULT_STUDY, PASSED_ON, asked_points, asked_trials, define_sweep
 from experiments.runner.studies import shard
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.errors import UserError
@@ -111,6 +111,7 @@ def _arguments(num_hosts: int, chips: int) -> list[str]:
                 raise UserError(f"--{name}: applies to --run=sweep only")
         configs = [from_config_dict(FLAGS.config)]
     else:
+        asked_trials()  # so that a wrong value is refused here, not on the slice
         configs = [point.config for point in shard(asked_points(), FLAGS.shard)]
     size = FLAGS.devices_per_run
     if size and (num_hosts > 1 or chips % size):

@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from experiments.runner import diagnosing, hosts, looping, quantizing, questions
+from experiments.runner import diagnosing, hosts, looping, quantizing, questions, samples
 from experiments.runner.flags import (
     DEFAULT_STUDY,
     PASSED_ON,
@@ -31,6 +31,7 @@ from experiments.runner.flags import (
     asked_points,
     asked_questions,
     asked_schemes,
+    asked_trials,
     define_sweep,
 )
 from experiments.runner.listing import said_to_compare, table
@@ -72,6 +73,7 @@ def main() -> int:
     asked, points = asked_questions(), asked_points()
     known, schemes = questions.load(asked, points) if asked else {}, asked_schemes()
     loops = asked_loops()
+    asked_trials()  # so that a wrong value is refused here, not in every task
     workdir = local_directory("workdir", FLAGS.workdir)  # submitit keeps its logs there
     executor = None if FLAGS.dry_run else _executor(workdir / "slurm", extra)
     if executor:
@@ -88,6 +90,7 @@ def main() -> int:
         or (schemes and quantizing.lacking(point, workdir, schemes))
         or (FLAGS.diagnose and diagnosing.lacking(point, workdir))
         or looping.lacking(point, workdir, loops)
+        or samples.lacking(point, workdir, FLAGS.sample)
     ]
     print(f"\n{len(points) - len(todo)} of {len(points)} points are complete", flush=True)
     command = [sys.executable, "-m", "experiments.sweep", *cli.given(*PASSED_ON)]

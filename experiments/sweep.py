@@ -9,9 +9,11 @@
   python -m experiments.sweep --workdir=/shared/runs --shard=0/4     # or each has a part of its own
   python -m experiments.sweep --workdir=/shared/runs --distributed   # every run on all hosts
   python -m experiments.sweep --devices_per_run=1                    # a run on each device of this host
+  python -m experiments.sweep --trials_per_program=8                 # 8 runs of a point in one program
   python -m experiments.sweep --tasks=mobilellm --data_dir=eval      # and zero-shot accuracy of every run
   python -m experiments.sweep --quantize=w8a8,w4:32                  # and what quantization costs it
   python -m experiments.sweep --diagnose                             # and what each of its layers does
+  python -m experiments.sweep --sample='The list of'                 # and what its designs write
   python -m experiments.sweep --num_repeats=1,2,4                    # and scores with other numbers of loops
   python -m experiments.sweep --config=configs/api_calls.py:tiny --calls=combinations,values,wordings:200
   python -m experiments.sweep --config=configs/chat.py:tiny --instructions=all
@@ -29,12 +31,11 @@ diverges is recorded as such, and the others go on; a process that a signal ende
 Sweeps that share a --workdir share the points; the point of one that died is taken over (`runner/leases.py`).
 With --tasks, every finished run answers them at the end, also one that was there before; what its record has
 is not asked again. So it is with the schemes of --quantize (`experiments.quantize`), with --diagnose
-(`experiments.diagnose`), with --num_repeats, for models that have loops, and with --calls and
---instructions. With --profile, every design is
-trained on the abilities of the playground as well, in profile/ (`experiments.profile`). Points chosen by
---only are compared as the study asks, or, where it asks for no pair of them, all with each other. In
---workdir: results/ has one JSON record for each run, reports/ and figures/ what they show, runs/ checkpoints
-and logs.
+(`experiments.diagnose`), with --num_repeats, for models that have loops, with --calls and --instructions, and
+with --sample, for the first run of every design. With --profile, every design is trained on the abilities of
+the playground as well, in profile/ (`experiments.profile`). Points chosen by --only are compared as the study
+asks, or, where it asks for no pair of them, all with each other. In --workdir: results/ has one JSON record
+for each run, reports/ and figures/ what they show, runs/ checkpoints and logs.
 """
 
 import os
@@ -50,6 +51,7 @@ from experiments.runner.flags import (
     asked_points,
     asked_questions,
     asked_schemes,
+    asked_trials,
     define_sweep,
 )
 from experiments.runner.listing import said_to_compare, said_to_cost, table
@@ -64,7 +66,7 @@ FLAGS = flags.FLAGS
 def main() -> int:
     """Runs the sweep, and returns the exit status."""
     questions, schemes, whole = asked_questions(), asked_schemes(), asked_points()
-    loops, speaking = asked_loops(), None
+    loops, trials, speaking = asked_loops(), asked_trials(), None
     if FLAGS.calls or FLAGS.instructions:
         from experiments.runner.calling import asked_speaking  # here: it loads jax
 
@@ -101,9 +103,11 @@ def main() -> int:
         diagnosed=FLAGS.diagnose,
         loops=loops,
         speaking=speaking,
+        trials=trials,
+        prompts=FLAGS.sample,
     )
     if profile:
-        more = {"jobs": FLAGS.jobs, "groups": groups, "lines_every": every}
+        more = {"jobs": FLAGS.jobs, "groups": groups, "lines_every": every, "trials": trials}
         status = max(status, profiles.run(profile, workdir / "profile", _on_record(), **more))
     return status
 

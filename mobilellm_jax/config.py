@@ -20,6 +20,7 @@ from mobilellm_jax.uses_config import UsesConfig
 
 FFN_KINDS = ("swiglu", "relu", "gelu")
 COMPUTE_DTYPES = ("float32", "bfloat16", "auto")
+ATTENTION_KERNELS = ("auto", "chunks", "cudnn", "splash")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 REMAT_POLICIES = ("none", "dots", "full")
 PARAMETERIZATIONS = ("standard", "mup", "completep")
@@ -91,6 +92,11 @@ class ModelConfig(UsesConfig):
         "logits and loss are computed in float32. On GPU and TPU, float32 products are rounded (TF32, "
         "bfloat16 passes) unless JAX's `jax_default_matmul_precision` says otherwise"
     )
+    attention: str = placement(
+        "kernel of causal attention in training: 'chunks' (ours), 'cudnn' (NVIDIA GPUs in bfloat16), "
+        "'splash' (TPUs), or 'auto', the fastest that the devices have; see `ops/attention.py`",
+        before="auto",
+    )
     remat: str = placement(
         "what the backward pass recomputes: 'none', all but matrix products ('dots'), or 'full'"
     )
@@ -113,6 +119,7 @@ class ModelConfig(UsesConfig):
                 "ffn_kind": rules.one_of(FFN_KINDS),
                 "parameterization": rules.one_of(PARAMETERIZATIONS),
                 "compute_dtype": rules.one_of(COMPUTE_DTYPES),
+                "attention": rules.one_of(ATTENTION_KERNELS),
                 "remat": rules.one_of(REMAT_POLICIES),
             },
             "model.",

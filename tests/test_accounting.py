@@ -23,6 +23,8 @@ from configs import mobilellm
 from mobilellm_jax import model
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.costs import accounting
+from mobilellm_jax.model import stack
+from mobilellm_jax.model.ops import precision
 from mobilellm_jax.runs.run import planned_fields
 from mobilellm_jax.training.step import gradients, init_state
 
@@ -251,8 +253,15 @@ def test_optimizer_bytes_are_those_of_the_training_state_and_a_gradient(share_em
     [{"ffn_kind": "swiglu"}, {"ffn_kind": "relu", "num_kv_heads": 1}, {"ffn_kind": "gelu"}],
     ids=str,
 )
-def test_kept_activations_are_what_jax_saves_for_the_backward_pass(remat, compute_dtype, overrides):
-    """All that differentiation keeps for every layer: the arrays that the scan stacks over the plan."""
+def test_kept_activations_are_what_jax_saves_for_the_backward_pass(
+    remat, compute_dtype, overrides, monkeypatch
+):
+    """All that differentiation keeps for every layer: the arrays that the scan stacks over the plan.
+
+    As on accelerators: a CPU stacks in float32.
+    """
+    for module in (precision, stack):
+        monkeypatch.setattr(module, "stack_dtype", lambda dtype: dtype)
     m = tiny_model(
         **overrides, remat=remat, compute_dtype=compute_dtype, sharing="0 1 0 1 1", loss_chunk=LENGTH
     )

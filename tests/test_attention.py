@@ -1,14 +1,23 @@
 """Attention in chunks, and `ops.linear`, against NumPy in float64 and against what JAX derives."""
 
+import csv
+import functools
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tiny_config
 
-from mobilellm_jax.model.ops import attention, linear
-from mobilellm_jax.model.ops.attention import attend_causally, attend_padded
+from mobilellm_jax.config import MeshConfig
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.ops import attention_kernels, linear
+from mobilellm_jax.model.ops.attention import attend_causally, plain_attention
+from mobilellm_jax.model.ops.attention_kernels import attend_by_jax, attend_by_splash
+from mobilellm_jax.parallel import partition
+from mobilellm_jax.runs.run import check
 
 # One chunk, one and a bit, several with a short last one, and more than 8 chunks' worth of positions.
 LENGTHS = (7, 65, 150, 600)
@@ -50,7 +59,7 @@ def test_heads_padded_for_cudnn_change_nothing(size, padded, monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
     q, k, v = random_inputs(65, size=size)
-    out = attend_padded(*map(jnp.float32, (q, k, v)), implementation="xla")
+    out = attend_by_jax(*map(jnp.float32, (q, k, v)), implementation="xla")
     np.testing.assert_allclose(out, numpy_attention(q, k, v), atol=2e-5)
     assert sizes == {padded}
 
@@ -68,11 +77,86 @@ def test_heads_padded_for_cudnn_change_nothing(size, padded, monkeypatch):
     ],
 )
 def test_cudnn_attends_where_it_has_a_kernel(capability, dtype, size, attends, monkeypatch):
-    calls, device = [], types.SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(attention.jax, "devices", lambda: [device])
-    monkeypatch.setattr(attention, "attend_padded", lambda q, k, v, how: calls.append(how) or q)
+    calls, device = [], types.SimpleNamespace(compute_capability=capability, device_kind="a GPU")
+    monkeypatch.setattr(attention_kernels.jax, "devices", lambda: [device])
+    monkeypatch.setitem(attention_kernels.KERNELS, "cudnn", lambda q, k, v: calls.append("cudnn") or q)
     attend_causally(*(jnp.asarray(x, dtype) for x in random_inputs(7, size=size)))
     assert calls == (["cudnn"] if attends else [])
+
+
+def head_sizes_of_the_paper():
+    """Of table 13."""
+    with Path("experiments/paper/table13_fig5_heads_kvheads.csv").open() as file:
+        return sorted({int(row["dim"]) // int(row["heads"]) for row in csv.DictReader(file)})
+
+
+def test_the_paper_has_six_head_sizes():
+    assert head_sizes_of_the_paper() == [28, 40, 56, 80, 112, 160]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.attention": "splash"}, "'splash' needs a TPU, but this process runs on cpu; use 'auto'"),
+        (
+            {"model.attention": "cudnn"},
+            "'cudnn' needs an NVIDIA GPU from Ampere on, but this process runs on cpu",
+        ),
+    ],
+)
+def test_a_kernel_that_the_devices_lack_is_refused(overrides, message):
+    with pytest.raises(UserError, match=f"^model.attention: {message}"):
+        check(tiny_config(**overrides))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "message"),
+    [
+        ("float32", 64, "model.compute_dtype=bfloat16, but it is float32"),
+        ("bfloat16", 160, "heads of size 128 at most, but they have 160"),
+        ("bfloat16", 128, ""),
+    ],
+)
+def test_what_cudnn_lacks_on_a_gpu(dtype, size, message, monkeypatch):
+    device = types.SimpleNamespace(compute_capability="9.0", device_kind="a GPU")
+    monkeypatch.setattr(attention_kernels.jax, "devices", lambda: [device])
+    assert attention_kernels.missing("cudnn", dtype, size) == message
+
+
+def test_tpus_attend_by_splash_where_rows_fill_its_lanes(monkeypatch):
+    monkeypatch.setattr(attention_kernels.jax, "default_backend", lambda: "tpu")
+    assert [attention_kernels.fastest("float32", length, 64) for length in (127, 128)] == ["chunks", "splash"]
+
+
+@pytest.mark.slow  # an emulated kernel takes seconds to compile
+@pytest.mark.parametrize("size", head_sizes_of_the_paper())
+def test_splash_attends_as_the_plain_attention(size):
+    """150 tokens become two blocks of 128."""
+    inputs = [jnp.float32(x) for x in random_inputs(150, rows=1, size=size)]
+    dout = jnp.float32(np.random.default_rng(1).normal(size=inputs[0].shape))
+    out, pullback = jax.vjp(jax.jit(functools.partial(attend_by_splash, interpret=True)), *inputs)
+    expected, plain_pullback = jax.vjp(jax.jit(plain_attention), *inputs)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    for a, b in zip(pullback(dout), plain_pullback(dout), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.slow
+def test_splash_attends_on_a_mesh():
+    """Rows and heads split over 8 devices."""
+    inputs = [jnp.float32(x) for x in random_inputs(20, rows=4)]
+    mesh = partition.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    inputs = [jax.device_put(x, partition.batch_sharding(mesh)) for x in inputs]
+    with partition.in_use(mesh):
+        out = jax.jit(functools.partial(attend_by_splash, interpret=True))(*inputs)
+    np.testing.assert_allclose(out, plain_attention(*inputs), atol=1e-5)
+
+
+def test_the_plain_attention_is_that_of_float64():
+    q, k, v = random_inputs(7)
+    np.testing.assert_allclose(
+        plain_attention(*map(jnp.float32, (q, k, v))), numpy_attention(q, k, v), atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("length", LENGTHS[:3])

@@ -81,7 +81,7 @@ def test_pytorch_takes_the_same_steps():
 
 @pytest.mark.slow
 def test_a_run_is_measured_in_llama_cpp(tmp_path):
-    if any(find_spec(name) is None for name in ondevice.AGAINST):
+    if any(find_spec(name) is None for name in ondevice.NEEDED):
         pytest.skip("llama.cpp is not installed")
     flags = ["--config.model.depth=2", "--config.train.steps=1", "--config.optimizer.warmup_steps=1"]
     flags += ["--config.train.eval_rows=8", f"--config.data.cache_dir={tmp_path}/cache"]
@@ -90,7 +90,12 @@ def test_a_run_is_measured_in_llama_cpp(tmp_path):
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "run/bench/cpu/ondevice.json").read_text())
     lines = {line["name"]: line["median"] for line in record["lines"]}
-    sides = [f"run, {kind}, AVX2" for kind in ("f16", "q8_0", "q4_0")] + ["run, float32, our own"]
+    sides = [f"run, {kind}, AVX2" for kind in ("f16", "q8_0", "q4_0")]
+    if find_spec("onnxruntime_genai"):
+        sides += [f"run, {kind}, ONNX Runtime" for kind in ("int8", "int4")]
+    else:
+        assert "ONNX Runtime is left out: --format=onnx: needs" in result.stdout
+    sides += ["run, float32, our own"]
     assert list(dict.fromkeys(name.partition(":")[0] for name in lines)) == sides
     assert all(value > 0 for value in lines.values())
     assert lines["run, q4_0, AVX2: file"] < lines["run, q8_0, AVX2: file"] < lines["run, f16, AVX2: file"]

@@ -44,6 +44,7 @@ OUT_OF_RANGE = {
     "model.base_width": POSITIVE_INT,
     "model.base_depth": POSITIVE_INT,
     "model.compute_dtype": [*UNKNOWN, "float16"],
+    "model.attention": UNKNOWN,
     "model.remat": UNKNOWN,
     "model.scan_unroll": POSITIVE_INT,
     "model.loss_chunk": POSITIVE_INT,

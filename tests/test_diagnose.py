@@ -12,21 +12,42 @@ from test_results import make_record
 from test_sweep import points, write_study
 
 from experiments.reporting import figures, layers, pages
-from experiments.runner import diagnosing, looping, sweeping
+from experiments.runner import diagnosing, looping, samples, sweeping
+from experiments.runner.studies import points_of
 from mobilellm_jax import data
 from mobilellm_jax.analysis.layers import effective_depth, layer_use
 from mobilellm_jax.analysis.records import read_record, read_records, write_record
 from mobilellm_jax.analysis.study import study_of
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.runs.opening import open_run
+
+PROMPT = "a b"
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """The points and the directory of a sweep of 2 points and 1 seed, diagnosed and scored with 1 loop."""
+    """The points and the directory of a sweep of 2 points and 1 seed: diagnosed, scored, asked for a text."""
     folder = tmp_path_factory.mktemp("swept")
     found, workdir = points(write_study(folder), seeds=1), folder / "w"
-    assert sweeping.sweep(found, workdir, jobs=1, diagnosed=True, loops=(1,)) == 0
+    assert sweeping.sweep(found, workdir, jobs=1, diagnosed=True, loops=(1,), prompts=(PROMPT,)) == 0
     return found, workdir
+
+
+def test_a_sweep_keeps_texts_that_generate_writes_too(swept, monkeypatch):
+    found, workdir = swept
+    report = (workdir / "reports/mini-tiny.md").read_text().partition("## What they write")[2]
+    for point, record in zip(found, read_records(workdir / "results"), strict=True):
+        assert record.samples is not None
+        text = record.samples[PROMPT]["text"]
+        flags = [f"--workdir={workdir}/runs/{point.name}-s0", f"--prompt={PROMPT}", "--temperature=0.8"]
+        done = command("experiments.generate", *flags)
+        assert done.stdout == f"{PROMPT}{text}\n".replace("\r\n", "\n").replace("\r", "\n"), done.stderr
+        assert f"| {PROMPT} | {record.point} |" in report
+    monkeypatch.setattr(samples, "sample_run", None)  # what is there is not asked again
+    assert sweeping.sweep(found, workdir, jobs=1, prompts=(PROMPT,)) == 0
+    (task, *_) = points_of("configs/playground.py:hops_tiny5", {}, None, ())
+    with pytest.raises(UserError, match=r"--sample: khop:.* is no text that a model could continue"):
+        samples.check([task])
 
 
 def entry_of(record):

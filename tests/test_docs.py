@@ -36,6 +36,7 @@ OUTSIDE = {
     "https://arxiv.org/abs/1503.02531",
     "https://arxiv.org/abs/2402.14905",
     "https://github.com/COST-ELTeC/ELTeC-eng",
+    "https://github.com/ngxson/wllama",
     "https://jobset.sigs.k8s.io",
 }
 

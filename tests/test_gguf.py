@@ -24,6 +24,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats import gguf as ours
 from mobilellm_jax.formats import gguf_parity, llama_cpp
 from mobilellm_jax.formats.gguf_tokenizer import vocabulary
+from mobilellm_jax.formats.parity import ParityError
 from mobilellm_jax.runs.directory import TOKENIZER
 from mobilellm_jax.runs.opening import open_run
 
@@ -199,16 +200,14 @@ def test_parity_with_rounded_weights(tmp_path, kind):
 def test_what_differs_gets_no_name(tmp_path, monkeypatch):
     run_of(tmp_path / "run", TOKENIZERS["bpe"](), vocab_size=300)
     monkeypatch.setattr(ours, "_permute", lambda tensor, place, config: tensor)
-    with pytest.raises(gguf_parity.ParityError, match=r"differ from those of the run by .* expected at most"):
+    with pytest.raises(ParityError, match=r"differ from those of the run by .* expected at most"):
         ours.export_run(tmp_path / "run", tmp_path / "out.gguf", "f32")
     monkeypatch.undo()
     monkeypatch.setattr(ours, "begins_with_bos", lambda workdir, tokenizer: False)
     monkeypatch.setattr(gguf_parity, "TEXTS", ["<eos>"])
     monkeypatch.setattr(BytesTokenizer, "encode_batch", lambda self, texts: [[1]] * len(texts))
     run_of(tmp_path / "bytes", BytesTokenizer(), vocab_size=300)
-    with pytest.raises(
-        gguf_parity.ParityError, match=r"'<eos>': llama.cpp encodes it to \[60, 101, 111, 115, 62\]"
-    ):
+    with pytest.raises(ParityError, match=r"'<eos>': llama.cpp encodes it to \[60, 101, 111, 115, 62\]"):
         ours.export_run(tmp_path / "bytes", tmp_path / "out.gguf", "f32")
     assert sorted(os.listdir(tmp_path)) == ["bytes", "run"]
 
@@ -382,7 +381,7 @@ def test_the_command_says_what_it_wrote(tmp_path):
     [
         ([], "--out: missing; name what to make, such as --out=exported"),
         (["--format=gguf"], "--out: missing; name what to make, such as --out=first.gguf"),
-        (["--out=x", "--type=q8_0"], "--type=q8_0: a Hugging Face folder holds f32, bf16, f16"),
+        (["--out=x", "--type=q8_0"], "--type=q8_0: --format=hf holds f32, bf16, f16; use one of these, or"),
         (["--out=x", "--format=gguf"], "no run found"),
     ],
     ids=str,

@@ -180,7 +180,7 @@ def test_a_killed_run_resumes_bit_for_bit_without_its_parent(folder):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr("mobilellm_jax.runs.run.train", None)
+    monkeypatch.setattr("mobilellm_jax.runs.run.train_together", None)
 
 
 @pytest.mark.parametrize(

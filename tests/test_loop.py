@@ -148,7 +148,7 @@ def test_the_loop_is_a_plain_loop(tmp_path, monkeypatch, now, task):
     monkeypatch.setattr(Checkpoints, "save", save_and_look)
     mesh = partition.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     said, asked, polls = [], [], []
-    monkeypatch.setattr(memory, "check_fits", lambda _, config: asked.append(config))
+    monkeypatch.setattr(memory, "check_fits", lambda _, config, trials: asked.append(config))
     monkeypatch.setattr(Checkpoints, "poll", lambda self: polls.append(self))
     outcome = train(config, prepared, mesh, workdir, said.append)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tiny_config
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import base, mobilellm
@@ -80,6 +81,17 @@ def test_the_train_step_lowers(config):
     lowered = traced.lower(lowering_platforms=("tpu", "cuda")).as_text()
     assert "stablehlo.while" in lowered  # one loop over the layer plan, whatever its length
     assert "sharding" in lowered
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_the_train_step_lowers_with_the_attention_of_tpus(sizes):
+    """Forward, and two kernels backward: with `dots`, the forward pass is not repeated."""
+    fields = {"model.attention": "splash", "model.compute_dtype": "bfloat16", "model.remat": "dots"}
+    config = tiny_config(**fields, **{"data.sequence_length": 150})
+    mesh = AbstractMesh(sizes, partition.AXES, axis_types=(AxisType.Auto,) * 3)
+    lowered = make_programs(config, mesh).trace_step().lower(lowering_platforms=("tpu",)).as_text()
+    assert lowered.count("stablehlo.custom_call @tpu_custom_call") == 3
 
 
 def test_the_published_models_fill_the_largest_mesh():

@@ -9,7 +9,7 @@ from scipy import stats
 from test_results import make_record
 
 from configs import base, playground
-from experiments.reporting import abilities, beside_text, evidence, literature
+from experiments.reporting import abilities, beside_text, evidence, figures, literature
 from mobilellm_jax import data
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.config import from_config_dict
@@ -123,6 +123,29 @@ def test_abilities_stand_side_by_side_by_what_a_pair_is_about(tmp_path):
     assert columns["knowledge"][0].startswith(("worse, -20.", "worse, -19."))
     assert columns["knowledge"][1].startswith("no difference over ")
     assert columns["knowledge"][2].startswith(("worse, -30.", "worse, -29."))
+
+
+def test_no_figure_of_all_abilities_is_too_high_to_be_read(tmp_path, monkeypatch):
+    """13 designs in five abilities made one of 4,312 pixels."""
+    of_size, drawn = abilities.by_size(studies())["tiny"], {}
+
+    def save(name, alt, figure, *_):
+        drawn[name] = figure
+        return figures.Image(name, alt, b"")
+
+    monkeypatch.setattr(abilities, "draw", lambda part, title, marked: (list(part), title))
+    monkeypatch.setattr(abilities.figures, "save", save)
+    height = sum(map(abilities._height, of_size.values()))
+    for most, expected in (
+        (1.01 * height, {"x": (["structure", "knowledge"], "So")}),
+        (0.99 * height, {"x": (["structure"], "So (1 of 2)"), "x-2": (["knowledge"], "So (2 of 2)")}),
+    ):
+        monkeypatch.setattr(abilities, "_MOST_INCHES", most)
+        drawn.clear()
+        images = abilities.save("x", of_size, "So", tmp_path)
+        assert drawn == expected
+        assert [image.name for image in images] == list(expected)
+    assert [image.alt for image in images] == ["Every design in structure", "Every design in knowledge"]
 
 
 def test_the_page_of_all_abilities_leads_to_each(tmp_path):

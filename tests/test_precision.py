@@ -1,17 +1,19 @@
-"""The dtype that "auto" stands for, by platform and processor; products in low precision."""
+"""The dtype that "auto" stands for, by platform and processor; products and stacks in low precision."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import tiny_config, tiny_model
+from jax.extend.core import jaxprs_in_params
 
 from experiments.runner import devices
 from experiments.runner.studies import points_of
-from mobilellm_jax import dtypes
+from mobilellm_jax import dtypes, model
 from mobilellm_jax.dtypes import with_dtype
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.ops import linear
+from mobilellm_jax.model import stack
+from mobilellm_jax.model.ops import linear, precision
 from mobilellm_jax.runs.run import check
 
 XEON = "processor\t: 0\nflags\t\t: fpu avx512_bf16 amx_bf16 amx_tile amx_int8\n"
@@ -93,3 +95,48 @@ def test_bfloat16_products_round_sums_once(processor, text, product, w_shape):
         np.testing.assert_allclose(np.asarray(actual, np.float64), exact, rtol=2**-8, atol=1e-5)
     asked = jax.make_jaxpr(lambda x, w: linear.linear(product, x, w))(x, w)
     assert ("preferred_element_type=float32" in str(asked)) is (text is XEON)
+
+
+def stacked_dtypes(jaxpr):
+    """Dtypes of what the loops in a program stack, one entry for each layer."""
+    for equation in jaxpr.eqns:
+        for inner in jaxprs_in_params(equation.params):
+            yield from stacked_dtypes(inner)
+        if equation.primitive.name == "scan":
+            yield from (str(out.aval.dtype) for out in equation.outvars[equation.params["num_carry"] :])
+
+
+def gradient(config):
+    """The gradient of the loss, as a function of the parameters."""
+    tokens_BT = jnp.array(np.random.default_rng(0).integers(0, config.vocab_size, (2, 8)))
+    return jax.grad(lambda params: model.loss(params, tokens_BT, tokens_BT, config)[0])
+
+
+HALF = {"depth": 3, "compute_dtype": "bfloat16", "remat": "dots"}
+
+
+def test_a_loop_stacks_no_numbers_of_16_bits_on_a_cpu(monkeypatch):
+    """XLA would convert the whole stack to float32 for each layer."""
+
+    config = tiny_model(**HALF)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+
+    def dtypes():
+        return set(stacked_dtypes(jax.make_jaxpr(gradient(config))(params).jaxpr))
+
+    assert dtypes() == {"float32"}
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    jax.clear_caches()
+    assert dtypes() == {"bfloat16", "float32"}
+
+
+@pytest.mark.slow
+def test_gradients_are_the_same_bits_however_they_are_stacked(monkeypatch):
+    config = tiny_model(**HALF)
+    params = model.init(jax.random.key(0), config)
+    gradients = jax.jit(gradient(config))(params)
+    for module in (precision, stack):
+        monkeypatch.setattr(module, "stack_dtype", lambda dtype: dtype)
+    jax.clear_caches()
+    plain = jax.jit(gradient(config))(params)
+    jax.tree.map(np.testing.assert_array_equal, gradients, plain)

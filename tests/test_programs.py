@@ -71,6 +71,7 @@ ONE_BY_ONE = {
     "model.loop_scale": ("learned", LOOPED),
     "model.loop_embedding": (True, LOOPED),
     "model.loop_norm": (True, LOOPED),
+    "model.attention": ("splash", {}),
     "model.remat": ("full", {}),
     "model.scan_unroll": (2, {}),
     "model.loss_chunk": (3, {}),
@@ -148,7 +149,9 @@ def test_every_other_field_means_another_key(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ONE_BY_ONE)
+@pytest.mark.parametrize(
+    "name", [name for name in ONE_BY_ONE if name != "model.attention"]
+)  # see test_lowering
 def test_every_other_field_means_another_program(name):
     one, other = map(lowered, with_and_without(name))
     assert one != other

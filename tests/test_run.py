@@ -150,10 +150,10 @@ def test_data_stand_from_the_first_checkpoint_on(tmp_path):
 def test_a_resumed_run_says_what_changed_and_refuses_other_data(tmp_path, monkeypatch):
     said = []
 
-    def train(config, prepared, mesh, workdir, say, origin, teacher):
-        say("trains")
-        (workdir / "checkpoints" / "4").mkdir(parents=True, exist_ok=True)
-        return Outcome("finished", None, 4, [], [], 1.0, 1.0, 1.0)
+    def train(trials, count, mesh, teacher):
+        trials[0].say("trains")
+        (trials[0].workdir / "checkpoints" / "4").mkdir(parents=True, exist_ok=True)
+        return {0: Outcome("finished", None, 4, [], [], 1.0, 1.0, 1.0)}
 
     def start(**changes):
         said.clear()
@@ -166,7 +166,7 @@ def test_a_resumed_run_says_what_changed_and_refuses_other_data(tmp_path, monkey
         describe = lambda **measured: make_record(data=measured["data"])  # noqa: E731
         return run(tiny_config(**fields, **changes), tmp_path / "run", describe, said.append).data
 
-    monkeypatch.setattr("mobilellm_jax.runs.run.train", train)
+    monkeypatch.setattr("mobilellm_jax.runs.run.train_together", train)
     (tmp_path / "a.txt").write_text("a line of text\n\n" * 20)
     one = start()
     note = "files:*.txt is one document: its last 10.0% (32 bytes) are held out"
@@ -188,7 +188,7 @@ def test_a_run_says_that_it_sees_its_text_more_than_once(steps, note):
 
 
 def test_a_run_without_rows_for_tuning_ends_before_it_compiles(tmp_path, monkeypatch):
-    monkeypatch.setattr("mobilellm_jax.runs.run.train", None)
+    monkeypatch.setattr("mobilellm_jax.runs.run.train_together", None)
     (tmp_path / "train.jsonl").write_text('{"text": "some text and more"}\n')
     (tmp_path / "valid.jsonl").write_text('{"text": "one document of text"}\n')
     fields = {

@@ -178,7 +178,7 @@ def test_adapters_of_a_teacher_are_merged_and_all_parameters_are_split_over_the_
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr("mobilellm_jax.runs.run.train", None)
+    monkeypatch.setattr("mobilellm_jax.runs.run.train_together", None)
 
 
 @pytest.mark.parametrize(

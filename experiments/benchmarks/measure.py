@@ -56,7 +56,7 @@ class Line:
         return cls(**{**fields, "values": tuple(fields["values"])})
 
 
-def alternate(sides: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
+def alternate(sides: Mapping[Any, Callable[[], Any]], turns: int) -> dict[Any, list[float]]:
     """Times every side once in each turn, after one warm-up call of each: seconds, by side.
 
     Every other turn is in reverse order, so that no side always follows the same one. A side must block until
@@ -64,7 +64,7 @@ def alternate(sides: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, l
     """
     for call in sides.values():
         call()
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    seconds: dict[Any, list[float]] = {name: [] for name in sides}
     for turn in range(turns):
         names = list(sides)[:: 1 if turn % 2 == 0 else -1]
         for name in names:

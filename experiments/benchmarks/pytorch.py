@@ -2,25 +2,30 @@
 
 Same shape, batch, precision and optimizer: AdamW, fused, with the gradient clipped; sdpa attention; the loss
 as transformers computes it; all cores. On CPUs the PyTorch process also gets our setting of the C library, to
-keep freed memory, which makes it faster too. In bfloat16 its matrix products and attention run under
-autocast, ours with `model.compute_dtype=bfloat16`; parameters and optimizer are float32 in both. In float32
-both let a GPU multiply in TF32. Each PyTorch variant has a process of its own, which is idle in other turns.
+keep freed memory, which makes it faster too, and both dtypes take turns in one run. In bfloat16 its matrix
+products and attention run under autocast, ours with `model.compute_dtype=bfloat16`; parameters and optimizer
+are float32 in both. In float32 both let a GPU multiply in TF32. Each PyTorch variant has a process of its
+own, which is idle in other turns.
 On a GPU, measure this part alone: other parts do not release their memory.
 
   python -m experiments.benchmarks.pytorch SHAPE     # one of them: a JSON object, see `_peer`
 """
 
 import contextlib
+import functools
+import itertools
 import json
 import os
+import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import jax
 
 from experiments.benchmarks import measure as m
+from mobilellm_jax.dtypes import has_amx
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.training.malloc import keep_freed_memory
 
@@ -55,24 +60,34 @@ def measure(quick: bool) -> list[m.Line]:
     from experiments.benchmarks.shapes import chosen
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave PyTorch some of the GPU's memory
-    dtypes = ("float32", "bfloat16")
-    cases = [("4 x 48", "float32")] if quick else [(n, d) for n in chosen(MODELS) for d in dtypes]
-    return [line for name, dtype in cases for line in _compare(name, dtype, quick)]
+    together = [("float32", "bfloat16")]
+    if quick:
+        together = [("float32",)]
+    elif jax.default_backend() != "cpu":  # whose memory is too small for all of them
+        together = [("float32",), ("bfloat16",)]
+    names = ["4 x 48"] if quick else chosen(MODELS)
+    return [line for name in names for dtypes in together for line in _compare(name, dtypes, quick)]
 
 
-def _compare(name: str, dtype: str, quick: bool) -> Iterator[m.Line]:
+def _compare(name: str, dtypes: Sequence[str], quick: bool) -> Iterator[m.Line]:
     from experiments.benchmarks.shapes import config_of
     from experiments.benchmarks.trainer import Trainer
 
     on_cpu = jax.default_backend() == "cpu"
     rows, length = (8, 32) if quick else (_CASES if on_cpu else _ACCELERATOR)[name]
-    if not on_cpu and dtype == "float32":
+    if not on_cpu and "float32" in dtypes:
         rows //= 4  # three processes share the memory
     steps = _STEPS[name] if on_cpu else 10
-    config = config_of(name, rows, length, quick, compute_dtype=dtype)
+    variants = ("eager",) if quick else ("eager", "torch.compile")
     with contextlib.ExitStack() as stack:
-        sides: dict[str, Callable[[], object]] = {}
-        for variant in ("eager",) if quick else ("eager", "torch.compile"):
+        sides: dict[tuple[str, str], Callable[[], object]] = {}
+        for dtype, variant in itertools.product(dtypes, (*variants, "ours")):
+            config = config_of(name, rows, length, quick, compute_dtype=dtype)
+            if variant == "ours":
+                trainer = Trainer(config)
+                batches = trainer.random_batches()
+                sides[dtype, variant] = functools.partial(trainer.train, batches, steps)
+                continue
             shape = {
                 "vocab_size": config.model.vocab_size,
                 "hidden_size": config.model.width,
@@ -84,21 +99,31 @@ def _compare(name: str, dtype: str, quick: bool) -> Iterator[m.Line]:
             }
             how = {"rows": rows, "length": length, "steps": steps, "dtype": dtype, "variant": variant}
             what = json.dumps({"model": shape, **how, "cpu": on_cpu})
-            sides[variant] = stack.enter_context(m.process(variant, __name__, what))
-        trainer = Trainer(config)
-        batches = trainer.random_batches()
-        sides["ours"] = lambda: trainer.train(batches, steps)
-        seconds = m.alternate(sides, 2 if quick else 5 if dtype == "float32" else 3)
-    case = f"{name}, {rows} x {length} tokens, {dtype}"
+            sides[dtype, variant] = stack.enter_context(m.process(variant, __name__, what))
+        seconds = m.alternate(sides, 2 if quick else 5)
+    case = f"{name}, {rows} x {length} tokens"
     tokens = {side: m.rates(steps * rows * length, times) for side, times in seconds.items()}
-    for side, rates in tokens.items():
-        label = side if side == "ours" else f"PyTorch, {side}"
-        yield m.Line(f"{case}: {label}", "tokens/s", rates)
-    peers = [side for side in tokens if side != "ours"]
-    fastest = max(peers, key=lambda side: sorted(tokens[side])[len(tokens[side]) // 2])
-    wanted = {("float32", True): 1.1, ("bfloat16", False): 1.3}.get((dtype, on_cpu))
-    ratio = m.ratios(tokens["ours"], tokens[fastest])
-    yield m.Line(f"{case}: ours / PyTorch, {fastest}", "x", ratio, at_least=wanted)
+
+    def fastest(sides: Iterable[tuple[str, str]]) -> tuple[str, str]:
+        return max(sides, key=lambda side: statistics.median(tokens[side]))
+
+    for dtype in dtypes:
+        for variant in (*variants, "ours"):
+            label = variant if variant == "ours" else f"PyTorch, {variant}"
+            yield m.Line(f"{case}, {dtype}: {label}", "tokens/s", tokens[dtype, variant])
+        peer = fastest((dtype, variant) for variant in variants)
+        wanted = {("float32", True): 1.1, ("bfloat16", False): 1.3}.get((dtype, on_cpu))
+        ratio = m.ratios(tokens[dtype, "ours"], tokens[peer])
+        yield m.Line(f"{case}, {dtype}: ours / PyTorch, {peer[1]}", "x", ratio, at_least=wanted)
+    if len(dtypes) > 1:
+        ours, peer = (
+            fastest(side for side in tokens if (side[1] == "ours") == is_ours) for is_ours in (True, False)
+        )
+        ratio = m.ratios(tokens[ours], tokens[peer])
+        yield m.Line(f"{case}: ours, {ours[0]} / PyTorch, {peer[0]}", "x", ratio, at_least=1.1)
+        ratio = m.ratios(tokens["bfloat16", "ours"], tokens["float32", "ours"])
+        wanted = 2.0 if name == "125m" and has_amx() else None
+        yield m.Line(f"{case}: ours, bfloat16 / float32", "x", ratio, at_least=wanted)
 
 
 def _peer(what: dict[str, Any]) -> None:

@@ -44,8 +44,10 @@ def measure(quick: bool) -> list[m.Line]:
         records = read_records(workdir / "results")
     points = len({record.point for record in records})
     side_by_side = min(cores, points)
-    train_s, run_s, compile_s = (
-        sum(record.timing[name] or 0 for record in records) for name in ("train_s", "wall_s", "compile_s")
+    train_s = sum(record.own_train_s for record in records)
+    run_s, compile_s = (
+        sum((record.timing[name] or 0) / (record.trials_together or 1) for record in records)
+        for name in ("wall_s", "compile_s")
     )
     evaluate = "runs, with evaluation and checkpoints"
     all_s = side_by_side * wall_s

@@ -1,8 +1,8 @@
 """Training: tokens per second, and utilization of the machine's matrix-product rate.
 
-The rate is that of a float32 (on accelerators bfloat16) product of square matrices, measured in the same
-turns; for known accelerators also the datasheet's. FLOPs are those of the model, see
-`accounting.train_flops_per_token`: recomputation by remat and elementwise operations do not count.
+The dtype is the one that `compute_dtype="auto"` picks. The rate is that of a product of square matrices of
+this dtype, measured in the same turns; for known accelerators also the datasheet's. FLOPs are those of the
+model, see `accounting.train_flops_per_token`: recomputation by remat and elementwise operations do not count.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +15,8 @@ from experiments.benchmarks.shapes import chosen, config_of
 from experiments.benchmarks.trainer import Trainer
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.costs.datasheet import PEAK_FLOPS
+from mobilellm_jax.dtypes import with_dtype
+from mobilellm_jax.model.ops.precision import sum_dtype
 
 # name: rows and tokens of a row on a CPU, and on an accelerator
 _SHAPES = {
@@ -36,14 +38,18 @@ def measure(quick: bool) -> list[m.Line]:
 def _measure(name: str, labels: list[str], quick: bool) -> Iterator[m.Line]:
     on_cpu = jax.default_backend() == "cpu"
     rows, length = (8, 32) if quick else _SHAPES[name][0 if on_cpu else 1]
+    fields = {name: {}, name + _SHARED: {"sharing": "immediate", "num_repeats": 2}}
     configs = {
-        name: config_of(name, rows, length, quick),
-        name + _SHARED: config_of(name, rows, length, quick, sharing="immediate", num_repeats=2),
+        label: with_dtype(
+            config_of(name, rows, length, quick, compute_dtype="auto", **of), jax.default_backend
+        )
+        for label, of in fields.items()
+        if label in labels
     }
-    configs = {label: config for label, config in configs.items() if label in labels}
     if not configs:
         return
-    product, flops = matrix_product(64 if quick else 2048 if on_cpu else 8192)
+    dtype = next(iter(configs.values())).model.compute_dtype
+    product, flops = matrix_product(64 if quick else 2048 if on_cpu else 8192, dtype)
     sides: dict[str, Callable[[], object]] = {"product": product}
     for label, config in configs.items():
         trainer = Trainer(config)
@@ -75,13 +81,16 @@ def _steps(name: str) -> int:
     return 10 if name == "4 x 48" or jax.default_backend() != "cpu" else 1
 
 
-def matrix_product(size: int) -> tuple[Callable[[], object], float]:
+def matrix_product(size: int, dtype: str) -> tuple[Callable[[], object], float]:
     """Builds a call that multiplies square matrices several times, and computes its FLOPs."""
-    dtype, times = "float32" if jax.default_backend() == "cpu" else "bfloat16", 8
+    times = 8
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
 
     @jax.jit
     def multiply(a: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, times, lambda _, b: jnp.dot(a, b) / size, a)
+        def once(_: jax.Array, b: jax.Array) -> jax.Array:
+            return (jnp.dot(a, b, preferred_element_type=sum_dtype(a.dtype)) / size).astype(a.dtype)
+
+        return jax.lax.fori_loop(0, times, once, a)
 
     return lambda: jax.block_until_ready(multiply(a)), times * 2 * float(size) ** 3

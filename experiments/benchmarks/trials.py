@@ -1,24 +1,26 @@
-"""Runs of one shape that differ in seed and learning rate, trained together in one program (`jax.vmap`).
+"""Runs of one shape that differ in seed and learning rate, trained together in one program.
 
-The potential gain: a step of a small model does not fill an accelerator. The sweep does not do this yet; on a
-CPU it runs points at the same time in several processes instead.
+The potential gain: a step of a small model does not fill an accelerator. `sweep --trials_per_program` does
+this; on a CPU it runs points at the same time in several processes instead. Measured is what the loop does at
+each step: rows to the device, a step, its loss.
 """
 
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import measure as m
 from experiments.benchmarks.shapes import config_of
-from mobilellm_jax.training.step import TrainState, init_state, train_step
+from mobilellm_jax.runs.run import check
+from mobilellm_jax.training.programs import make_programs
+from mobilellm_jax.training.trials import place_rows, rates_of, stack
 
-_TRIALS = (1, 4, 16)
+_TRIALS = (1, 4, 16, 64)
 
 
 def measure(quick: bool) -> list[m.Line]:
-    """Measures tokens per second of 1, 4 and 16 trials together, and the ratios to one alone."""
+    """Measures tokens per second of 1, 4, 16 and 64 trials together, and the ratios to one alone."""
     rows, length = (2, 16) if quick else (8, 64)
     trials = _TRIALS[:2] if quick else _TRIALS
     seconds = m.alternate({str(n): _steps(n, rows, length, quick) for n in trials}, 2 if quick else 7)
@@ -30,20 +32,16 @@ def measure(quick: bool) -> list[m.Line]:
 
 def _steps(trials: int, rows: int, length: int, quick: bool) -> Callable[[], object]:
     config = config_of("4 x 48", rows, length, quick)
-    model, optimizer = config.model, config.optimizer
-
-    def step(state: TrainState, rows_BS: jax.Array, rate: jax.Array) -> object:
-        return train_step(state, rows_BS, rate, model, optimizer, 1)
-
-    together = jax.jit(jax.vmap(step), donate_argnums=0)
-    keys = jax.random.split(jax.random.key(0), trials)
-    state = jax.jit(jax.vmap(lambda key: init_state(key, model, optimizer)))(keys)
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (trials, rows, length + 1), np.int32)
-    rates = jnp.linspace(1e-3, 2e-3, trials)
+    programs = make_programs(config, check(config), trials=trials)
+    state = stack(programs, ((place, programs.init(jax.random.key(place))) for place in range(trials)))
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, config.model.vocab_size, (trials, rows, length + 1), np.int32)
+    rates = rates_of(programs, {place: np.float32(1e-3) for place in range(trials)})
 
     def call() -> None:
         nonlocal state
-        state, metrics = together(state, tokens, rates)
+        placed = place_rows(programs, programs.rows, dict(enumerate(tokens)))
+        state, metrics = programs.step(state, placed, rates)
         jax.block_until_ready(metrics)
 
     return call

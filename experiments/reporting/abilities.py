@@ -22,6 +22,7 @@ from mobilellm_jax.storage.files import AnyPath
 
 TITLE = "Which shape learns what: designs of equal size on generated data"
 _IN = {"better": "at", "worse": "at", "no difference": "in", "cannot tell": "about"}
+_MOST_INCHES = 12.0  # of the panels of a figure, which is 4.9 inches wide
 _NOTE = (
     "Each cell compares the first design with the second, at equal size and steps unless the row says "
     "otherwise. Distances are divergences from the grammar, as factors with their intervals; right answers "
@@ -42,13 +43,13 @@ def write(
             (line for line in found if line.startswith("more, thinner")), found[0] if found else TITLE
         )
         title = f"{main[0].upper()}{main[1:]}".removesuffix(".")
-        image = figures.save(name, "Every design in every ability", draw(of_size, title), workdir, formats)
+        images = save(name, of_size, title, workdir, formats)
         regimes = [_caption(ability, study) for ability, study in of_size.items()]
         texts = beside_text.lines(of_size, studies)
         links = Links([(ability, f"{quote(study.stem)}.md", "") for ability, study in of_size.items()])
         sections: list[Section] = [
             ("", [f"{title}."]),
-            ("All abilities", [found, image, _NOTE, columns, regimes]),
+            ("All abilities", [found, *images, _NOTE, columns, regimes]),
             ("Does it predict text?", [beside_text.NOTE, texts] if texts else []),
             ("The report of each ability", [links]),
         ]
@@ -56,6 +57,31 @@ def write(
         lines = [f"- {sentence}" for sentence in found]
         said.append("\n".join([TITLE, "", *lines, "", f"Report: {path}.html"]))
     return said
+
+
+def save(
+    name: str,
+    of_size: Mapping[str, Study],
+    title: str,
+    workdir: str | AnyPath,
+    formats: Collection[str] = figures.FORMATS[:1],
+    marked: Collection[str] = (),
+) -> list[figures.Image]:
+    """Draws all abilities and writes figures/<name>, then <name>-2 and so on where one would be too high."""
+    parts: list[dict[str, Study]] = []
+    for ability, study in of_size.items():
+        if not parts or sum(map(_height, parts[-1].values())) + _height(study) > _MOST_INCHES:
+            parts.append({})
+        parts[-1][ability] = study
+    images = []
+    for number, part in enumerate(parts, start=1):
+        which, of = (
+            ("", "every ability") if len(parts) == 1 else (f" ({number} of {len(parts)})", join(list(part)))
+        )
+        stem = name if number == 1 else f"{name}-{number}"
+        figure = draw(part, f"{title}{which}", marked)
+        images.append(figures.save(stem, f"Every design in {of}", figure, workdir, formats))
+    return images
 
 
 @styled

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from experiments.reporting import abilities, figures
+from experiments.reporting import abilities
 from experiments.reporting.pages import WARNINGS, Section, write_page
 from experiments.reporting.tables import Columns, plain_table, quantity
 from mobilellm_jax.analysis.comparable import check_comparable
@@ -66,15 +66,13 @@ def write(size: str, of_ability: Mapping[str, Ability], workdir: str | AnyPath) 
     own = list(dict.fromkeys(label for of in of_ability.values() for label in of.own))
     title = f"Profile of {' and '.join(own)}: what it learns beside designs on record"
     studies = {ability: of.study for ability, of in of_ability.items()}
-    image = figures.save(
-        f"profile-{size}", "Every design in every ability", abilities.draw(studies, title, own), workdir
-    )
+    images = abilities.save(f"profile-{size}", studies, title, workdir, marked=own)
     warnings = [f"{ability}: {line}" for ability, of in of_ability.items() for line in of.warnings]
     found = sentences(of_ability)
     tables = [values(of_ability), differences(of_ability), sizes(of_ability)]
     parts: list[Section] = [
         (WARNINGS, [warnings] if warnings else []),
-        ("Abilities", [found, image, _NOTE, *tables[:2]]),
+        ("Abilities", [found, *images, _NOTE, *tables[:2]]),
         ("Sizes", [tables[2]]),
     ]
     path = write_page(f"profile-{size}", title, parts, workdir)

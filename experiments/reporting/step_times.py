@@ -36,4 +36,4 @@ def _finished(runs: list[Record]) -> list[Record]:
 
 
 def _step_s(runs: list[Record]) -> float:
-    return median((run.timing["train_s"] or 0.0) / run.steps for run in runs)
+    return median(run.own_train_s / run.steps for run in runs)

@@ -17,8 +17,8 @@ DEFAULT_STUDY = "configs/playground.py:tiny"
 
 # What a launcher passes on to the sweeps that it starts, besides the flags of the config.
 PASSED_ON = (
-    *("workdir", "only", "arms", "seeds", "lines_every"),
-    *("tasks", "data_dir", "limit", "quantize", "diagnose", "num_repeats"),
+    *("workdir", "only", "arms", "seeds", "lines_every", "trials_per_program"),
+    *("tasks", "data_dir", "limit", "quantize", "diagnose", "num_repeats", "sample"),
     *("calls", "instructions"),
 )
 
@@ -56,6 +56,12 @@ def define_sweep() -> None:
         1,
     )
     flags.DEFINE_string(
+        "trials_per_program",
+        "auto",
+        "runs of a point, of its first learning rates or of its seeds, that train in one program; auto: 1 on "
+        "CPUs and on several devices, else as many as fit into memory",
+    )
+    flags.DEFINE_string(
         "shard",
         "0/1",
         "i/n: only every n-th point, from the i-th on; i from 0 to n - 1. It tunes these, helps to tune the "
@@ -65,6 +71,9 @@ def define_sweep() -> None:
         "quantize", [], "schemes that every finished run is quantized to, such as w8a8,w4:32; default: none"
     )
     flags.DEFINE_bool("diagnose", False, "say of every finished run what its layers do")
+    flags.DEFINE_multi_string(
+        "sample", [], "a text that the first run of every design continues, for the report; may be repeated"
+    )
     define_loops()
     define_speaking()
     hosts.define_flags()
@@ -116,6 +125,14 @@ def asked_points() -> list[Point]:
 def asked_schemes() -> Quantizing | None:
     """What --quantize asks for; None without it, UserError if it names an unknown scheme."""
     return Quantizing(schemes_of("quantize", FLAGS.quantize)) if FLAGS.quantize else None
+
+
+def asked_trials() -> int | None:
+    """The number that --trials_per_program gives, None for auto; UserError if it is neither."""
+    value = FLAGS.trials_per_program
+    if value != "auto" and not (value.isdecimal() and int(value)):
+        raise UserError(f"--trials_per_program={value}: expected auto, or a number of at least 1")
+    return None if value == "auto" else int(value)
 
 
 def asked_loops() -> tuple[int, ...]:

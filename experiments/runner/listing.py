@@ -69,8 +69,8 @@ def said_to_compare(points: Sequence[Point]) -> str:
 
 def said_to_cost(points: Sequence[Point], jobs: int | None) -> str:
     """What the points cost, here with so many side by side (None: as a sweep would) and elsewhere."""
-    from experiments.runner.costs import costs
-    from experiments.runner.sweeping import default_jobs, expected_seconds
+    from experiments.runner.costs import costs, expected_seconds
+    from experiments.runner.sweeping import default_jobs
 
     try:
         jobs = min(jobs or default_jobs(), len(points))

@@ -27,7 +27,7 @@ STUDY, CONFIG = "playground", "configs/playground.py"
 # computed.
 NOT_TAKEN = {
     *("vocab_size", "base_width", "base_depth", "init_std", "parameterization"),
-    *("compute_dtype", "remat", "scan_unroll", "loss_chunk"),
+    *("compute_dtype", "attention", "remat", "scan_unroll", "loss_chunk"),
 }
 TAKEN = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in NOT_TAKEN)
 _HEAD_DIMS, _FFN_STEP, _FFN_BAND = tuple(range(6, 34, 2)), 1, 0.35

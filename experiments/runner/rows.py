@@ -84,9 +84,10 @@ def _token_rows(spec: str, length: int, vocab_size: int) -> np.ndarray:
 
 
 def on_this_machine(config: Config) -> Config:
-    """The config with all devices along `data`, and evaluation batches that they share evenly."""
+    """The config with all devices along `data`, evaluation batches for all, and the attention they have."""
     ways = jax.device_count()
     size = -(-config.train.eval_batch_size // ways) * ways
     sizes = {"batch_size": size, "accumulation_steps": 1, "eval_batch_size": size}
     mesh = MeshConfig(data=-1, fsdp=1, tensor=1)
-    return dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, **sizes))
+    m = dataclasses.replace(config.model, attention="auto")
+    return dataclasses.replace(config, model=m, mesh=mesh, train=dataclasses.replace(config.train, **sizes))

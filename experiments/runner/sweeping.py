@@ -4,34 +4,39 @@ import functools
 import os
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from experiments.runner import afterwards, devices, looping, plans, questions, rates
-from experiments.runner.afterwards import Do
+from experiments.runner import after, devices, looping, plans, questions, rates, samples
+from experiments.runner.after import Do
 from experiments.runner.calling import Speaking
+from experiments.runner.costs import expected_seconds
 from experiments.runner.points import Point, Run
 from experiments.runner.progress import Progress, missing_of, record_path, settled
 from experiments.runner.questions import Questions
 from experiments.runner.schemes import Quantizing
-from experiments.runner.view import FINISHED, Event, Tally, Tell, View, view_of
-from experiments.runner.workers import TUNING, Task, Wait, in_processes, leases_of, take
+from experiments.runner.trials import parts, trials_of
+from experiments.runner.view import FINISHED, Event, Tally, Tell, view_of
+from experiments.runner.workers import TUNING, Task, do_all, leases_of
 from mobilellm_jax import data
 from mobilellm_jax.analysis.records import Record, read_records, write_record
-from mobilellm_jax.analysis.tuning import losses_of, next_trial
+from mobilellm_jax.analysis.tuning import losses_of, next_trials
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import processes
-from mobilellm_jax.runs.run import agreed_record, check, enable_compilation_cache, failed_fields, run
+from mobilellm_jax.runs.run import (
+    Asked,
+    agreed_record,
+    check,
+    enable_compilation_cache,
+    failed_fields,
+    run,
+    run_together,
+)
 from mobilellm_jax.storage.files import AnyPath, reason
 from mobilellm_jax.training.progress import StepLine, duration
-
-# For the expected time only, measured on the tiny studies on 2 CPU cores: the share of the matrix rate that
-# training reaches, and the seconds that a point (process, compilation) and a run (evaluation, saving) cost.
-_EFFICIENCY, _POINT_S, _RUN_S = 0.12, 10.0, 1.2
 
 Report = Callable[[Sequence[Point], AnyPath], int]
 
@@ -47,8 +52,10 @@ def sweep(
     lines_every: int | float = 60,
     diagnosed: bool = False,
     loops: Sequence[int] = (),
+    prompts: Sequence[str] = (),
     speaking: Speaking | None = None,
     report: Report | None = None,
+    trials: int | None = 1,
 ) -> int:
     """Does the runs that `workdir` has no record of, reports on all, and returns the exit status.
 
@@ -69,8 +76,10 @@ def sweep(
       lines_every: seconds between two lines about the steps of a point, where there is no terminal.
       diagnosed: diagnose every finished run of the points.
       loops: numbers of loops to score every finished run with, where its model has loops.
+      prompts: texts that the first finished run of every point is to continue.
       speaking: calls and instructions to ask every finished run for.
       report: what to do at the end, in place of a report on each study; returns the exit status.
+      trials: runs of a point that train in one program, see `trials.trials_of`.
 
     Raises:
       UserError: bad data, or a `workdir` of another sweep or data; found before anything is compiled.
@@ -88,6 +97,10 @@ def sweep(
             quantized.check(point.config)
         if speaking:
             speaking.check(point.config)
+        if not groups:  # whose processes see other devices
+            trials_of(point, trials, jobs)
+    if prompts:
+        samples.check(points)
     known = questions.load(asked, points) if asked else {}
     processes.of_first(lambda: make_workdir(workdir))
     progress = Progress(points, workdir)
@@ -120,11 +133,12 @@ def sweep(
     with view_of(tally, lines_every) as view:
         broken = []
         if in_arms:
-            tune = Task(_on_devices(size, tune_point), rates.untuned, TUNING)
+            do = functools.partial(tune_point, trials=trials, jobs=jobs)
+            tune = Task(_on_devices(size, do), rates.untuned, TUNING)
             mine = {point.name for point in points}
             own_first = sorted(in_arms, key=lambda point: point.name not in mine)
             chosen = [point for point in own_first if untuned[point.name]]
-            broken += _all(chosen, workdir, environments, tune, view, mine)
+            broken += do_all(chosen, workdir, environments, tune, view, mine)
         tuned = [point for point in todo if point.learning_rates]
         rate_of, lines = processes.of_first(lambda: rates.fitted(tuned, [*tuned, *in_arms], workdir))
         for line in lines:
@@ -134,12 +148,13 @@ def sweep(
             for point in todo
             if point.name in rate_of or not point.learning_rates
         ]
-        compare = Task(_on_devices(size, compare_point), missing_of)
-        broken += _all(todo, workdir, environments, compare, view)
-        for do, lacking in afterwards.steps(asked, known, quantized, diagnosed, loops, speaking):
+        do = functools.partial(compare_point, trials=trials, jobs=jobs)
+        compare = Task(_on_devices(size, do), missing_of)
+        broken += do_all(todo, workdir, environments, compare, view)
+        for do, lacking in after.tasks(asked, known, quantized, diagnosed, loops, prompts, speaking):
             left = processes.of_first(lambda: [point.name for point in points if lacking(point, workdir)])  # noqa: B023
             todo = [point for point in points if point.name in left]
-            broken += _all(todo, workdir, environments, Task(_on_devices(size, do), lacking), view)
+            broken += do_all(todo, workdir, environments, Task(_on_devices(size, do), lacking), view)
     try:
         status = processes.of_first(lambda: _finish(points, workdir, report or _report))
     except UserError as error:
@@ -199,70 +214,26 @@ def _check_and_do(size: int, do: Do, point: Point, workdir: AnyPath, tell: Tell)
     do(point, workdir, tell)
 
 
-def _all(
-    points: Sequence[Point],
-    workdir: AnyPath,
-    environments: Sequence[Mapping[str, str]],
-    task: Task,
-    view: View,
-    first: Collection[str] = (),
-) -> list[str]:
-    """Does the points, side by side if there are several, and returns error messages.
-
-    The processes of those named in `first` start first.
-    """
-    if min(len(environments), len(points)) < 2 and not any(environments):  # an environment needs a process
-        return _one_by_one(points, workdir, task, view)
-    # The longest first, so that no core waits long for the last.
-    longest_first = sorted(points, key=lambda point: (point.name not in first, -point.cost))
-    return in_processes(longest_first, workdir, environments[: len(points)], task, view)
-
-
-def _one_by_one(points: Sequence[Point], workdir: AnyPath, task: Task, view: View) -> list[str]:
-    """Does the points, those of other sweeps last; returns error messages."""
-    leases, waiting, broken = leases_of(workdir), {task.lease(point): point for point in points}, []
-    untaken: dict[str, list[str]] = {}  # by what the disk said; one line for all of them
-    wait = Wait()
-    while waiting:
-        name, error = processes.of_first(lambda: take(leases, list(waiting)))
-        if name is None:
-            wait(leases)
-            continue
-        point = waiting.pop(name)
-        if error:
-            untaken.setdefault(error, []).append(name)
-            continue
-        view.begun(point.name)
-        try:
-            task.do(point, workdir, functools.partial(view.hear, point.name))
-        except UserError as error:
-            broken.append(f"{name}: {error}")
-        finally:
-            view.tally.settle(point.name, task.phase == TUNING)
-            view.ended(point.name, task.ended(len(points) - len(waiting), len(points)))
-            if jax.process_index() == 0:
-                leases.release(name)
-    return broken + [f"{', '.join(names)}: {error}" for error, names in untaken.items()]
-
-
-def tune_point(point: Point, workdir: AnyPath, tell: Tell) -> None:
+def tune_point(point: Point, workdir: AnyPath, tell: Tell, trials: int | None = 1, jobs: int = 1) -> None:
     """Looks for the learning rate of a point; every run leaves a record.
 
     A failed run ends the search, as there is nothing to learn about learning rates from it.
     """
     tried: dict[float, list[float]] = {}
-    while trial := next_trial(tried, point.learning_rates, point.tuning_seeds):
-        record = _do(point.tuning_run(*trial), workdir, tell)
-        if record.status == "failed":
-            return
-        tried.setdefault(trial[0], []).extend(losses_of([record]))
+    most = trials_of(point, trials, jobs)
+    while following := next_trials(tried, point.learning_rates, point.tuning_seeds):
+        records = _do_all([point.tuning_run(*trial) for trial in following], workdir, tell, most)
+        for (rate, _), record in zip(following, records, strict=True):
+            if record.status == "failed":
+                return
+            tried.setdefault(rate, []).extend(losses_of([record]))
 
 
-def compare_point(point: Point, workdir: AnyPath, tell: Tell) -> None:
+def compare_point(point: Point, workdir: AnyPath, tell: Tell, trials: int | None = 1, jobs: int = 1) -> None:
     """Does the seeds of a point at the learning rate of its config; every run leaves a record."""
-    point = settled(point, workdir)
+    point, most = settled(point, workdir), trials_of(point, trials, jobs)
     runs = list(point.comparison_runs(point.config.optimizer.learning_rate))
-    records = [_do(comparison, workdir, tell) for comparison in runs]
+    records = list(_do_all(runs, workdir, tell, most))
     scores = [record.score for record in records if record.status == "finished"]
     if scores:
         seeds = " ".join(f"{score:.4f}" for score in scores)
@@ -270,26 +241,45 @@ def compare_point(point: Point, workdir: AnyPath, tell: Tell) -> None:
         tell(Event(point.name, said))
 
 
-def _do(run_: Run, workdir: AnyPath, tell: Tell) -> Record:
-    """The record of a run, which is done if it has none; an error in it becomes a failed record."""
-    path, directory = record_path(workdir, run_), workdir / "runs" / run_.name
-    if (record := agreed_record(path, run_.config)) is not None:
-        return record
-    describe = functools.partial(Record, **run_.facts)
+def _do_all(runs: Sequence[Run], workdir: AnyPath, tell: Tell, trials: int) -> Iterator[Record]:
+    """The records of runs, at most `trials` of which train together; those after are not yet begun."""
+    for part, count in parts(runs, trials):
+        yield from _do(part, count, workdir, tell)
 
-    def say(line: str) -> None:
-        tell(Event(run_.name, line, line.share if isinstance(line, StepLine) else None))
 
+def _do(part: Mapping[int, Run], count: int, workdir: AnyPath, tell: Tell) -> list[Record]:
+    """The records of runs by place in one program; those without are done, an error in it fails them all."""
+    records = {at: agreed_record(record_path(workdir, run_), run_.config) for at, run_ in part.items()}
+    left = {at: run_ for at, run_ in part.items() if records[at] is None}
+    asked = {at: _asked(run_, workdir, tell, len(left)) for at, run_ in left.items()}
+    done: dict[int, Record] = {}
     try:
-        record = run(run_.config, directory, describe, say)
+        if count == 1:
+            done = {at: run(a.config, a.workdir, a.describe, a.say) for at, a in asked.items()}
+        elif asked:
+            done = run_together(asked, count)
     except Exception as error:  # whatever goes wrong in one run, the others are worth having
         if jax.process_count() > 1:  # other processes may wait for this one; its end is what ends them
             raise
-        record = describe(**failed_fields(run_.config, f"{type(error).__name__}: {error}".splitlines()[0]))
-        say(f"failed: {record.error} ({_keep_traceback(directory / 'error.txt')})")
-    processes.of_first(lambda: write_record(record, path))
-    tell(Event(run_.name, _ending(record), over=True))
-    return record
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        for at, a in asked.items():
+            done[at] = a.describe(**failed_fields(a.config, said))
+            a.say(f"failed: {said} ({_keep_traceback(a.workdir / 'error.txt')})")
+    for at, record in done.items():
+        processes.of_first(lambda: write_record(record, record_path(workdir, left[at])))  # noqa: B023
+        tell(Event(left[at].name, _ending(record), over=True))
+    return [record for record in (records | done).values() if record]
+
+
+def _asked(run_: Run, workdir: AnyPath, tell: Tell, together: int) -> Asked:
+    """A run as it is to be done; its lines stand for the steps of all that train together."""
+
+    def say(line: str) -> None:
+        share = together * line.share if isinstance(line, StepLine) else None
+        tell(Event(run_.name, line, share))
+
+    describe = functools.partial(Record, **run_.facts)
+    return Asked(run_.config, workdir / "runs" / run_.name, describe, say)
 
 
 def _ending(record: Record) -> str:
@@ -359,22 +349,3 @@ def _report(points: Sequence[Point], workdir: AnyPath) -> int:
     if refused:
         raise UserError("\n".join(refused))
     return 1 if unfinished else 0
-
-
-def expected_seconds(runs: Sequence[tuple[Point, int]]) -> float:
-    """Estimated seconds of so many runs of these points, one after the other on all cores.
-
-    From the rate of matrix products, measured here.
-    """
-    size = 1024
-    x = jnp.ones((size, size), runs[0][0].config.model.compute_dtype)
-    product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        product(x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    rate = 2 * size**3 / min(seconds) * jax.device_count()
-    training = sum(point.flops * count for point, count in runs) / (rate * _EFFICIENCY)
-    return training + len(runs) * _POINT_S + sum(count for _, count in runs) * _RUN_S

@@ -21,7 +21,8 @@ class Event:
     Attributes:
       name: of the run or the point.
       line: what there is to say.
-      share: of the steps of the run that are done, where the line is about a step.
+      share: of the steps of the run that are done, where the line is about a step; times the number of runs
+        that train together.
       over: the run has its record now.
       error: the worker cannot go on.
     """

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
@@ -10,7 +11,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -21,6 +22,7 @@ from experiments.runner.leases import IN_WORKDIR, LeaseError, Leases
 from experiments.runner.points import Point
 from experiments.runner.view import Event, Tell, View, say
 from mobilellm_jax.errors import Interrupted, UserError
+from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs.run import enable_compilation_cache
 from mobilellm_jax.storage import quiet
 from mobilellm_jax.storage.files import AnyPath
@@ -99,6 +101,52 @@ class Worker:
         except (EOFError, OSError):  # OSError: it was killed in the middle of a message
             self.process.join()
         return self.process.exitcode
+
+
+def do_all(
+    points: Sequence[Point],
+    workdir: AnyPath,
+    environments: Sequence[Mapping[str, str]],
+    task: Task,
+    view: View,
+    first: Collection[str] = (),
+) -> list[str]:
+    """Does the points, side by side if there are several, and returns error messages.
+
+    The processes of those named in `first` start first.
+    """
+    if min(len(environments), len(points)) < 2 and not any(environments):  # an environment needs a process
+        return _one_by_one(points, workdir, task, view)
+    # The longest first, so that no core waits long for the last.
+    longest_first = sorted(points, key=lambda point: (point.name not in first, -point.cost))
+    return in_processes(longest_first, workdir, environments[: len(points)], task, view)
+
+
+def _one_by_one(points: Sequence[Point], workdir: AnyPath, task: Task, view: View) -> list[str]:
+    """Does the points, those of other sweeps last; returns error messages."""
+    leases, waiting, broken = leases_of(workdir), {task.lease(point): point for point in points}, []
+    untaken: dict[str, list[str]] = {}  # by what the disk said; one line for all of them
+    wait = Wait()
+    while waiting:
+        name, error = processes.of_first(lambda: take(leases, list(waiting)))
+        if name is None:
+            wait(leases)
+            continue
+        point = waiting.pop(name)
+        if error:
+            untaken.setdefault(error, []).append(name)
+            continue
+        view.begun(point.name)
+        try:
+            task.do(point, workdir, functools.partial(view.hear, point.name))
+        except UserError as error:
+            broken.append(f"{name}: {error}")
+        finally:
+            view.tally.settle(point.name, task.phase == TUNING)
+            view.ended(point.name, task.ended(len(points) - len(waiting), len(points)))
+            if jax.process_index() == 0:
+                leases.release(name)
+    return broken + [f"{', '.join(names)}: {error}" for error, names in untaken.items()]
 
 
 def in_processes(

@@ -24,9 +24,9 @@ Evaluation = dict[str, int | float | None]
 _EVALUATION = ("step", "loss", "bits_per_byte", "error")
 # Not in older records.
 _LATER = (
-    *("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor"),
-    *("measures", "quantized", "parent", "diagnostics", "loops", "teacher", "calls", "instructions"),
-    "latency",
+    *("zero_shot", "design", "arm", "plan", "by_position", "documents", "floor", "measures", "quantized"),
+    *("parent", "diagnostics", "loops", "teacher", "calls", "instructions", "samples", "latency"),
+    "trials_together",
 )
 LAYERS = "layers"  # name of the entry in `Record.diagnostics`
 _KEYS = {  # required keys of nested fields
@@ -111,9 +111,14 @@ class Record:
       teacher: run that this one learned from, see `runs.teacher.Teacher`, and the FLOPs of its forward pass.
       calls: scores of API calls by split, as `experiments.evaluate --calls` prints them.
       instructions: shares of instructions kept by rule, as `experiments.evaluate --instructions` prints them.
+      samples: by prompt, the text that the run continued it with, as `experiments.sweep --sample` keeps it:
+        {"text", "temperature", "seed", ...}.
       latency: milliseconds predicted from a table of `experiments.latency`: {"table" (its file), "sha256",
         "device", "weights", "median_error" (by time, of shapes that it was not fitted to), "decode_ms",
         "prefill_ms"}, the latter two as in `accounting.budgets`.
+
+      trials_together: number of runs in the program that it was trained in, whose `timing` is that of all;
+        None: it was alone.
 
     The fields from `zero_shot` on are None where they do not apply, and in records older than the field.
     """
@@ -166,10 +171,12 @@ class Record:
     parent: dict[str, Any] | None = None
     diagnostics: dict[str, dict[str, Any]] | None = None
     loops: dict[str, dict[str, Any]] | None = None
+    samples: dict[str, dict[str, Any]] | None = None
     teacher: dict[str, Any] | None = None
     calls: dict[str, dict[str, Any]] | None = None
     instructions: dict[str, dict[str, Any]] | None = None
     latency: dict[str, Any] | None = None
+    trials_together: int | None = None
 
     @property
     def name(self) -> str:
@@ -190,6 +197,11 @@ class Record:
         """FLOPs per token of training, those of a teacher included."""
         taught = self.teacher["flops_per_token"] if self.teacher else 0.0
         return self.budgets["train_flops_per_token"] + taught
+
+    @property
+    def own_train_s(self) -> float:
+        """Seconds in training steps, divided by the runs that trained together; 0 if there was no step."""
+        return (self.timing["train_s"] or 0.0) / (self.trials_together or 1)
 
     @property
     def score(self) -> float:

@@ -308,6 +308,18 @@ def next_trial(
     return None
 
 
+def next_trials(
+    tried: Mapping[float, Sequence[float]], grid: Sequence[float], seeds: int
+) -> list[tuple[float, int]]:
+    """The next tuning runs that come whatever their losses, at first the grid; [] ends the search.
+
+    Arguments as in `next_trial`, which picks the same runs one by one.
+    """
+    of_grid = [(rate, 0) for rate in grid if rate not in tried]
+    one = None if of_grid else next_trial(tried, grid, seeds)
+    return of_grid + ([one] if one else [])
+
+
 def best_learning_rate(tried: Mapping[float, float]) -> float:
     """Rate with the lowest loss; of equal ones, and if all diverged, the lowest rate."""
     return min(tried, key=lambda rate: (tried[rate], rate))

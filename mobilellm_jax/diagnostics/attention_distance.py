@@ -13,7 +13,7 @@ def attend_and_measure(
     """Attends as in training, and gives the mean distance of every query and head, in tokens.
 
     The mean position is attention with positions for values, in float32: no weights are stored. Takes the
-    place of `block.attend_in_training`.
+    place of `block.attention_in_training`.
     """
     out_BTNH = attend_causally(q_BTNH, k_BTKH, v_BTKH)
     T = q_BTNH.shape[1]
@@ -21,5 +21,5 @@ def attend_and_measure(
     position_BTKH = jnp.broadcast_to(position_T[None, :, None, None], v_BTKH.shape)
     q_BTNH, k_BTKH = q_BTNH.astype(jnp.float32), k_BTKH.astype(jnp.float32)
     with jax.default_matmul_precision("highest"):  # else a TPU rounds positions to 8 bits
-        mean_BTN = attend_causally(q_BTNH, k_BTKH, position_BTKH)[..., 0]
+        mean_BTN = attend_causally(q_BTNH, k_BTKH, position_BTKH, "chunks")[..., 0]
     return out_BTNH, position_T[None, :, None] - mean_BTN

@@ -22,9 +22,10 @@ from mobilellm_jax.config import Config, ModelConfig
 from mobilellm_jax.data import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats import llama_cpp
-from mobilellm_jax.formats.gguf_parity import Parity, expanded, parity
+from mobilellm_jax.formats.gguf_parity import parity
 from mobilellm_jax.formats.gguf_tokenizer import Vocabulary, chat_template, vocabulary
-from mobilellm_jax.formats.huggingface_weights import Place, places, tensors
+from mobilellm_jax.formats.huggingface_weights import Place, check_values, places, tensors
+from mobilellm_jax.formats.parity import Parity, expanded
 from mobilellm_jax.model.uses import as_blocks
 from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_tokenizer
 from mobilellm_jax.runs.opening import open_run
@@ -249,7 +250,7 @@ def _write(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, place, kind, tensor in _tensors(params, config, kinds):
-        _check(name, tensor)
+        check_values(name, tensor)
         coded = _quantize(gguf, name, _permute(tensor, place, config), kind)
         writer.write_tensor_data(np.ascontiguousarray(coded))
 
@@ -261,13 +262,6 @@ def _tensors(
     rows = zip(tensors(params, config), _places(config).values(), kinds.items(), strict=True)
     for (_, tensor), place, (name, kind) in rows:
         yield name, place, kind, tensor
-
-
-def _check(name: str, tensor: np.ndarray) -> None:
-    if not np.isfinite(tensor).all():
-        raise UserError(f"{name}: has NaN or infinite weights; export another checkpoint")
-    if not tensor.any():
-        raise UserError(f"{name}: all weights are 0; export another checkpoint")
 
 
 def _permute(tensor: np.ndarray, place: Place, config: ModelConfig) -> np.ndarray:

@@ -3,17 +3,16 @@
 `huggingface_weights.py` converts tensors, `huggingface_config.py` config.json. PyTorch is not needed.
 """
 
-import contextlib
+import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from ml_collections import ConfigDict
 
+from mobilellm_jax import model
 from mobilellm_jax.config import Config, from_config_dict, to_dict
 from mobilellm_jax.data.tokenizers import (
     CARD_FILE,
@@ -36,6 +35,7 @@ from mobilellm_jax.runs.directory import IMPORTED, TOKENIZER, begins_with_bos
 from mobilellm_jax.runs.directory import open_tokenizer as read_tokenizer
 from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.storage.checkpoint import save_params
+from mobilellm_jax.storage.files import new_directory
 from mobilellm_jax.storage.sealed import seal
 
 _SPECS = {"tokenizer.json": "huggingface", "tokenizer.model": "sentencepiece"}  # the first that is there
@@ -60,7 +60,7 @@ def import_run(
     Raises:
       UserError: the folder is corrupt or of another architecture, or `workdir` exists or is not writable.
     """
-    with _new_directory("workdir", workdir) as directory:
+    with new_directory("workdir", workdir) as directory:
         hf = read_object(folder / "config.json")
         fields = model_fields(hf, sharing, num_repeats)
         spec = _copy_tokenizer(folder, fields["vocab_size"], directory)
@@ -85,20 +85,35 @@ def export_run(workdir: Path, target: Path, dtype: str) -> Config:
     Raises:
       UserError: there is no intact run, it is not a Llama, or `target` exists or is not writable.
     """
-    with _new_directory("out", target) as directory:
+    with new_directory("out", target) as directory:
         config, params = open_run(workdir)
         check_exportable(config.model)
         params, m = as_blocks(params, config.model, "--format=hf")
-        tokenizer = read_tokenizer(workdir)
-        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos")}
-        if (workdir / IMPORTED).exists():
-            hf = read_object(workdir / IMPORTED)["config"]
-            special = {name: hf.get(name) for name in special}
-        if tokenizer is not None:
-            _write_tokenizer(directory, tokenizer, workdir)
-        _write_json(directory / "config.json", export_config(config, dtype, special))
-        write_params(directory / WEIGHTS, params, m, dtype)
+        write_folder(directory, workdir, dataclasses.replace(config, model=m), params, dtype)
     return config
+
+
+def write_folder(directory: Path, workdir: Path, config: Config, params: model.Params, dtype: str) -> None:
+    """Writes a folder that transformers loads.
+
+    Args:
+      directory: an empty one.
+      workdir: the run, for its tokenizer.
+      config, params: of the run, as `check_exportable` and `as_blocks` leave them.
+      dtype: of the weights, one of `huggingface_weights.DTYPES`.
+
+    Raises:
+      UserError: a weight is too large for `dtype`, or files of the run cannot be read.
+    """
+    tokenizer = read_tokenizer(workdir)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos")}
+    if (workdir / IMPORTED).exists():
+        hf = read_object(workdir / IMPORTED)["config"]
+        special = {name: hf.get(name) for name in special}
+    if tokenizer is not None:
+        _write_tokenizer(directory, tokenizer, workdir)
+    _write_json(directory / "config.json", export_config(config, dtype, special))
+    write_params(directory / WEIGHTS, params, config.model, dtype)
 
 
 def _copy_tokenizer(folder: Path, vocab_size: int, workdir: Path) -> str | None:
@@ -194,24 +209,3 @@ def bytes_tokenizer() -> str:
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(["<bos>", "<eos>"])  # 256 and 257
     return tokenizer.to_str()
-
-
-@contextlib.contextmanager
-def _new_directory(flag: str, path: Path) -> Iterator[Path]:
-    """Yields a temporary directory that is renamed to `path`, the value of `flag`, unless an error occurs.
-
-    Raises:
-      UserError: the path exists and is not an empty directory, or cannot be written.
-    """
-    final = path.absolute()
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    try:
-        if final.exists() and (not final.is_dir() or any(final.iterdir())):
-            raise UserError(f"--{flag}={path}: already exists; use another directory, or delete it")
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(final)
-    except OSError as error:
-        raise UserError(f"--{flag}={path}: cannot write there ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # already renamed unless an error occurred

@@ -258,3 +258,11 @@ def tensors(params: model.Params, config: ModelConfig) -> Iterator[tuple[str, np
         tensor = place.write(place.leaf(params))
         scale = getattr(m, place.parameter.multiplier) if place.parameter.multiplier else 1.0
         yield name, tensor if scale == 1.0 else (tensor.astype(np.float64) * scale).astype(np.float32)
+
+
+def check_values(name: str, tensor: np.ndarray) -> None:
+    """Raises UserError for weights that no model has: NaN, infinite, or all 0."""
+    if not np.isfinite(tensor).all():
+        raise UserError(f"{name}: has NaN or infinite weights; export another checkpoint")
+    if not tensor.any():
+        raise UserError(f"{name}: all weights are 0; export another checkpoint")

@@ -10,12 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.ops.attention import attend_causally
 from mobilellm_jax.model.ops.linear import linear, swiglu
+from mobilellm_jax.model.ops.precision import keep
 from mobilellm_jax.model.ops.rounding import round_tokens
 from mobilellm_jax.model.parameterization import multipliers
 from mobilellm_jax.parameters import Parameter, parameter
@@ -26,26 +26,31 @@ Rope = tuple[Float[Array, "#B T 1 h"], Float[Array, "#B T 1 h"]]  # cosines and 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
-def attend_in_training(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> tuple[Array, None]:
-    """Attends to the same and earlier positions; without memory."""
-    return attend_causally(q_BTNH, k_BTKH, v_BTKH), None
+def attention_in_training(config: ModelConfig) -> Attend:
+    """Attention to the same and earlier positions by the kernel of the config; without memory."""
+
+    def attend(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> tuple[Array, None]:
+        return attend_causally(q_BTNH, k_BTKH, v_BTKH, config.attention), None
+
+    return attend
 
 
 class Block(nn.Module):
     """Pre-norm transformer block without biases. Sharing a layer shares the whole block, norms included.
 
-    A call computes the block's output and the memory of `attend`.
+    A call computes the block's output and the memory of `attend`, by default that in training.
     """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend = attend_in_training
+        self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend | None = None
     ) -> tuple[Float[Array, "B T D"], Any]:
         c, scale = self.config, multipliers(self.config).residual
         with jax.named_scope("attention"):
             y_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
+            attend = attend or attention_in_training(c)
             y_BTD, memory = Attention(c, name="attention")(y_BTD, rope, attend)
             x_BTD = x_BTD + scale * y_BTD
         with jax.named_scope("ffn"):
@@ -128,7 +133,7 @@ def project(
     """Computes einsum(product, x, weight), and names the result after the weight, for `remat.py`."""
     if bits := module.config.activation_bits:
         x = round_tokens(x, bits)
-    return checkpoint_name(linear(product, x, weight(module, name)), name)
+    return keep(linear(product, x, weight(module, name)), name)
 
 
 def weight(module: Attention | FeedForward | RMSNorm, name: str) -> Float[Array, "..."]:

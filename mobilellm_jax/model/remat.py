@@ -2,12 +2,12 @@
 
 import jax
 
-from mobilellm_jax.model.ops import attention
+from mobilellm_jax.model.ops.attention_kernels import KEPT, KEPT_PRIMITIVES
 
 # Activations stored by "dots", by their `checkpoint_name`; the rest is elementwise, and recomputed.
 _KEPT = (
     *("query", "key", "value"),  # products with weights; the rotation is recomputed
-    attention.KEPT,  # the output of attention, and the logarithms from which its weights are recomputed
+    KEPT,  # the output of attention, and the logarithms from which its weights are recomputed
     "output",  # a product with weights, from which the input of the feed-forward layer is recomputed
     *("gate", "up"),  # products with weights: the inputs of the activation function
 )  # not "down": no gradient needs it
@@ -22,7 +22,7 @@ REMAT_POLICIES = {
     "none": lambda primitive, *_, **__: primitive.name not in _FETCH,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.save_only_these_names(*_KEPT),
-        lambda primitive, *_, **__: primitive.name in attention.KEPT_PRIMITIVES,  # cuDNN's have no name
+        lambda primitive, *_, **__: primitive.name in KEPT_PRIMITIVES,  # cuDNN's have no name
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }

@@ -13,13 +13,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model import uses
 from mobilellm_jax.model.adapters import by_path, init_adapters, join, merge
-from mobilellm_jax.model.block import Attend, Block, Rope, attend_in_training, initial, rms_norm, rope_table
+from mobilellm_jax.model.block import Attend, Block, Rope, initial, rms_norm, rope_table
 from mobilellm_jax.model.ops.cross_entropy import (
     cross_entropy,
     distillation,
     head_logits,
     token_cross_entropy,
 )
+from mobilellm_jax.model.ops.precision import stack_dtype
 from mobilellm_jax.model.ops.rounding import round_tokens
 from mobilellm_jax.model.parameterization import multipliers
 from mobilellm_jax.model.remat import REMAT_POLICIES
@@ -138,14 +139,17 @@ def hidden(params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig) ->
         for place, u in enumerate(config.plan):
             x_BTD = layer(blocks[u], pick(own_L, place), x_BTD)
     else:
+        dtype = x_BTD.dtype
+        carried = stack_dtype(dtype)  # the input of a layer is stored, too
 
         @remat
         def pick_and_apply(x_BTD: Float[Array, "B T D"], at: Any) -> tuple[Any, None]:
             u, own = at
-            return layer(pick(params["blocks"], u), own, x_BTD), None
+            return layer(pick(params["blocks"], u), own, x_BTD.astype(dtype)).astype(carried), None
 
         over = jnp.array(config.plan), own_L
-        x_BTD, _ = lax.scan(pick_and_apply, x_BTD, over, unroll=config.scan_unroll)
+        x_BTD, _ = lax.scan(pick_and_apply, x_BTD.astype(carried), over, unroll=config.scan_unroll)
+        x_BTD = x_BTD.astype(dtype)
     return final_norm(params, x_BTD, config)
 
 
@@ -155,11 +159,11 @@ def apply_layer(
     x_BTD: Float[Array, "B T D"],
     config: ModelConfig,
     rope: Rope,
-    attend: Attend = attend_in_training,
+    attend: Attend | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Applies one layer: a block (float32, or cast already), with what this use of it has of its own.
 
-    Computes its output and the memory of `attend`.
+    Computes its output and the memory of `attend`, by default that in training.
     """
     x_BTD = uses.enter(own, x_BTD, config)
     weights = cast(uses.joined(merge(weights, config), own), config, "blocks/")

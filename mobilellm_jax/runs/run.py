@@ -1,4 +1,4 @@
-"""One run, from config to record: check, prepare the data, train, fill in the record."""
+"""One run or several together, from config to record: check, prepare data, train, fill in the record."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,7 @@ import datetime
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from mobilellm_jax import data
 from mobilellm_jax import validation as rules
 from mobilellm_jax.analysis.comparable import data_hashes
 from mobilellm_jax.analysis.records import Record, read_record
-from mobilellm_jax.config import Config, to_dict
+from mobilellm_jax.config import Config, DataConfig, to_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.data import ngrams
 from mobilellm_jax.data.rows import is_target
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.adapters import adapted
+from mobilellm_jax.model.ops import attention_kernels
 from mobilellm_jax.parallel import partition, processes
 from mobilellm_jax.quantization.aware import trained_model
 from mobilellm_jax.runs import provenance
@@ -36,14 +37,15 @@ from mobilellm_jax.runs.directory import (
     data_notes,
     repeats_note,
 )
-from mobilellm_jax.runs.lineage import claim_parent, open_parent
+from mobilellm_jax.runs.lineage import Parent, claim_parent, open_parent
 from mobilellm_jax.runs.provenance import device
-from mobilellm_jax.runs.teacher import claim_teacher, open_teacher
+from mobilellm_jax.runs.teacher import Teacher, claim_teacher, open_teacher
 from mobilellm_jax.storage import writers
 from mobilellm_jax.storage.files import AnyPath, write_atomically
 from mobilellm_jax.storage.sealed import parse, seal, unseal
-from mobilellm_jax.training.loop import Outcome, train
+from mobilellm_jax.training.loop import Outcome, Trial, train_together
 from mobilellm_jax.training.progress import StepLine
+from mobilellm_jax.training.trials import check_same_program
 
 
 def enable_compilation_cache() -> None:
@@ -60,9 +62,12 @@ def check(config: Config) -> Mesh:
     """Builds the mesh of a run and checks it against the devices, the model and the batch.
 
     Raises:
-      UserError: it does not fit, adapters or groups of weights do not fit the model, or the compute dtype is
-        still "auto".
+      UserError: it does not fit, adapters or groups of weights do not fit the model, the compute dtype is
+        still "auto", or the devices lack the kernel of attention.
     """
+    m = config.model
+    if lack := attention_kernels.missing(m.attention, m.compute_dtype, m.head_dim):
+        raise UserError(f"model.attention: {m.attention!r} needs {lack}; use 'auto'")
     is_known, valid = config.model.compute_dtype != "auto", "a dtype by now; see `dtypes.with_dtype`"
     rules.check(is_known, "model.compute_dtype", config.model.compute_dtype, valid)
     mesh = partition.make_mesh(config.mesh)
@@ -114,6 +119,67 @@ def run(
       UserError: invalid input, found before anything is compiled, or an error of `train`.
       Interrupted, Preempted: on SIGINT, on SIGTERM or SIGHUP.
     """
+    return run_together({0: Asked(config, workdir, describe, say)}, 1)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A run that is to be done, see `run`."""
+
+    config: Config
+    workdir: AnyPath
+    describe: Callable[..., Record]
+    say: Callable[[str], None] = print
+
+
+def run_together(runs: Mapping[int, Asked], count: int) -> dict[int, Record]:
+    """`run` of several by place, in one program of `count` places, see `training.loop.train_together`.
+
+    Raises:
+      UserError, Interrupted, Preempted: as in `run`; or several runs differ in a field that changes the
+        program, or several processes share them.
+    """
+    check_same_program([asked.config for asked in runs.values()])
+    if count > 1 and jax.process_count() > 1:
+        raise UserError(f"{count} runs in one program: expected 1 process, found {jax.process_count()}")
+    known: dict[tuple[DataConfig, int], data.Dataset] = {}
+    opened = {place: _open(asked, known) for place, asked in runs.items()}
+    for of_run in opened.values():
+        of_run.asked.say(StepLine.at(0.0, "compiling"))
+    first = next(iter(opened.values()))
+    taught_by = first.teacher and first.teacher.for_training
+    outcomes = train_together({p: o.trial for p, o in opened.items()}, count, first.mesh, taught_by)
+    return {place: opened[place].record(outcome) for place, outcome in outcomes.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A run whose directory is claimed and whose data are prepared."""
+
+    asked: Asked
+    mesh: Mesh
+    prepared: data.Dataset
+    parent: Parent | None
+    teacher: Teacher | None
+
+    @property
+    def trial(self) -> Trial:
+        asked, origin = self.asked, self.parent and self.parent.origin(self.asked.config)
+        return Trial(asked.config, self.prepared, asked.workdir, asked.say, origin)
+
+    def record(self, outcome: Outcome) -> Record:
+        config, parent, prepared = self.asked.config, self.parent, self.prepared
+        # The first rows of the data are those of the parent, where it used some up.
+        own_rows = outcome.status == "finished" and not (parent and parent.lineage["first_batch"])
+        floor = _floor_fields(config, prepared) if own_rows else None
+        taught_by = self.teacher and self.teacher.as_field(config)
+        lineage = {"parent": parent and parent.lineage, "teacher": taught_by}
+        return self.asked.describe(**measured_fields(config, prepared.card, outcome), floor=floor, **lineage)
+
+
+def _open(asked: Asked, known: MutableMapping[tuple[DataConfig, int], data.Dataset]) -> _Opened:
+    """Checks a run, claims its directory and prepares its data, unless they are `known`."""
+    config, workdir, say = asked.config, asked.workdir, asked.say
     mesh = check(config)
     processes.of_first(lambda: writers.check(config.train.writers))
     processes.of_first(lambda: check_workdir(workdir, config))
@@ -121,7 +187,8 @@ def run(
     changes = processes.of_first(lambda: claim_workdir(workdir, config))
     if changes:
         say(f"changed since this run was last started: {', '.join(changes)}")
-    prepared = data.prepare(config.data, config.model.vocab_size)
+    key = config.data, config.model.vocab_size
+    prepared = known[key] = known[key] if key in known else data.prepare(*key)
     card = prepared.card
     processes.check_same("data", ", ".join(f"{k} {v}" for k, v in data_hashes(card, rows=True).items()))
     warning = processes.of_first(lambda: claim_data(workdir, card))
@@ -135,14 +202,7 @@ def run(
         say(line)
     if jax.process_index() == 0 and (tokenizer := prepared.tokenizer()):
         data.save_tokenizer(tokenizer, workdir / TOKENIZER, card.get("template"))
-    say(StepLine.at(0.0, "compiling"))
-    origin, taught_by = parent and parent.origin(config), teacher and teacher.for_training
-    outcome = train(config, prepared, mesh, workdir, say, origin, taught_by)
-    # The first rows of the data are those of the parent, where it used some up.
-    own_rows = outcome.status == "finished" and not (parent and parent.lineage["first_batch"])
-    floor = _floor_fields(config, prepared) if own_rows else None
-    lineage = {"parent": parent and parent.lineage, "teacher": teacher and teacher.as_field(config)}
-    return describe(**measured_fields(config, card, outcome), floor=floor, **lineage)
+    return _Opened(asked, mesh, prepared, parent, teacher)
 
 
 def _floor_fields(config: Config, prepared: data.Dataset) -> dict[str, int | float] | None:
@@ -238,6 +298,7 @@ def measured_fields(config: Config, card: dict[str, Any], outcome: Outcome) -> d
         "by_position": outcome.by_position,
         "documents": outcome.documents,
         "measures": outcome.measures,
+        "trials_together": outcome.trials if outcome.trials > 1 else None,
         "timing": {
             "wall_s": outcome.wall_s,
             "compile_s": outcome.compile_s,

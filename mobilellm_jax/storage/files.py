@@ -88,6 +88,27 @@ def new_file(flag: str, path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+@contextlib.contextmanager
+def new_directory(flag: str, path: Path) -> Iterator[Path]:
+    """Yields a temporary directory that is renamed to `path`, the value of `flag`, unless an error occurs.
+
+    Raises:
+      UserError: the path exists and is not an empty directory, or cannot be written.
+    """
+    final = path.absolute()
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        if final.exists() and (not final.is_dir() or any(final.iterdir())):
+            raise UserError(f"--{flag}={path}: already exists; use another directory, or delete it")
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(final)
+    except OSError as error:
+        raise UserError(f"--{flag}={path}: cannot write there ({reason(error)})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # already renamed unless an error occurred
+
+
 def files_below(directory: AnyPath) -> list[AnyPath]:
     """All files in `directory` and below, sorted; none if it does not exist."""
     if isinstance(directory, Path):

@@ -4,9 +4,10 @@ Letters: R evaluated rows of T targets. Losses are added up on the host, in floa
 """
 
 import functools
+import itertools
 import math
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from mobilellm_jax import data, model
 from mobilellm_jax.config import Config
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.data import chat
+from mobilellm_jax.training import trials
 from mobilellm_jax.training.programs import Programs
 
 _MOST_DOCUMENTS = 500  # of which sums are kept
@@ -55,14 +57,63 @@ def evaluate_held_out(
     share: dict[str, int],
 ) -> Scores:
     """Scores the held-out rows; `share` selects those of this process, see `partition.process_share`."""
+    scoring = _scoring(programs, prepared, config, share)
+    batches = next(scoring)
+    while True:
+        try:
+            batches = scoring.send(_evaluated(programs, params, batches))
+        except StopIteration as end:
+            return end.value
+
+
+def evaluate_together(
+    programs: Programs,
+    params: model.Params,
+    runs: Mapping[int, tuple[data.Dataset, Config]],
+    share: dict[str, int],
+) -> dict[int, Scores]:
+    """`evaluate_held_out` of several runs by place, whose passes over their rows go side by side."""
+    scorings = {place: _scoring(programs, *run, share) for place, run in runs.items()}
+    asked, scores = {place: next(scoring) for place, scoring in scorings.items()}, dict[int, Scores]()
+    while asked:
+        answers = _evaluated_together(programs, params, asked)
+        asked = {}
+        for place, sums in answers.items():
+            try:
+                asked[place] = scorings[place].send(sums)
+            except StopIteration as end:
+                scores[place] = end.value
+    return scores
+
+
+def _evaluated_together(
+    programs: Programs, params: model.Params, batches: Mapping[int, Iterator[np.ndarray]]
+) -> dict[int, list[dict[str, Any]]]:
+    """`_evaluated` of several runs by place, of which some may have fewer batches."""
+    passes = []
+    for of_runs in itertools.zip_longest(*batches.values()):
+        rows = {place: of_run for place, of_run in zip(batches, of_runs, strict=True) if of_run is not None}
+        placed = trials.place_rows(programs, programs.eval_rows, rows)
+        passes.append((rows.keys(), programs.evaluate(params, placed)))
+    passes = jax.device_get(passes)
+    return {
+        place: [trials.of_place(sums, place) for places, sums in passes if place in places]
+        for place in batches
+    }
+
+
+_Scoring = Generator[Iterator[np.ndarray], list[dict[str, Any]], Scores]
+
+
+def _scoring(programs: Programs, prepared: data.Dataset, config: Config, share: dict[str, int]) -> _Scoring:
+    """Scores the held-out rows of a run: yields batches, and is sent what `eval_step` gives for each."""
     t = config.train
-    batches = prepared.eval_batches(
+    sums = yield prepared.eval_batches(
         batch_size=t.eval_batch_size, rows=t.eval_rows, split=t.eval_split, **share
     )
-    sums = _evaluated(programs, params, batches)
     loss, error = scores(sums)
     if isinstance(prepared, data.TaskData):
-        found = _task_measures(programs, params, prepared, config, share, sums)
+        found = yield from _task_measures(programs, prepared, config, share, sums)
         values = dict(found.values)
         return Scores(loss, None, values.pop("error", None), measures=values, task=found.as_field())
     # Bytes per token is an average over all held-out text, even where `eval_rows` scores only a part of it.
@@ -91,12 +142,11 @@ def _call_measures(prepared: data.Dataset, config: Config, guesses_RT: np.ndarra
 
 def _task_measures(
     programs: Programs,
-    params: model.Params,
     prepared: data.TaskData,
     config: Config,
     share: dict[str, int],
     sums: Sequence[Mapping[str, Any]],
-) -> data.Measures:
+) -> Generator[Iterator[np.ndarray], list[dict[str, Any]], data.Measures]:
     """What the task measures, of its held-out rows; `sums` is what `eval_step` gives for them."""
     t, order = config.train, _order(programs, **share)
     task, rows_RS = prepared.of_split(t.eval_split), prepared.rows(t.eval_split, t.eval_rows, 0)
@@ -108,8 +158,7 @@ def _task_measures(
         if not len(changed):
             break
         rows_RS = ahead_RS
-        batches = data.padded_batches(rows_RS.__getitem__, changed, t.eval_batch_size, **share)
-        again = _evaluated(programs, params, batches)
+        again = yield data.padded_batches(rows_RS.__getitem__, changed, t.eval_batch_size, **share)
         guesses_RT[changed] = _in_order(again, "guesses", order, len(changed))
     counts = accounting.parameters(config.model)
     sizes = {"total": counts.total, "non_embedding": counts.non_embedding}

@@ -9,8 +9,8 @@ from mobilellm_jax.config import Config
 from mobilellm_jax.errors import UserError
 
 
-def check_fits(step: jax.stages.Compiled, config: Config) -> None:
-    """Compares the compiler's memory estimate of a training step with the memory of a device.
+def check_fits(step: jax.stages.Compiled, config: Config, trials: int = 1) -> None:
+    """Compares the compiler's memory estimate of a step of `trials` runs with the memory of a device.
 
     Nothing is checked where the compiler has no estimate or the size of the memory is unknown.
 
@@ -25,6 +25,11 @@ def check_fits(step: jax.stages.Compiled, config: Config) -> None:
     needs, room = state + temporary, has - state
     if needs <= has:
         return
+    if trials > 1:
+        raise UserError(
+            f"a training step of {trials} runs in one program needs {_gb(needs)} of memory on each device, "
+            f"but only {_gb(has)} are available; take at most {max(1, trials * has // needs)} at a time"
+        )
     t, length = config.train, config.data.sequence_length
     rows = t.batch_size // t.accumulation_steps
     advice = []

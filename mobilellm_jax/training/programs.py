@@ -1,6 +1,7 @@
-"""The compiled programs of a run, with their shardings.
+"""The compiled programs of a run, or of several trials together, with their shardings.
 
-Runs whose configs agree in all `compiled` fields share them, see `compile_key`.
+Runs whose configs agree in all `compiled` fields share them, see `compile_key`, and can train together in
+one: learning rate, seeds and rows are its arguments.
 """
 
 import dataclasses
@@ -58,27 +59,40 @@ class Jitted(Program[P, R_co], Protocol[P, R_co]):
 class Programs:
     """`init_state`, `train_step` and `eval_step` of a config, with their shardings pinned.
 
+    With several trials, `step`, `steps` and `evaluate` take and give everything but a teacher with a leading
+    axis [trials], see `trials.py`; `state`, `rows` and `eval_rows` are those of one.
+
     Attributes:
-      init: key -> state.
+      trials: number of runs in one program.
+      init: key -> state, of one run.
       step: (state, rows, learning_rate, *teacher) -> (state, metrics); the state is donated. Where numbers
         of loops are drawn, that of the most loops.
       steps: the same by number of loops; {} where none is drawn. A program for each: a step then costs what
         its loops cost and computes what a run with as many repeats does. One program, with empty layers to
         fill up the longest plan, would compile once, but wait for the condition of every layer on a GPU.
       evaluate: (params, rows) -> what `eval_step` gives, the same on every device.
+      put, pick: (states, state, place) -> states, which are donated, with that of one run at its place; and
+        (states, place) -> that of one run. Of a run alone they are not used.
       state: shapes, dtypes and shardings of the state.
       rows, eval_rows: the same, of a training and an evaluation batch.
       teacher: the same, of a teacher's parameters, in a tuple that is empty without a teacher.
     """
 
+    trials: int
     init: Program[[PRNGKeyArray], TrainState]
     step: Program[..., tuple[TrainState, Metrics]]
     steps: Mapping[int, Program[..., tuple[TrainState, Metrics]]]
     evaluate: Program[[model.Params, Array], Sums]
+    put: Program[[TrainState, TrainState, int], TrainState]
+    pick: Program[[TrainState, int], TrainState]
     state: TrainState
     rows: jax.ShapeDtypeStruct
     eval_rows: jax.ShapeDtypeStruct
     teacher: tuple[model.Params, ...]
+
+    def of_trials(self, tree: Any) -> Any:
+        """Shapes and shardings of all trials from those of one."""
+        return jax.tree.map(lambda leaf: _stacked_shape(leaf, self.trials), tree) if self.trials > 1 else tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +108,8 @@ class JittedPrograms(Programs):
         return self.trace(self.step)
 
     def trace(self, step: Jitted[..., Any]) -> Traced:
-        return step.trace(self.state, self.rows, jax.ShapeDtypeStruct((), jnp.float32), *self.teacher)
+        rate = jax.ShapeDtypeStruct((self.trials,) if self.trials > 1 else (), jnp.float32)
+        return step.trace(self.of_trials(self.state), self.of_trials(self.rows), rate, *self.teacher)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +120,14 @@ class CompiledPrograms(Programs):
 
 
 def make_programs(
-    config: Config, mesh: Mesh | AbstractMesh, distillation: Distillation | None = None
+    config: Config, mesh: Mesh | AbstractMesh, distillation: Distillation | None = None, trials: int = 1
 ) -> JittedPrograms:
     """Builds the programs without compiling them; the mesh may be abstract."""
     m, o, t = trained_model(config), config.optimizer, config.train
     shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), m, o))
     shardings = partition.shardings(shapes, mesh)
     batch, scalar = partition.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-
+    states, batches = jax.tree.map(stacked, (shardings, batch)) if trials > 1 else (shardings, batch)
     teacher = _teacher_shapes(distillation, mesh)
 
     def rows(size: int) -> jax.ShapeDtypeStruct:
@@ -127,9 +142,9 @@ def make_programs(
                 return train_step(state, rows, learning_rate, m, o, parts, *teacher, distillation=d)
 
         return jax.jit(
-            step,
-            in_shardings=(shardings, batch, scalar, *jax.tree.map(lambda leaf: leaf.sharding, teacher)),
-            out_shardings=(shardings, scalar),
+            _over_trials(step, trials, shared=len(teacher)),
+            in_shardings=(states, batches, scalar, *jax.tree.map(lambda leaf: leaf.sharding, teacher)),
+            out_shardings=(states, scalar),
             donate_argnums=0,
             compiler_options=_fast_to_compile(),
         )
@@ -141,6 +156,7 @@ def make_programs(
     counts = loop_counts(t.loops, m.sharing, m.num_repeats)
     steps = {count: step_of(with_repeats(m, count)) for count in counts}
     return JittedPrograms(
+        trials=trials,
         init=jax.jit(
             lambda key: init_state(key, m, o),
             out_shardings=shardings,
@@ -150,16 +166,43 @@ def make_programs(
         step=steps[counts[-1]] if counts else step_of(m),
         steps=steps,
         evaluate=jax.jit(
-            evaluate,
-            in_shardings=(shardings.params, batch),
+            _over_trials(evaluate, trials),
+            in_shardings=(states.params, batches),
             out_shardings=scalar,
             compiler_options=_fast_to_compile(),
         ),
+        put=jax.jit(_put, donate_argnums=0, out_shardings=states),
+        pick=jax.jit(_pick, out_shardings=shardings),
         state=with_shardings(shapes, shardings),
         rows=rows(t.batch_size),
         eval_rows=rows(t.eval_batch_size),
         teacher=teacher,
     )
+
+
+def _put(states: TrainState, state: TrainState, place: Array) -> TrainState:
+    return jax.tree.map(lambda all_, one: all_.at[place].set(one), states, state)
+
+
+def _pick(states: TrainState, place: Array) -> TrainState:
+    return jax.tree.map(lambda all_: all_[place], states)
+
+
+def _over_trials(function: Any, trials: int, shared: int = 0) -> Any:
+    """`function` of all trials; its last `shared` arguments are the same for all."""
+    if trials == 1:
+        return function
+    return lambda *args: jax.vmap(function, (0,) * (len(args) - shared) + (None,) * shared)(*args)
+
+
+def stacked(sharding: NamedSharding) -> NamedSharding:
+    """The sharding of arrays with a leading axis of trials, which every device has whole."""
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
+def _stacked_shape(leaf: jax.ShapeDtypeStruct, trials: int) -> jax.ShapeDtypeStruct:
+    assert isinstance(leaf.sharding, NamedSharding)
+    return jax.ShapeDtypeStruct((trials, *leaf.shape), leaf.dtype, sharding=stacked(leaf.sharding))
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -196,31 +239,37 @@ class CompileKey:
     Attributes:
       values: values of all fields that programs depend on.
       distillation: the part of a teacher in the loss.
+      trials: number of runs in one program.
       config: one of the configs with this key.
     """
 
     values: tuple[Any, ...]
     distillation: Distillation | None
+    trials: int
     config: Config = dataclasses.field(compare=False)
 
 
-def compile_key(config: Config, distillation: Distillation | None = None) -> CompileKey:
+def compile_key(config: Config, distillation: Distillation | None = None, trials: int = 1) -> CompileKey:
     """Key of a run's programs: all `compiled` fields, and whether evaluation counts right answers."""
     values = tuple(value for name, value in flatten(to_dict(config)).items() if name in COMPILED)
-    return CompileKey((config.data.has_answers, *values), distillation, config)
+    return CompileKey((config.data.has_answers, *values), distillation, trials, config)
 
 
 @functools.lru_cache(maxsize=1)  # a sweep runs the seeds of one point in succession
 def compile_programs(key: CompileKey, mesh: Mesh) -> CompiledPrograms:
     """Compiles the programs of a run; equal keys on one mesh share them."""
-    programs = make_programs(key.config, mesh, key.distillation)
+    programs = make_programs(key.config, mesh, key.distillation, key.trials)
     steps = {count: programs.trace(step).lower().compile() for count, step in programs.steps.items()}
     step = steps[max(steps)] if steps else programs.trace_step().lower().compile()
+    scored = programs.of_trials((programs.state.params, programs.eval_rows))
     return CompiledPrograms(
+        trials=key.trials,
         init=programs.init.lower(jax.random.key(0)).compile(),
         step=step,
         steps=steps,
-        evaluate=programs.evaluate.lower(programs.state.params, programs.eval_rows).compile(),
+        evaluate=programs.evaluate.lower(*scored).compile(),
+        put=programs.put,
+        pick=programs.pick,
         state=programs.state,
         rows=programs.rows,
         eval_rows=programs.eval_rows,

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
+from jaxtyping import Array
 
 from mobilellm_jax.config import Config, to_dict
 from mobilellm_jax.storage.files import AnyPath, is_bucket
@@ -54,8 +56,13 @@ class Progress:
       evaluations, train_curve: those of `MetricsLog`.
     """
 
-    def __init__(self, config: Config, workdir: AnyPath, start: int, say: Callable[[str], None]):
-        """Opens the log in `workdir`, truncated to step `start`, and starts the clock."""
+    def __init__(
+        self, config: Config, workdir: AnyPath, start: int, say: Callable[[str], None], place: int = 0
+    ):
+        """Opens the log in `workdir`, truncated to step `start`, and starts the clock.
+
+        `place` is that of the run among those that train in one program; all share the time of a step.
+        """
         names, is_first = names_of(config.train.writers), jax.process_index() == 0
         if "tensorboard" in names and is_bucket(workdir):
             say(
@@ -67,7 +74,7 @@ class Progress:
             return open_writers(names, workdir, start, to_dict(config), say)
 
         self._log = MetricsLog(workdir, start, write=is_first, open_writers=opened)
-        self._train, self._say = config.train, say
+        self._train, self._say, self._place = config.train, say, place
         self._tokens_per_step = config.train.batch_size * config.data.sequence_length
         self._pending: tuple[int, float, Metrics] | None = None
         self.evaluations, self.train_curve = self._log.evaluations, self._log.train_curve
@@ -92,13 +99,14 @@ class Progress:
         if self._pending is None:
             return
         (self.step, learning_rate, metrics), self._pending = self._pending, None
-        loss, self.train_s = float(metrics["loss"]), self._clock.total
-        teacher = float(metrics["teacher_loss"]) if "teacher_loss" in metrics else None
+        loss, self.train_s = self._read(metrics["loss"]), self._clock.total
+        teacher = self._read(metrics["teacher_loss"]) if "teacher_loss" in metrics else None
         diverged = not math.isfinite(loss + (teacher or 0.0))
         if every(self._train.log_every, self.step) or self.step == self._train.steps or diverged:
             speed = self._clock.rate(self.step, self._tokens_per_step)
             terms = {} if teacher is None else {"teacher_loss": teacher}
-            self._log.train(self.step, loss, float(metrics["grad_norm"]), learning_rate, self.train_s, terms)
+            norm = self._read(metrics["grad_norm"])
+            self._log.train(self.step, loss, norm, learning_rate, self.train_s, terms)
             left = duration((self._train.steps - self.step) * self._tokens_per_step / speed)
             beside = "" if teacher is None else f"  teacher's {teacher:.4f}"
             self._tell(f"loss {loss:.4f}{beside}  {speed:,.0f} tokens/s  {left} left")
@@ -130,6 +138,10 @@ class Progress:
 
     def close(self) -> None:
         self._log.close()
+
+    def _read(self, value: Array) -> float:
+        """The number of this run; the first to read it waits for the step and brings those of all trials."""
+        return float(np.asarray(value).reshape(-1)[self._place])
 
     def _tell(self, line: str) -> None:
         said = f"step {self.step:,}/{self._train.steps:,}  {line}"

@@ -15,7 +15,7 @@ from mobilellm_jax.model.adapters import join, split
 from mobilellm_jax.quantization.aware import straight_through
 from mobilellm_jax.training.optimizer import make_optimizer
 
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Float[Array, "*trials"]]  # of a run alone without an axis
 Sums = dict[str, Shaped[Array, "*shape"]]
 
 
@@ -85,7 +85,7 @@ def gradients(
     (nats, (count, *terms)), grads = value
     named = zip(("loss", "teacher_loss"), terms or [nats], strict=False)
     losses = {name: total / count for name, total in named}
-    return losses, jax.tree.map(lambda g: g / count, grads)
+    return losses, jax.tree.map(lambda g: (1 / count) * g, grads)  # no quotients, see `optimizer`
 
 
 def train_step(

@@ -1,66 +1,55 @@
 """Causal attention that never stores its weights: the backward pass recomputes them from a log-sum-exp.
 
-On NVIDIA GPUs in 16 bits, this is cuDNN's FlashAttention. Elsewhere, it is implemented here: the algorithm of
-FlashAttention (Dao et al. 2022, algorithms 1 and 4) over chunks of queries, without its chunks of keys.
+`attend_causally` is the one door to its kernels: cuDNN's FlashAttention on NVIDIA GPUs in 16 bits, splash
+attention on TPUs (`attention_kernels.py`), and elsewhere the one that is implemented here, "chunks": the
+algorithm of FlashAttention (Dao et al. 2022, algorithms 1 and 4) over chunks of queries, without its chunks
+of keys. `plain_attention` is what all of them compute.
 Letters as in `model/__init__.py`, and
   C queries of one chunk   P keys up to the last of these queries
 """
 
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from mobilellm_jax.chunks import chunks
+from mobilellm_jax.model.ops import attention_kernels
+from mobilellm_jax.model.ops.attention_kernels import KEPT
+from mobilellm_jax.model.ops.precision import keep
 
-# Residuals that are expensive to recompute: their name for `jax.checkpoint`, and the primitives of cuDNN.
-KEPT = "attention"
-KEPT_PRIMITIVES = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper")
+
+def plain_attention(
+    q_BTNH: Float[Array, "B T N H"], k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"]
+) -> Float[Array, "B T N H"]:
+    """Computes `attend_causally` with all weights at once: the reference of its tests."""
+    B, T = q_BTNH.shape[:2]
+    sees_BTS = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
+    return attend_to(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), sees_BTS)
 
 
 def attend_causally(
-    q_BTNH: Float[Array, "B T N H"], k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"]
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    kernel: str = "auto",
 ) -> Float[Array, "B T N H"]:
     """Computes softmax(q k^T / sqrt(H)) v over the same and earlier positions, with softmax in float32.
 
-    Query head n uses key/value head n // G, as in Llama.
+    Query head n uses key/value head n // G, as in Llama. `kernel` is `model.attention` of the config.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
-    if _cudnn_attends(q_BTNH):
-        return attend_padded(q_BTNH, k_BTKH, v_BTKH, "cudnn")
+    if kernel == "auto":
+        kernel = attention_kernels.fastest(q_BTNH.dtype, T, H)
+    if kernel in attention_kernels.KERNELS:
+        return attention_kernels.KERNELS[kernel](q_BTNH, k_BTKH, v_BTKH)
     # Heads first: batches of plain matrix products, half the time of other layouts on a CPU.
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
     return _attend(q_BKGTH, k_BKTH, v_BKTH).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-def _cudnn_attends(q_BTNH: Float[Array, "B T N H"]) -> bool:
-    """True if cuDNN has a kernel: 16 bits, head size up to 128, Ampere or later."""
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    is_ampere = re.fullmatch(r"([89]|\d\d)\.\d", capability) is not None
-    return is_ampere and q_BTNH.dtype.itemsize == 2 and q_BTNH.shape[-1] <= 128
-
-
-def attend_padded(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
-    implementation: str,
-) -> Float[Array, "B T N H"]:
-    """Computes `attend_causally` by an implementation of `jax.nn.dot_product_attention`.
-
-    cuDNN requires a head size that is a multiple of 8: zeros appended to queries and keys change no score,
-    and those appended to values are removed from the output.
-    """
-    H = q_BTNH.shape[-1]
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -H % 8))) for x in (q_BTNH, k_BTKH, v_BTKH))
-    attend: Any = jax.nn.dot_product_attention
-    return attend(q, k, v, is_causal=True, scale=H**-0.5, implementation=implementation)[..., :H]
 
 
 def attend_to(
@@ -114,8 +103,8 @@ def _forward(q_BKGTH: Array, k_BKTH: Array, v_BKTH: Array) -> tuple[Array, Any]:
         )
         outs.append((sum_BKGCH / z_BKGC1).astype(dtype))
         log_zs.append(most_BKGC1 + jnp.log(z_BKGC1))
-    out_BKGTH = checkpoint_name(jnp.concatenate(outs, axis=3), KEPT)
-    log_z_BKGT1 = checkpoint_name(jnp.concatenate(log_zs, axis=3), KEPT)
+    out_BKGTH = keep(jnp.concatenate(outs, axis=3), KEPT)
+    log_z_BKGT1 = keep(jnp.concatenate(log_zs, axis=3), KEPT)
     return out_BKGTH, (q_BKGTH, k_BKTH, v_BKTH, out_BKGTH, log_z_BKGT1)
 
 

@@ -1,8 +1,10 @@
-"""The dtype to ask of a matrix product, by what the processor has."""
+"""Dtypes that are fast in matrix products, by what the processor has, and in the stacks of loops."""
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from mobilellm_jax.dtypes import has_amx
 
@@ -15,3 +17,18 @@ def sum_dtype(dtype: DTypeLike) -> DTypeLike:
     """
     low_on_amx = jnp.dtype(dtype).itemsize == 2 and jax.default_backend() == "cpu" and has_amx()
     return jnp.float32 if low_on_amx else dtype
+
+
+def keep(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
+    """`checkpoint_name(x, name)`: x, which the backward pass may store under this name, see `remat.py`."""
+    return checkpoint_name(x.astype(stack_dtype(x.dtype)), name).astype(x.dtype)
+
+
+def stack_dtype(dtype: DTypeLike) -> DTypeLike:
+    """The dtype in which a loop over layers should stack arrays of `dtype`.
+
+    XLA on a CPU computes in float32 what is 16 bits wide, even where one layer is written into the stack of
+    all: it converts the whole stack, once for each layer, three quarters of a step of 30 layers. So there
+    the backward pass of bfloat16 needs the memory of float32.
+    """
+    return jnp.float32 if jnp.dtype(dtype).itemsize == 2 and jax.default_backend() == "cpu" else dtype
