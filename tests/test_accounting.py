@@ -226,6 +226,14 @@ def test_decode_reads_a_block_once_for_uses_in_a_row(plan, reads, compute_dtype,
     assert accounting.decode_bytes_per_token(tied) == accounting.decode_bytes_per_token(m)
 
 
+@pytest.fixture
+def stacks_of_accelerators(monkeypatch):
+    """In the compute dtype; a CPU stacks in float32."""
+    for module in (precision, stack):
+        monkeypatch.setattr(module, "stack_dtype", lambda dtype: dtype)
+
+
+@pytest.mark.usefixtures("stacks_of_accelerators")
 @pytest.mark.parametrize("overrides", [*SHARING, {"num_kv_heads": 1}, {"compute_dtype": "bfloat16"}], ids=str)
 def test_the_cache_holds_the_keys_and_values_of_every_layer_applied(overrides):
     """Which are what the program computes, and keeps under remat "dots"."""
@@ -253,15 +261,9 @@ def test_optimizer_bytes_are_those_of_the_training_state_and_a_gradient(share_em
     [{"ffn_kind": "swiglu"}, {"ffn_kind": "relu", "num_kv_heads": 1}, {"ffn_kind": "gelu"}],
     ids=str,
 )
-def test_kept_activations_are_what_jax_saves_for_the_backward_pass(
-    remat, compute_dtype, overrides, monkeypatch
-):
-    """All that differentiation keeps for every layer: the arrays that the scan stacks over the plan.
-
-    As on accelerators: a CPU stacks in float32.
-    """
-    for module in (precision, stack):
-        monkeypatch.setattr(module, "stack_dtype", lambda dtype: dtype)
+@pytest.mark.usefixtures("stacks_of_accelerators")
+def test_kept_activations_are_what_jax_saves_for_the_backward_pass(remat, compute_dtype, overrides):
+    """All that differentiation keeps for every layer: the arrays that the scan stacks over the plan."""
     m = tiny_model(
         **overrides, remat=remat, compute_dtype=compute_dtype, sharing="0 1 0 1 1", loss_chunk=LENGTH
     )
