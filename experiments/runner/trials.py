@@ -29,8 +29,9 @@ def trials_of(point: Point, asked: int | None, jobs: int = 1) -> int:
     loops, devices, has = point.config.train.loops, jax.device_count(), memory.device_bytes()
     on_cpu = jax.default_backend() == "cpu"
     if asked is None:
-        alone = on_cpu or loops or devices > 1 or has is None
-        return 1 if alone else _fitting(point, int(_AUTO_SHARE * has))
+        if on_cpu or loops or devices > 1 or has is None:
+            return 1
+        return _fitting(point, int(_AUTO_SHARE * has))
     flag = f"--trials_per_program={asked}: {point.facts['point']!r}"
     if jax.process_count() > 1:
         raise UserError(f"{flag} is trained by {jax.process_count()} processes together; use 1")
