@@ -32,7 +32,8 @@ from mobilellm_jax.data import save_tokenizer
 from mobilellm_jax.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, train_bpe
 from mobilellm_jax.formats import huggingface
 from mobilellm_jax.formats.huggingface_weights import places
-from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_run, open_tokenizer
+from mobilellm_jax.runs.directory import TOKENIZER, begins_with_bos, open_tokenizer
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.storage.checkpoint import Checkpoints
 
 WITHOUT = "not installed: python -m pip install -e '.[hf]'"
