@@ -29,11 +29,11 @@ from mobilellm_jax.runs.directory import (
     check_same,
     claim_data,
     claim_workdir,
-    open_run,
     open_tokenizer,
     read_config,
     repeats_note,
 )
+from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import (
     _floor_fields,
     enable_compilation_cache,
