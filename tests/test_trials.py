@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 import shutil
 import signal
 import types
@@ -12,7 +11,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from commands import command, start
+from commands import command
 from conftest import assert_trees_close, tiny_config
 from test_measures import describe
 from test_sweep import losses, points, write_study
@@ -152,29 +151,6 @@ def test_interrupted_or_killed_while_some_had_saved_all_resume_bit_for_bit(tmp_p
         states = [last_state(given[at], folder / str(at)) for folder in (stopped, tmp_path / "straight")]
         assert states[0][0] == states[1][0]
         assert_trees_close(states[0][1], states[1][1], 0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"model.sharing": "reverse", "model.num_repeats": 2, "train.accumulation_steps": 2},
-        {"optimizer.name": "muon", "model.compute_dtype": "bfloat16"},
-    ],
-    ids=["shared", "muon"],
-)
-def test_in_company_on_8_devices(tmp_path, fields):
-    """The mesh splits batch, weights and heads of all runs at once; alone on one device it is the same."""
-    given = configs(**{"model.vocab_size": 48, **fields})
-    outcomes = together(given, tmp_path / "together", mesh_of(2, 2, 2))
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    prepared = data.prepare(given[0].data, 48)
-    other = train(given[0], prepared, mesh_of(), alone, lambda _: None)
-    tolerance = 1e-4 if "optimizer.name" not in fields else 0.02  # bfloat16 has 8 bits
-    assert log(tmp_path / "together/0") == pytest.approx(log(alone), rel=tolerance, abs=tolerance)
-    assert outcomes[2].status == "diverged"
-    assert other.status == outcomes[0].status == "finished"
 
 
 @pytest.mark.slow
@@ -327,32 +303,6 @@ def test_one_that_fails_in_company_fails_all_and_they_are_tried_again(tmp_path, 
     monkeypatch.setattr(sweeping, "run_together", done)
     sweeping.sweep(chosen, tmp_path, jobs=1, trials=2)
     assert {record.status for record in read_records(tmp_path / "results")} == {"finished"}
-
-
-@pytest.mark.slow
-def test_a_sweep_killed_in_company_goes_on_bit_for_bit(tmp_path):
-    fields = {"steps": 600, "checkpoint_every": 100, "eval_every": 200, "log_every": 50}
-    flags = [
-        *(f"--config={tuned_study(tmp_path)}", "--only=none", "--jobs=1", "--lines_every=0"),
-        *("--trials_per_program=2", *(f"--config.train.{name}={value}" for name, value in fields.items())),
-    ]
-    env, said = {"HOME": str(tmp_path), "JAX_NUM_CPU_DEVICES": "1"}, []
-    straight = command("experiments.sweep", f"--workdir={tmp_path}/straight", *flags, env=env)
-    assert straight.returncode == 0, straight.stderr
-    for phase in ("lr", "s"):  # once in the search, once in the comparison
-        with start("experiments.sweep", f"--workdir={tmp_path}/killed", *flags, env=env) as process:
-            for line in process.stdout:
-                said.append(line)
-                if re.match(rf"mini/tiny/none-{phase}\S*  step 250/600", line):
-                    process.kill()
-        assert process.returncode == -signal.SIGKILL, said
-    resumed = command("experiments.sweep", f"--workdir={tmp_path}/killed", *flags, env=env)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming after step" in "".join([*said, resumed.stdout])
-    records = [read_records(tmp_path / name / "results") for name in ("straight", "killed")]
-    told = ("name", "status", "final", "evaluations", "train_curve", "documents", "trials_together")
-    for one, other in zip(*records, strict=True):
-        assert [getattr(one, name) for name in told] == [getattr(other, name) for name in told]
 
 
 @pytest.mark.slow
