@@ -16,7 +16,7 @@ from test_sweep import points, write_study
 from configs import base, quantization
 from experiments.reporting import pages
 from experiments.reporting import quantized as tables
-from experiments.runner import sweeping
+from experiments.runner import quantizing, sweeping
 from experiments.runner.quantizing import lacking, quantize_run, read
 from experiments.runner.rows import rows_of_text
 from experiments.runner.schemes import Quantizing, schemes_of
@@ -72,7 +72,7 @@ def test_a_sweep_quantizes_every_run(swept, monkeypatch):
     more = Quantizing(schemes_of("quantize", ["w8a8", "w8"]))
     assert [lacking(point, workdir, known) for point in found] == [0, 0]
     assert [lacking(point, workdir, more) for point in found] == [2, 2]
-    monkeypatch.setattr(sweeping.quantizing, "quantize_run", None)
+    monkeypatch.setattr(quantizing, "quantize_run", None)
     assert sweeping.sweep(found, workdir, jobs=1, quantized=known) == 0
 
 

@@ -12,7 +12,7 @@ from mobilellm_jax.roles import Role, cadence, identity, placement, roles_of, sc
 SEEDS = {"train.init_seed", "train.data_seed"}
 CADENCE = {"train.log_every", "train.eval_every", "train.checkpoint_every", "train.writers"}
 MESH = {"mesh.data", "mesh.fsdp", "mesh.tensor"}
-COMPUTED = {"model.remat", "model.scan_unroll", "model.loss_chunk"}
+COMPUTED = {"model.attention", "model.remat", "model.scan_unroll", "model.loss_chunk"}
 DERIVED = {"model.num_kv_heads", "model.head_dim", "model.ffn_width"}
 DATA = {"source", "valid_source", "valid_fraction", "text_field", "tokenizer", "sequence_length"}
 SCHEDULE = {"learning_rate", "schedule", "warmup_steps", "final_fraction", "decay_fraction"}
