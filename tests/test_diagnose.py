@@ -131,7 +131,7 @@ def test_a_number_of_loops_that_a_model_cannot_have_is_left_out_of_a_sweep(swept
     looping.score_point(point, workdir, told.append, (2, 3))
     assert asked == [[2]]
     (line,) = looping.left_out([swept[0][0], point], (2, 3))
-    assert line.startswith("left out: mini/tiny/reverse: num_repeats=3: model.loop_gains=True is for the 2 uses")
+    assert line.startswith("left out: mini/tiny/reverse: num_repeats=3: model.loop_gains=True is for the 2")
 
 
 def test_evaluate_and_generate_take_other_numbers_of_loops(swept):
