@@ -21,7 +21,7 @@ _TRIALS = (1, 4, 16, 64)
 
 def measure(quick: bool) -> list[m.Line]:
     """Measures tokens per second of 1, 4, 16 and 64 trials together, and the ratios to one alone."""
-    rows, length = (2, 16) if quick else (8, 64)
+    rows, length = (8, 16) if quick else (8, 64)  # tests see 8 devices
     trials = _TRIALS[:2] if quick else _TRIALS
     seconds = m.alternate({str(n): _steps(n, rows, length, quick) for n in trials}, 2 if quick else 7)
     tokens = {n: m.rates(n * rows * length, seconds[str(n)]) for n in trials}
