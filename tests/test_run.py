@@ -86,7 +86,7 @@ def test_only_what_does_not_change_the_result_may_differ_on_resume():
     free = set(flatten(there)) - set(refused)
     cadence = {"train.log_every", "train.eval_every", "train.checkpoint_every", "train.writers"}
     watched = cadence | {"data.cache_dir"}
-    computed = {"model.remat", "model.scan_unroll", "model.loss_chunk"}
+    computed = {"model.attention", "model.remat", "model.scan_unroll", "model.loss_chunk"}
     assert free == watched | computed | {"mesh.data", "mesh.fsdp", "mesh.tensor"}
 
 
