@@ -75,17 +75,16 @@ def page(folder: Path) -> Iterator[Page]:
     its_in, to_browser = os.pipe()
     from_browser, its_out = os.pipe()
 
-    def place() -> None:  # where it looks for them; copies first, as 3 and 4 may be among the pipes
-        copies = [os.dup(its_in), os.dup(its_out)]
-        for number, copy in enumerate(copies, start=3):
-            os.dup2(copy, number)
-
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     flags += [f"--user-data-dir={folder}", "--remote-debugging-pipe", "--no-first-run"]
     with (folder.parent / "chromium.log").open("wb") as log:
+        # Chromium reads from 3 and writes to 4, where a shell puts the pipes:
+        # with preexec_fn Python would fork, of which JAX warns.
+        place = f'exec "$@" 3<&{its_in} 4>&{its_out}'
         process = subprocess.Popen(
-            [program, *flags], stdout=log, stderr=log, preexec_fn=place, close_fds=False
-        )
+            ["bash", "-c", place, "bash", program, *flags],
+            pass_fds=(its_in, its_out), stdout=log, stderr=log,
+        )  # fmt: skip
     os.close(its_in)
     os.close(its_out)
     try:
