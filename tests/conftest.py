@@ -1,7 +1,7 @@
 """What all tests share: 8 simulated CPU devices, types and shapes checked on every call, tiny models.
 
 JAX_PLATFORMS is set before jax is imported, so that no test touches an accelerator. Importing
-`mobilellm_jax` through the hook makes beartype check every annotation of the library, and jaxtyping the
+`mobilellm_jax` through the hooks makes beartype check every annotation of the library, and jaxtyping the
 array shapes in them.
 """
 
@@ -22,6 +22,8 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+from beartype import BeartypeConf
+from beartype.claw import beartype_package
 
 from configs import base
 
@@ -34,7 +36,16 @@ if jax.__version_info__[:2] == (0, 10):
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # one program at a time, for the same reason
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jaxtyping.install_import_hook("mobilellm_jax", "beartype.beartype")
+# jaxtyping binds the arguments of each call to their names, which took most of the time of tests that count:
+# its hook is for the modules with shapes alone.
+ROOT = Path(__file__).parents[1]
+WITH_SHAPES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "mobilellm_jax").rglob("*.py")
+    if "from jaxtyping import" in path.read_text()
+]
+beartype_package("mobilellm_jax", conf=BeartypeConf(claw_is_pep526=False))
+jaxtyping.install_import_hook(WITH_SHAPES, "beartype.beartype")
 
 from mobilellm_jax import model  # noqa: E402, after the hook
 from mobilellm_jax.config import Config, ModelConfig, from_config_dict  # noqa: E402

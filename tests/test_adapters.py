@@ -171,6 +171,7 @@ def test_adapters_are_split_over_the_mesh_as_their_matrices():
 FINE = {**{name: value for name, value in LORA.items() if name != "train.init_from"}, "train.data_seed": 2}
 
 
+@pytest.mark.slow
 def test_adapters_of_a_run_are_merged_where_it_is_opened_exported_or_continued(folder, tmp_path):  # noqa: F811
     fields = {**FINE, "train.steps": 3, "optimizer.learning_rate": 0.05}
     record = start(folder, "tuned", "first", **fields)

@@ -238,6 +238,7 @@ def trained(tmp_path_factory):
     return folder / "run", config, record
 
 
+@pytest.mark.slow
 def test_a_run_records_calls_and_keeps_the_template(trained):
     folder, _, record = trained
     assert read_record(folder / "record.json") == record
@@ -249,6 +250,7 @@ def test_a_run_records_calls_and_keeps_the_template(trained):
     assert record.floor is None
 
 
+@pytest.mark.slow
 def test_calls_of_rows_are_counted_as_decoded(trained):
     """A row counts as right where its call, decoded from guesses, is the true one, with its end."""
     folder, _, _ = trained
@@ -272,6 +274,7 @@ def test_calls_of_rows_are_counted_as_decoded(trained):
     assert chat.wrong_calls(rows, guesses, tokenizer) == pytest.approx(1 - right / 40)
 
 
+@pytest.mark.slow
 def test_evaluate_prints_and_keeps_scores(trained):
     folder, _, _ = trained
     arguments = [f"--workdir={folder}", "--calls=combinations:1,values:2", "--batch_size=4"]
@@ -288,6 +291,7 @@ def test_evaluate_prints_and_keeps_scores(trained):
     assert kept["values"]["calls"] == 2
 
 
+@pytest.mark.slow
 def test_evaluate_reads_conversations_of_files(trained, tmp_path):
     folder, _, _ = trained
     call = {"role": "call", "content": THEIRS}
@@ -304,6 +308,7 @@ def test_evaluate_reads_conversations_of_files(trained, tmp_path):
     assert kept["source"] == "conversations:*.jsonl"
 
 
+@pytest.mark.slow
 def test_unknown_calls_are_refused(trained):
     folder, _, _ = trained
     result = command("experiments.evaluate", f"--workdir={folder}", "--calls=combination:5")

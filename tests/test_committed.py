@@ -1,16 +1,18 @@
-"""The committed records are sealed, and figures of them leave no seed out."""
+"""The committed records are sealed, reports say what they show, and figures leave no seed out."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from experiments.reporting import beside_paper, figures
+from experiments.reporting import beside_paper, claims, figures, tables
 from mobilellm_jax.analysis.records import by_study, read_records
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.storage import sealed
 
-RESULTS = Path(__file__).parents[1] / "experiments" / "results"
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+RESULTS = EXPERIMENTS / "results"
 
 
 def test_every_record_has_a_seal():
@@ -22,9 +24,31 @@ def test_every_record_has_a_seal():
 
 @pytest.fixture(scope="module")
 def studies():
+    """All of them; reading two thousand records and their statistics take half a minute."""
     return [study_of(records) for records in by_study(read_records(RESULTS)).values()]
 
 
+@pytest.mark.slow
+def test_reports_say_what_the_records_show(studies):
+    found = {study.stem: study.verdict for study in studies}
+    assert {"depth_vs_width-tiny", "layer_sharing-tiny", "khop-tiny"} <= found.keys()
+    for study in studies:
+        text = (EXPERIMENTS / f"reports/{study.stem}.md").read_text()
+        assert tables.plain(study.verdict.sentence) in text, study.stem
+        assert all(tables.plain(warning) in text for warning in study.verdict.warnings), study.stem
+        csv = (EXPERIMENTS / f"figures/{study.stem}.csv").read_text()
+        assert csv == tables.csv_text(study), study.stem
+    page = (EXPERIMENTS / "claims.md").read_text()
+    assert page.startswith(claims.page(studies))
+    gallery = page.split("## All figures")[1]
+    shown = set(re.findall("^### (.*)", gallery, re.MULTILINE))
+    assert shown == {f"{study.facts.study}, {study.facts.preset}" for study in studies}
+    assert all((EXPERIMENTS / link).exists() for link in re.findall(r"\]\(([^)]*)\)", gallery))
+    (same,) = found["noise-tiny"].comparisons
+    assert same.word == "no difference"
+
+
+@pytest.mark.slow
 def test_every_seed_is_inside_the_axes(studies):
     """Its dot may lie outside of the interval, for which alone there was room once: 12 were cut off."""
     seeds, hidden = 0, []

@@ -33,6 +33,7 @@ def swept(tmp_path_factory):
     return found, workdir
 
 
+@pytest.mark.slow
 def test_a_sweep_keeps_texts_that_generate_writes_too(swept, monkeypatch):
     found, workdir = swept
     report = (workdir / "reports/mini-tiny.md").read_text().partition("## What they write")[2]
@@ -55,6 +56,7 @@ def entry_of(record):
     return record.diagnostics["layers"]
 
 
+@pytest.mark.slow
 def test_a_sweep_diagnoses_every_run(swept, monkeypatch):
     found, workdir = swept
     records = read_records(workdir / "results")
@@ -79,6 +81,7 @@ def test_a_sweep_diagnoses_every_run(swept, monkeypatch):
     assert sweeping.sweep(found, workdir, jobs=1, diagnosed=True) == 0
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_line_for_each_layer_and_keeps_them(swept):
     _, workdir = swept
     run, path = workdir / "runs/mini/tiny/reverse-s0", workdir / "results/mini/tiny/reverse-s0.json"
@@ -103,6 +106,7 @@ def test_the_command_prints_a_line_for_each_layer_and_keeps_them(swept):
     assert entry["costs"] == pytest.approx(entry_of(before)["costs"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_loops_are_scored_where_there_are_loops(swept, monkeypatch):
     found, workdir = swept
     plain, reverse = read_records(workdir / "results")
@@ -119,6 +123,7 @@ def test_loops_are_scored_where_there_are_loops(swept, monkeypatch):
     assert [looping.lacking(point, workdir, (1, 2)) for point in found] == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_number_of_loops_that_a_model_cannot_have_is_left_out_of_a_sweep(swept, monkeypatch):
     """A model whose uses have parameters of their own has none for a further use."""
     point, workdir = swept[0][1], swept[1]
@@ -134,6 +139,7 @@ def test_a_number_of_loops_that_a_model_cannot_have_is_left_out_of_a_sweep(swept
     assert line.startswith("left out: mini/tiny/reverse: num_repeats=3: model.loop_gains=True is for the 2")
 
 
+@pytest.mark.slow
 def test_evaluate_and_generate_take_other_numbers_of_loops(swept):
     run = swept[1] / "runs/mini/tiny/reverse-s0"
     done = command("experiments.evaluate", f"--workdir={run}", "--num_repeats=2,1")
@@ -157,6 +163,7 @@ def test_evaluate_and_generate_take_other_numbers_of_loops(swept):
     assert texts[0] == texts[1] != ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [

@@ -147,6 +147,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit_without_its_parent(folder):
     fields = {"train.steps": 3, "train.checkpoint_every": 1, "train.data_seed": 2}
     shutil.copytree(folder / "first", folder / "moved")

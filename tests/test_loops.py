@@ -160,6 +160,7 @@ DRAWN = {
 }
 
 
+@pytest.mark.slow
 def test_every_step_takes_the_loops_that_its_number_draws(tmp_path):
     """Against a plain loop over models with a `num_repeats` each, and stopped and resumed in between."""
     config = tiny_config(**DRAWN)

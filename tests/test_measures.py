@@ -142,6 +142,7 @@ def greedy(before):
     return ready[choice % len(ready)] if ready and choice % 5 else choice % 4
 
 
+@pytest.mark.slow
 def test_breadth_is_judged_as_greedy_decoding_token_by_token(monkeypatch):
     def evaluated_by_greedy(programs, params, batches):
         for rows in batches:
@@ -180,6 +181,7 @@ def test_a_run_of_too_few_steps_is_refused_before_anything_is_compiled(tmp_path)
         run(config_of(spec, **{"train.steps": 61}), tmp_path, describe, print)
 
 
+@pytest.mark.slow
 def test_bits_are_divided_by_the_parameters_of_the_model():
     spec = next(spec for spec in SPECS if spec.startswith("knowledge"))
     config = config_of(spec)

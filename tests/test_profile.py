@@ -73,6 +73,7 @@ def sizes(preset):
             yield accounting.parameters(config.model).non_embedding
 
 
+@pytest.mark.slow
 def test_another_size_is_said_and_fit_makes_it_equal():
     own = design(ffn_kind="relu", ffn_width=150)
     loose, fitted = (planned([own], "tiny", RECORDS, fit=fit) for fit in (False, True))
@@ -229,6 +230,7 @@ def fake_run(config, directory, describe, say):
     )
 
 
+@pytest.mark.slow
 def test_a_profile_is_a_sweep_that_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweeping, "run", fake_run)
     monkeypatch.setattr(sweeping, "expected_seconds", lambda _: 0.0)

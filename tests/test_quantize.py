@@ -50,6 +50,7 @@ def swept(tmp_path_factory):
     return found, workdir
 
 
+@pytest.mark.slow
 def test_a_sweep_quantizes_every_run(swept, monkeypatch):
     found, workdir = swept
     records = read_records(workdir / "results")
@@ -76,6 +77,7 @@ def test_a_sweep_quantizes_every_run(swept, monkeypatch):
     assert sweeping.sweep(found, workdir, jobs=1, quantized=known) == 0
 
 
+@pytest.mark.slow
 def test_a_sweep_refuses_groups_before_it_trains(swept, tmp_path):
     how = Quantizing(schemes_of("quantize", ["w4:32"]))
     with pytest.raises(UserError, match=r"groups of 32 do not divide .*divide all rows: 2, 4, 8, 16\."):
@@ -85,6 +87,7 @@ def test_a_sweep_refuses_groups_before_it_trains(swept, tmp_path):
         schemes_of("quantize", ["int8"])
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_line_for_each_scheme_and_keeps_it(swept):
     _, workdir = swept
     run, path = workdir / "runs/mini/tiny/none-s0", workdir / "results/mini/tiny/none-s0.json"

@@ -14,8 +14,8 @@ from commands import real
 from test_results import make_diverged, make_record, make_tuning
 
 from experiments import report
-from experiments.reporting import claims, figures, index, pages, tables
-from mobilellm_jax.analysis.records import by_study, read_records, write_record
+from experiments.reporting import figures, index, pages
+from mobilellm_jax.analysis.records import write_record
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.errors import UserError
 
@@ -415,26 +415,6 @@ def test_a_page_of_someone_else_is_not_replaced(tmp_path):
         report.redraw(tmp_path)
     assert (tmp_path / "claims.md").read_text() == "# My project"
     assert not (tmp_path / "reports").exists()
-
-
-def test_committed_reports_say_what_the_committed_records_show():
-    studies = [study_of(records) for records in by_study(read_records(ROOT / "experiments/results")).values()]
-    found = {study.stem: study.verdict for study in studies}
-    assert {"depth_vs_width-tiny", "layer_sharing-tiny", "khop-tiny"} <= found.keys()
-    for study in studies:
-        text = (ROOT / f"experiments/reports/{study.stem}.md").read_text()
-        assert tables.plain(study.verdict.sentence) in text, study.stem
-        assert all(tables.plain(warning) in text for warning in study.verdict.warnings), study.stem
-        csv = (ROOT / f"experiments/figures/{study.stem}.csv").read_text()
-        assert csv == tables.csv_text(study), study.stem
-    page = (ROOT / "experiments/claims.md").read_text()
-    assert page.startswith(claims.page(studies))
-    gallery = page.split("## All figures")[1]
-    shown = set(re.findall("^### (.*)", gallery, re.MULTILINE))
-    assert shown == {f"{study.facts.study}, {study.facts.preset}" for study in studies}
-    assert all((ROOT / "experiments" / link).exists() for link in re.findall(r"\]\(([^)]*)\)", gallery))
-    (same,) = found["noise-tiny"].comparisons
-    assert same.word == "no difference"
 
 
 def test_a_record_names_no_file_outside_the_workdir(tmp_path):

@@ -182,6 +182,7 @@ def test_what_is_asked_of_slurm(study, tmp_path, slurm):
     assert asked >= {"signal=USR2@120", "requeue", "open-mode=append", "qos=low", "exclusive"}
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_no_slurm_and_writes_nothing(study, tmp_path):
     flags = ["--partition=gpu", "--gpus=2", "--parallel=3", "--sbatch=qos=low", "--seeds=1", "--dry_run"]
     status, output, errors = end(launch(study, tmp_path / "w", *flags))

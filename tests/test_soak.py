@@ -22,6 +22,7 @@ def test_nothing_is_lost_and_nothing_goes_unseen():
     assert result.stdout.count("noticed") == result.stdout.count(": 6 of 6") == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [number.name for number in ends.SIGNALS])
 def test_runs_hear_what_the_shell_ignores(name):
     child = f"import signal; print(signal.getsignal(signal.{name}) is signal.SIG_IGN)"

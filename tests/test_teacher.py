@@ -85,6 +85,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_resumes_bit_for_bit_with_the_same_teacher(folder):
     shutil.copytree(folder / "teacher", folder / "moved")
     record = start(folder, "whole", "moved")

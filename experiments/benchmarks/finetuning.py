@@ -2,16 +2,19 @@
 
 A position that is no target is computed like any other, so that a step on conversations should cost what one
 of pretraining does. What a teacher adds is compared with what `accounting.executed_train_flops_per_token`
-predicts: 1 means that its FLOPs take as long as those of the student's own step.
+predicts: 1 means that its FLOPs take as long as those of the student's own step. The last ratio is of the
+study `distillation:tiny`, whose third point trains without a teacher as long as the second does with one.
 """
 
 import dataclasses
 
 import jax
 
+from configs import distillation, teachers
 from experiments.benchmarks import measure as m
 from experiments.benchmarks.shapes import config_of
 from experiments.benchmarks.trainer import Trainer
+from mobilellm_jax.config import Config, ModelConfig, from_config_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.training.step import Distillation
 
@@ -20,6 +23,8 @@ _STEPS = 3  # in a turn
 _PROMPT = 0.75  # share of a row that is no target, as in conversations
 _PLAIN, _REPLIES, _ADAPTERS = "pretraining", "replies alone", "adapters of rank 8"
 _TEACHERS = {"a teacher of its shape": 1, "a teacher of twice its width": 2}  # times the width
+_LABEL, _TAUGHT = "distillation:tiny, label", "distillation:tiny, label + teacher"
+_STUDY_STEPS = 20  # in a turn: they are a hundred times shorter
 
 
 def measure(quick: bool) -> list[m.Line]:
@@ -32,7 +37,7 @@ def measure(quick: bool) -> list[m.Line]:
         _REPLIES: Trainer(config),
         _ADAPTERS: Trainer(dataclasses.replace(config, train=adapted)),
     }
-    teachers = {
+    models = {
         name: dataclasses.replace(
             config.model,
             width=times * config.model.width,
@@ -42,33 +47,46 @@ def measure(quick: bool) -> list[m.Line]:
         )
         for name, times in _TEACHERS.items()
     }
-    trainers |= {name: Trainer(config, Distillation(of, 0.5, 1.0)) for name, of in teachers.items()}
+    trainers |= {name: Trainer(config, Distillation(of, 0.5, 1.0)) for name, of in models.items()}
+    student, teacher = _study()
+    trainers[_LABEL] = Trainer(student)
+    trainers[_TAUGHT] = Trainer(student, Distillation(teacher, 0.5, 1.0))
+    steps = {name: _STUDY_STEPS if name in (_LABEL, _TAUGHT) else _STEPS for name in trainers}
     batches = {
         name: trainer.random_batches(_PROMPT if name == _REPLIES else 0.0)
         for name, trainer in trainers.items()
     }
     sides = {
-        name: lambda name=name, trainer=trainer: trainer.train(batches[name], _STEPS)
+        name: lambda name=name, trainer=trainer: trainer.train(batches[name], steps[name])
         for name, trainer in trainers.items()
     }
     seconds = m.alternate(sides, 2 if quick else 9)
     lines = [
-        m.Line(f"{name}: a step", "ms", tuple(1e3 * s / _STEPS for s in of)) for name, of in seconds.items()
+        m.Line(f"{name}: a step", "ms", tuple(1e3 * s / steps[name] for s in of))
+        for name, of in seconds.items()
     ]
     times = {name: m.ratios(of, seconds[_PLAIN]) for name, of in seconds.items()}
     lines.append(m.Line(f"{_REPLIES} / {_PLAIN}", "x", times[_REPLIES], at_most=1.03))
     lines.append(m.Line(f"{_ADAPTERS} / {_PLAIN}", "x", times[_ADAPTERS]))
     flops = accounting.executed_train_flops_per_token
-    for name, teacher in teachers.items():
-        predicted = flops(config.model, length, teacher) / flops(config.model, length)
+    for name, of in models.items():
+        predicted = flops(config.model, length, of) / flops(config.model, length)
         lines.append(m.Line(f"{name} / {_PLAIN}", "x", times[name]))
         lines.append(m.Line(f"{name} / {_PLAIN}: predicted", "x", (predicted,)))
         share = tuple(ratio / predicted for ratio in times[name])
         lines.append(m.Line(f"{name}: measured / predicted step", "x", share, at_least=0.9, at_most=1.1))
+    lines.append(m.Line(f"{_TAUGHT} / label", "x", m.ratios(seconds[_TAUGHT], seconds[_LABEL])))
     for name in (_PLAIN, _ADAPTERS):
         state = trainers[name].state.opt_state
         lines.append(m.Line(f"{name}: state of the optimizer", "MB", (_megabytes(state),)))
     return lines
+
+
+def _study() -> tuple[Config, ModelConfig]:
+    """The student of `distillation:tiny`, and its teacher."""
+    config = distillation.get_config("tiny")
+    config.train.teacher = ""
+    return from_config_dict(config), from_config_dict(teachers.get_config("tiny")).model
 
 
 def _megabytes(state: object) -> float:
