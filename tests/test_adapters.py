@@ -203,6 +203,7 @@ def test_adapters_of_a_run_are_merged_where_it_is_opened_exported_or_continued(f
         start(folder, "more", "tuned", **{"train.resume_optimizer": True})
 
 
+@pytest.mark.slow
 def test_killed_adapters_resume_bit_for_bit_without_their_parent(folder):  # noqa: F811
     fields = {**FINE, "train.steps": 3, "train.checkpoint_every": 1}
     shutil.copytree(folder / "first", folder / "lent")

@@ -37,12 +37,13 @@ def make_teacher(folder):
     return config
 
 
-def test_the_longer_run_has_the_flops_of_the_run_with_a_teacher(elsewhere):
+def test_longer_runs_have_the_time_and_the_flops_of_the_run_with_a_teacher(elsewhere):
     make_teacher(elsewhere)
-    label, taught, longer = points_of(SPEC, {}, None, ())
-    assert [p.facts["point"] for p in (label, taught, longer)] == list(distillation._LABELS)
-    assert (label.teacher, longer.teacher) == (None, None)
+    points = label, taught, in_time, longer = points_of(SPEC, {}, None, ())
+    assert [p.facts["point"] for p in points] == list(distillation._LABELS)
+    assert (label.teacher, in_time.teacher, longer.teacher) == (None, None, None)
     assert label.tokens == taught.tokens
+    assert in_time.tokens == pytest.approx(distillation.TIME["tiny"] * taught.tokens)
     assert longer.flops == pytest.approx(taught.flops, rel=2e-3)
     by_hand = accounting.train_flops_per_token(label.config.model, 64)
     by_hand += accounting.train_flops_per_token(taught.teacher, 64) / 3
@@ -52,7 +53,7 @@ def test_the_longer_run_has_the_flops_of_the_run_with_a_teacher(elsewhere):
     assert more > 4 * accounting.parameters(taught.teacher).total
     assert f"{by_hand:.3g}" in table([taught])
     assert "teacher" not in costs([taught], None, "").replace("label + teacher", "")
-    needed.check([label, taught, longer])
+    needed.check(list(points))
 
 
 def test_a_teacher_that_is_not_there_is_asked_for_with_the_command_that_makes_it(elsewhere):

@@ -49,7 +49,7 @@ def one_by_one(params, requests, config):
         yield sum(position[token] for position, token in zip(log_p, request.continuation, strict=True)), best
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
 def test_every_answer_is_that_of_a_request_alone(shape, monkeypatch):
     monkeypatch.setattr(likelihood, "_BATCH_TOKENS", 256)  # several batches of a length, and a part of one
     config = tiny_model()

@@ -117,6 +117,7 @@ def test_an_embedding_is_resized_by_id(folder, vocab_size):
     assert_trees_close(params["blocks"], there["blocks"], tolerance=0)
 
 
+@pytest.mark.slow
 def test_a_constant_rate_goes_on_as_if_it_had_never_stopped(folder):
     start(folder, "straight", **{"train.steps": 7})
     said = []

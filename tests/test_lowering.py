@@ -21,6 +21,7 @@ DEVICES = 256
 MODULES = [
     importlib.import_module(f"configs.{path.stem}") for path in sorted(Path("configs").glob("[!_]*.py"))
 ]
+_FAST = ("base", "mobilellm", "layer_sharing", "loops:text")
 STUDIES = [module for module in MODULES if hasattr(module, "sweep")]
 
 
@@ -64,11 +65,12 @@ def kind(config: Config) -> str:
 
 
 def programs() -> list[Any]:
-    """Returns a case for every config, slow but for the first of each kind."""
+    """Returns a case for every config, slow but for the first of each kind in `_FAST`."""
     every = list(all_configs())
     firsts = {kind(config): name for name, config in reversed(every)}.values()
+    fast = {name for name in firsts if name.startswith(_FAST)}
     return [
-        pytest.param(config, id=name, marks=[] if name in firsts else [pytest.mark.slow])
+        pytest.param(config, id=name, marks=[] if name in fast else [pytest.mark.slow])
         for name, config in every
     ]
 

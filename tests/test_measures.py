@@ -106,6 +106,7 @@ def test_a_run_records_what_its_task_measures(tmp_path, spec):
     )
 
 
+@pytest.mark.slow
 def test_structure_is_judged_by_the_nats_of_a_plain_loop():
     spec = next(iter(SPECS))
     config = config_of(spec)

@@ -391,7 +391,9 @@ def _adam_step(gradients, state, params):
     return optax.apply_updates(params, updates), state
 
 
-@pytest.mark.parametrize("head_dim", [28, 40, 56, 80, 112, 160])
+@pytest.mark.parametrize(
+    "head_dim", [28, *(pytest.param(size, marks=pytest.mark.slow) for size in (40, 56, 80, 112, 160))]
+)
 def test_every_head_size_of_the_paper_trains(head_dim):
     """Table 13 has 8 to 32 heads at widths of 896 and 1,280; each step follows the gradient."""
     m = tiny_model(head_dim=head_dim)

@@ -78,6 +78,7 @@ def test_changes_do_not_grow_with_width(parameterization):
     assert 0.6 < logits < 1.25
 
 
+@pytest.mark.slow
 def test_standard_changes_grow_with_width():
     stream, logits = growth(config("standard"), config("standard", width=256))
     assert stream > 8
@@ -85,7 +86,13 @@ def test_standard_changes_grow_with_width():
 
 
 @pytest.mark.parametrize(
-    ("sharing", "num_repeats"), [("none", 1), ("immediate", 2), ("repeat_all", 2), ("reverse", 2)]
+    ("sharing", "num_repeats"),
+    [
+        ("immediate", 2),
+        pytest.param("none", 1, marks=pytest.mark.slow),
+        pytest.param("repeat_all", 2, marks=pytest.mark.slow),
+        pytest.param("reverse", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_completep_changes_do_not_grow_with_depth(sharing, num_repeats):
     """From 2 layers applied to 32, with and without sharing."""
@@ -98,7 +105,7 @@ def test_completep_changes_do_not_grow_with_depth(sharing, num_repeats):
     assert 0.8 < logits < 1.25
 
 
-@pytest.mark.parametrize("parameterization", ["standard", "mup"])
+@pytest.mark.parametrize("parameterization", ["standard", pytest.param("mup", marks=pytest.mark.slow)])
 def test_other_changes_grow_with_depth(parameterization):
     stream, _ = growth(config(parameterization), config(parameterization, depth=32))
     assert stream > 4
@@ -114,7 +121,11 @@ def gradient_size(c):
 
 @pytest.mark.parametrize(
     ("sharing", "num_repeats"),
-    [("none", 1), pytest.param("immediate", 4, marks=pytest.mark.slow), ("repeat_all", 4)],
+    [
+        ("none", 1),
+        pytest.param("immediate", 4, marks=pytest.mark.slow),
+        pytest.param("repeat_all", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_epsilon_follows_the_gradient_of_a_block(sharing, num_repeats):
     """8 times the blocks: each has an eighth of the gradient, however often it is used."""

@@ -177,7 +177,11 @@ def compiled_loss_and_gradients(m, sizes):
 
 @pytest.mark.parametrize(
     ("sizes", "sharing"),
-    [*((sizes, SHARING[3]) for sizes in MESHES), *(((2, 2, 2), s) for s in SHARING if s != SHARING[3])],
+    [
+        ((2, 2, 2), SHARING[3]),
+        *(pytest.param(sizes, SHARING[3], marks=pytest.mark.slow) for sizes in MESHES if sizes != (2, 2, 2)),
+        *(pytest.param((2, 2, 2), s, marks=pytest.mark.slow) for s in SHARING if s != SHARING[3]),
+    ],
     ids=str,
 )
 def test_one_device_equals_eight(sizes, sharing):
@@ -206,7 +210,7 @@ def test_work_and_memory_are_split(sizes):
     assert 8 * memory[1] < 1.8 * memory[0]
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
 def test_initial_parameters_do_not_depend_on_the_mesh(sizes):
     """To the last bit."""
     m = tiny_model(share_embedding=False)

@@ -339,6 +339,7 @@ def test_unknown_format_is_refused():
         report.formats_of(["png", "svgg"])
 
 
+@pytest.mark.slow
 def test_reports_are_made_without_jax():
     code = "import sys, experiments.report as _; print({'jax', 'matplotlib.pyplot'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"

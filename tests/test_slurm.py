@@ -215,6 +215,7 @@ def test_flags_that_do_not_fit(study, tmp_path, flags, message):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_without_submitit_the_extra_is_named(study, tmp_path):
     (tmp_path / "submitit.py").write_text("raise ImportError")
     command = [sys.executable, "-m", "experiments.slurm", f"--config={study}", f"--workdir={tmp_path}/w"]

@@ -767,6 +767,7 @@ def test_a_workdir_of_another_sweep_is_refused_and_left_as_it_is(study, tmp_path
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_other_logging_and_evaluations_are_the_same_sweep(study, tmp_path, capsys):
     sweeping.sweep(points(study, seeds=1, only=["none"]), tmp_path / "w")
     capsys.readouterr()
@@ -775,6 +776,7 @@ def test_other_logging_and_evaluations_are_the_same_sweep(study, tmp_path, capsy
     assert "tokens/s" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_sweep_starts_without_what_reports_and_checkpoints_need():
     """Statistics take longer to load than jax; checkpoints and logs half a second each."""
     late = {"scipy.stats", "pandas", "orbax.checkpoint", "tensorboardX", "rich.live"}

@@ -56,7 +56,7 @@ def one_step(config, learning_rate=0.1):
     return step(state, jnp.asarray(rows_of(config)), rate, m, o, config.train.accumulation_steps)
 
 
-@pytest.mark.parametrize("accumulation_steps", [2, 8])
+@pytest.mark.parametrize("accumulation_steps", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_accumulation_changes_nothing(accumulation_steps):
     whole, whole_metrics = one_step(tiny_config(**SMOOTH))
     parts, parts_metrics = one_step(tiny_config(**SMOOTH, **{"train.accumulation_steps": accumulation_steps}))
@@ -82,7 +82,7 @@ def test_a_step_is_optax_adamw():
     assert_trees_close(state.params, optax.apply_updates(params, updates), tolerance=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
 def test_a_step_on_8_devices_equals_one_on_1(shape):
     config = tiny_config(**SMOOTH, **{"model.sharing": "reverse", "model.num_repeats": 2})
     expected, expected_metrics = one_step(config)
@@ -96,7 +96,9 @@ def test_a_step_on_8_devices_equals_one_on_1(shape):
     assert query.sharding.shard_shape(query.shape)[1] == query.shape[1] // shape[1]
 
 
-@pytest.mark.parametrize("remat", REMAT_POLICIES)
+@pytest.mark.parametrize(
+    "remat", [pytest.param(r, marks=[pytest.mark.slow] * (r != "dots")) for r in REMAT_POLICIES]
+)
 def test_a_step_in_bfloat16_is_nearly_one_in_float32(remat):
     """Also for what XLA on a CPU has no product for, unless it is kept from transposing its result."""
     fields = {"data.sequence_length": 64, "model.loss_chunk": 64, **SMOOTH}
