@@ -48,11 +48,12 @@ def load_config(spec: str) -> tuple[ModuleType, str, ConfigDict]:
         there = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("configs/[!_]*.py"))
         raise UserError(f"--config={spec}: there is no file {path}; {did_you_mean(path, there)}")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if module_spec is None or module_spec.loader is None:
+    if module_spec is None:
         raise UserError(f"--config={spec}: {path} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
     with explained(spec, path):
-        module_spec.loader.exec_module(module)
+        # exec_module may take code that was compiled from another text of the same size and second.
+        exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={spec}: {path} has no get_config(preset); it is not a config file")
     with explained(spec, path):
