@@ -9,7 +9,8 @@ for as many FLOPs: what the teacher would have bought. How long a step of each t
 
 `tiny` has a teacher of another shape, trained on the same text by the first command. With it a step has 2.76
 times the FLOPs, and takes 1.8 times as long on 2 cores (`bench --only=finetuning`), as larger products run at
-a higher rate. It cannot show what a teacher passes on that has seen other text than its student.
+a higher rate; on one core 2.2 times, as the report says. It cannot show what a teacher passes on that has
+seen other text than its student.
 
 `paper_125m` and `paper_350m` are the rows of table 16: accuracies of 43.9 and 43.8, 49.1 and 48.8 (label,
 label and teacher). The teacher is LLaMA-v2 7B, to be imported, and its tokenizer that of all points. The
