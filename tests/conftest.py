@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from beartype import BeartypeConf
 from beartype.claw import beartype_package
+from commands import ROOT
 
 from configs import base
 
@@ -38,7 +39,6 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)  # one program at a ti
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # jaxtyping binds the arguments of each call to their names, which took most of the time of tests that count:
 # its hook is for the modules with shapes alone.
-ROOT = Path(__file__).parents[1]
 WITH_SHAPES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "mobilellm_jax").rglob("*.py")

@@ -48,6 +48,21 @@ def size(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def exported(tmp_path, name, out):
+    """Exports a run by the command; returns what it says of sharing, and the difference and the positions.
+
+    Not in this process, where a warning of torch would be an error, and XLA does not optimize: that rounds
+    otherwise, by 2e-6 of the largest logit.
+    """
+    flags = [f"--workdir={tmp_path}/run", f"--format={name}", f"--out={out}"]
+    result = command("experiments.export", *flags, env={"XLA_FLAGS": ""})
+    assert result.returncode == 0, result.stderr
+    *_, shared, parity = result.stdout.splitlines()
+    found = re.search(r"within (\S+) of the largest .* at (\d+) of (\d+) positions$", parity)
+    assert found[2] == found[3]
+    return shared, float(found[1]), int(found[3])
+
+
 # --- ONNX -----------------------------------------------------------------------------------------------
 
 
@@ -69,15 +84,16 @@ def test_onnx_runtime_computes_the_same_logits_and_stores_a_shared_block_once(tm
     }
     ids = np.random.default_rng(5).integers(0, 320, 9)
     for name, fields in shapes.items():
-        config, params = run_of(tmp_path / name, **fields)
-        done = onnx.export_run(tmp_path / name, tmp_path / f"{name}.out", "f32")
-        assert (done.parity.positions, done.parity.agreeing, done.parity.rounding) == (LENGTH, LENGTH, 0)
+        (tmp_path / name).mkdir()
+        config, params = run_of(tmp_path / name / "run", **fields)
+        _, parity, positions = exported(tmp_path / name, "onnx", tmp_path / f"{name}.out")
+        assert positions == LENGTH
         expected = apply(params, ids[None].astype(np.int32), config.model)[0]
         there = Model(tmp_path / f"{name}.out")
         found = [there.start(ids[:1].tolist()), *(there.extend([i]) for i in ids[1:].tolist())]
         difference = np.abs(np.concatenate(found) - expected).max() / np.abs(expected).max()
         record_property("figures", {"f32 logits of ONNX Runtime, of the largest": float(difference)})
-        assert max(difference, done.parity.difference) <= 1e-5
+        assert max(difference, parity) <= 5e-6
     data = {name: (tmp_path / f"{name}.out" / "model.onnx.data").stat().st_size for name in shapes}
     assert data["deep"] - data["twice"] == pytest.approx(4 * (2 * BLOCK + 320 * 64), rel=0.02)
     values = load(tmp_path / "twice.out" / "model.onnx").graph.initializers.values()
@@ -133,27 +149,13 @@ def test_what_onnx_runtime_computes_otherwise_gets_no_name(tmp_path, monkeypatch
 # --- ExecuTorch -----------------------------------------------------------------------------------------
 
 
-def exported(tmp_path, name, out):
-    """Exports a run by the command; returns its lines, and the difference and the positions that it says.
-
-    Not in this process, where a warning of torch would be an error.
-    """
-    flags = [f"--workdir={tmp_path}/run", f"--format={name}", f"--out={out}"]
-    result = command("experiments.export", *flags)
-    assert result.returncode == 0, result.stderr
-    *_, first, shared, parity = result.stdout.splitlines()
-    found = re.search(r"within (\S+) of the largest .* at (\d+) of (\d+) positions$", parity)
-    assert found[2] == found[3]
-    return first, shared, float(found[1]), int(found[3])
-
-
 @needs_executorch
 def test_executorch_computes_the_same_logits_and_stores_a_shared_block_once(tmp_path, record_property):
     run_of(tmp_path / "run", depth=1, sharing="immediate", num_repeats=2, share_embedding=False)
-    _, shared, difference, positions = exported(tmp_path, "executorch", tmp_path / "out")
+    shared, difference, positions = exported(tmp_path, "executorch", tmp_path / "out")
     assert shared == "1 blocks are applied as 2 layers, and their weights stored once"
     record_property("figures", {"f32 logits of ExecuTorch, of the largest": difference})
-    assert (positions, difference <= 1e-5) == (LENGTH // 2 + 1, True)
+    assert (positions, difference <= 5e-6) == (LENGTH // 2 + 1, True)
     program = (tmp_path / "out" / executorch.PROGRAM).stat().st_size
     around = 4 * 2 * 320 * 64  # bytes of embedding and head
     assert around + 4 * BLOCK < program < around + 1.8 * 4 * BLOCK  # the graph takes some, too
@@ -170,10 +172,10 @@ def test_executorch_computes_the_same_logits_and_stores_a_shared_block_once(tmp_
 @needs_litert
 def test_litert_computes_the_same_logits(tmp_path, record_property):
     run_of(tmp_path / "run", sharing="immediate", num_repeats=2)
-    _, shared, difference, positions = exported(tmp_path, "litert", tmp_path / "out.litertlm")
+    shared, difference, positions = exported(tmp_path, "litert", tmp_path / "out.litertlm")
     assert shared.startswith("2 shared blocks were written out as 4 layers")
     record_property("figures", {"f32 logits of LiteRT, of the largest": difference})
-    assert (positions, difference <= 1e-5) == (LENGTH // 2, True)
+    assert (positions, difference <= 5e-6) == (LENGTH // 2, True)
     assert sorted(os.listdir(tmp_path)) == ["out.litertlm", "run"]
 
 

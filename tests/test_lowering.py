@@ -21,6 +21,7 @@ DEVICES = 256
 MODULES = [
     importlib.import_module(f"configs.{path.stem}") for path in sorted(Path("configs").glob("[!_]*.py"))
 ]
+# The others are slow.
 _FAST = ("base", "mobilellm", "layer_sharing", "loops:text")
 STUDIES = [module for module in MODULES if hasattr(module, "sweep")]
 
