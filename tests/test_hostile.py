@@ -269,8 +269,9 @@ def test_no_source_unpickles_or_evaluates(path):
             assert names[-1] not in LOADS or isinstance(node, ast.Import), ast.unparse(node)
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in CALLS, ast.unparse(node)
-            assert not called.endswith(".exec_module") or path.name == "cli.py", ast.unparse(node)
+            allowed = {"exec", "compile"} if path == ROOT / "experiments/cli.py" else set()
+            assert called not in CALLS or called in allowed, ast.unparse(node)
+            assert not called.endswith(".exec_module"), ast.unparse(node)
             assert not any(keyword.arg == "allow_pickle" for keyword in node.keywords), ast.unparse(node)
             module, _, function = called.rpartition(".")
             assert module not in LOADS or "load" not in function or called == "yaml.safe_load", called
