@@ -168,9 +168,37 @@ def test_bytes_in_llama_cpp_are_those_of_the_file(kind, tmp_path):
     matrices = [t.n_bytes for t in GGUFReader(tmp_path / "a.gguf").tensors if "norm" not in t.name]
     work = features("decode_ms", shape, 32, kind)
     assert 1e6 * work["MB of weights"] == pytest.approx(sum(matrices))
-    assert work["MB of blocks used again at once"] == 0
     numbers = 2 * shape.effective_depth * shape.num_kv_heads * shape.head_dim * 32
     assert 1e6 * work["MB of keys and values"] == pytest.approx(2 * numbers)
+
+
+@pytest.mark.parametrize(("slots", "head_dim"), [(32, 16), (32, 64), (128, 16), (512, 40)])
+def test_work_in_llama_cpp_is_that_of_a_plain_loop(slots, head_dim):
+    """Multiplications for each token of each layer, scores for each query, or for each pair of tiles."""
+    model = tiny_model(depth=2, sharing="repeat_all", num_repeats=2, num_heads=4, num_kv_heads=2)
+    model = dataclasses.replace(model, head_dim=head_dim, width=96, ffn_width=160)
+    queries, keys, T = 4 * head_dim, 2 * head_dim, slots // 2
+    multiplications = single = in_tiles = 0
+    for layer in range(4):
+        for token in range(T):
+            multiplications += 96 * (queries + 2 * keys) + queries * 96
+            if layer < 3 or token == T - 1:
+                multiplications += 3 * 96 * 160
+        for _ in range(4):
+            for row in range(T):
+                single += (row + 1) * (T < 64)
+            for first in range(0, T - 63, 64):
+                in_tiles += sum(64 * 64 for start in range(0, T, 64) if start <= first + 63)
+    work = features("prefill_ms", model, slots, "q8_0")
+    assert 1e9 * work["GFLOP of products"] == pytest.approx(2 * multiplications)
+    assert 1e6 * work["millions of single scores"] == pytest.approx(single)
+    assert 1e6 * work["millions of scores in tiles"] == pytest.approx(in_tiles)
+    assert 1e9 * work["GFLOP of tiles"] == pytest.approx(2 * 2 * head_dim * in_tiles)
+    beyond = {16: 16, 64: 0, 40: 8}[head_dim]
+    assert 1e6 * work["millions of numbers beyond vectors"] == pytest.approx(single * beyond)
+    of_token = features("decode_ms", model, slots, "q8_0")
+    assert 1e3 * of_token["thousands of scores"] == 4 * 4 * slots
+    assert 1e3 * of_token["thousands of numbers beyond vectors"] == pytest.approx(4 * 4 * slots * beyond)
 
 
 def test_shapes_for_llama_cpp_have_rows_of_whole_groups():

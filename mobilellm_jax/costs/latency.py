@@ -23,6 +23,7 @@ CACHES_MB = tuple(map(float, (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64, 96)))  
 _READ = "MB of weights"
 _SET = "working set"  # in MB; it is no work, but tells from where the weights are read
 _SHAPES_FOR_EACH = 2  # shapes for each coefficient, at least
+_LANES, _TILE = 32, 64  # llama.cpp's attention: f16 numbers of a vector; queries and keys of a tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,39 +33,37 @@ class Stored:
     Attributes:
       weight_bytes: of a weight of a matrix, its share of the scale of its group included.
       cache_bytes: of a number in the key/value cache.
-      written_out: a shared block is there once for each layer that applies it, as in a GGUF file.
     """
 
     weight_bytes: int | float
     cache_bytes: int
-    written_out: bool = False
 
 
 OURS = {name: Stored(size, size) for name, size in DTYPE_BYTES.items()}
 LLAMA_CPP = {  # groups of 32 weights with a scale of 2 bytes; the cache is f16
-    "f16": Stored(2, 2, written_out=True),
-    "q8_0": Stored(34 / 32, 2, written_out=True),
-    "q4_0": Stored(18 / 32, 2, written_out=True),
+    "f16": Stored(2, 2),
+    "q8_0": Stored(34 / 32, 2),
+    "q4_0": Stored(18 / 32, 2),
 }
-_STORED = OURS | LLAMA_CPP
 
 
 def features(time: str, config: ModelConfig, slots: int, kind: str | None = None) -> dict[str, float]:
     """The work behind one of `TIMES`, by name, which has its unit.
 
-    A token reads the blocks in the order of the plan, the head, and the keys and values of all slots, filled
-    or not; then the largest logit is looked for. A block that is used again at once may still be in a cache
-    of the processor: its bytes have a coefficient of their own. A prompt multiplies with every block as often
-    as it is applied. `split` takes the working set of a token, all weights, keys and values.
+    In our own decoding a token reads the blocks in the order of the plan, the head, and the keys and values
+    of all slots, filled or not; then the largest logit is looked for. A block that is used again at once may
+    still be in a cache of the processor: its bytes have a coefficient of their own. A prompt multiplies with
+    every block as often as it is applied. `split` takes the working set of a token, all weights, keys and
+    values.
 
     Args:
       kind: type of the weights, of `OURS` or `LLAMA_CPP`; None: the compute dtype of the model.
     """
-    stored = _STORED[kind or config.compute_dtype]
+    if kind in LLAMA_CPP:
+        return (_token_in_llama_cpp if time == "decode_ms" else _prompt_in_llama_cpp)(config, slots, kind)
+    stored = OURS[kind or config.compute_dtype]
     L, T, width = config.effective_depth, slots // 2, stored.weight_bytes
-    of_block = sum(
-        math.prod(p.unstacked_shape(config)) for p in declared(config) if p.stack and p.kind == "matrix"
-    )
+    of_block = _weights_of_block(config)
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     head = width * config.vocab_size * config.width / 1e6
     if time == "prefill_ms":
@@ -77,8 +76,7 @@ def features(time: str, config: ModelConfig, slots: int, kind: str | None = None
             "GFLOP of attention": 4 * T * slots * L * N * H / 1e9,
             "millions of scores": L * N * T * slots / 1e6,
         }
-    reads = L if stored.written_out else sum(1 for _ in itertools.groupby(config.plan))
-    blocks = L if stored.written_out else config.depth
+    reads = sum(1 for _ in itertools.groupby(config.plan))
     keys_and_values = 2 * L * K * slots * H * stored.cache_bytes / 1e6
     return {
         "tokens": 1.0,
@@ -88,7 +86,65 @@ def features(time: str, config: ModelConfig, slots: int, kind: str | None = None
         "thousands of logits": config.vocab_size / 1e3,
         "MB of keys and values": keys_and_values,
         "thousands of scores": L * N * slots / 1e3,
-        _SET: blocks * width * of_block / 1e6 + head + keys_and_values,
+        _SET: config.depth * width * of_block / 1e6 + head + keys_and_values,
+    }
+
+
+def _weights_of_block(config: ModelConfig, axis: str = "") -> int:
+    """Numbers in the matrices of a block, or in those that have an axis, by its letter."""
+    of_block = [p for p in declared(config) if p.stack and p.kind == "matrix" and axis in p.axes]
+    return sum(math.prod(p.unstacked_shape(config)) for p in of_block)
+
+
+def _token_in_llama_cpp(config: ModelConfig, slots: int, kind: str) -> dict[str, float]:
+    """A file has a block for each layer, and a head is attended to alone.
+
+    The numbers of a head beyond whole vectors are multiplied one at a time: a head of 16 costs more than one
+    of 32.
+    """
+    stored = LLAMA_CPP[kind]
+    L, N, K, H = config.effective_depth, config.num_heads, config.num_kv_heads, config.head_dim
+    head = stored.weight_bytes * config.vocab_size * config.width / 1e6
+    read = L * stored.weight_bytes * _weights_of_block(config) / 1e6 + head
+    keys_and_values = 2 * L * K * slots * H * stored.cache_bytes / 1e6
+    scores = L * N * slots / 1e3
+    return {
+        "tokens": 1.0,
+        "layers": float(L),
+        "heads": float(L * N),
+        _READ: read,
+        "thousands of logits": config.vocab_size / 1e3,
+        "MB of keys and values": keys_and_values,
+        "thousands of scores": scores,
+        "thousands of numbers beyond vectors": scores * (H % _LANES),
+        _SET: read + keys_and_values,
+    }
+
+
+def _prompt_in_llama_cpp(config: ModelConfig, slots: int, kind: str) -> dict[str, float]:
+    """Only the last token of a prompt goes through the feed-forward part of the last layer, and the head.
+
+    From 64 tokens on attention goes by tiles of queries and keys, without those that the mask hides; below,
+    by single queries, as for a token.
+    """
+    width = LLAMA_CPP[kind].weight_bytes
+    L, N, T, D = config.effective_depth, config.num_heads, slots // 2, config.width
+    of_block, of_ffn = _weights_of_block(config), _weights_of_block(config, "F")
+    tiles = T // _TILE
+    in_tiles = L * N * _TILE**2 * tiles * (tiles + 1) / 2 / 1e6
+    single = 0.0 if tiles else L * N * T * (T + 1) / 2 / 1e6
+    return {
+        "prompts": 1.0,
+        "layers": float(L),
+        "heads": float(L * N),
+        "MB of blocks": L * width * of_block / 1e6,
+        "MB of the head": width * config.vocab_size * D / 1e6,
+        "GFLOP of products": 2 * (T * L * of_block - (T - 1) * of_ffn) / 1e9,
+        "millions of activations": (L - 0.5) * T * D / 1e6,
+        "millions of scores in tiles": in_tiles,
+        "GFLOP of tiles": 4 * in_tiles * config.head_dim / 1e3,
+        "millions of single scores": single,
+        "millions of numbers beyond vectors": single * (config.head_dim % _LANES),
     }
 
 
