@@ -71,6 +71,16 @@ def test_parts_run(module):
         assert all(value > 0 for value in line.values), line
 
 
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "expected"), [("125m", 24, 1), ("125m", 64, 2), ("12 x 128", 24, 2)]
+)
+def test_pytorch_runs_as_far_as_memory_holds_its_models(name, gigabytes, expected, monkeypatch):
+    monkeypatch.setattr(pytorch, "device_bytes", lambda: gigabytes * 10**9)
+    variants = pytorch._variants(name, quick=False)
+    assert len(variants) == expected
+    assert variants[-1] == "torch.compile"
+
+
 def test_pytorch_takes_the_same_steps():
     if reason := pytorch.missing():
         pytest.skip(reason)
