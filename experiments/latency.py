@@ -32,8 +32,8 @@ from experiments.reporting.tables import plain_table
 from experiments.runner import timing
 from experiments.runner.studies import points_of
 from mobilellm_jax.analysis.latency_table import Table, fitted, read_table, write_table
-from mobilellm_jax.config import from_config_dict
-from mobilellm_jax.costs.latency import LLAMA_CPP, OURS, TIMES
+from mobilellm_jax.config import ModelConfig, from_config_dict
+from mobilellm_jax.costs.latency import LLAMA_CPP, OURS, TIMES, check_number, features
 from mobilellm_jax.costs.latency_design import designed
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.formats.gguf import GROUP
@@ -106,11 +106,9 @@ def measure(out: Path) -> Table:
     enable_compilation_cache()
     plain, points = from_config_dict(base.get_config()).model, {}
     opened = {kind: _open(kind) for kind in asked}
+    shapes = {kind: _designed(plain, kind) for kind in asked}
     for kind, open_ in opened.items():
-        of_kind = dataclasses.replace(plain, compute_dtype=kind) if kind in OURS else plain
-        multiple = 1 if kind in OURS else GROUP
-        shapes = designed(of_kind, FLAGS.shapes, FLAGS.megabytes, FLAGS.slots, kind, multiple)
-        points[kind] = timing.measured(shapes, plain, FLAGS.rounds, open_, _say)
+        points[kind] = timing.measured(shapes[kind], plain, FLAGS.rounds, open_, _say)
     fits = fitted(points, plain)
     return Table(
         program=program,
@@ -124,6 +122,16 @@ def measure(out: Path) -> Table:
         points={kind: [dataclasses.asdict(point) for point in of] for kind, of in points.items()},
         fits={kind: {time: dataclasses.asdict(fit) for time, fit in of.items()} for kind, of in fits.items()},
     )
+
+
+def _designed(plain: ModelConfig, kind: str) -> list[tuple[ModelConfig, int]]:
+    """Shapes to measure and their slots; UserError if they are too few for a fit."""
+    of_kind = dataclasses.replace(plain, compute_dtype=kind) if kind in OURS else plain
+    multiple = 1 if kind in OURS else GROUP
+    shapes = designed(of_kind, FLAGS.shapes, FLAGS.megabytes, FLAGS.slots, kind, multiple)
+    for time in TIMES:
+        check_number([features(time, *shape, kind) for shape in shapes], len(set(shapes)))
+    return shapes
 
 
 def _open(kind: str) -> timing.Open:

@@ -355,6 +355,7 @@ def test_shapes_of_equal_latency(tmp_path):
             ["--out=new.json", "--program=llama.cpp", "--threads=2"],
             "--threads=2: llama.cpp is measured on one",
         ),
+        (["--out=new.json", "--shapes=15"], "latency: 15 shapes for 8 coefficients; measure at least 16"),
         (["--out=new.json", "--slots=100"], "--slots=100: not a power of 2; use 64"),
         (["--out=new.json", "--threads=1000"], "--threads=1000: this process may use"),
         (["--table=README.md"], "README.md: not a table of latency"),
@@ -372,11 +373,11 @@ def test_bad_flags(arguments, message):
 @pytest.mark.parametrize(("program", "kinds"), [("ours", ["float32"]), ("llama.cpp", list(LLAMA_CPP))])
 def test_the_command_measures_and_fits(program, kinds, tmp_path):
     out = tmp_path / "a.json"
-    few = ("--shapes=16", "--megabytes=2", "--slots=32", "--rounds=2")
+    few = ("--shapes=22", "--megabytes=2", "--slots=32", "--rounds=2")
     done = command("experiments.latency", "--device=this", f"--program={program}", f"--out={out}", *few)
     assert done.returncode == 0, done.stderr
     table = read_table(out)
-    assert [len(table.points[kind]) for kind in kinds] == [16] * len(kinds)
+    assert [len(table.points[kind]) for kind in kinds] == [22] * len(kinds)
     assert table.threads == 1
     assert json.loads(out.read_text())["command"].startswith("python -m experiments.latency")
     assert list(table.fits) == kinds

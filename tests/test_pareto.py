@@ -5,17 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 from test_committed import RESULTS
-from test_latency import CACHE_MB, KNOWN, synthetic
+from test_latency import synthetic
 from test_results import make_record
 
 from experiments.reporting import pareto, tables
 from experiments.reporting.pareto import Cost, Entry, Pareto
-from mobilellm_jax.analysis.latency_table import write_table
+from mobilellm_jax.analysis.latency_table import read_table, write_table
 from mobilellm_jax.analysis.records import read_records
 from mobilellm_jax.analysis.statistics import mean_and_interval
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.config import from_config_dict
-from mobilellm_jax.costs.latency import LLAMA_CPP, features, split
+from mobilellm_jax.costs.latency import features, split
 
 LATENCY = {"table": "a.json", "sha256": "ab", "device": "a CPU", "weights": "float32"}
 LATENCY |= {"median_error": {"decode_ms": 0.05, "prefill_ms": 0.1}}
@@ -116,16 +116,17 @@ def committed():
 def test_quantized_runs_take_the_time_of_llama_cpp_in_as_many_bits(committed, tmp_path):
     entry = {"bytes": 1_000_000, "full_bytes": 4_000_000, "gap": 0.01, "full_loss": 3.6, "agreement": 0.9}
     runs = [dataclasses.replace(r, quantized={"w4:32": {**entry, "loss": 4.0}}) for r in committed]
-    table = synthetic()
-    few_bits = dict.fromkeys(LLAMA_CPP, table.fits["float32"])
-    write_table(dataclasses.replace(table, program="llama.cpp", fits=few_bits), tmp_path / "latency/a.json")
+    table = read_table(RESULTS.parent / "latency/amd_epyc_llama_cpp.json")
+    write_table(table, tmp_path / "latency/a.json")
     study = study_of(runs)
     (in_few_bits, _) = pareto.pareto_of(study, tmp_path).costs
     assert in_few_bits.name == "ms of a token in llama.cpp"
     config = from_config_dict(study.points["immediate"].config)
     for label, kind in (("immediate", "f16"), ("immediate, w4:32", "q4_0")):
-        work = split(features("decode_ms", config.model, config.data.sequence_length, kind), CACHE_MB)
-        expected = sum(KNOWN["decode_ms"][name] * amount for name, amount in work.items())
+        fit = table.fits[kind]["decode_ms"]
+        work = features("decode_ms", config.model, config.data.sequence_length, kind)
+        work = split(work, fit["cache_mb"])
+        expected = sum(fit["coefficients"][name] * amount for name, amount in work.items())
         assert in_few_bits.of[label] == pytest.approx(expected)
 
 

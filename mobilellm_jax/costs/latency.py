@@ -210,13 +210,9 @@ def fit(work: Sequence[Mapping[str, float]], times: Sequence[float], shapes: Seq
     Raises:
       UserError: there are too few shapes for the coefficients.
     """
-    caches = CACHES_MB if work and _SET in work[0] else (None,)
-    names = list(split(work[0], caches[0])) if work else []
-    least = _SHAPES_FOR_EACH * len(names)
-    if not work or len(set(shapes)) < least:
-        raise UserError(
-            f"latency: {len(set(shapes))} shapes for {len(names)} coefficients; measure at least {least}"
-        )
+    check_number(work, len(set(shapes)))
+    caches = CACHES_MB if _SET in work[0] else (None,)
+    names = list(split(work[0], caches[0]))
     amounts_of = {
         cache: np.array([[of[name] for name in names] for of in (split(of, cache) for of in work)])
         for cache in caches
@@ -238,6 +234,16 @@ def fit(work: Sequence[Mapping[str, float]], times: Sequence[float], shapes: Seq
         tuple(map(float, errors)),
         cache,
     )
+
+
+def check_number(work: Sequence[Mapping[str, float]], shapes: int) -> None:
+    """Raises UserError if there are too few shapes for the coefficients of their work."""
+    coefficients = len(split(work[0], CACHES_MB[0])) if work else 0
+    if not work or shapes < _SHAPES_FOR_EACH * coefficients:
+        raise UserError(
+            f"latency: {shapes} shapes for {coefficients} coefficients; measure at least "
+            f"{_SHAPES_FOR_EACH * coefficients}"
+        )
 
 
 def _solve(
