@@ -4,11 +4,12 @@
   python -m experiments.bench --only=training,decode
   python -m experiments.bench --only=training --shapes=125m,350m
   python -m experiments.bench --only=ondevice --workdir=runs/first        # a run, in llama.cpp
+  python -m experiments.bench --only=training --label=jax_0.12     # beside the record there is
   python -m experiments.bench --show                 # what was measured before, without measuring
 
-Prints a table for each part and leaves `bench/<platform>/<part>.json` in --workdir (with --shapes,
-`<part>-125m-350m.json`), with the machine and the versions; `experiments/benchmarks/<part>.py` says what the
-part compares. The machine should be idle.
+Prints a table for each part and leaves `bench/<platform>/<part>.json` in --workdir (with --shapes and --label,
+`<part>-125m-350m-<label>.json`), with the machine and the versions; `experiments/benchmarks/<part>.py` says what
+the part compares. The machine should be idle.
 """
 
 import datetime
@@ -48,6 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("show", False, "print the tables of earlier measurements, and measure nothing")
     flags.DEFINE_string("workdir", "experiments", "directory of bench/; a run is what ondevice measures")
     flags.DEFINE_list("shapes", [], "of the parts training and pytorch, only these models: 125m,350m")
+    flags.DEFINE_string("label", "", "added to the name of the record, such as a version of JAX")
     flags.DEFINE_string(
         "llama_cpp", None, "folder of a build of llama.cpp with kernels for several processors, for ondevice"
     )
@@ -67,6 +69,8 @@ def main() -> int:
     if FLAGS.show:
         print("\n".join(show(bench, FLAGS.only)))
         return 0
+    if "/" in FLAGS.label:
+        raise UserError(f"--label={FLAGS.label}: part of the name of a file; leave out the '/'")
     modules = {part: importlib.import_module(f"experiments.benchmarks.{part}") for part in FLAGS.only}
     for part, module in modules.items():  # what does not fit is refused before anything is measured
         if hasattr(module, "MODELS"):
@@ -83,6 +87,7 @@ def main() -> int:
         record = {
             "part": part,
             "quick": FLAGS.quick,
+            "label": FLAGS.label,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": cli.command(),
             "git_commit": provenance.git_commit(),
@@ -90,7 +95,7 @@ def main() -> int:
             "versions": provenance.versions(*getattr(module, "AGAINST", ())),
             "lines": [line.to_json() for line in lines],
         }
-        name = "-".join([part, *shapes.asked()])
+        name = "-".join([part, *shapes.asked(), *filter(None, [FLAGS.label])])
         path = bench / device["platform"] / f"{name}.json"
         write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
         print("\n".join(measure.table(record)), flush=True)

@@ -64,7 +64,13 @@ def _section(record: dict[str, Any]) -> list[str]:
     """The table of a part of the benchmark, with a heading and a line for the machine."""
     _, title, *table = measure.table(record)
     platform = record["device"]["platform"].upper()
-    return [f"### {record['part']}, {platform}", "", f"Measured on {title.partition(': ')[2]}.", *table, ""]
+    return [
+        f"### {measure.titled(record)}, {platform}",
+        "",
+        f"Measured on {title.partition(': ')[2]}.",
+        *table,
+        "",
+    ]
 
 
 def _execute() -> str:

@@ -119,6 +119,11 @@ def test_the_command_leaves_a_record_that_can_be_shown(tmp_path):
     assert "| 4 together / 1 |" in measured.stdout
     shown = command(*flags, "--show")
     assert shown.stdout.strip() == measured.stdout.strip()
+    again = command(*flags, "--quick", "--label=newer")
+    assert "\ntrials, newer" in again.stdout
+    both = command(*flags, "--show").stdout
+    assert measured.stdout.strip() in both
+    assert again.stdout.strip() in both
 
 
 @pytest.mark.parametrize(
@@ -129,6 +134,7 @@ def test_the_command_leaves_a_record_that_can_be_shown(tmp_path):
         (["--only=training,pytorch", "--shapes=350m"], "--shapes=350m: unknown model"),
         (["--only=training,decode", "--shapes=125m"], "--shapes: does not apply to decode"),
         (["--only=ondevice", "--llama_cpp=nowhere"], "--llama_cpp=nowhere: has no libllama*.so with"),
+        (["--only=training", "--label=a/b"], "--label=a/b: part of the name of a file"),
         (["--show"], "no measurements there; run without --show first"),
     ],
 )

@@ -131,13 +131,18 @@ def table(record: dict[str, Any]) -> list[str]:
     lines = [Line.from_json(line) for line in record["lines"]]
     device, versions = record["device"], record["versions"]
     machine = f"{device['count']} x {device['kind']}, {device['cores']} cores"
-    part = record["part"] + _QUICK * bool(record.get("quick"))
+    title = titled(record) + _QUICK * bool(record.get("quick"))
     return [
         "",
-        f"{part}: {machine}, jax {versions['jax']}, {record['created'][:10]}",
+        f"{title}: {machine}, jax {versions['jax']}, {record['created'][:10]}",
         "",
         *tables.markdown_table(columns(lines)).splitlines(),
     ]
+
+
+def titled(record: dict[str, Any]) -> str:
+    """The part of the benchmark, and the label that the record was given."""
+    return ", ".join(filter(None, [record["part"], record.get("label")]))
 
 
 def _target(line: Line) -> str:
