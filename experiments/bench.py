@@ -7,9 +7,9 @@
   python -m experiments.bench --only=training --label=jax_0.12     # beside the record there is
   python -m experiments.bench --show                 # what was measured before, without measuring
 
-Prints a table for each part and leaves `bench/<platform>/<part>.json` in --workdir (with --shapes and --label,
-`<part>-125m-350m-<label>.json`), with the machine and the versions; `experiments/benchmarks/<part>.py` says what
-the part compares. The machine should be idle.
+Prints a table for each part and leaves `bench/<platform>/<part>.json` in --workdir (with --shapes and
+--label, `<part>-125m-350m-<label>.json`), with the machine and the versions. What a part compares is said in
+`experiments/benchmarks/<part>.py`. The machine should be idle.
 """
 
 import datetime
