@@ -8,13 +8,17 @@ from pathlib import Path
 from mobilellm_jax.config import Config
 
 _CPUINFO = Path("/proc/cpuinfo")  # of Linux
-_FLAGS = {"amx_bf16", "avx512_bf16"}
 
 
 @functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What the CPU can do, in the words of Linux, such as "amx_bf16"; empty where that is not known."""
+    return frozenset(_CPUINFO.read_text().split() if _CPUINFO.exists() else ())
+
+
 def has_bfloat16() -> bool:
-    """True if the CPU multiplies in bfloat16, by AMX or AVX-512; False where that is not known."""
-    return _CPUINFO.exists() and not _FLAGS.isdisjoint(_CPUINFO.read_text().split())
+    """True if the CPU multiplies in bfloat16, by AMX or AVX-512."""
+    return not cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16"})
 
 
 def with_dtype(config: Config, platform: Callable[[], str]) -> Config:

@@ -27,11 +27,11 @@ def processor(tmp_path, monkeypatch):
 
     def becomes(text):
         (tmp_path / "cpuinfo").write_text(text)
-        dtypes.has_bfloat16.cache_clear()
+        dtypes.cpu_flags.cache_clear()
 
     monkeypatch.setattr(dtypes, "_CPUINFO", tmp_path / "cpuinfo")
     yield becomes
-    dtypes.has_bfloat16.cache_clear()
+    dtypes.cpu_flags.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_auto_is_what_the_platform_is_fast_at(processor, text, platform, dtype):
 
 
 def test_a_system_without_cpuinfo_has_no_bfloat16(processor):
-    dtypes.has_bfloat16.cache_clear()
+    dtypes.cpu_flags.cache_clear()
     assert not dtypes.has_bfloat16()
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 from experiments.benchmarks import measure as m
-from mobilellm_jax.dtypes import has_bfloat16
+from mobilellm_jax.dtypes import cpu_flags
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.training.malloc import keep_freed_memory
 from mobilellm_jax.training.memory import device_bytes
@@ -133,7 +133,7 @@ def _compare(name: str, dtypes: Sequence[str], quick: bool) -> Iterator[m.Line]:
         ratio = m.ratios(tokens[ours], tokens[peer])
         yield m.Line(f"{case}: ours, {ours[0]} / PyTorch, {peer[0]}", "x", ratio, at_least=1.1)
         ratio = m.ratios(tokens["bfloat16", "ours"], tokens["float32", "ours"])
-        wanted = 2.0 if name == "125m" and has_bfloat16() else None
+        wanted = 2.0 if name == "125m" and "amx_bf16" in cpu_flags() else None
         yield m.Line(f"{case}: ours, bfloat16 / float32", "x", ratio, at_least=wanted)
 
 

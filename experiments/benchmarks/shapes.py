@@ -45,7 +45,7 @@ def config_of(name: str, rows: int, length: int, quick: bool, **fields: object) 
     """
     config = base.get_config() if name in _SMALL or quick else mobilellm.get_config(name)
     base.update(config, _QUICK if quick else _SMALL.get(name, {}))
-    if jax.default_backend() == "cpu":  # which has no bfloat16 units; the memory suffices at these sizes
+    if jax.default_backend() == "cpu":  # few have bfloat16; the memory suffices at these sizes
         config.model.compute_dtype = "float32"
         config.model.remat = "dots"
     if jax.default_backend() == "gpu":
