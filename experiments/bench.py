@@ -95,7 +95,7 @@ def main() -> int:
             "versions": provenance.versions(*getattr(module, "AGAINST", ())),
             "lines": [line.to_json() for line in lines],
         }
-        name = "-".join([part, *shapes.asked(), *filter(None, [FLAGS.label])])
+        name = "-".join(filter(None, [part, *shapes.asked(), FLAGS.label]))
         path = bench / device["platform"] / f"{name}.json"
         write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
         print("\n".join(measure.table(record)), flush=True)

@@ -130,7 +130,7 @@ def _designed(plain: ModelConfig, kind: str) -> list[tuple[ModelConfig, int]]:
     multiple = 1 if kind in OURS else GROUP
     shapes = designed(of_kind, FLAGS.shapes, FLAGS.megabytes, FLAGS.slots, kind, multiple)
     for time in TIMES:
-        check_number([features(time, *shape, kind) for shape in shapes], len(set(shapes)))
+        check_number(features(time, *shapes[0], kind), len(set(shapes)))
     return shapes
 
 

@@ -36,7 +36,6 @@ AGAINST = ("torch", "transformers")
 _CASES = {"4 x 48": (8, 64), "12 x 128": (16, 128), "125m": (2, 512)}
 MODELS = tuple(_CASES)
 _SIX_125M = 30e9  # bytes; 24e9 were not enough. Compiled is the faster one
-_STEPS = {"4 x 48": 50, "12 x 128": 5, "125m": 2}  # of a turn; the first one has cold caches
 _ACCELERATOR = {"4 x 48": (256, 64), "12 x 128": (256, 128), "125m": (16, 2048)}  # float32: a quarter of them
 
 
@@ -81,14 +80,14 @@ def _variants(name: str, quick: bool) -> tuple[str, ...]:
 
 
 def _compare(name: str, dtypes: Sequence[str], quick: bool) -> Iterator[m.Line]:
-    from experiments.benchmarks.shapes import config_of
+    from experiments.benchmarks.shapes import STEPS, config_of
     from experiments.benchmarks.trainer import Trainer
 
     on_cpu = jax.default_backend() == "cpu"
     rows, length = (8, 32) if quick else (_CASES if on_cpu else _ACCELERATOR)[name]
     if not on_cpu and "float32" in dtypes:
         rows //= 4  # three processes share the memory
-    steps = _STEPS[name] if on_cpu else 10
+    steps = STEPS.get(name, 2) if on_cpu else 10
     variants = _variants(name, quick)
     with contextlib.ExitStack() as stack:
         sides: dict[tuple[str, str], Callable[[], object]] = {}

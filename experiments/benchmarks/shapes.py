@@ -14,6 +14,7 @@ _SMALL = {
     "4 x 48": {"model.vocab_size": 512, "model.depth": 4, "model.width": 48, "model.num_heads": 3},
     "12 x 128": {"model.vocab_size": 4096, "model.depth": 12, "model.width": 128, "model.num_heads": 4},
 }
+STEPS = {"4 x 48": 50, "12 x 128": 5}  # of a turn on a CPU: the first one has cold caches
 _QUICK = {"model.depth": 2, "model.width": 32, "model.num_heads": 2, "model.vocab_size": 512}
 
 

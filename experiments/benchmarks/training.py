@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks import measure as m
-from experiments.benchmarks.shapes import chosen, config_of
+from experiments.benchmarks.shapes import STEPS, chosen, config_of
 from experiments.benchmarks.trainer import Trainer
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.costs.datasheet import PEAK_FLOPS
@@ -77,8 +77,8 @@ def _measure(name: str, labels: list[str], quick: bool) -> Iterator[m.Line]:
 
 
 def _steps(name: str) -> int:
-    """Number of steps in a turn; the first one has cold caches."""
-    return {"4 x 48": 50, "12 x 128": 5}.get(name, 1) if jax.default_backend() == "cpu" else 10
+    """Number of steps in a turn."""
+    return STEPS.get(name, 1) if jax.default_backend() == "cpu" else 10
 
 
 def matrix_product(size: int, dtype: str) -> tuple[Callable[[], object], float]:

@@ -210,7 +210,7 @@ def fit(work: Sequence[Mapping[str, float]], times: Sequence[float], shapes: Seq
     Raises:
       UserError: there are too few shapes for the coefficients.
     """
-    check_number(work, len(set(shapes)))
+    check_number(work[0] if work else {}, len(set(shapes)))
     caches = CACHES_MB if _SET in work[0] else (None,)
     names = list(split(work[0], caches[0]))
     amounts_of = {
@@ -236,14 +236,12 @@ def fit(work: Sequence[Mapping[str, float]], times: Sequence[float], shapes: Seq
     )
 
 
-def check_number(work: Sequence[Mapping[str, float]], shapes: int) -> None:
-    """Raises UserError if there are too few shapes for the coefficients of their work."""
-    coefficients = len(split(work[0], CACHES_MB[0])) if work else 0
-    if not work or shapes < _SHAPES_FOR_EACH * coefficients:
-        raise UserError(
-            f"latency: {shapes} shapes for {coefficients} coefficients; measure at least "
-            f"{_SHAPES_FOR_EACH * coefficients}"
-        )
+def check_number(work: Mapping[str, float], shapes: int) -> None:
+    """Raises UserError if there are too few shapes for the coefficients of such work."""
+    coefficients = len(split(work, CACHES_MB[0]))
+    least = max(1, _SHAPES_FOR_EACH * coefficients)
+    if shapes < least:
+        raise UserError(f"latency: {shapes} shapes for {coefficients} coefficients; measure at least {least}")
 
 
 def _solve(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from mobilellm_jax.chunks import chunks
 from mobilellm_jax.model.ops import attention_kernels
 from mobilellm_jax.model.ops.attention_kernels import KEPT
-from mobilellm_jax.model.ops.precision import keep, sum_dtype
+from mobilellm_jax.model.ops.precision import einsum, keep
 
 
 def plain_attention(
@@ -70,11 +70,8 @@ def attend_to(
     # Not -inf: a row of these would be NaN, which a later layer would cache and multiply by a weight of 0.
     least = jnp.finfo(jnp.float32).min
     score_BKGTS = jnp.where(sees_BTS[:, None, None, :, :], score_BKGTS * H**-0.5, least)
-    dtype = v_BKSH.dtype
-    weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(dtype)
-    out_BKGTH = jnp.einsum(
-        "BKGTS,BKSH->BKGTH", weight_BKGTS, v_BKSH, preferred_element_type=sum_dtype(dtype)
-    ).astype(dtype)
+    weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BKSH.dtype)
+    out_BKGTH = einsum("BKGTS,BKSH->BKGTH", weight_BKGTS, v_BKSH)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
@@ -127,10 +124,7 @@ def _backward(kept: Any, dout_BKGTH: Array) -> tuple[Array, Array, Array]:
             "BKGCH,BKPH->BKGCP", dout_BKGCH, v_BKTH[:, :, P], preferred_element_type=jnp.float32
         )
         dscore_BKGCP = (weight_BKGCP * (dweight_BKGCP - common_BKGT1[:, :, :, C]) * scale).astype(dtype)
-        dq_BKGCH = jnp.einsum(
-            "BKGCP,BKPH->BKGCH", dscore_BKGCP, k_BKPH, preferred_element_type=sum_dtype(dtype)
-        )
-        dqs.append(dq_BKGCH.astype(dtype))
+        dqs.append(einsum("BKGCP,BKPH->BKGCH", dscore_BKGCP, k_BKPH))
         # Over the chunks, and over the queries of a group, in float32.
         to_keys, exact = "BKGCH,BKGCP->BKHP", jnp.float32
         dk_BKHP = jnp.einsum(to_keys, q_BKGCH, dscore_BKGCP, preferred_element_type=exact)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from mobilellm_jax.model.ops.precision import sum_dtype
+from mobilellm_jax.model.ops.precision import einsum
 
 
 def head_logits(x_BTD: Float[Array, "B T D"], head_VD: Float[Array, "V D"]) -> Float[Array, "B T V"]:
@@ -141,9 +141,7 @@ def _with_gradients(
         c = _chunk(x_BTD, head_VD, targets_BT, start, chunk)
         losses, dlogits_BCV = terms(c, start)
         dlogits_BCV = dlogits_BCV.astype(dtype)
-        dx_BCD = jnp.einsum(
-            "BCV,VD->BCD", dlogits_BCV, head_VD.astype(dtype), preferred_element_type=sum_dtype(dtype)
-        ).astype(dtype)
+        dx_BCD = einsum("BCV,VD->BCD", dlogits_BCV, head_VD.astype(dtype))
         dx_BTD = lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, start, axis=1)
         dhead_DV += jnp.einsum("BCD,BCV->DV", c.x_BCD, dlogits_BCV, preferred_element_type=jnp.float32)
         sums = jax.tree.map(lambda total, loss: total + jnp.sum(loss), sums, losses)

@@ -20,6 +20,11 @@ def sum_dtype(dtype: DTypeLike) -> DTypeLike:
     return jnp.float32 if is_low and jax.default_backend() == "cpu" and has_bfloat16() else dtype
 
 
+def einsum(product: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Computes `jnp.einsum(product, a, b)` of two arrays of one dtype, which the result has too."""
+    return jnp.einsum(product, a, b, preferred_element_type=sum_dtype(a.dtype)).astype(a.dtype)
+
+
 def keep(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
     """`checkpoint_name(x, name)`: x, which the backward pass may store under this name, see `remat.py`."""
     return checkpoint_name(x.astype(stack_dtype(x.dtype)), name).astype(x.dtype)
