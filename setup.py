@@ -100,10 +100,10 @@ setup(
             "jupytext>=1.19",
             "pyarrow>=16",
             "kubernetes-validate>=1.33",  # the schemas that the output of experiments.gke is checked with
-            "pyright[nodejs]>=1.1.400",
+            "pyright[nodejs]==1.1.414",  # exact: a new version finds new errors
             "pytest>=9.0",
             "pytest-xdist>=3.8",
-            "ruff>=0.14",
+            "ruff==0.17.6",
             "sentencepiece>=0.2.1",
             "statsmodels>=0.15",  # a reference
             "submitit>=1.5.4",

@@ -20,7 +20,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -144,7 +144,8 @@ def _peer(what: dict[str, Any]) -> None:
     device = "cpu" if what["cpu"] else "cuda"
     torch.set_float32_matmul_precision("high")
     shape = {**what["model"], "use_cache": False, "max_position_embeddings": what["length"]}
-    model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).to(device).train()
+    config = cast(Any, LlamaConfig)(**shape, attn_implementation="sdpa")  # its decorators hide the arguments
+    model = cast(Any, LlamaForCausalLM(config)).to(device).train()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     forward = torch.compile(model) if what["variant"] == "torch.compile" else model

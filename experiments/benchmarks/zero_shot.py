@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -96,7 +96,8 @@ def _compare(size: str, requests: list[Any], folder: Path, quick: bool) -> Itera
     tokenizer = data.load_tokenizer(workdir / TOKENIZER)
     mesh = check(config)
     torch.set_num_threads(provenance.device()["cores"])
-    theirs = HFLM(pretrained=str(exported), device="cpu", dtype="float32", batch_size=1)
+    # lm-eval's decorator hides the class from pyright.
+    theirs = cast(Any, HFLM)(pretrained=str(exported), device="cpu", dtype="float32", batch_size=1)
 
     def of_ours() -> None:
         # A new adapter each time, since it caches the encoding of a text.

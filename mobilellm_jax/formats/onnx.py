@@ -169,7 +169,7 @@ def _read_matrices(path: Path, config: ModelConfig) -> dict[str, Float32[np.ndar
         if node.op_type != "MatMulNBits":
             continue
         w_OI = _dequantize(node)
-        layer = re.fullmatch(r"/model/layers\.(\d+)/(attn|mlp)/(\w+)_proj/MatMul\w*", node.name)
+        layer = re.fullmatch(r"/model/layers\.(\d+)/(attn|mlp)/(\w+)_proj/MatMul\w*", str(node.name))
         if layer is None:
             found["lm_head.weight"] = w_OI
             continue

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float32
@@ -28,8 +29,9 @@ class Model:
           UserError: onnxruntime-genai is not installed.
         """
         tools.require("onnx", "onnxruntime_genai")
-        import onnxruntime_genai as genai  # pyright: ignore[reportMissingImports]
+        import onnxruntime_genai  # pyright: ignore[reportMissingImports]
 
+        genai = cast(Any, onnxruntime_genai)  # has no types
         self._genai, self._context = genai, context
         config = genai.Config(str(folder))
         options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
