@@ -103,11 +103,12 @@ def parse_mesh(text: str) -> tuple[int, int, int]:
     for part in text.split(",") if text else ():
         match = re.fullmatch(r"(\w+):0*([1-9]\d{0,8})", part.strip())
         if not match or match[1] not in partition.AXES or match[1] in sizes:
-            near = difflib.get_close_matches(part.partition(":")[0], partition.AXES, n=1)
-            hint = f"did you mean {near[0]}?" if near and not sizes.get(near[0]) else ""
+            name = re.split(r"\W", part.strip())[0]
+            near = difflib.get_close_matches(name, partition.AXES, n=1)
+            hint = f"; did you mean {near[0]}?" if near and name not in partition.AXES else ""
             raise UserError(
-                f"--mesh={text}: {part!r} is not a new axis and its size; "
-                f"{hint or 'expected some of data:64,fsdp:4,tensor:1'}"
+                f"--mesh={text}: {part!r} is not a new axis and its size; expected some of "
+                f"data:64,fsdp:4,tensor:1{hint}"
             )
         sizes[match[1]] = int(match[2])
     if math.prod(sizes.values()) > _MOST:

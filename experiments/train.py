@@ -14,6 +14,7 @@ again.
 
 import contextlib
 import functools
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,6 +122,7 @@ def _described(config: Config, workdir: AnyPath, record: Record | None) -> list[
     tokens = train.steps * train.batch_size * data.sequence_length
     flops = tokens * accounting.run_budgets(config, taught_by)["train_flops_per_token"]
     loops = f"; {train.loops} loops, drawn at each step" if train.loops else ""
+    text_of_python = f" (the text of Python {platform.python_version()})" * (data.source == "bundled")
     begun = any(workdir.glob("checkpoints/*"))
     state = "finished" if record else "to be resumed from its newest checkpoint" if begun else "new"
     rows = {
@@ -132,7 +134,7 @@ def _described(config: Config, workdir: AnyPath, record: Record | None) -> list[
         "teacher": _taught(teacher, model, data.sequence_length) if teacher else "",
         "training": f"{train.steps:,} steps of {train.batch_size:,} rows of {data.sequence_length:,} tokens; "
         f"{tokens:,} tokens, {flops:.3g} FLOPs{loops}",
-        "data": f"{data.source}, tokenizer {data.tokenizer}",
+        "data": f"{data.source}{text_of_python}, tokenizer {data.tokenizer}",
         "devices": f"{device['count']} x {device['kind']} ({device['platform']}), "
         f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",
         "workdir": f"{workdir} ({state})",

@@ -113,8 +113,8 @@ def test_a_split_for_tuning_without_rows_is_refused_only_where_it_is_asked_for(t
     prepared = held_out_texts(tmp_path, ["one document"])
     prepared.check_rows("valid")
     message = (
-        r"train\.eval_split: 'tuning' has no row: 0 of the held-out documents of files:valid\.jsonl, with 0 "
-        r"tokens, and one row needs 2; hold out more text"
+        r"^files:valid\.jsonl: the tuning split of the held-out text has no row: 0 documents, 0 tokens, and "
+        r"one row needs 2; hold out more text"
     )
     for asks in (
         lambda: prepared.check_rows("tuning"),

@@ -161,9 +161,9 @@ def test_shards_are_those_of_real_arrays():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fdsp:4", "'fdsp:4' is not a new axis and its size; did you mean fsdp?"),
+        ("fdsp:4", "'fdsp:4' is not a new axis and its size; expected .*tensor:1; did you mean fsdp\\?$"),
         ("data:0", "'data:0' is not"),
-        ("data=4", "'data=4' is not"),
+        ("data=4", "'data=4' is not a new axis and its size; expected some of data:64,fsdp:4,tensor:1$"),
         ("model:4", "'model:4' is not"),
         ("data:4,data:2", "'data:2' is not a new axis and its size"),
         ("data:4096,fsdp:2", "8,192 devices; at most 4,096"),

@@ -200,7 +200,7 @@ def test_a_run_without_rows_for_tuning_ends_before_it_compiles(tmp_path, monkeyp
         "train.eval_split": "tuning",
     }
     with pytest.raises(
-        UserError, match=r"^train\.eval_split: 'tuning' has no row: 0 of the held-out documents"
+        UserError, match=r"valid\.jsonl: the tuning split of the held-out text has no row: 0 "
     ):
         run(tiny_config(**fields), tmp_path / "run", make_record)
 

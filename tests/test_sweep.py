@@ -803,14 +803,25 @@ def test_labels_with_commas_are_shown_as_only_takes_them():
         points_of("configs/embedding_sharing.py:tiny", {}, None, ["tied", "nothing like it"])
 
 
-def test_bad_data_stops_the_sweep_before_anything_is_compiled(study, tmp_path, monkeypatch):
+@pytest.fixture
+def nothing_compiled(monkeypatch):
     def no_compilation(*_):
         raise AssertionError("compiled")
 
     monkeypatch.setattr(sweeping, "expected_seconds", no_compilation)
+
+
+def test_bad_data_stops_the_sweep_before_anything_is_compiled(study, tmp_path, nothing_compiled):
     (tmp_path / "7.txt").write_bytes(b"a\0b")
     with pytest.raises(UserError, match=r"7\.txt"):
         sweeping.sweep(points(study), tmp_path / "w")
+
+
+def test_too_little_held_out_text_for_tuning_stops_it_too(tuned_study, tmp_path, nothing_compiled):
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": "the only document " * 10}))
+    overrides = {"data.valid_source": f"files:{tmp_path}/held.jsonl"}
+    with pytest.raises(UserError, match="the tuning split of the held-out text has no row: 0 documents"):
+        sweeping.sweep(points(tuned_study, overrides), tmp_path / "w")
 
 
 def test_points_that_do_not_match_are_refused(study):

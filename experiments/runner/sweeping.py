@@ -191,16 +191,18 @@ def _prepare(points: Sequence[Point], progress: Progress) -> dict[str, dict[str,
     """Prepares the data of points, and returns their cards by the point's name.
 
     Raises:
-      UserError: bad data, or records and runs of `progress` of other data.
+      UserError: bad data, none of it for tuning, or records and runs of `progress` of other data.
     """
-    cards: dict[Any, dict[str, Any]] = {}  # points that have the same data share a card
+    known: dict[Any, data.Dataset] = {}  # points that have the same data share them
     of_study: dict[Path, dict[Any, dict[str, Any]]] = {}
     of_point = {}
     for point in points:
         key = point.config.data, point.config.model.vocab_size
-        cards[key] = of_point[point.name] = cards[key] if key in cards else data.prepare(*key).card
-        of_study.setdefault(Path(point.name).parent, {})[key] = cards[key]
-    progress.check_data({study: known.values() for study, known in of_study.items()})
+        prepared = known[key] = known[key] if key in known else data.prepare(*key)
+        if point.learning_rates:
+            prepared.check_rows("tuning")
+        of_study.setdefault(Path(point.name).parent, {})[key] = of_point[point.name] = prepared.card
+    progress.check_data({study: cards.values() for study, cards in of_study.items()})
     return of_point
 
 

@@ -55,10 +55,10 @@ class PreparedData:
         if self.num_rows(split) == 0:
             entry, source = self.card["splits"][split], self.card["valid_source"] or self.card["source"]
             raise UserError(
-                f"train.eval_split: {split!r} has no row: {entry['documents']} of the held-out documents of "
-                f"{source}, with {entry['tokens']} tokens, and one row needs {self.sequence_length + 1}; "
-                "hold out more text (data.valid_fraction, data.valid_source), shorten data.sequence_length "
-                "or use train.eval_split='valid'"
+                f"{source}: the {split} split of the held-out text has no row: {entry['documents']} "
+                f"documents, {entry['tokens']} tokens, and one row needs {self.sequence_length + 1}; hold "
+                "out more text (data.valid_fraction, data.valid_source), shorten data.sequence_length or, "
+                "for a single run, use train.eval_split='valid'"
             )
 
     def bytes_per_token(self, split: str) -> float | None:
