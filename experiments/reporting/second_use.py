@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from experiments.reporting.pages import Section, write_page
-from experiments.reporting.tables import Columns, quantity
+from experiments.reporting.tables import Columns, plain_table, quantity
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import span
 from mobilellm_jax.analysis.second_use import Gap, gaps
@@ -19,6 +19,11 @@ NOTE = (
     "worth nothing, at 100 % as much as new blocks. Brackets: 95 % by Fieller's theorem, over seeds, of "
     "each design alone. A gap is sure where its one-sided test says so at 5 %. Models trained longer, "
     "for as many FLOPs as the loop takes, are in the reports of the playground."
+)
+SHORT = (
+    "What further uses close of the gap to as many blocks, from the least to the most over the loops of a "
+    "study whose gap is sure; and of how many of them the interval lies above 0 % (some is closed), and "
+    "below 100 % (not all)."
 )
 WORTH = (
     "Blocks: applied once, how many have the score of the loop, by interpolation over log(blocks); phi: "
@@ -49,16 +54,17 @@ def write(studies: Iterable[Study], workdir: str | AnyPath) -> str:
     found = [_Answers(study, of) for study in studies if (of := _judged(study))]
     if not found:
         return ""
-    said = [_sentence(of) for of in found]
+    found.sort(key=lambda of: MEASURES[of.study.facts.metric].column)  # equal measures stand together
+    short = _short(found)
     sections: list[Section] = [
-        ("In short", [said]),
+        ("In short", [SHORT, short]),
         ("How it is measured", [NOTE]),
         *((_heading(of.study), [_caption(of.study), _table(of), *_worth(of)]) for of in found),
         ("What others found", [list(LITERATURE)]),
         ("The reports", [[f"{of.study.facts.preset}: reports/{of.study.stem}.md" for of in found]]),
     ]
     path = write_page(NAME, TITLE, sections, workdir)
-    return "\n".join([TITLE, "", *(f"- {sentence}" for sentence in said), "", f"Report: {path}.html"])
+    return "\n".join([TITLE, "", plain_table(short), "", f"Report: {path}.html"])
 
 
 def _judged(study: Study) -> list[Gap]:
@@ -122,19 +128,26 @@ def closed(gap: Gap) -> str:
     return f"{100 * gap.closed:.0f} %{ends or ', not bounded'}"
 
 
-def _sentence(of: _Answers) -> str:
-    """From the least to the most that is closed, and for how many designs that is surely some, or not all."""
-    heading, total = _heading(of.study), len(of.gaps)
-    known = [gap for gap in of.gaps if gap.closed is not None]
-    unsure = "" if len(known) == total else f" For {total - len(known)} no gap is sure."
+def _short(found: list[_Answers]) -> Columns:
+    """One row for each study."""
+    rows = [_summary(of.gaps) for of in found]
+    return {
+        "measured": [MEASURES[of.study.facts.metric].column for of in found],
+        "study": [_heading(of.study) for of in found],
+        "closed": [closed for closed, *_ in rows],
+        "loops with a sure gap": [count for _, count, *_ in rows],
+        "some": [some for *_, some, _ in rows],
+        "not all": [less for *_, less in rows],
+    }
+
+
+def _summary(of: list[Gap]) -> tuple[str, str, str, str]:
+    """From the least to the most that is closed, by how many loops; of how many some, and not all."""
+    known = [gap for gap in of if gap.closed is not None]
+    count = f"{len(known)} of {len(of)}"
     if not known:
-        return f"{heading}: no gap is sure that any of {total} designs could close."
-    parts = [100 * (gap.closed or 0.0) for gap in known]
-    low, high = min(parts), max(parts)
-    size = f"{low:.0f} %" if f"{low:.0f}" == f"{high:.0f}" else f"{low:.0f} to {high:.0f} %"
+        return "", count, "", ""
+    parts = [f"{100 * part:.0f}" for part in sorted(gap.closed or 0.0 for gap in known)]
     some = sum(gap.interval is not None and gap.interval[0] > 0 for gap in known)
     less = sum(gap.interval is not None and gap.interval[1] < 1 for gap in known)
-    return (
-        f"{heading}: {size} of the gap; of {len(known)} designs {some} surely close some of it, and {less} "
-        f"surely not all.{unsure}"
-    )
+    return " to ".join(dict.fromkeys((parts[0], parts[-1]))) + " %", count, str(some), str(less)
