@@ -6,7 +6,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import types
+from subprocess import PIPE
 
 import jax
 import numpy as np
@@ -337,6 +340,36 @@ def test_a_sweep_in_company_ends_with_the_verdicts_of_one_alone(tmp_path):
     )
     assert alone == company
     assert [pair[:2] for pair in alone] == [("reverse", "none")]
+
+
+@pytest.mark.slow
+def test_a_sweep_in_company_that_is_killed_resumes_bit_for_bit(tmp_path):
+    """SIGKILL for all of its processes, three times."""
+    flags = [f"--config={write_study(tmp_path)}", "--jobs=1", "--trials_per_program=2", "--lines_every=0"]
+    flags += [f"--config.train.{field}" for field in ("steps=60", "checkpoint_every=7", "log_every=5")]
+    environment = {**os.environ, "HOME": str(tmp_path), "JAX_NUM_CPU_DEVICES": "1"}
+
+    def sweep(workdir, stop_at=None):
+        asked = [sys.executable, "-m", "experiments.sweep", f"--workdir={tmp_path / workdir}", *flags]
+        pipes = {"stdout": PIPE, "text": True}
+        with subprocess.Popen(asked, env=environment, start_new_session=True, **pipes) as process:
+            seen = ""
+            for line in process.stdout:
+                seen += line
+                if stop_at is not None and stop_at in line:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    break
+        return seen
+
+    sweep("alone")
+    for stop_at in ("none-s1  step 15/60", "none-s0  step 40/60", "reverse-s1  step 30/60"):
+        assert stop_at in sweep("killed", stop_at)
+    assert "reverse-s0  resuming after step 2" in sweep("killed")  # 28, or 21 where the kill met the save
+    alone, killed = (read_records(tmp_path / workdir / "results") for workdir in ("alone", "killed"))
+    assert [r.trials_together for r in alone] == [2] * 4
+    for one, other in zip(alone, killed, strict=True):
+        for field in ("point", "seed", "status", "steps", "final", "evaluations", "train_curve"):
+            assert getattr(one, field) == getattr(other, field)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "", "1.5"])
