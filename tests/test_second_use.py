@@ -99,7 +99,7 @@ def test_the_interval_holds_the_part_in_95_of_100_experiments(part):
 def test_the_page_says_what_is_closed(tmp_path):
     said = second_use.write([study(), study(depths=(2, 8))], tmp_path)
     page = (tmp_path / "reports/second_use.md").read_text()
-    assert "loss (nats/token)  shape: tiny    49 %                 1 of 1     1        1" in said
+    assert "loss (nats/token)  shape: tiny    49 %  1 of 1     1        1" in said
     assert "| loss (nats/token) | shape: tiny | 49 % | 1 of 1 | 1 | 1 |" in page
     assert "(2 x 128) | 3.50" in page
     assert "| 49 % [48, 51] |" in page

@@ -1,7 +1,9 @@
 """What verdicts say about records: words, learning rates, failures, warnings, and what they refuse."""
 
 import dataclasses
+import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -108,6 +110,18 @@ def test_no_difference_is_bounded_and_a_small_one_is_named_as_such():
     assert small.comparisons[0].word == "better"
     assert phrases(small)[0].startswith("better, but by no more than 0.1")
     assert ", but by no more than 0.1" in small.sentence
+
+
+def test_many_pairs_are_counted_and_not_listed():
+    losses = {1: 4.0, 2: 3.6, 3: 3.55, 4: 3.5, 5: 3.501, 6: 3.502, 7: 3.499, 8: 3.501}
+    labels = [f"{depth} x 128" for depth in losses]
+    found = verdict(study(losses, pairs=[list(pair) for pair in itertools.combinations(labels, 2)]))
+    words = Counter(c.word for c in found.comparisons)
+    assert (words["better"] + words["worse"], words["cannot tell"]) == (18, 10)
+    assert found.sentence.startswith(
+        "Of 28 pairs 18 differ and 10 cannot be told apart: see the table. Differences are in nats per token"
+    )
+    assert "'1 x 128'" not in found.sentence
 
 
 def test_error_is_counted_in_points_of_exact_match():

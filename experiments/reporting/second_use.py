@@ -21,8 +21,8 @@ NOTE = (
     "for as many FLOPs as the loop takes, are in the reports of the playground."
 )
 SHORT = (
-    "What further uses close of the gap to as many blocks, from the least to the most over the loops of a "
-    "study whose gap is sure; and of how many of them the interval lies above 0 % (some is closed), and "
+    "What further uses close of the gap to as many blocks, from the least to the most; how many of the loops "
+    "of a study have a sure gap; and of how many of these the interval lies above 0 % (some is closed), and "
     "below 100 % (not all)."
 )
 WORTH = (
@@ -135,7 +135,7 @@ def _short(found: list[_Answers]) -> Columns:
         "measured": [MEASURES[of.study.facts.metric].column for of in found],
         "study": [_heading(of.study) for of in found],
         "closed": [closed for closed, *_ in rows],
-        "loops with a sure gap": [count for _, count, *_ in rows],
+        "loops": [count for _, count, *_ in rows],
         "some": [some for *_, some, _ in rows],
         "not all": [less for *_, less in rows],
     }

@@ -1,6 +1,7 @@
 """Text for readers: formatted numbers, the finding in plain words, and warnings."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -15,6 +16,14 @@ from mobilellm_jax.analysis.tuning import Drift, Tuning
 from mobilellm_jax.analysis.verdicts import DEPENDS, Comparison, Family, Joint
 
 TOLERANCE = 0.02  # largest mismatch of the matched budget without a warning
+_MANY = 24  # pairs that a paragraph names
+_COUNTED = {
+    "better": "differ",
+    "worse": "differ",
+    "no difference": "show no difference that matters",
+    "cannot tell": "cannot be told apart",
+    DEPENDS: "depend on the parameterization",
+}
 
 
 def format_score(value: float, metric: str) -> str:
@@ -101,11 +110,15 @@ def sentence(
     elif not families:
         parts = [_means(scores, facts.metric)]
     elif joint:
-        parts = [*_joint_findings(joint, families, facts.metric), *_grounds(families, noise, facts)]
+        findings = _joint_findings(joint, families, facts.metric)
+        parts = [*_counted(joint, findings), *_grounds(families, noise, facts)]
     else:
-        alone = _alone(points)
+        alone, comparisons = _alone(points), families[0].comparisons
         parts = [f"Under {alone} alone:"] if alone else []
-        parts += [*_findings(families[0].comparisons, facts.metric), *_grounds(families, noise, facts)]
+        parts += [
+            *_counted(comparisons, _findings(comparisons, facts.metric)),
+            *_grounds(families, noise, facts),
+        ]
     parts += map(_drift, drifts)
     if scores and seeds_vary != "nothing":
         parts.append(f"Seeds change {seeds_vary}.")
@@ -125,6 +138,14 @@ def _alone(points: Mapping[str, Point]) -> str:
     """The parameterization of all points; "" if not recorded, or if they differ."""
     names = {point.arm or point.config["model"].get("parameterization") or "" for point in points.values()}
     return names.pop() if len(names) == 1 else ""
+
+
+def _counted(pairs: Sequence[Comparison | Joint], findings: Iterable[str]) -> Iterable[str]:
+    """The findings; of more pairs than a paragraph can hold, how many have which word."""
+    if len(pairs) <= _MANY:
+        return findings
+    counts = Counter(_COUNTED[pair.word] for pair in pairs).most_common()
+    return [f"Of {len(pairs)} pairs {join([f'{number} {said}' for said, number in counts])}: see the table."]
 
 
 def _findings(comparisons: Sequence[Comparison], metric: str) -> Iterator[str]:
