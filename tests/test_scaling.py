@@ -115,6 +115,10 @@ def test_command_reports_the_law(tmp_path):
         interval = re.search(rf"A repeat, {order}: phi = [\d.]+ \[([\d.]+), ([\d.]+)\]", done.stdout)
         low, high = map(float, interval.groups())
         assert low - 0.03 < phi < high + 0.03
+    answer = (
+        r"\n\nA block used twice counts as [\d.]+ \[[\d., ]+\] blocks and the best width over layers is \d+"
+    )
+    assert re.search(answer, page)
     assert "300k and 1m are missed by 0.0" in page
     assert "fitted to completep alone; standard (14 cells) is" in page
     assert re.search(r"\d+ of 144 cells are above the loss of a trigram .* at 33k_2, ", page)
@@ -143,6 +147,12 @@ def test_a_study_that_has_just_begun_is_reported_as_far_as_it_goes(cells, says):
     images = [drawn for _, _, drawn in shape_figures.images(found)]
     assert says in "\n".join(shape_page.warnings(found))
     assert shape_page.sections(found, [])
+    begins = (
+        "The records do not allow a law yet",
+        "The best width over layers",
+        "A block used twice counts as",
+    )
+    assert shape_page.answer(found).startswith(begins)
     assert (images[0] is None) == (len(cells) == 1)
     assert images[1] is not None
     assert shape_page.text(found)

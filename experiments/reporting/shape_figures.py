@@ -1,6 +1,5 @@
 """The figures of a study of shape: differences by horizon, loss by aspect ratio, the worth of a repeat."""
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,29 +50,24 @@ def differences(found: Findings) -> Figure | None:
         _differ(found),
         "Loss difference in nats per token, against training tokens per parameter",
         caption,
-        0.3 + 2.2 * len(rows),
+        0.2 + 2.3 * len(rows),
         _width(len(found.sizes)),
     )
-    widths = [1.0] * len(found.sizes) + [0.62]
-    grid = figure.subplots(
-        len(rows), len(widths), sharex=True, sharey="row", squeeze=False, width_ratios=widths
-    )
-    for (arm, row), (*of_row, beside) in zip(rows, grid, strict=True):
+    parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for (arm, row), part in zip(rows, parts, strict=True):
+        of_row = part.subplots(1, len(found.sizes), sharey=True, squeeze=False)[0]
         for size, axes in zip(found.sizes, of_row, strict=True):
             _draw_differences(axes, found, arm, row, size)
-        used = [
-            name
-            for name in _LABELS
-            if any(d.label == name and (d.cell.arm, d.row) == (arm, row) for d in found.differences)
+            axes.set_title(f"{tables.quantity(size_of(found.cells, size))} parameters", fontsize=9)
+        used = {d.label for d in found.differences if (d.cell.arm, d.row) == (arm, row)}
+        handles = [
+            Line2D([], [], **_LOOKS[name], ms=5, lw=1.2, label=name) for name in _LABELS if name in used
         ]
-        handles = [Line2D([], [], **_LOOKS[name], ms=5, lw=1.2, label=name) for name in used]
-        beside.set_axis_off()
-        beside.legend(handles=handles, fontsize=8, loc="center left", frameon=False, borderaxespad=0)
-        of_row[0].set_ylabel(textwrap.fill(f"{arm}: {row}".removeprefix(": "), 24) + "\nnats", fontsize=9)
-    for size, axes in zip(found.sizes, grid[0], strict=False):
-        axes.set_title(f"{tables.quantity(size_of(found.cells, size))} parameters", fontsize=10)
-    for axes in grid[-1][:-1]:
-        axes.set_xlabel("tokens per parameter", fontsize=10)
+        looks: dict[str, Any] = {"fontsize": 8, "title_fontsize": 9, "frameon": False, "alignment": "left"}
+        title = f"{arm}: {row}".removeprefix(": ")
+        part.legend(handles=handles, title=title, loc="outside upper left", ncols=3, **looks)
+        of_row[0].set_ylabel("nats per token", fontsize=9)
+    parts[-1].supxlabel("tokens per parameter", fontsize=9)
     return figure
 
 
@@ -110,10 +104,12 @@ def _draw_differences(axes: Axes, found: Findings, arm: str, row: str, size: str
         axes.errorbar(
             at, [d.mean for d in line], bars, **_LOOKS[name], ms=4, lw=1.2, capsize=2, elinewidth=0.9
         )
-    drawing.log_axis(axes, sorted({round(cell.horizon, 1) for cell in found.cells}))
+    horizons = sorted({round(cell.horizon, 1) for cell in found.cells})
+    axes.set_xlim(horizons[0] / 1.5, horizons[-1] * 1.5)  # the same for all sizes
+    drawing.log_axis(axes, horizons)
     axes.tick_params(labelsize=8)
     if not here:
-        axes.text(0.5, 0.6, "no records", ha="center", color="0.5", fontsize=8, transform=axes.transAxes)
+        axes.text(0.5, 0.8, "no records", ha="center", color="0.5", fontsize=8, transform=axes.transAxes)
 
 
 @drawing.styled
@@ -138,7 +134,8 @@ def aspects(found: Findings) -> Figure | None:
     title = "No best aspect ratio can be named from these cells"
     if law is not None and ends is not None:
         best = law.optimum(float(size_of(found.fitted, sizes[0])))
-        title = f"The best width over layers is about {best:.3g} [{ends[0]:.3g}, {ends[1]:.3g}]"
+        known = "is about" if is_inside(ends, cells) else "is not determined:"
+        title = f"The best width over layers {known} {best:.3g} [{ends[0]:.3g}, {ends[1]:.3g}]"
     subtitle = "Held-out loss (nats per token) against width / layers"
     figure = drawing.framed(title, subtitle, caption, 3.4, _width(len(sizes)))
     *row, beside = figure.subplots(1, len(sizes) + 1, squeeze=False, width_ratios=[1] * len(sizes) + [0.6])[0]
@@ -169,6 +166,12 @@ def aspects(found: Findings) -> Figure | None:
     beside.legend(handles=handles, fontsize=8, loc="center left", frameon=False, borderaxespad=0)
     row[0].set_ylabel(MEASURES["loss"].axis)
     return figure
+
+
+def is_inside(ends: tuple[float, float], cells: Sequence[Cell]) -> bool:
+    """True for an interval of D/L within the ratios that were tried."""
+    tried = [cell.aspect for cell in cells]
+    return min(tried) <= ends[0] and ends[1] <= max(tried)
 
 
 def _width(sizes: int) -> float:
@@ -209,8 +212,9 @@ def repeats(found: Findings) -> Figure | None:
         f"as much as another block. Lines: 95 % bootstrap intervals. Dashed: {PUBLISHED}, arXiv 2604.21106, "
         "of much larger looped models with 1 to 8 repeats."
     )
-    name, phi, _ = rows[-1]
-    title = f"A block used twice counts as {2**phi:.2f} blocks: {name}"
+    name, phi, ends = rows[-1]
+    between = "" if ends is None else f" [{2 ** ends[0]:.2f}, {2 ** ends[1]:.2f}]"
+    title = f"A block used twice counts as {2**phi:.2f}{between} blocks: {name}"
     subtitle = "Exponent phi of the number of repeats, with 95 % bootstrap intervals"
     figure = drawing.framed(title, subtitle, caption, 0.9 + 0.6 * len(rows))
     axes = figure.subplots()
@@ -223,11 +227,11 @@ def repeats(found: Findings) -> Figure | None:
         axes.plot(phi, place, "o", color=drawing.COLORS[0], ms=7)
         axes.annotate(
             f"{phi:.2f}: two uses count as {2**phi:.2f} blocks",
-            (max(high, phi), place),
-            (6, 0),
+            (phi, place),
+            (0, 8),
             textcoords="offset points",
             fontsize=9,
-            va="center",
+            ha="center",
             bbox={"fc": "white", "ec": "none", "pad": 1},
         )
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
@@ -236,7 +240,7 @@ def repeats(found: Findings) -> Figure | None:
     axes.margins(y=0.2)
     low = min(0.0, *((ends or (phi, phi))[0] for _, phi, ends in rows))
     high = max(1.0, *((ends or (phi, phi))[1] for _, phi, ends in rows))
-    axes.set_xlim(low - 0.1, high + 0.6 * (high - low))
+    axes.set_xlim(low - 0.1, high + 0.1)
     axes.set_xlabel("exponent phi")
     return figure
 

@@ -7,7 +7,7 @@ from experiments.reporting import shape_figures
 from experiments.reporting.figures import Image
 from experiments.reporting.pages import Block, Section
 from experiments.reporting.tables import Columns, quantity
-from mobilellm_jax.analysis.cells import Cell, size_of
+from mobilellm_jax.analysis.cells import size_of
 from mobilellm_jax.analysis.shape_findings import Findings
 from mobilellm_jax.analysis.shape_law import COMMON, DRIFTS, LAW, N0, T0, Fit
 
@@ -41,7 +41,7 @@ def sections(found: Findings, images: Sequence[Image]) -> list[Section]:
         return [by_name[name]] if name in by_name else []
 
     return [
-        ("", [summary(found)[0]]),
+        ("", [answer(found)]),
         ("Read this first", [warnings(found)]),
         ("In short", [summary(found)]),
         ("Against the horizon", [*shown("differences"), *_trends(found)]),
@@ -91,6 +91,23 @@ def _floor(found: Findings) -> str:
     )
 
 
+def answer(found: Findings) -> str:
+    """The worth of a repeat and the best aspect ratio, as far as they are known, in one sentence."""
+    parts = []
+    for _, phi, interval in shape_figures.worth(found)[-1:]:
+        between = "" if interval is None else f" [{2 ** interval[0]:.2f}, {2 ** interval[1]:.2f}]"
+        parts.append(f"a block used twice counts as {2**phi:.2f}{between} blocks")
+    if found.law is not None and "log_a" in found.law.free:
+        best, ends = found.law.optimum(N0), found.law.optimum_interval(N0)
+        parts.append(
+            f"the best width over layers is {best:.3g} [{ends[0]:.3g}, {ends[1]:.3g}]"
+            if ends is not None and shape_figures.is_inside(ends, found.fitted)
+            else "the best width over layers is not determined"
+        )
+    said = " and ".join(parts)
+    return f"{said[:1].upper()}{said[1:]}." if parts else summary(found)[0]
+
+
 def summary(found: Findings) -> list[str]:
     """The answers with their intervals, in plain words."""
     law = found.law
@@ -98,15 +115,7 @@ def summary(found: Findings) -> list[str]:
         return ["The records do not allow a law yet; the differences of single cells are below."]
     said = []
     if "log_a" in law.free:
-        ends = law.optimum_interval(N0)
-        said.append(
-            "No best aspect ratio can be named: the loss over log(D/L) is not surely curved."
-            if ends is None
-            else f"Best width over layers: {law.optimum(N0):.3g} [{ends[0]:.3g}, {ends[1]:.3g}]"
-            + _outside(ends, found.fitted)
-            + _drift(found.drifting)
-        )
-        said.append(_cost(law))
+        said += [_aspect(law, found), _cost(law)]
     for name, phi, interval in shape_figures.worth(found):
         inside = ""
         if interval is not None:
@@ -117,11 +126,18 @@ def summary(found: Findings) -> list[str]:
     return [*said, best_form(found)]
 
 
-def _outside(ends: tuple[float, float], cells: Sequence[Cell]) -> str:
-    tried = [cell.aspect for cell in cells]
-    if ends[0] >= min(tried) and ends[1] <= max(tried):
-        return "."
-    return f"; the interval leaves the ratios tried, {min(tried):.3g} to {max(tried):.3g}."
+def _aspect(law: Fit, found: Findings) -> str:
+    ends = law.optimum_interval(N0)
+    if ends is None:
+        return "No best aspect ratio can be named: the loss over log(D/L) is not surely curved."
+    estimate = f"{law.optimum(N0):.3g} [{ends[0]:.3g}, {ends[1]:.3g}]"
+    if shape_figures.is_inside(ends, found.fitted):
+        return f"Best width over layers: {estimate}.{_drift(found.drifting)}"
+    tried = [cell.aspect for cell in found.fitted]
+    return (
+        f"The best width over layers is not determined: {estimate} leaves the ratios tried, "
+        f"{min(tried):.3g} to {max(tried):.3g}."
+    )
 
 
 def _drift(fit: Fit | None) -> str:
