@@ -122,6 +122,21 @@ def under_both(study):
     return study_of(runs)
 
 
+def test_at_the_base_shape_one_parameterization_is_all_of_them():
+    claim = dataclasses.replace(DEPTH, pairs=(("2 x 128", "4 x 128"),), needs="all", in_range=False)
+    plain = shapes({(4, 128): 3.8, (2, 128): 3.5})
+    assert judging.judgement(claim, plain).word == "cannot tell"
+    runs = [
+        dataclasses.replace(
+            run, layer_plan=[0, 1], config={**run.config, "model": {**run.config["model"], **base}}
+        )
+        for run in plain.runs
+        for base in [{"depth": 2, "base_depth": 2, "base_width": 128}]
+    ]
+    assert judging.have_base_shape(study_of(runs))
+    assert judging.judgement(claim, study_of(runs)).word == "agree"
+
+
 def test_depth_has_an_optimum_that_its_far_end_does_not_contradict():
     def word(scores):
         one, found = (judging.judgement(DEPTH, s) for s in (shapes(scores), under_both(shapes(scores))))

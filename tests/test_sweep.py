@@ -941,6 +941,16 @@ def test_a_base_shape_of_no_design_is_said(study):
     assert "mini:tiny, completep: no design has the base shape 2 x 32" in note
 
 
+def test_arms_that_are_the_same_for_all_designs_are_refused(study):
+    heads = with_arms(study).read_text().replace("model__sharing", "model__num_heads")
+    heads = heads.replace('("none", "reverse"), model__num_repeats=(1, 2)', "(1, 2)")
+    study.write_text(heads.replace('["model.sharing"], baseline="none"', '["model.num_heads"], baseline="2"'))
+    with pytest.raises(UserError, match="the arms 'completep' and 'standard' are the same, as every design"):
+        points(study)
+    study.write_text(study.read_text().replace("'model.base_depth': 2", "'model.base_depth': 1"))
+    assert len(points(study)) == 4
+
+
 def test_controls_may_lie_outside_the_budget(study):
     text = study.read_text().replace("model__num_repeats=(1, 2)", "model__num_repeats=(1, 2)")
     study.write_text(

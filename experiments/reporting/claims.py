@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable
 from math import hypot
 
 from experiments.reporting import judging, literature, paper_tables
-from experiments.reporting.judging import Claim, Judgement
+from experiments.reporting.judging import Claim, Judgement, have_base_shape
 from experiments.reporting.tables import ASPECTS, Columns, markdown_table, plain, quantity
 from mobilellm_jax.analysis.records import span
 from mobilellm_jax.analysis.study import Study
@@ -232,7 +232,10 @@ def _ours(found: Judgement, study: Study, again: list[str]) -> str:
     size = span(sizes, quantity)
     tokens = quantity(max(run.tokens_seen for run in study.runs))
     arms = [f"{arm}: {word}" for arm, word in found.by_arm.items()]
-    under = "; ".join(arms) + ", and no other parameterization" * (len(arms) == 1)
+    more = (
+        "as under all others at the base shape" if have_base_shape(study) else "and no other parameterization"
+    )
+    under = "; ".join(arms) + f", {more}" * (len(arms) == 1)
     parts = (
         [f"{plain('; '.join(_finding(c, facts.metric) for c in found.counted))}."] if found.counted else []
     )

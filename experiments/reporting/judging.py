@@ -50,8 +50,8 @@ class Judgement:
     """What one study says of a claim.
 
     Attributes:
-      word: "agree" or "disagree" only where there are several arms, and all say so: what one parameterization
-        alone shows may be about that, not about shapes.
+      word: "agree" or "disagree" only where there are several arms, and all say so, or all parameterizations
+        are the same: what one alone shows may be about that, not about shapes.
       by_arm: the word of each arm, by parameterization.
       counted: the comparisons that were judged.
       outside: comparisons of shapes that the paper does not cover.
@@ -77,7 +77,7 @@ def judgement(claim: Claim, study: Study) -> Judgement | None:
         outside += [c for c in asked if c not in kept]
     if not counted and not outside:
         return None
-    agreed = len(by_arm) > 1 and len(set(by_arm.values())) == 1
+    agreed = (len(by_arm) > 1 or have_base_shape(study)) and len(set(by_arm.values())) == 1
     word = next(iter(by_arm.values())) if agreed else "cannot tell"
     return Judgement(word, by_arm, counted, outside)
 
@@ -113,6 +113,16 @@ def side(c: Comparison, expected: str) -> Side:
 def arms(study: Study) -> list[str]:
     """The parameterizations that the study was run under, in its order."""
     return list(dict.fromkeys(_arm(point) for point in study.points.values()))
+
+
+def have_base_shape(study: Study) -> bool:
+    """True where every design has the base shape, at which mup and completep are standard."""
+    return all(
+        (model.get("base_depth"), model.get("base_width")) == (len(point.layer_plan), model["width"])
+        and model["depth"] == len(point.layer_plan)
+        for point in study.points.values()
+        for model in [point.config["model"]]
+    )
 
 
 def identity(point: Point) -> Hashable:

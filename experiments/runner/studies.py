@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 
 from configs.base import Study
 from experiments import cli
+from experiments.runner import arms as arms_of
 from experiments.runner import devices, names
+from experiments.runner.arms import by_arm
 from experiments.runner.latencies import NamedTable, of_study
 from experiments.runner.needed import teacher_of
 from experiments.runner.points import Point
@@ -51,8 +53,8 @@ def points_of(
             raise UserError(f"--only={label}: no such point; {hint}")
     if only:
         chosen = [point for point in points if point.facts["point"] in only]
-        points = [point for arm in _by_arm(chosen).values() for point in _compared(arm)]
-    return [point for arm in _by_arm(points).values() for point in _planned(arm)]
+        points = [point for arm in by_arm(chosen).values() for point in _compared(arm)]
+    return [point for arm in by_arm(points).values() for point in _planned(arm)]
 
 
 def points_of_module(
@@ -60,7 +62,7 @@ def points_of_module(
 ) -> list[Point]:
     """As `points_of`, of a loaded module of one study at one preset; `spec` names it in messages."""
     points = _study_points(module, spec, preset, {}, seeds, arms)
-    return [point for arm in _by_arm(points).values() for point in _planned(arm)]
+    return [point for arm in by_arm(points).values() for point in _planned(arm)]
 
 
 def shard(points: Sequence[Point], text: str) -> list[Point]:
@@ -89,13 +91,6 @@ def by_study(points: Sequence[Point]) -> dict[tuple[str, str], list[Point]]:
     return studies
 
 
-def _by_arm(points: Sequence[Point]) -> dict[tuple[str, str, str | None], list[Point]]:
-    arms: dict[tuple[str, str, str | None], list[Point]] = {}
-    for point in points:
-        arms.setdefault(point.arm, []).append(point)
-    return arms
-
-
 def _all_points(spec: str, overrides: dict[str, Any], seeds: int | None, arms: Sequence[str]) -> list[Point]:
     module, preset, _ = cli.load_config(spec)
     if members := module.studies(preset) if hasattr(module, "studies") else []:
@@ -120,7 +115,7 @@ def _study_points(
         study, rows = module.study(preset), list(module.sweep(preset))
     arms = dict(study.arms) or {None: {}}
     _check_overrides(spec, overrides, rows, study)
-    _check_arms(spec, study, asked)
+    arms_of.check_asked(spec, study, asked)
     if not rows:
         raise UserError(f"--config={spec}: sweep({preset!r}) yields no point")
     table = of_study(spec, study)
@@ -179,7 +174,7 @@ def _study_points(
             makes=study.makes,
         )
         points.append(point)
-    notes = _base_shapes(points)
+    notes = arms_of.base_shapes(points)
     if table:
         models = dict(zip(designs, (config.model for config in configs), strict=False))
         notes += tuple(table.notes(models, configs[0].data.sequence_length))
@@ -202,6 +197,7 @@ def _designs(
     _check_fields(spec, study, settings[0])
     labels = list(study.labels) or [" x ".join(str(s[name]) for name in study.scientific) for s in settings]
     _check_labels(spec, study, labels, of_arms[0])
+    arms_of.check_differ(spec, study, of_arms)
     for configs in of_arms:
         _check_budget(spec, study, labels, configs, table)
     return labels, [config for configs in of_arms for config in configs]
@@ -220,25 +216,6 @@ def _planned(points: Sequence[Point]) -> list[Point]:
     return [
         replace(point, facts={**point.facts, "plan": plan}) for point, plan in zip(points, plans, strict=True)
     ]
-
-
-def _base_shapes(points: Sequence[Point]) -> tuple[str, ...]:
-    """Lines about arms whose base shape is that of none of their designs."""
-    lines = []
-    for of_arm in _by_arm(points).values():
-        models = [p.config.model for p in of_arm if p.config.model.parameterization != "standard"]
-        deep = any(model.parameterization == "completep" for model in models)
-        base = {(m.base_depth if deep else None, m.base_width) for m in models}
-        shapes = {(m.effective_depth if deep else None, m.width) for m in models}
-        if models and not base & shapes:
-            depth, width = min(base, key=str)
-            said = f"{depth} x {width}" if deep else f"width {width}"
-            study, preset, arm = of_arm[0].arm
-            lines.append(
-                f"warning: {study}:{preset}{f', {arm}' if arm else ''}: no design has the base shape {said}, "
-                "at which the learning rate and init of the config apply as given"
-            )
-    return tuple(lines)
 
 
 def _config(module: Any, spec: str, preset: str, row: dict[str, Any], overrides: dict[str, Any]) -> Config:
@@ -311,12 +288,6 @@ def _own_pairs(pairs: Pairs) -> dict[str, Pairs]:
 
 
 # --- checks ---------------------------------------------------------------------------------------------
-
-
-def _check_arms(spec: str, study: Study, asked: Sequence[str]) -> None:
-    for name in asked if study.arms else ():
-        if name not in study.arms:
-            raise UserError(f"--arms={name}: {spec} has no such arm; valid: {', '.join(study.arms)}")
 
 
 def _check_overrides(
