@@ -289,6 +289,10 @@ def test_an_ability_stands_beside_the_loss_on_text():
     (line,) = beside_text.lines({"structure": structure}, [text_study({"once": 3.5, "thin": 3.4, "deep": 3})])
     assert line.endswith("(33k_2): 3 common designs, too few for a correlation (at least 4).")
     assert beside_text.lines({"structure": structure}, [structure]) == []
+    nothing = text_study({"long": 3.5, "twice": 3.4})
+    for run in nothing.runs:
+        run.config["model"]["width"] += 1
+    assert beside_text.lines({"structure": structure}, [nothing]) == []
 
 
 def test_bits_stand_beside_those_of_the_paper():

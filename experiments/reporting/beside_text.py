@@ -20,9 +20,10 @@ _SHAPE = ("width", "num_heads", "num_kv_heads", "ffn_width")
 
 
 def lines(of_size: Mapping[str, Study], studies: Iterable[Study]) -> list[str]:
-    """A line for each ability and study of text, in order; [] without a study of text."""
+    """A line for each ability and study of text that have designs in common, in order."""
     texts = [study for study in studies if study.facts.study == TEXT and study.facts.metric == "loss"]
-    return [_line(ability, study, text) for ability, study in of_size.items() for text in texts]
+    found = (_line(ability, study, text) for ability, study in of_size.items() for text in texts)
+    return [line for line in found if line]
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
@@ -38,6 +39,8 @@ def _line(ability: str, study: Study, text: Study) -> str:
     ours, theirs = _means(study), _means(text)
     common = [design for design in ours if design in theirs]
     name = f"{ability} ({MEASURES[study.facts.metric].what}) and the loss on text ({text.facts.preset})"
+    if not common:
+        return ""
     if len(common) < LEAST:
         return f"{name}: {len(common)} common designs, too few for a correlation (at least {LEAST})."
     x, y = (np.array([of[design] for design in common]) for of in (ours, theirs))
