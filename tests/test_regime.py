@@ -59,6 +59,22 @@ def test_first_line_says_which_designs_are_above_the_trigram_or_flat():
     assert found.regimes["4 x 128"].by_position[8] == pytest.approx(3.2)
 
 
+def test_many_designs_are_counted_and_not_named():
+    position = {True: places(3.698, 3.690), False: places(3.2, 3.1)}  # flat or not
+    runs = [
+        make_record(depth=depth, seed=seed, by_position=position[depth > 1], floor=floor(1.0))
+        for depth in range(1, 9)
+        for seed in range(2)
+    ]
+    (warning, *_) = study_of(runs).verdict.warnings
+    assert warning.endswith(
+        "better than all 8 designs (3.500); context beyond 8 tokens is worth less than 0.01 "
+        "nats per token to 7 of 8 designs."
+    )
+    (few, *_) = study_of(runs[:14]).verdict.warnings
+    assert few.endswith("'2 x 128', '3 x 128', '4 x 128', '5 x 128', '6 x 128', '7 x 128'.")
+
+
 def test_far_loss_weighs_bins_by_their_targets():
     # plain mean of the far bins: 3.195, flat; by targets (80 * 3.0 + 480 * 3.39) / 560 = 3.334
     positions = places(3.36, 3.0, 3.39)

@@ -15,6 +15,7 @@ from mobilellm_jax.analysis.records import Record, span
 
 CONTEXT = 8  # tokens; a trigram reads 2
 FLAT = 0.01  # nats per token; context beyond `CONTEXT` tokens that is worth less counts as unused
+_MANY = 6  # labels that a warning names
 NGRAMS = ("unigram", "bigram", "trigram")
 
 
@@ -129,7 +130,10 @@ def _flat(found: Mapping[str, Regime]) -> str:
 
 
 def _names(some: Mapping[str, Regime], found: Mapping[str, Regime]) -> str:
-    return f"all {len(found)} designs" if len(some) == len(found) > 1 else ", ".join(map(repr, some))
+    """All of them, or their labels; of many, how many, as the table of floors names them."""
+    if len(some) == len(found) > 1:
+        return f"all {len(found)} designs"
+    return ", ".join(map(repr, some)) if len(some) <= _MANY else f"{len(some)} of {len(found)} designs"
 
 
 def _show(loss: float) -> str:
