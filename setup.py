@@ -50,7 +50,8 @@ setup(
         # For the parity tests only. Without a GPU, install a CPU build of torch first.
         "hf": ["accelerate>=1.0", "torch>=2.6", "transformers>=5.0"],  # accelerate: for lm-eval's own model
         # For `experiments.evaluate --tasks`. It needs no torch; from 0.4.13 on, it imports none of it either.
-        "eval": ["lm_eval>=0.4.13,<0.5"],
+        # lm-eval needs typing_extensions 4.13, and does not say so. litert wants an older one: never both.
+        "eval": ["lm_eval>=0.4.13,<0.5", "typing_extensions>=4.13"],
         # For experiments.export --format=gguf; the second has llama.cpp, which checks the files. Pinned, as
         # structures of its C functions change.
         "gguf": ["gguf>=0.19"],
