@@ -342,16 +342,29 @@ def test_differences_without_any_spread_have_no_band():
     assert trends(found) == []
 
 
+def test_a_difference_that_rises_and_falls_is_no_line():
+    cells = grid(("33k", "100k"), (2, 8, 32), None)
+    gone = np.array([-0.1 * (c.design == "8 x 32" and c.preset == "100k_8") for c in cells])
+    (bent,) = [t for t in trends(differences(simulated(cells, gone, sd=0.01))) if t.label == "D/L about 4"]
+    assert bent.sizes == ("33k", "100k")
+    assert bent.p_line < 1e-3
+    straight = [c for c in cells if c.preset != "100k_8" and c.preset != "33k_8"]
+    found = trends(differences(simulated(straight, np.zeros(len(straight)), sd=0.01)))
+    assert {trend.p_line for trend in found} == {None}
+
+
 @pytest.mark.slow
 def test_interval_of_a_trend_covers_it():
     cells = grid(("100k",), (2, 8, 32), None)
     made = np.array([0.03 * math.log2(c.horizon) * (c.design == "8 x 32") for c in cells])
-    hits = []
+    hits, bends = [], []
     for seed in range(80):
         found = trends(differences(simulated(cells, made, seed, sd=0.01)))
         of = {trend.label: trend for trend in found if trend.row == "depth"}
         deep, other = of["D/L about 4"], of["D/L about 12"]
         hits += [abs(deep.slope - 0.03) < deep.half_width, abs(other.slope) < other.half_width]
+        bends += [deep.p_line < 0.05, other.p_line < 0.05]
     assert 0.87 < np.mean(hits) < 0.99
+    assert np.mean(bends) < 0.12
     assert deep.half_width < 0.01
     assert deep.sizes == ("100k",)

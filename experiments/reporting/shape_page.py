@@ -10,6 +10,7 @@ from experiments.reporting.tables import Columns, quantity
 from mobilellm_jax.analysis.cells import size_of
 from mobilellm_jax.analysis.shape_findings import Findings
 from mobilellm_jax.analysis.shape_law import COMMON, DRIFTS, LAW, N0, T0, Fit
+from mobilellm_jax.analysis.wording import format_p
 
 TITLE = "The shape of small language models: size, aspect ratio, repeats and horizon in one law"
 _FORMULA = (
@@ -123,7 +124,20 @@ def summary(found: Findings) -> list[str]:
             where = "inside" if low <= shape_figures.PUBLISHED <= high else "outside"
             inside = f" [{low:.2f}, {high:.2f}]; {shape_figures.PUBLISHED} of arXiv 2604.21106 is {where}"
         said.append(f"A repeat, {name}: phi = {phi:.2f}{inside}.")
-    return [*said, best_form(found)]
+    return [*said, *_bends(found), best_form(found)]
+
+
+def _bends(found: Findings) -> list[str]:
+    """The differences that are no line over the horizons; [] where none is known to be."""
+    tested = [trend for trend in found.trends if trend.p_line is not None]
+    bent = [f"{t.label} ({t.row})" for t in tested if t.p_line is not None and t.p_line < 0.05 / len(tested)]
+    if not bent:
+        return []
+    return [
+        f"{len(bent)} of {len(tested)} differences bend with the horizon (all at once at 5 %): what holds at "
+        "one does not hold at another. The law has no term for that, and so its exponents are averages: "
+        f"{'; '.join(bent)}."
+    ]
 
 
 def _aspect(law: Fit, found: Findings) -> str:
@@ -244,10 +258,14 @@ def _trends(found: Findings) -> list[Block]:
             f"{t.slope:+.4f} [{t.slope - t.half_width:+.4f}, {t.slope + t.half_width:+.4f}]"
             for t in found.trends
         ],
+        "p, a line": [
+            "" if t.p_line is None else format_p(t.p_line).removeprefix("= ") for t in found.trends
+        ],
     }
     return [
         "How a difference changes with the horizon (below 0: the design gains on what it is compared with). "
-        "95 % intervals, each alone.",
+        "95 % intervals, each alone. A small p of a line says that the difference bends: it does not go on "
+        "as the slope says.",
         columns,
     ]
 

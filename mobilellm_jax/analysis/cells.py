@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import optimize, special
+from scipy import optimize, special, stats
 
 from mobilellm_jax.analysis.noise import Noise, noise_of
 from mobilellm_jax.analysis.records import Record, by_study
@@ -98,7 +98,8 @@ class Difference:
 class Trend:
     """Change of a difference with the horizon: nats for each doubling of tokens, with a 95 % interval.
 
-    `sizes` are those with several horizons; the slope is their mean, weighted by precision.
+    `sizes` are those with several horizons; the slope is their mean, weighted by precision. `p_line` is that
+    of differences so far from lines of their own in each size (chi-square); None without three horizons.
     """
 
     arm: str
@@ -107,6 +108,7 @@ class Trend:
     sizes: tuple[str, ...]
     slope: float
     half_width: float
+    p_line: float | None = None
 
 
 def cells_of(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
@@ -306,7 +308,7 @@ def trends(found: Sequence[Difference]) -> list[Trend]:
             groups.setdefault(key, {}).setdefault(one.cell.size, []).append(one)
     result = []
     for key, sizes in groups.items():
-        slopes = {}
+        slopes, misfit, free = {}, 0.0, 0
         for size, of_size in sizes.items():
             x = np.log2([one.cell.horizon for one in of_size])
             weights = np.array([1 / one.error**2 for one in of_size if one.error])
@@ -314,11 +316,16 @@ def trends(found: Sequence[Difference]) -> list[Trend]:
             precision = float(np.sum(weights * x**2))
             if precision > 1e-6:
                 y = np.array([one.mean for one in of_size])
-                slopes[size] = float(np.sum(weights * x * y)) / precision, precision
+                y = y - np.average(y, weights=weights)
+                slope = float(np.sum(weights * x * y)) / precision
+                slopes[size] = slope, precision
+                misfit += float(np.sum(weights * (y - slope * x) ** 2))
+                free += len(of_size) - 2
         if slopes:
             total = sum(precision for _, precision in slopes.values())
             mean = sum(slope * precision for slope, precision in slopes.values()) / total
-            result.append(Trend(*key, tuple(slopes), mean, 1.96 / math.sqrt(total)))
+            p_line = float(stats.chi2.sf(misfit, free)) if free else None
+            result.append(Trend(*key, tuple(slopes), mean, 1.96 / math.sqrt(total), p_line))
     return result
 
 
