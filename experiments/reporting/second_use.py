@@ -117,7 +117,11 @@ def _worth(of: _Answers) -> list[str | Columns]:
 
 
 def _named(gap: Gap) -> str:
-    return f"{gap.loop} ({gap.arm})" if gap.arm and gap.arm not in (gap.loop, "completep") else gap.loop
+    return (
+        f"{gap.loop} ({gap.arm})"
+        if gap.arm and gap.arm != "completep" and gap.arm not in gap.loop
+        else gap.loop
+    )
 
 
 def closed(gap: Gap) -> str:
