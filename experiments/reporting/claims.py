@@ -138,8 +138,9 @@ _INTRODUCTION = (
     "That depth has an optimum needs one better shape, and only all of the shapes that the paper covers "
     f"(width over layers {ASPECTS[0]} to {ASPECTS[1]}) refute it. A study has to say the same under two "
     "parameterizations: what it says under one alone may be about that one, and is not counted, unless all "
-    "designs have the base shape, where the two are one. The rest is *cannot tell*. Very small models at the start of training say little about 125 million parameters and "
-    "0.25 trillion tokens: where they disagree, the claim may still hold at its own scale.",
+    "designs have the base shape, where the two are one. The rest is *cannot tell*. Very small models "
+    "at the start of training say little about 125 million parameters and 0.25 trillion tokens: "
+    "where they disagree, the claim may still hold at its own scale.",
 )
 _STAR = "A star: architecture cannot be judged at that size, as the report says first."
 
