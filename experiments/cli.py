@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from mobilellm_jax.training import signals
 from mobilellm_jax.training.malloc import keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
+_PATIENCE_S = 3.0  # before a command says what it waits for
 
 
 def _here(spec: str) -> str:
@@ -157,13 +159,27 @@ def directory(flag: str, name: str) -> AnyPath:
         raise UserError(f"--{flag}={name}: expected a local directory, or gs://bucket/folder")
     if not importlib.util.find_spec("gcsfs"):
         raise UserError(f"--{flag}={name}: buckets need gcsfs: python -m pip install -e '.[gcs]'")
+    waiting = f"waiting for bucket {bucket}; without a network, this gives up after a minute or two"
     try:
-        there = path_of(f"gs://{bucket}").exists()
+        with _said_after(_PATIENCE_S, waiting):
+            there = path_of(f"gs://{bucket}").exists()
     except Exception as error:  # of credentials, of the network, of gcsfs: they have no type in common
         raise UserError(f"--{flag}={name}: cannot read the bucket: {reason(error)}") from None
     if not there:
         raise UserError(f"--{flag}={name}: bucket {bucket} does not exist, or you may not read it")
     return path
+
+
+@contextlib.contextmanager
+def _said_after(seconds: float, text: str) -> Iterator[None]:
+    """Prints a line to stderr where what it wraps takes longer."""
+    timer = threading.Timer(seconds, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def check_field(config: ConfigDict, name: str, prefix: str = "") -> None:

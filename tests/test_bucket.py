@@ -96,6 +96,21 @@ def test_a_bucket_that_is_not_there_is_named(bucket):
     assert files.is_bucket(cli.directory("workdir", f"{bucket}/a"))
 
 
+def test_a_command_says_that_it_waits_for_a_bucket(monkeypatch, capsys):
+    class Slow:
+        def exists(self):
+            time.sleep(0.3)
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr(cli, "is_bucket", lambda _: True)
+    monkeypatch.setattr(cli, "path_of", lambda _: Slow())
+    for patience, said in ((0.05, "waiting for bucket far; without a network, this gives up"), (60.0, "")):
+        monkeypatch.setattr(cli, "_PATIENCE_S", patience)
+        with pytest.raises(UserError, match="--workdir=gs://far/a: cannot read the bucket: OSError: Name or"):
+            cli.directory("workdir", "gs://far/a")
+        assert capsys.readouterr().err.partition(" after")[0] == said
+
+
 def test_files_are_written_listed_and_deleted(bucket):
     folder = files.path_of(f"{bucket}/files")
     assert files.files_below(folder) == []
