@@ -947,8 +947,13 @@ def test_arms_that_are_the_same_for_all_designs_are_refused(study):
     study.write_text(heads.replace('["model.sharing"], baseline="none"', '["model.num_heads"], baseline="2"'))
     with pytest.raises(UserError, match="the arms 'completep' and 'standard' are the same, as every design"):
         points(study)
-    study.write_text(study.read_text().replace("'model.base_depth': 2", "'model.base_depth': 1"))
-    assert len(points(study)) == 4
+    same = study.read_text()
+    for old, new in (
+        ("'model.base_depth': 2", "'model.base_depth': 1"),
+        ("'standard': {}", "'standard': {'optimizer.weight_decay': 0.0}"),
+    ):
+        study.write_text(same.replace(old, new))
+        assert len(points(study)) == 4
 
 
 def test_controls_may_lie_outside_the_budget(study):

@@ -117,11 +117,8 @@ def _worth(of: _Answers) -> list[str | Columns]:
 
 
 def _named(gap: Gap) -> str:
-    return (
-        f"{gap.loop} ({gap.arm})"
-        if gap.arm and gap.arm != "completep" and gap.arm not in gap.loop
-        else gap.loop
-    )
+    is_said = not gap.arm or gap.arm == "completep" or gap.arm in gap.loop
+    return gap.loop if is_said else f"{gap.loop} ({gap.arm})"
 
 
 def closed(gap: Gap) -> str:

@@ -213,8 +213,7 @@ def repeats(found: Findings) -> Figure | None:
         "of much larger looped models with 1 to 8 repeats."
     )
     name, phi, ends = rows[-1]
-    between = "" if ends is None else f" [{2 ** ends[0]:.2f}, {2 ** ends[1]:.2f}]"
-    title = f"A block used twice counts as {2**phi:.2f}{between} blocks: {name}"
+    title = f"A block used twice counts as {in_blocks(phi, ends)} blocks: {name}"
     subtitle = "Exponent phi of the number of repeats, with 95 % bootstrap intervals"
     figure = drawing.framed(title, subtitle, caption, 0.9 + 0.6 * len(rows))
     axes = figure.subplots()
@@ -243,6 +242,11 @@ def repeats(found: Findings) -> Figure | None:
     axes.set_xlim(low - 0.1, high + 0.1)
     axes.set_xlabel("exponent phi")
     return figure
+
+
+def in_blocks(phi: float, ends: tuple[float, float] | None) -> str:
+    """How many blocks one used twice counts as, with the interval, if there is one."""
+    return f"{2**phi:.2f}" + ("" if ends is None else f" [{2 ** ends[0]:.2f}, {2 ** ends[1]:.2f}]")
 
 
 def worth(found: Findings) -> list[tuple[str, float, tuple[float, float] | None]]:

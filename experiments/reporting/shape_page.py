@@ -96,8 +96,7 @@ def answer(found: Findings) -> str:
     """The worth of a repeat and the best aspect ratio, as far as they are known, in one sentence."""
     parts = []
     for _, phi, interval in shape_figures.worth(found)[-1:]:
-        between = "" if interval is None else f" [{2 ** interval[0]:.2f}, {2 ** interval[1]:.2f}]"
-        parts.append(f"a block used twice counts as {2**phi:.2f}{between} blocks")
+        parts.append(f"a block used twice counts as {shape_figures.in_blocks(phi, interval)} blocks")
     if found.law is not None and "log_a" in found.law.free:
         best, ends = found.law.optimum(N0), found.law.optimum_interval(N0)
         parts.append(
@@ -129,8 +128,8 @@ def summary(found: Findings) -> list[str]:
 
 def _bends(found: Findings) -> list[str]:
     """The differences that are no line over the horizons; [] where none is known to be."""
-    tested = [trend for trend in found.trends if trend.p_line is not None]
-    bent = [f"{t.label} ({t.row})" for t in tested if t.p_line is not None and t.p_line < 0.05 / len(tested)]
+    tested = [(trend, p) for trend in found.trends if (p := trend.p_line) is not None]
+    bent = [f"{trend.label} ({trend.row})" for trend, p in tested if p < 0.05 / len(tested)]
     if not bent:
         return []
     return [

@@ -6,7 +6,7 @@ from itertools import combinations
 
 from configs.base import Study
 from experiments.runner.points import Point
-from mobilellm_jax.config import Config, ModelConfig
+from mobilellm_jax.config import Config
 from mobilellm_jax.errors import UserError
 
 
@@ -50,17 +50,18 @@ def check_differ(spec: str, study: Study, of_arms: Sequence[Sequence[Config]]) -
     At the base shape, mup and completep are standard (`model/parameterization.py`).
     """
     for (one, here), (other, there) in combinations(zip(study.arms, of_arms, strict=False), 2):
-        if all(_computed(a.model) == _computed(b.model) for a, b in zip(here, there, strict=True)):
+        if all(_computed(a) == _computed(b) for a, b in zip(here, there, strict=True)):
             raise UserError(
                 f"--config={spec}: the arms {one!r} and {other!r} are the same, as every design has the base "
                 "shape; name one arm, or set another model.base_depth or model.base_width"
             )
 
 
-def _computed(model: ModelConfig) -> ModelConfig:
-    """The model as `standard` where it computes the same, whatever it is called."""
+def _computed(config: Config) -> Config:
+    """The config as `standard` where it computes the same, whatever it is called."""
+    model = config.model
     wide = model.width == model.base_width
     deep = model.effective_depth == model.depth == model.base_depth
     is_standard = {"standard": True, "mup": wide, "completep": wide and deep}[model.parameterization]
     own = {"parameterization": "standard", "base_depth": model.depth, "base_width": model.width}
-    return replace(model, **own) if is_standard else model
+    return replace(config, model=replace(model, **own)) if is_standard else config
