@@ -257,7 +257,7 @@ def _trends(found: Findings) -> list[Block]:
             f"{t.slope:+.4f} [{t.slope - t.half_width:+.4f}, {t.slope + t.half_width:+.4f}]"
             for t in found.trends
         ],
-        "p, a line": [
+        "p of a line": [
             "" if t.p_line is None else format_p(t.p_line).removeprefix("= ") for t in found.trends
         ],
     }

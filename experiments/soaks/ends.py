@@ -68,7 +68,10 @@ def runs(
 
 
 def commands(straight: SoakRun, number: int, start_s: float, rng: random.Random) -> Trials:
-    """Yields for signals to sweeps and `plan` whether all their processes ended, and left no lease."""
+    """Yields for signals to sweeps and `plan` whether all their processes ended, and left no lease.
+
+    One that is done before its signal does not count; one that fails before it does.
+    """
     tiny = {
         **TINY,
         "data.source": f"files:{straight.corpus}/*.txt",
@@ -76,8 +79,9 @@ def commands(straight: SoakRun, number: int, start_s: float, rng: random.Random)
     }
     study = {name: value for name, value in tiny.items() if not name.startswith("model.")}
     study |= {"model.vocab_size": 264, "train.steps": 5000}
-    kinds = [("plan", {}, ("--mesh=data:8",), SIGNALS), ("sweep", study, ("--jobs=1",), SIGNALS)]
-    kinds += [("sweep", study, ("--jobs=2",), (*SIGNALS, signal.SIGKILL))]
+    config = "--config=configs/layer_sharing.py:tiny"  # the default one varies train.steps
+    kinds = [("plan", {}, ("--mesh=data:8",), SIGNALS), ("sweep", study, (config, "--jobs=1"), SIGNALS)]
+    kinds += [("sweep", study, (config, "--jobs=2"), (*SIGNALS, signal.SIGKILL))]
     workdir = straight.workdir.with_name("sweep")
     for trial in range(number):
         name, fields, flags, sent = kinds[trial % len(kinds)]
@@ -88,9 +92,9 @@ def commands(straight: SoakRun, number: int, start_s: float, rng: random.Random)
             wait_until_watched(process)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(rng.random() * 3 * start_s)
-            if process.poll() is not None:
+            if process.poll() == 0:
                 continue
-            ok, output = send(process, what)
+            ok, output = (False, process.communicate()[0]) if process.returncode else send(process, what)
         held = list(workdir.glob("runs/.leases/*"))
         if not ok or held:
             print(f"{process.returncode}: {held} {output}", flush=True)
