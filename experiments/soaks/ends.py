@@ -98,5 +98,5 @@ def commands(straight: SoakRun, number: int, start_s: float, rng: random.Random)
         held = list(workdir.glob("runs/.leases/*"))
         if not ok or held:
             print(f"{process.returncode}: {held} {output}", flush=True)
-        yield ok and not held, " ".join((what.name, name, *flags))
+        yield ok and not held, f"{what.name} {name} {flags[-1]}"
         shutil.rmtree(workdir, ignore_errors=True)
