@@ -16,9 +16,10 @@ NOTE = (
     "A design that applies its blocks several times lies between the same blocks applied once and as "
     "many blocks as it applies layers, which cost the same FLOPs for each token. What it closes of the "
     "gap between them is (once - loop) / (once - distinct) of the final metric: at 0 % a further use is "
-    "worth nothing, at 100 % as much as new blocks. Brackets: 95 % by Fieller's theorem, over seeds, of "
-    "each design alone. A gap is sure where its one-sided test says so at 5 %. Models trained longer, "
-    "for as many FLOPs as the loop takes, are in the reports of the playground."
+    "worth nothing, at 100 % as much as new blocks. Brackets: 95 % by Fieller's theorem, of each loop alone, "
+    "over seeds, with the moderated variance of each design; the error of the fitted learning rates is not "
+    "counted. A gap is sure where its one-sided test says so at 5 %. Models trained longer, for as many "
+    "FLOPs as the loop takes, are in the reports of the playground."
 )
 SHORT = (
     "What further uses close of the gap to as many blocks, from the least to the most; how many of the loops "
@@ -111,7 +112,7 @@ def _worth(of: _Answers) -> list[str | Columns]:
         {
             "loop": [_named(gap) for gap in known],
             "blocks": [f"{gap.blocks:.1f}{' or beyond' if gap.is_beyond else ''}" for gap in known],
-            "phi": [f"{gap.exponent:.2f}" for gap in known],
+            "phi": ["" if gap.exponent is None else f"{gap.exponent:.2f}" for gap in known],
         },
     ]
 

@@ -5,16 +5,18 @@ applied once, and as many as it applies layers. With means o, l and d of the met
 closes (o - l) / (o - d) of the gap.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from scipy import special
 
 from mobilellm_jax.analysis.facts import Point
+from mobilellm_jax.analysis.noise import Spread
 from mobilellm_jax.analysis.study import Study
 
 _PLAN = {"depth", "sharing", "num_repeats"}
@@ -32,7 +34,8 @@ class Gap:
       blocks: of how many blocks applied once it has the score, by interpolation over log(blocks); None where
         the study has too few of these designs, or they do not improve in order.
       is_beyond: the score is better or worse than that of all of them; `blocks` is then the nearest.
-      exponent: phi where `blocks` = distinct blocks x uses^phi; None without `blocks`.
+      exponent: phi where `blocks` = distinct blocks x uses^phi; None without `blocks`, or where some blocks
+        have more uses than others.
     """
 
     arm: str | None
@@ -56,9 +59,11 @@ def gaps(study: Study) -> list[Gap]:
         if layers == depth or depth not in line or not point.scores:
             continue
         once, distinct = line[depth], line.get(layers)
-        of = [list(study.points[name].scores.values()) for name in (once, label, distinct) if name]
-        means = [float(np.mean(values)) for values in of]
-        closed, interval = part_closed(*of) if distinct else (None, None)
+        uses, uneven = layers / depth, len(set(collections.Counter(point.layer_plan).values())) > 1
+        noise = study.verdict.spread
+        of = [noise.points[name] for name in (once, label, distinct) if name]
+        means = [one.mean for one in of]
+        closed, interval = part_closed(*of, most_df=noise.df) if distinct else (None, None)
         blocks, is_beyond = _as_good_as(means[1], {u: study.points[p] for u, p in line.items()})
         found.append(
             Gap(
@@ -71,40 +76,46 @@ def gaps(study: Study) -> list[Gap]:
                 interval=interval,
                 blocks=blocks,
                 is_beyond=is_beyond,
-                exponent=None if blocks is None else math.log(blocks / depth) / math.log(layers / depth),
+                exponent=None if blocks is None or uneven else math.log(blocks / depth) / math.log(uses),
             )
         )
     return found
 
 
 def part_closed(
-    once: Sequence[float], loop: Sequence[float], distinct: Sequence[float]
+    once: Spread, loop: Spread, distinct: Spread, most_df: float = math.inf
 ) -> tuple[float | None, tuple[float, float] | None]:
     """(o - l) / (o - d) of the means, and its 95 % interval by Fieller's theorem (1954).
 
-    Values are scores over seeds, independent between the designs and of one variance, which is pooled. The
-    part is None unless o - d is above 0 by a one-sided test at 5 %: with seeds too few to say so, or no gap,
-    nothing says what is divided by. The interval is None where it is not bounded.
+    Runs of the designs are independent, each design with its own, moderated, variance; degrees of freedom are
+    Satterthwaite's, but no more than `most_df`. The part is None unless o - d is above 0 by a one-sided test
+    at 5 %: with seeds too few to say so, or no gap, nothing says what is divided by. The interval is None
+    where it is not bounded.
     """
-    of = [np.asarray(values, float) for values in (once, loop, distinct)]
-    o, loop_mean, d = (float(values.mean()) for values in of)
-    df = sum(map(len, of)) - 3
-    if min(map(len, of)) < 2:
+    three = (once, loop, distinct)
+    if min(point.n for point in three) < 2:
         return None, None
-    variance = sum(float(((values - values.mean()) ** 2).sum()) for values in of) / df
-    over_n = [variance / len(values) for values in of]
-    top, gap = o - loop_mean, o - d
-    if gap <= special.stdtrit(df, 0.95) * math.sqrt(over_n[0] + over_n[2]):
+    over_n = [point.variance / point.n for point in three]
+
+    def df(*weights: float) -> float:
+        """Of the sum of the means, each times its weight."""
+        parts = [w**2 * v for w, v in zip(weights, over_n, strict=True)]
+        below = sum(part**2 / point.df for part, point in zip(parts, three, strict=True))
+        return min(sum(parts) ** 2 / below if below else math.inf, most_df)
+
+    top, gap = once.mean - loop.mean, once.mean - distinct.mean
+    if gap <= special.stdtrit(df(1.0, 0.0, 1.0), 0.95) * math.sqrt(over_n[0] + over_n[2]):
         return None, None
-    # (top - x gap)^2 = t^2 Var(top - x gap), a quadratic in the part x.
-    t2 = float(special.stdtrit(df, 0.975)) ** 2
+    # (top - x gap)^2 = t^2 Var(top - x gap), a quadratic in the part x; t is that at the part found.
+    part = top / gap
+    t2 = float(special.stdtrit(df(1.0 - part, 1.0, part), 0.975)) ** 2
     a = gap**2 - t2 * (over_n[0] + over_n[2])
     b = top * gap - t2 * over_n[0]
     c = top**2 - t2 * (over_n[0] + over_n[1])
     root = b**2 - a * c
     if a <= 0 or root < 0:
-        return top / gap, None
-    return top / gap, ((b - math.sqrt(root)) / a, (b + math.sqrt(root)) / a)
+        return part, None
+    return part, ((b - math.sqrt(root)) / a, (b + math.sqrt(root)) / a)
 
 
 def _applied_once(point: Point, points: Mapping[str, Point]) -> dict[int, str]:
