@@ -9,7 +9,7 @@ from test_results import make_record
 from test_shape_law import PHI, grid, simulated, truth
 
 from experiments.reporting import shape_figures, shape_page
-from mobilellm_jax.analysis.cells import cells_of
+from mobilellm_jax.analysis.cells import Trend, cells_of
 from mobilellm_jax.analysis.records import read_record, write_record
 from mobilellm_jax.analysis.shape_findings import findings_of
 from mobilellm_jax.errors import UserError
@@ -191,3 +191,13 @@ def test_presets_on_other_data_are_refused(tmp_path):
     done = command(*flags(tmp_path))
     assert done.returncode == 2
     assert "source_sha256 is other in 100k_2 but abababababab in 33k_2" in done.stderr
+
+
+def test_a_slope_of_what_bends_has_no_interval():
+    found = findings_of(records_of(study(grid(("33k", "100k"), (2, 8, 32), None))), resamples=4)
+    bent, straight = (
+        Trend("completep", "depth", p, ("33k",), 0.1234, 0.01, float(p)) for p in ("1e-9", "0.9")
+    )
+    page = str(shape_page.sections(dataclasses.replace(found, trends=[bent, straight]), []))
+    assert "1 of 2 differences bend" in page
+    assert "['+0.1234', '+0.1234 [+0.1134, +0.1334]']" in page

@@ -7,7 +7,7 @@ from experiments.reporting import shape_figures
 from experiments.reporting.figures import Image
 from experiments.reporting.pages import Block, Section
 from experiments.reporting.tables import Columns, quantity
-from mobilellm_jax.analysis.cells import size_of
+from mobilellm_jax.analysis.cells import Trend, size_of
 from mobilellm_jax.analysis.shape_findings import Findings
 from mobilellm_jax.analysis.shape_law import COMMON, DRIFTS, LAW, N0, T0, Fit
 from mobilellm_jax.analysis.wording import format_p
@@ -126,16 +126,21 @@ def summary(found: Findings) -> list[str]:
     return [*said, *_bends(found), best_form(found)]
 
 
-def _bends(found: Findings) -> list[str]:
-    """The differences that are no line over the horizons; [] where none is known to be."""
+def _bent(found: Findings) -> list[Trend]:
+    """The differences that are no line over the horizons: Bonferroni at 5 % over those that can be tested."""
     tested = [(trend, p) for trend in found.trends if (p := trend.p_line) is not None]
-    bent = [f"{trend.label} ({trend.row})" for trend, p in tested if p < 0.05 / len(tested)]
+    return [trend for trend, p in tested if p < 0.05 / len(tested)]
+
+
+def _bends(found: Findings) -> list[str]:
+    """Says which differences bend; [] where none is known to."""
+    bent, tested = _bent(found), sum(trend.p_line is not None for trend in found.trends)
     if not bent:
         return []
     return [
-        f"{len(bent)} of {len(tested)} differences bend with the horizon (all at once at 5 %): what holds at "
+        f"{len(bent)} of {tested} differences bend with the horizon (all at once at 5 %): what holds at "
         "one does not hold at another. The law has no term for that, and so its exponents are averages: "
-        f"{'; '.join(bent)}."
+        f"{'; '.join(f'{trend.label} ({trend.row})' for trend in bent)}."
     ]
 
 
@@ -248,13 +253,15 @@ def _predictions(found: Findings) -> list[Block]:
 def _trends(found: Findings) -> list[Block]:
     if not found.trends:
         return []
+    bent = _bent(found)
     columns: Columns = {
         "design": [
             f"{trend.label}; {trend.row}" + f" ({trend.arm})" * bool(trend.arm) for trend in found.trends
         ],
         "sizes": [", ".join(trend.sizes) for trend in found.trends],
         "nats for each doubling of tokens": [
-            f"{t.slope:+.4f} [{t.slope - t.half_width:+.4f}, {t.slope + t.half_width:+.4f}]"
+            f"{t.slope:+.4f}"
+            + f" [{t.slope - t.half_width:+.4f}, {t.slope + t.half_width:+.4f}]" * (t not in bent)
             for t in found.trends
         ],
         "p of a line": [
@@ -263,8 +270,8 @@ def _trends(found: Findings) -> list[Block]:
     }
     return [
         "How a difference changes with the horizon (below 0: the design gains on what it is compared with). "
-        "95 % intervals, each alone. A small p of a line says that the difference bends: it does not go on "
-        "as the slope says.",
+        "95 % intervals, each alone. p of a line: a small one says that the difference bends. Where that is "
+        "sure, as listed above, the slope is an average over stretches that differ, and has no interval.",
         columns,
     ]
 
