@@ -14,7 +14,7 @@ from commands import real
 from test_results import make_diverged, make_record, make_tuning
 
 from experiments import report
-from experiments.reporting import figures, index, pages
+from experiments.reporting import figures, gallery, index, pages
 from mobilellm_jax.analysis.records import write_record
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.errors import UserError
@@ -380,9 +380,29 @@ def write_all(records, workdir):
         write_record(record, workdir / "results" / record.study / record.preset / f"{i}.json")
 
 
+def test_the_command_for_most_of_a_study_comes_first():
+    start = "python -m experiments.sweep"
+    default, paper = f"{start} --workdir=x", f"{start} --config=configs/paper.py:tiny"
+    part, whole = (
+        f"{start} --config=configs/shape.py:tiny{more}" for more in (" --only=a", " --seeds=30000")
+    )
+    of = study_of([make_record(seed=i, command=c) for i, c in enumerate((default, paper, part, whole))])
+    assert gallery.commands(of) == [whole, part, paper]
+    assert gallery.commands(study_of([make_record(command=default)])) == [default]
+
+
 def test_every_figure_leads_to_its_config_command_records_and_report(tmp_path):
+    command = "python -m experiments.sweep --config=configs/layer_sharing.py:tiny --quantize=w8a8"
+    said = [f"{command} --only=none", command]
     sharing = [
-        make_record(study="layer_sharing", point=point, point_index=i, x=None, pairs=[["immediate", "none"]])
+        make_record(
+            study="layer_sharing",
+            point=point,
+            point_index=i,
+            x=None,
+            pairs=[["immediate", "none"]],
+            command=said[i],
+        )
         for i, point in enumerate(("none", "immediate"))
     ]
     write_all([make_record(pairs=[], question="First | or *last*?"), *sharing], tmp_path)
@@ -399,7 +419,7 @@ def test_every_figure_leads_to_its_config_command_records_and_report(tmp_path):
     assert {"reports/layer_sharing-tiny.md", "results/layer_sharing/tiny"} <= set(links)
     (config,) = [link for link in links if link.endswith(".py")]
     assert (tmp_path / config).resolve() == ROOT / "configs" / "layer_sharing.py"
-    assert "`python -m experiments.sweep --config=configs/layer_sharing.py:tiny`" in first
+    assert f"`{command}` and other commands, see the report" in first
     assert "[2 records](results/layer_sharing/tiny)" in first
     assert "First | or \\*last\\*?" in second
     assert f"`{make_record().command}`" in second  # of a study whose config is not here

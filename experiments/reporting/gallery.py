@@ -26,6 +26,8 @@ def section(drawn: Sequence[tuple[Study, Mapping[str, figures.Image]]], workdir:
         facts = study.facts
         shown = images.get("-paper", images[""])
         others = [image for image in images.values() if image is not shown]
+        first, *rest = commands(study)
+        more = " and other commands, see the report" * bool(rest)
         parts += [
             f"### {plain(f'{facts.study}, {facts.preset}'.removesuffix(', '))}",
             plain(facts.question),
@@ -33,7 +35,7 @@ def section(drawn: Sequence[tuple[Study, Mapping[str, figures.Image]]], workdir:
             "  \n".join(
                 [
                     f"Also drawn: {', '.join(f'[{image.alt}]({_figure(image)})' for image in others)}.",
-                    f"{', '.join(_links(study, workdir))}. To make it again: `{_command(facts)}`",
+                    f"{', '.join(_links(study, workdir))}. To make it again: `{first}`{more}",
                 ]
             ),
         ]
@@ -58,9 +60,12 @@ def _config(facts: Facts) -> Path:
     return CONFIGS / f"{file_stem(facts.study)}.py"
 
 
-def _command(facts: Facts) -> str:
-    """The command for all points; those that made the records are in the report."""
-    if not _config(facts).is_file():
-        return " ".join(facts.command.replace("`", "'").split())
-    preset = f":{facts.preset}" if facts.preset else ""
-    return f"python -m experiments.sweep --config=configs/{_config(facts).name}{preset}"
+def commands(study: Study) -> list[str]:
+    """Commands that made the records, the one for most of the study first.
+
+    One without --config ran what was the default study then, and is left out where others say more.
+    """
+    found = {" ".join(run.command.replace("`", "'").split()) for run in study.runs}
+    found = {command for command in found if "--config=" in command} or found
+    own = f"/{_config(study.facts).name}"
+    return sorted(found, key=lambda command: (own not in command, "--only" in command, len(command), command))

@@ -15,6 +15,7 @@ from experiments.reporting import (
     beside_paper,
     evidence,
     figures,
+    gallery,
     layers,
     loops,
     numerals,
@@ -194,7 +195,7 @@ def contents(study: Study, images: dict[str, Image], standing: Sequence[Block] =
         ("Cost", [_cost(runs)]),
         ("Data", [_data(runs)]),
         ("Code and device", [_origins(study)]),
-        ("To make it again", [Code(sorted({run.command for run in runs}))]),
+        ("To make it again", [Code(gallery.commands(study))]),
     ]
 
 
