@@ -15,7 +15,7 @@ from ml_collections.config_dict import placeholder
 
 Overrides = dict[str, Any]
 
-# Arms of a study. Both start from one initialisation and are equal at the base shape, see `use_base_shape`.
+# Arms of a study, equal at the base shape, see `use_base_shape`.
 COMPLETEP: Mapping[str, Overrides] = {"completep": {"model.parameterization": "completep"}}
 BOTH: Mapping[str, Overrides] = {**COMPLETEP, "standard": {"model.parameterization": "standard"}}
 

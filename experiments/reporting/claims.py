@@ -132,9 +132,9 @@ _INTRODUCTION = (
     "choice of their questions alone: less than that is no evidence, less than twice that is little. We "
     "compare held-out loss in nats per token, lower is better, over several seeds, each point at its own "
     "best learning rate.",
-    "*Agree* and *disagree* are said where an interval that holds for all pairs of the study at once "
-    "excludes 0; where the claim is that something costs little, if it lies below, or above, the smallest "
-    "difference that matters. A claim about several pairs needs all of them, and one of them refutes it. "
+    "*Agree* and *disagree* are said where an interval that holds for all pairs of one parameterization at "
+    "once excludes 0; where the claim is that something costs little, if it lies below, or above, the "
+    "smallest difference that matters. A claim about several pairs needs all of them, and one refutes it. "
     "That depth has an optimum needs one better shape, and only all of the shapes that the paper covers "
     f"(width over layers {ASPECTS[0]} to {ASPECTS[1]}) refute it. A study has to say the same under two "
     "parameterizations: what it says under one alone may be about that one, and is not counted, unless all "

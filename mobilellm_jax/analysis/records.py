@@ -67,7 +67,7 @@ class Record:
         parameterization; or "none": one for all points, as given.
       metric: the compared key of the evaluations, one of `measures.MEASURES`; lower is better.
       pairs: [point, other] for every requested comparison that names this point; in older records for all
-        points. `facts.pairs_of` merges those of a study: the family that Holm's method corrects.
+        points. `facts.pairs_of` merges those of a study: the family that is decided together.
       margin: the smallest difference in `metric` that matters.
       x: {"label", "value", "log"}, the place on the figure's x axis, and "series" where there are several
         lines; None draws the points as categories.
