@@ -16,6 +16,7 @@ from experiments.benchmarks import (
     measure,
     ondevice,
     pytorch,
+    sweep,
     training,
     trials,
 )
@@ -62,7 +63,7 @@ def test_a_target_is_met_by_the_median(bounds, is_met, text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "module", [compile, decode, finetuning, loops, training, trials], ids=lambda m: m.__name__
+    "module", [compile, decode, finetuning, loops, sweep, training, trials], ids=lambda m: m.__name__
 )
 def test_parts_run(module):
     lines = module.measure(quick=True)
@@ -84,7 +85,7 @@ def test_pytorch_runs_as_far_as_memory_holds_its_models(name, gigabytes, expecte
 def test_pytorch_takes_the_same_steps():
     if reason := pytorch.missing():
         pytest.skip(reason)
-    eager, ours, ratio = pytorch.measure(quick=True)
+    eager, ours, ratio = pytorch.measure(quick=True)  # which compares the numbers of parameters
     assert [value > 0 for value in (*eager.values, *ours.values)] == [True] * 4
     assert ratio.values == measure.ratios(ours.values, eager.values)
 

@@ -153,13 +153,15 @@ def test_the_site_has_all_pages_and_its_menu_no_other(tmp_path):
 
 
 def command_lines(page: Path) -> Iterator[list[str]]:
-    """The words of every `python -m experiments.<name> ...` in code, from the name on."""
+    """The words of every `python -m experiments.<name> ...` in code, or `mobilellm <name> ...`."""
     prose = [line for line, is_prose in site.prose(page.read_text(encoding="utf-8")) if is_prose]
     code = re.findall("`([^`\n]+)`", "".join(prose))
     code += [text for kind, text in blocks(page) if kind in ("bash", "console")]
     for part in code:
-        for found in re.finditer(r"python -m (experiments\.\w+[^\n]*)", part.replace("\\\n", " ")):
-            line = found[1].rstrip("'") if found[1].count("'") % 2 else found[1]  # the end of --command='...'
+        text = part.replace("\\\n", " ")
+        for found in re.finditer(r"(?:python -m experiments\.|mobilellm )(\w+[^\n]*)", text):
+            line = f"experiments.{found[1]}"
+            line = line.rstrip("'") if line.count("'") % 2 else line  # the end of --command='...'
             lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;)")
             lexer.whitespace_split = True
             words = list(lexer)
@@ -213,7 +215,7 @@ def test_commands_exist_and_take_these_flags(page, flags_of, monkeypatch):
                 assert config is not None
                 cli.check_field(config, flag.removeprefix("config."))
             else:
-                assert flag in known, (module, flag)
+                assert flag in {*known, "-h"}, (module, flag)
 
 
 def test_every_command_is_mentioned_and_mapped():
@@ -340,7 +342,7 @@ def test_tutorials_run(page, tmp_path):
             assert done.returncode == 0, done.stdout + done.stderr
             printed |= {masked(line) for line in (done.stdout + done.stderr).splitlines()}
         elif kind == "text":
-            assert any(masked(line) in printed for line in text.splitlines()), text
+            assert any(masked(line) in printed for line in text.splitlines() if line.strip()), text
         else:
             assert kind == "console", kind
 

@@ -51,16 +51,19 @@ def with_csv_rows(study, preset):
 def test_every_row_is_a_point_with_the_printed_shape_and_size(study, preset, count):
     pairs = with_csv_rows(study, preset)
     assert len(pairs) == len(paper_tables.of_preset(study, preset)) == count
+    compared = set()
     for (model, row), printed in zip(pairs, paper_tables.of_preset(study, preset), strict=True):
         for field, columns in _COLUMNS.items():
             given = [row[column] for column in columns if row.get(column)]
             assert given in ([], [str(getattr(model, field))]), (row, field)
+            compared |= {field} if given else set()
         tied = {"yes": True, "no": False}[row.get("tied_embeddings") or row.get("tied") or "no"]
         assert model.share_embedding is tied, row
         assert model.ffn_kind == ("relu" if "ReLU" in row.get("ffn", "") else "swiglu"), row
         counts = accounting.parameters(model)
         count = counts.total if study == "followups" else counts.as_printed  # model cards count the gains
         assert not printed.printed or paper_tables.agrees(printed.printed, count), (row, count)
+    assert compared >= {"depth", "num_heads", "num_kv_heads", "width"}
 
 
 def test_all_81_rows_of_the_recomputed_counts():

@@ -24,7 +24,7 @@ OTHER = {
     "optimizer.decay_fraction": 0.7,
     "train.init_from": "elsewhere",
     "train.grow": "",  # does not go with resize_embedding; has a case of its own
-    "train.resume_optimizer": False,
+    "train.resume_optimizer": False,  # does not go with resize_embedding either
     "train.resize_embedding": True,
     "train.teacher": "elsewhere",
     "train.teacher_weight": 0.25,
@@ -116,12 +116,13 @@ def test_the_cases_are_all_fields():
         # Fine-tuning on replies costs what pretraining does.
         ({}, {"train.init_from": "elsewhere", "data.source": "conversations:x"}),
         ({"train.init_from": "here"}, {"train.init_from": "elsewhere", "train.grow": "unroll"}),
+        ({"train.init_from": "here"}, {"train.init_from": "elsewhere", "train.resume_optimizer": True}),
         (
             TASK,
             OTHER | TASK | {"data.source": TASK["data.source"].replace("4", "5"), "data.valid_source": ""},
         ),
     ],
-    ids=["text", "conversations", "growing", "task"],
+    ids=["text", "conversations", "growing", "resuming", "task"],
 )
 def test_equal_keys_mean_equal_programs(one, other):
     one, other = tiny_config(**one), tiny_config(**other)

@@ -11,14 +11,17 @@ from experiments.soaks import ends
 
 @pytest.mark.slow
 def test_nothing_is_lost_and_nothing_goes_unseen():
-    """Eight kills and eight signals, which meet all their moments, and six bits in each kind of file."""
-    command = [sys.executable, "-m", "experiments.soak", "--kills=8", "--signals=8", "--flips=6"]
+    """Eight kills and twelve signals, which meet all their moments, and six bits in each kind of file."""
+    command = [sys.executable, "-m", "experiments.soak", "--kills=8", "--signals=12", "--flips=6"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     for what, moments in (("kills", ends.KILLED), ("signals", ends.SIGNALLED)):
         counted = re.search(rf"{what}.*, then the same as without: (\d+) of \1 \((.*)\)", result.stdout)
         assert counted, result.stdout
         assert {text.partition(" ")[2] for text in counted[2].split(", ")} >= set(moments)
+    commands = re.search(r"no lease left: (\d+) of \1 \((.*)\)", result.stdout)
+    assert commands, result.stdout
+    assert {"sweep --jobs=1", "sweep --jobs=2"} <= {text.split(" ", 2)[2] for text in commands[2].split(", ")}
     assert result.stdout.count("noticed") == result.stdout.count(": 6 of 6") == 6
 
 

@@ -25,6 +25,7 @@ from typing import Any, cast
 import jax
 
 from experiments.benchmarks import measure as m
+from mobilellm_jax.costs import accounting
 from mobilellm_jax.dtypes import cpu_flags
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.training.malloc import keep_freed_memory
@@ -108,6 +109,7 @@ def _compare(name: str, dtypes: Sequence[str], quick: bool) -> Iterator[m.Line]:
                 "tie_word_embeddings": config.model.share_embedding,
             }
             how = {"rows": rows, "length": length, "steps": steps, "dtype": dtype, "variant": variant}
+            how["parameters"] = accounting.parameters(config.model).total
             what = json.dumps({"model": shape, **how, "cpu": on_cpu})
             sides[dtype, variant] = stack.enter_context(m.process(variant, __name__, what))
         seconds = m.alternate(sides, 2 if quick else 5)
@@ -147,6 +149,7 @@ def _peer(what: dict[str, Any]) -> None:
     config = cast(Any, LlamaConfig)(**shape, attn_implementation="sdpa")  # its decorators hide the arguments
     model = cast(Any, LlamaForCausalLM(config)).to(device).train()
     parameters = list(model.parameters())
+    assert sum(weights.numel() for weights in parameters) == what["parameters"]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     forward = torch.compile(model) if what["variant"] == "torch.compile" else model
     size = (what["rows"], what["length"])

@@ -70,7 +70,8 @@ def runs(
 def commands(straight: SoakRun, number: int, start_s: float, rng: random.Random) -> Trials:
     """Yields for signals to sweeps and `plan` whether all their processes ended, and left no lease.
 
-    One that is done before its signal does not count; one that fails before it does.
+    One that is done before its signal does not count, and one that fails before it does. So does a kind that
+    was tried, and always done before.
     """
     tiny = {
         **TINY,
@@ -83,8 +84,11 @@ def commands(straight: SoakRun, number: int, start_s: float, rng: random.Random)
     kinds = [("plan", {}, ("--mesh=data:8",), SIGNALS), ("sweep", study, (config, "--jobs=1"), SIGNALS)]
     kinds += [("sweep", study, (config, "--jobs=2"), (*SIGNALS, signal.SIGKILL))]
     workdir = straight.workdir.with_name("sweep")
+    tried, met = list[str](), set[str]()
     for trial in range(number):
         name, fields, flags, sent = kinds[trial % len(kinds)]
+        kind = f"{name} {flags[-1]}"
+        tried.append(kind)
         what = rng.choice(sent)
         with running(
             name, workdir, fields, *flags, environment={"JAX_ENABLE_COMPILATION_CACHE": "0"}
@@ -98,5 +102,7 @@ def commands(straight: SoakRun, number: int, start_s: float, rng: random.Random)
         held = list(workdir.glob("runs/.leases/*"))
         if not ok or held:
             print(f"{process.returncode}: {held} {output}", flush=True)
-        yield ok and not held, f"{what.name} {name} {flags[-1]}"
+        met.add(kind)
+        yield ok and not held, f"{what.name} {kind}"
         shutil.rmtree(workdir, ignore_errors=True)
+    yield from ((False, f"none of {kind} met its signal") for kind in dict.fromkeys(tried) if kind not in met)

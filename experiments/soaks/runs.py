@@ -97,7 +97,7 @@ def send(process: subprocess.Popen[str], number: signal.Signals) -> tuple[bool, 
     except subprocess.TimeoutExpired:
         return False, ""
     if number == signal.SIGKILL:
-        return True, output
+        return process.returncode == -number, output  # or it had ended by itself
     told = [line for line in output.splitlines() if line.startswith("stopped by ")]
     crashed = "Traceback" in output or "Fatal Python error" in output
     return len(told) == 1 and not crashed and process.returncode == _STATUS[number], output
