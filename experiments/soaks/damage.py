@@ -1,5 +1,6 @@
 """Damage to the files of a run: flipped bits, and files cut, emptied and deleted; each has to be noticed."""
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,7 +117,8 @@ def damaged_words(straight: SoakRun, number: int, rng: random.Random) -> Iterato
 
     def log(path: Path) -> Any:
         there = MetricsLog(path.parent, TINY["train.steps"], write=False)
-        return there.evaluations, there.train_curve, there.train_s
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return there.evaluations, there.train_curve, there.train_s, lines
 
     readers: dict[str, Callable[[Path], Any]] = {
         "record.json": read_record,
