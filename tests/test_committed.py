@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.reporting import beside_paper, claims, figures, tables
+from experiments.reporting import abilities, beside_paper, claims, figures, second_use, tables
 from mobilellm_jax.analysis.records import by_study, read_records
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.storage import sealed
@@ -46,6 +46,17 @@ def test_reports_say_what_the_records_show(studies):
     assert all((EXPERIMENTS / link).exists() for link in re.findall(r"\]\(([^)]*)\)", gallery))
     (same,) = found["noise-tiny"].comparisons
     assert same.word == "no difference"
+
+
+@pytest.mark.slow
+def test_pages_over_several_studies_say_what_the_records_show(studies, tmp_path):
+    """Which the README quotes."""
+    second_use.write(studies, tmp_path)
+    abilities.write(studies, tmp_path)
+    written = sorted((tmp_path / "reports").glob("*.md"))
+    assert {"second_use.md", "playground-tiny.md"} <= {path.name for path in written}
+    for path in written:
+        assert path.read_text() == (EXPERIMENTS / "reports" / path.name).read_text(), path.name
 
 
 @pytest.mark.slow
