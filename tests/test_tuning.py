@@ -1,6 +1,7 @@
 """The search for a learning rate, on curves whose best rate is known."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,18 @@ def test_records_of_fitted_rates_are_fitted_again_within_each_arm():
     grid = tuning_searches(points_of(tuning_runs(arms["completep"], None, "grid")))
     assert all(search.fitted for search in grid.values())  # for the report; they ran at the best rate tried
     assert {search.chosen for search in grid.values()} <= arms["completep"]["p0"].keys()
+
+
+def test_the_error_of_a_rate_costs_in_the_measure_that_is_compared():
+    """Here three times the loss; a measure that the rate does not move costs nothing."""
+    trials = parabolas((-7.3, -6.2), np.random.default_rng(1))
+    runs = tuning_runs(trials, "completep")
+    for factor in (3.0, 0.0):
+        of = [replace(run, metric="error", final=run.final | {"error": factor * run.loss}) for run in runs]
+        found = tuning_searches(points_of(of))
+        for label, optimum in fit_rates(trials).optima.items():
+            assert found[label].se == pytest.approx(optimum.se)
+            assert found[label].excess == pytest.approx(factor * optimum.excess)
 
 
 def test_a_drift_is_the_weighted_line_through_the_optima():

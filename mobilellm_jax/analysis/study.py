@@ -117,7 +117,7 @@ def study_of(records: Sequence[Record]) -> Study:
     rate_excess = {
         label: search.excess
         for label, search in tuning.items()
-        if facts.tuning == "fitted" and facts.metric == "loss" and search.excess is not None
+        if facts.tuning == "fitted" and search.excess is not None
     }
     families = verdicts.compare(facts, points, spread, rate_excess)
     order = {pair: place for place, pair in enumerate(facts.pairs)}

@@ -30,8 +30,9 @@ class Tuning:
       best: the rate tried with the lowest loss, of equal ones preferably `chosen`; None if none finished.
       fitted: the rate at the minimum of the point's parabola, see `fit_rates`. None where it has none within
         the rates tried; the other fields then are None too. Older studies ran at `best` instead.
-      se, excess: standard error of log2(fitted) in octaves, and the loss that it is expected to cost; None
-        without degrees of freedom.
+      se: standard error of log2(fitted) in octaves; None without degrees of freedom.
+      excess: what that error is expected to cost, in the metric of the study: its curvature over the rates
+        tried, common to the arm, x se^2; None as `se`.
       curvature: of the parabolas of the arm, in loss per octave^2.
     """
 
@@ -48,7 +49,8 @@ class Tuning:
 
 def tuning_searches(points: Mapping[str, Point]) -> dict[str, Tuning]:
     """Summarises the learning-rate search of every point that has tuning runs."""
-    found, arms = {}, dict[str | None, dict[str, dict[float, list[float]]]]()
+    found = {}
+    arms, scores = (dict[str | None, dict[str, dict[float, list[float]]]]() for _ in range(2))
     for label, point in points.items():
         trials: dict[float, list[Record]] = {}
         for run in point.tuning:
@@ -59,8 +61,11 @@ def tuning_searches(points: Mapping[str, Point]) -> dict[str, Tuning]:
             losses = {rate: losses_of(runs) for rate, runs in trials.items()}
             if usable := {rate: values for rate, values in losses.items() if values}:
                 arms.setdefault(point.arm, {})[label] = usable
-    for of_arm in arms.values():
+                of_label = {rate: losses_of(trials[rate], "score") for rate in usable}
+                scores.setdefault(point.arm, {})[label] = of_label
+    for arm, of_arm in arms.items():
         fit = fit_rates(of_arm)
+        cost = max(fit_rates(scores[arm]).curvature or 0.0, 0.0)
         for label, optimum in fit.optima.items():
             if optimum.interior:
                 is_chosen = not points[label].comparison and points[label].tuning[0].tuning == "fitted"
@@ -69,7 +74,7 @@ def tuning_searches(points: Mapping[str, Point]) -> dict[str, Tuning]:
                     chosen=optimum.rate if is_chosen else found[label].chosen,
                     fitted=optimum.rate,
                     se=optimum.se,
-                    excess=optimum.excess,
+                    excess=None if optimum.se is None else cost * optimum.se**2,
                     curvature=fit.curvature,
                 )
     return found
@@ -124,9 +129,16 @@ def drifts(points: Mapping[str, Point], searches: Mapping[str, Tuning]) -> list[
     return found
 
 
-def losses_of(runs: Sequence[Record]) -> list[float]:
-    """Final losses of tuning runs, infinite where they diverged; a failed run tells nothing of its rate."""
-    return [run.loss if run.status == "finished" else math.inf for run in runs if run.status != "failed"]
+def losses_of(runs: Sequence[Record], value: str = "loss") -> list[float]:
+    """Final losses of tuning runs, or another value of them, infinite where they diverged.
+
+    A failed run tells nothing of its rate.
+    """
+    return [
+        getattr(run, value) if run.status == "finished" else math.inf
+        for run in runs
+        if run.status != "failed"
+    ]
 
 
 def _search(trials: Mapping[float, Sequence[Record]], chosen: float | None) -> Tuning:
