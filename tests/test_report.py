@@ -388,7 +388,7 @@ def test_the_command_for_most_of_a_study_comes_first():
     )
     of = study_of([make_record(seed=i, command=c) for i, c in enumerate((default, paper, part, whole))])
     assert gallery.commands(of) == [whole, part, paper]
-    assert gallery.commands(study_of([make_record(command=default)])) == [default]
+    assert gallery.commands(study_of([make_record(command=default)])) == [start]
 
 
 def test_every_figure_leads_to_its_config_command_records_and_report(tmp_path):

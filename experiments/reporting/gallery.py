@@ -1,6 +1,7 @@
 """All figures on one page, each with links to its config, command, records and report."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -63,9 +64,11 @@ def _config(facts: Facts) -> Path:
 def commands(study: Study) -> list[str]:
     """Commands that made the records, the one for most of the study first.
 
-    One without --config ran what was the default study then, and is left out where others say more.
+    Without the directory, where they are already done. One without --config ran what was the default study
+    then, and is left out where others say more.
     """
-    found = {" ".join(run.command.replace("`", "'").split()) for run in study.runs}
+    found = {re.sub(r" --workdir=\S+", "", run.command.replace("`", "'")) for run in study.runs}
+    found = {" ".join(command.split()) for command in found}
     found = {command for command in found if "--config=" in command} or found
     own = f"/{_config(study.facts).name}"
     return sorted(found, key=lambda command: (own not in command, "--only" in command, len(command), command))

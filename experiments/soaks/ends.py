@@ -81,12 +81,15 @@ def commands(straight: SoakRun, number: int, start_s: float, rng: random.Random)
     study = {name: value for name, value in tiny.items() if not name.startswith("model.")}
     study |= {"model.vocab_size": 264, "train.steps": 5000}
     config = "--config=configs/layer_sharing.py:tiny"  # the default one varies train.steps
-    kinds = [("plan", {}, ("--mesh=data:8",), SIGNALS), ("sweep", study, (config, "--jobs=1"), SIGNALS)]
-    kinds += [("sweep", study, (config, "--jobs=2"), (*SIGNALS, signal.SIGKILL))]
+    # With them, the longest wait over `start_s`: plan takes about twice that, and its last moments are as any
+    # program's.
+    kinds = [("plan", {}, ("--mesh=data:8",), SIGNALS, 1)]
+    kinds += [("sweep", study, (config, "--jobs=1"), SIGNALS, 3)]
+    kinds += [("sweep", study, (config, "--jobs=2"), (*SIGNALS, signal.SIGKILL), 3)]
     workdir = straight.workdir.with_name("sweep")
     tried, met = list[str](), set[str]()
     for trial in range(number):
-        name, fields, flags, sent = kinds[trial % len(kinds)]
+        name, fields, flags, sent, longest = kinds[trial % len(kinds)]
         kind = f"{name} {flags[-1]}"
         tried.append(kind)
         what = rng.choice(sent)
@@ -95,7 +98,7 @@ def commands(straight: SoakRun, number: int, start_s: float, rng: random.Random)
         ) as process:
             wait_until_watched(process)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.random() * 3 * start_s)
+                process.wait(rng.random() * longest * start_s)
             if process.poll() == 0:
                 continue
             ok, output = (False, process.communicate()[0]) if process.returncode else send(process, what)

@@ -83,7 +83,7 @@ def gaps(study: Study) -> list[Gap]:
 
 
 def part_closed(
-    once: Spread, loop: Spread, distinct: Spread, most_df: float = math.inf
+    once: Spread, loop: Spread, distinct: Spread, most_df: float
 ) -> tuple[float | None, tuple[float, float] | None]:
     """(o - l) / (o - d) of the means, and its 95 % interval by Fieller's theorem (1954).
 

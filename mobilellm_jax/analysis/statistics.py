@@ -106,9 +106,9 @@ def decide(
         question, not by the outcome.
       margin: the smallest difference that matters.
       noise: of the study, which may have more points than the family; by default, of `scores`.
-      rate_excess: by point, loss that the error of its fitted learning rate is expected to cost, curvature x
-        se^2. The variance of that cost, 2 excess^2, is added to that of the point; so is the square of the
-        difference in expected cost, without a shift of the mean.
+      rate_excess: by point, what the error of its fitted learning rate is expected to cost in the metric,
+        curvature x se^2. The variance of that cost, 2 excess^2, is added to that of the point; so is the
+        square of the difference in expected cost, without a shift of the mean.
       planned: seeds planned, where a point has more than these: the intervals are a confidence sequence,
         which holds at all numbers of seeds at once, Bonferroni over the pairs. None: the number of seeds was
         fixed, and intervals are those of the largest |t| of the family (single step, min-p).
