@@ -96,8 +96,18 @@ def test_a_gap_that_is_not_sure_is_not_divided_by():
 
 
 @pytest.mark.parametrize("part", [0.0, 0.4, 1.3])
-@pytest.mark.parametrize("sds", [(1.0, 1.0, 1.0), (0.2, 2.0, 0.6), (2.0, 0.2, 0.6), (0.6, 0.2, 2.0)])
-def test_the_interval_holds_the_part_in_about_95_of_100_experiments(part, sds):
+def test_the_interval_holds_the_part_in_95_of_100_experiments(part):
+    rng, held = np.random.default_rng(1), []
+    for _ in range(1500):
+        closed, interval = part_of(*(rng.normal(mean, 1.0, 4) for mean in (10.0, 10.0 - 6 * part, 4.0)))
+        assert closed is not None
+        held.append(interval is not None and interval[0] <= part <= interval[1])
+    assert np.mean(held) == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.4, 1.3])
+@pytest.mark.parametrize("sds", [(0.2, 2.0, 0.6), (2.0, 0.2, 0.6), (0.6, 0.2, 2.0)])
+def test_so_it_does_where_variances_differ(part, sds):
     """As in a study: six further designs with the same spread of variances, and their moderation.
 
     With one variance for all it is 85 to 87 in two cases. A gap that is not sure says nothing wrong.
@@ -110,7 +120,6 @@ def test_the_interval_holds_the_part_in_about_95_of_100_experiments(part, sds):
         closed, interval = part_of(*three, *others, prior_df=None)
         held.append(closed is None or (interval is not None and interval[0] <= part <= interval[1]))
     assert np.mean(held) > 0.91
-    assert len(set(sds)) > 1 or np.mean(held) == pytest.approx(0.95, abs=0.02)
 
 
 def test_a_plan_with_blocks_of_unequal_use_has_no_exponent():

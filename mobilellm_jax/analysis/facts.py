@@ -31,7 +31,6 @@ class Facts:
     pairs: list[tuple[str, str]]
     margin: float
     x: dict[str, Any] | None
-    command: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

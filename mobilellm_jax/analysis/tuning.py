@@ -65,7 +65,8 @@ def tuning_searches(points: Mapping[str, Point]) -> dict[str, Tuning]:
                 scores.setdefault(point.arm, {})[label] = of_label
     for arm, of_arm in arms.items():
         fit = fit_rates(of_arm)
-        cost = max(fit_rates(scores[arm]).curvature or 0.0, 0.0)
+        of_metric = fit if scores[arm] == of_arm else fit_rates(scores[arm])
+        cost = max(of_metric.curvature or 0.0, 0.0)
         for label, optimum in fit.optima.items():
             if optimum.interior:
                 is_chosen = not points[label].comparison and points[label].tuning[0].tuning == "fitted"
