@@ -50,7 +50,7 @@ def protocol(rng: np.random.Generator, points: int, seeds: int) -> tuple[Scores,
     )
     fitted = np.array([math.log2(fit.optima[f"p{i}"].rate) for i in range(points)])
     terms = {
-        label: optimum.excess
+        label: fit.curvature * optimum.se**2
         for label, optimum in fit.optima.items()
         if fit.curvature is not None and optimum.se is not None
     }

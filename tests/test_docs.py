@@ -1,6 +1,7 @@
 """The documentation: links lead somewhere, commands exist, numbers are those of records, tutorials run."""
 
 import json
+import math
 import os
 import re
 import runpy
@@ -17,7 +18,7 @@ import yaml
 from absl import flags
 from commands import command
 
-from configs import playground
+from configs import base, playground
 from experiments import cli, docs
 from experiments.reporting import site
 from experiments.runner.score_table import percent
@@ -290,6 +291,17 @@ def test_the_first_command_ends_as_printed(tmp_path):
         for kind, text in blocks(page):
             if kind == "text":
                 assert [line for line in text.splitlines() if line not in printed] == []
+
+
+@pytest.mark.slow
+def test_the_python_api_trains_as_written(tmp_path):
+    """In a folder of one's own: the loss that it prints is below that of a guess."""
+    [text] = [text for kind, text in blocks(ROOT / "docs/reference/api.md") if kind == "python"]
+    line = [sys.executable, "-c", text]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout.splitlines()[-1]) < math.log(base.get_config().model.vocab_size)
 
 
 # Tutorials.

@@ -47,9 +47,10 @@ def points_of(
     labels = list(dict.fromkeys(point.facts["point"] for point in points))
     for label in only:
         if label not in labels:
-            valid = ", ".join(f'"{label}"' if "," in label else label for label in labels)
+            written = {label: f'"{label}"' if "," in label else label for label in labels}
             near = get_close_matches(label, labels, n=3, cutoff=0.7)  # "4x48" is near to "4 x 48"
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"valid: {valid}"
+            meant = " or ".join(repr(written[label]) for label in near)
+            hint = f"did you mean {meant}?" if near else f"valid: {', '.join(written.values())}"
             raise UserError(f"--only={label}: no such point; {hint}")
     if only:
         chosen = [point for point in points if point.facts["point"] in only]

@@ -175,13 +175,11 @@ class Optimum:
       rate: at the vertex of the point's parabola; the best rate tried where that is not `interior`.
       interior: the parabolas open upwards, and the vertex lies within the rates that it was fitted to.
       se: standard error of log2(rate), octaves. None where not `interior`, or without degrees of freedom.
-      excess: loss above the vertex to be expected from that error, curvature x se^2; None as `se`.
     """
 
     rate: float
     interior: bool
     se: float | None
-    excess: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +240,7 @@ def fit_rates(trials: Mapping[str, Mapping[float, Sequence[float]]], window: flo
             if covariance is not None:
                 gradient, both = np.array([-1, slope / c]) / (2 * c), [2 * place + 1, -1]
                 se = math.sqrt(gradient @ covariance[np.ix_(both, both)] @ gradient)
-            optima[point] = Optimum(best * 2**vertex, True, se, None if se is None else c * se**2)
+            optima[point] = Optimum(best * 2**vertex, True, se)
     c_se, sd = (None, None) if covariance is None else (math.sqrt(covariance[-1, -1]), math.sqrt(spread / df))
     return RateFit(optima, c, c_se, sd, df)
 
@@ -259,7 +257,7 @@ def _near_best(
 
 def _best_tried(tried: Mapping[float, Sequence[float]]) -> Optimum:
     means = {rate: float(np.mean(losses)) for rate, losses in tried.items()}
-    return Optimum(best_learning_rate(means), False, None, None)
+    return Optimum(best_learning_rate(means), False, None)
 
 
 FINEST = 1.0  # octaves (powers of 2) between the best rate and its neighbours when the search is over
