@@ -203,7 +203,7 @@ def table(plan: Plan, devices: int) -> str:
         ("  activations, about", _size(plan.activation_bytes)),
         ("  memory, about", _size(plan.memory_bytes)),
     ]
-    return "\n".join(f"{name:<52}{value:>20}" for name, value in rows)
+    return "\n".join(f"{name:<52}{value:>20}".rstrip() for name, value in rows)
 
 
 def traffic_table(collectives: list[Collective]) -> str:
