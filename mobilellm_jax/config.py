@@ -173,6 +173,17 @@ class ModelConfig(UsesConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtendedModel(ModelConfig):
+    """The model `of`, to which a derived class adds something; its multipliers are for the same plan."""
+
+    of: ModelConfig
+
+    @property
+    def trained_plan(self) -> LayerPlan:
+        return self.of.trained_plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Source of the text, and its conversion to rows of token ids. See `data/`."""
 

@@ -26,6 +26,9 @@ from mobilellm_jax.errors import Preempted, UserError
 from mobilellm_jax.inference.generate import Generator, Sampling
 from mobilellm_jax.loops import LoopedModel, with_repeats
 from mobilellm_jax.model.parameterization import multipliers
+from mobilellm_jax.quantization.apply import quantized_config
+from mobilellm_jax.quantization.aware import trained_model
+from mobilellm_jax.quantization.schemes import parse
 from mobilellm_jax.runs.directory import check_same, read_config
 from mobilellm_jax.training.draws import loops_of_steps
 from mobilellm_jax.training.optimizer import learning_rate_schedule
@@ -59,6 +62,19 @@ def test_going_back_and_forth_ends_where_it_began():
     assert isinstance(one, LoopedModel)
     assert (one.plan, one.trained_repeats, one.scaled_depth) == ((0, 1), 2, 4)
     assert with_repeats(one, 2).plan == trained.plan
+
+
+@pytest.mark.parametrize(
+    "trained", [{"train.quantize": "w8a8"}, {"train.lora_rank": 2, "train.init_from": "runs/first"}, {}]
+)
+def test_what_is_added_to_a_model_keeps_the_plan_that_it_was_trained_in(trained):
+    """Or its residual branches would be divided by another number of layers than in training."""
+    config = tiny_config(
+        **{"model.sharing": "repeat_all", "model.num_repeats": 2, "model.loop_norm": True, **trained}
+    )
+    depth, asked = config.model.depth, looping.looped(config, 1)
+    for once in (trained_model(asked), quantized_config(asked.model, parse("w8a8"))):
+        assert (once.effective_depth, once.scaled_depth, once.num_uses) == (depth, 2 * depth, 2)
 
 
 @pytest.mark.parametrize("sharing", ["none", "0 1 0 0"])

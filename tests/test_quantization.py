@@ -105,7 +105,7 @@ def test_no_bits_change_nothing():
     """Bit for bit: the program in full precision has no rounding; the other, one before every product."""
     config, counts = tiny_model(), []
     tokens = jnp.asarray(random_batch(config)[0])
-    for of in (config, QuantizedModel(**{**vars(config), "rounded_to": 8})):
+    for of in (config, QuantizedModel(**vars(config), of=config, rounded_to=8)):
         program = jax.make_jaxpr(lambda params, of=of: model.apply(params, tokens, of))(random_params(config))
         done = [(equation.primitive.name, times) for equation, times in equations(program.jaxpr)]
         counts.append(sum(times for name, times in done if name == "round"))
@@ -282,7 +282,7 @@ def test_bytes_are_counted_weight_by_weight():
 def test_a_quantized_model_is_another_model():
     """Programs are kept by config: the two must never be taken for each other."""
     config = tiny_model()
-    other = QuantizedModel(**{**vars(config), "rounded_to": 8})
+    other = QuantizedModel(**vars(config), of=config, rounded_to=8)
     assert isinstance(other, ModelConfig)
     assert other != config
-    assert other != QuantizedModel(**{**vars(config), "rounded_to": 4})
+    assert other != QuantizedModel(**vars(config), of=config, rounded_to=4)

@@ -157,7 +157,9 @@ def score(
     """Asks a model for every turn of the assistant and scores it.
 
     Args:
-      params, config, tokenizer: the model's; the tokenizer has an EOS.
+      params: of the model.
+      config: its shape.
+      tokenizer: with an EOS.
       conversations: at least one.
       context: longest prompt with its true answer, in tokens.
       batch_size: prompts at a time.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from mobilellm_jax.config import Config, ModelConfig
+from mobilellm_jax.config import Config, ExtendedModel, ModelConfig
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parameters import ADAPTER, Parameter, declared, nest, parameter, sizes
 from mobilellm_jax.train_config import Adapters
@@ -26,7 +26,7 @@ Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaptedModel(ModelConfig):
+class AdaptedModel(ExtendedModel):
     """A model with adapters."""
 
     adapted_by: Adapters
@@ -60,7 +60,7 @@ def adapted(config: Config) -> ModelConfig:
     targets = _matrices("train.lora_rank", t.lora_rank, "train.lora_targets", t.lora_targets, m)
     by = Adapters(t.lora_rank, t.lora_alpha, tuple(of.path for of in targets))
     fields = m.plain_fields()
-    return AdaptedModel(**fields, adapted_by=by)
+    return AdaptedModel(**fields, of=m, adapted_by=by)
 
 
 def _matrices(field: str, rank: int, pattern_field: str, pattern: str, m: ModelConfig) -> list[Parameter]:

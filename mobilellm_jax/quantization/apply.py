@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.config import ExtendedModel, ModelConfig
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.ops.rounding import to_integers
 from mobilellm_jax.model.stack import Params, map_parameters
@@ -28,7 +28,7 @@ SCALE_BYTES = 4  # float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizedModel(ModelConfig):
+class QuantizedModel(ExtendedModel):
     """A model whose activations are rounded before every product with weights, the head's included."""
 
     rounded_to: int = science("bits of the activations that weights are multiplied with")
@@ -66,7 +66,7 @@ def quantized_config(config: ModelConfig, scheme: Scheme) -> ModelConfig:
     if not scheme.activation_bits:
         return config
     fields = config.plain_fields()
-    return QuantizedModel(**fields, rounded_to=scheme.activation_bits)
+    return QuantizedModel(**fields, of=config, rounded_to=scheme.activation_bits)
 
 
 def round_weights(of: Parameter, w: Any, scheme: Scheme) -> Float[Array, "..."]:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from mobilellm_jax.config import Config, ModelConfig
+from mobilellm_jax.config import Config, ExtendedModel, ModelConfig
 from mobilellm_jax.model.adapters import adapted
 from mobilellm_jax.model.stack import Params, map_parameters
 from mobilellm_jax.parameters import Parameter
@@ -22,7 +22,7 @@ from mobilellm_jax.quantization.schemes import Scheme, parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AwareModel(ModelConfig):
+class AwareModel(ExtendedModel):
     """A model that is trained with rounded weights, and with rounded activations if the scheme has them."""
 
     scheme: Scheme
@@ -43,7 +43,7 @@ def trained_model(config: Config) -> ModelConfig:
     scheme, m = parse(config.train.quantize), config.model
     check_groups(m, scheme)
     fields = m.plain_fields()
-    return AwareModel(**fields, scheme=scheme)
+    return AwareModel(**fields, of=m, scheme=scheme)
 
 
 def straight_through(params: Params, config: ModelConfig) -> Params:
