@@ -194,7 +194,9 @@ def test_arms_have_to_agree(gaps, word):
 
 
 def test_the_same_runs_are_not_counted_twice():
-    def repeated(study, labels):
+    """Nor are those whose rates differ because each study fitted its own."""
+
+    def repeated(study, labels, rate):
         return study_of(
             [
                 make_record(
@@ -204,22 +206,25 @@ def test_the_same_runs_are_not_counted_twice():
                     score=3.5 + 0.1 * depth + 0.003 * seed * (depth - 3),
                     pairs=[[labels[1], labels[0]]],
                     study=study,
+                    learning_rate=rate,
                 )
                 for depth, label in zip((2, 4), labels, strict=True)
                 for seed in range(3)
             ]
         )
 
-    text = claims.page([repeated("layer_sharing", ["none", "immediate"]), repeated("repeats", ["x1", "x2"])])
+    text = claims.page(
+        [repeated("layer_sharing", ["none", "immediate"], 0.0161), repeated("repeats", ["x1", "x2"], 0.0162)]
+    )
     first = section(text, "Every order of applying blocks twice is better than once.")
     again = section(text, "Applying every block two to four times in a row is better than once.")
-    assert "The same runs" not in first
+    assert "The same design" not in first
     assert (
-        "The same runs: 'x2' is 'immediate' of layer_sharing:tiny; 'x1' is 'none' of layer_sharing:tiny."
-        in again
+        "The same design, data and seeds: 'x2' is 'immediate' of layer_sharing:tiny; 'x1' is 'none' of "
+        "layer_sharing:tiny." in again
     )
-    assert "judgements rest on: 1. 1 more are the same runs under another name" in text
-    assert "another name" not in claims.page([repeated("layer_sharing", ["none", "immediate"])])
+    assert "judgements rest on: 1. 1 more compare the same designs" in text
+    assert "no evidence of" not in claims.page([repeated("layer_sharing", ["none", "immediate"], 0.01)])
 
 
 def test_sampling_error_of_the_paper_is_that_of_simulated_questions():

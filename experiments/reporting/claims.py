@@ -181,8 +181,8 @@ def page(studies: Iterable[Study]) -> str:
         )
     if twice := len(pairs) - len(set(pairs)):
         head.append(
-            f"Comparisons of different runs that these judgements rest on: {len(set(pairs))}. {twice} more "
-            "are the same runs under another name, and no evidence of their own."
+            f"Different comparisons that these judgements rest on: {len(set(pairs))}. {twice} more compare "
+            "the same designs on the same data with the same seeds, and are no evidence of their own."
         )
     parts = [TITLE, *_INTRODUCTION, *head, *parts]
     parts += filter(None, [literature.section(studies)])
@@ -244,7 +244,7 @@ def _ours(found: Judgement, study: Study, again: list[str]) -> str:
         shapes = "; ".join(_finding(c, facts.metric) for c in found.outside)
         parts.append(plain(f"Not counted, of shapes that the paper does not cover: {shapes}."))
     if again:
-        parts.append(plain(f"The same runs: {'; '.join(again)}."))
+        parts.append(plain(f"The same design, data and seeds: {'; '.join(again)}."))
     return (
         f"- **{found.word}** at [{facts.preset}](reports/{facts.study}-{facts.preset}.md) "
         f"({size} non-embedding parameters, {tokens} tokens, {seeds} seeds, {under}): {' '.join(parts)}"

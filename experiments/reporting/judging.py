@@ -6,10 +6,11 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from experiments.reporting.tables import is_outside
+from mobilellm_jax.analysis.comparable import data_hashes
 from mobilellm_jax.analysis.facts import Point
 from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.verdicts import Comparison
-from mobilellm_jax.config import IDLE
+from mobilellm_jax.config import IDLE, SEEDS, flatten
 
 Pairs = Sequence[tuple[str, str]]  # labels of (point, other)
 Side = Literal["for", "against", "open"]
@@ -126,16 +127,21 @@ def have_base_shape(study: Study) -> bool:
 
 
 def identity(point: Point) -> Hashable:
-    """Equal for points whose finished runs are the same computations, in whatever study."""
-    model = {k: v for k, v in point.config["model"].items() if f"model.{k}" not in IDLE}
-    named = {"sharing", "num_repeats"}  # the plan says what they do
-    shape = tuple(sorted((k, str(v)) for k, v in model.items() if k not in named))
-    runs = tuple((run.seed, run.learning_rate, run.score) for run in point.finished)
-    return shape, tuple(point.layer_plan), runs
+    """Equal for points that train one design on the same data with the same seeds, in whatever study.
+
+    The learning rate does not count: each study fits it to its own search, and so two of them take rates that
+    differ in the last digits. Their runs are no two samples of anything.
+    """
+    run = point.finished[0]
+    named = {"model.sharing", "model.num_repeats", "data.source"}  # the plan and the hashes say what they do
+    free = IDLE | SEEDS | named | {"optimizer.learning_rate"}
+    settings = tuple(sorted((k, str(v)) for k, v in flatten(run.config).items() if k not in free))
+    hashes = tuple(sorted(data_hashes(run.data).items()))
+    return settings, hashes, tuple(point.layer_plan), tuple(run.seed for run in point.finished)
 
 
 def same_runs(known: dict[Hashable, tuple[Study, str]], study: Study, labels: Iterable[str]) -> list[str]:
-    """Names the points whose runs another study has as well, and adds the others to `known`."""
+    """Names the points that another study has by `identity` as well, and adds the others to `known`."""
     said = []
     for label in dict.fromkeys(labels):
         point = study.points[label]
