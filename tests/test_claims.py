@@ -11,6 +11,7 @@ from test_results import make_diverged, make_record
 
 from experiments.reporting import claims, judging, paper_tables
 from experiments.runner.studies import points_of
+from mobilellm_jax.analysis.facts import have_base_shape
 from mobilellm_jax.analysis.study import study_of
 
 
@@ -133,7 +134,7 @@ def test_at_the_base_shape_one_parameterization_is_all_of_them():
         for run in plain.runs
         for base in [{"depth": 2, "base_depth": 2, "base_width": 128}]
     ]
-    assert judging.have_base_shape(study_of(runs))
+    assert have_base_shape(study_of(runs).points)
     assert judging.judgement(claim, study_of(runs)).word == "agree"
 
 

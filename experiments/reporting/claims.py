@@ -7,8 +7,9 @@ from collections.abc import Hashable, Iterable
 from math import hypot
 
 from experiments.reporting import judging, literature, paper_tables
-from experiments.reporting.judging import Claim, Judgement, have_base_shape
+from experiments.reporting.judging import Claim, Judgement
 from experiments.reporting.tables import ASPECTS, Columns, markdown_table, plain, quantity
+from mobilellm_jax.analysis.facts import have_base_shape
 from mobilellm_jax.analysis.records import span
 from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.verdicts import Comparison
@@ -234,7 +235,9 @@ def _ours(found: Judgement, study: Study, again: list[str]) -> str:
     tokens = quantity(max(run.tokens_seen for run in study.runs))
     arms = [f"{arm}: {word}" for arm, word in found.by_arm.items()]
     more = (
-        "as under all others at the base shape" if have_base_shape(study) else "and no other parameterization"
+        "as under all others at the base shape"
+        if have_base_shape(study.points)
+        else "and no other parameterization"
     )
     under = "; ".join(arms) + f", {more}" * (len(arms) == 1)
     parts = (

@@ -7,7 +7,7 @@ from typing import Literal
 
 from experiments.reporting.tables import is_outside
 from mobilellm_jax.analysis.comparable import data_hashes
-from mobilellm_jax.analysis.facts import Point
+from mobilellm_jax.analysis.facts import Point, have_base_shape
 from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.verdicts import Comparison
 from mobilellm_jax.config import IDLE, SEEDS, flatten
@@ -78,7 +78,7 @@ def judgement(claim: Claim, study: Study) -> Judgement | None:
         outside += [c for c in asked if c not in kept]
     if not counted and not outside:
         return None
-    agreed = (len(by_arm) > 1 or have_base_shape(study)) and len(set(by_arm.values())) == 1
+    agreed = (len(by_arm) > 1 or have_base_shape(study.points)) and len(set(by_arm.values())) == 1
     word = next(iter(by_arm.values())) if agreed else "cannot tell"
     return Judgement(word, by_arm, counted, outside)
 
@@ -114,16 +114,6 @@ def side(c: Comparison, expected: str) -> Side:
 def arms(study: Study) -> list[str]:
     """The parameterizations that the study was run under, in its order."""
     return list(dict.fromkeys(_arm(point) for point in study.points.values()))
-
-
-def have_base_shape(study: Study) -> bool:
-    """True where every design has the base shape, at which mup and completep are standard."""
-    return all(
-        (model.get("base_depth"), model.get("base_width")) == (len(point.layer_plan), model["width"])
-        and model["depth"] == len(point.layer_plan)
-        for point in study.points.values()
-        for model in [point.config["model"]]
-    )
 
 
 def identity(point: Point) -> Hashable:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.verdicts import Comparison
-from mobilellm_jax.analysis.wording import format_bound, format_score, join
+from mobilellm_jax.analysis.wording import format_bound, format_score, join, sole_arm
 
 _MOST = 3  # names or findings in one sentence
 # Fields that labels of two numbers, "4 x 48", may stand for.
@@ -34,9 +34,10 @@ def answer(study: Study) -> str:
 def in_words(study: Study) -> str:
     """The answer with its size, and whether it can be an answer at all: one paragraph."""
     said = answer(study)
-    sizes = _sizes(study)
+    arm = sole_arm(study.points) if study.verdict.comparisons else ""
+    notes = "; ".join(filter(None, [_sizes(study), f"under {arm} alone" if arm else ""]))
     blind = any(of.above_trigram or of.is_flat for of in study.verdict.regimes.values())
-    parts = [f"{said} ({sizes})." if sizes else f"{said}."]
+    parts = [f"{said} ({notes})." if notes else f"{said}."]
     if blind:
         parts.append("But architecture cannot be judged at this size and length, see the first warning.")
     return " ".join(parts)

@@ -6,7 +6,7 @@ import graphlib
 import heapq
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from mobilellm_jax.analysis.records import Record, Scalar
@@ -108,6 +108,16 @@ def points_of(records: Iterable[Record]) -> dict[str, Point]:
             tuning=sorted((r for r in runs if r.phase == "tuning"), key=lambda r: (r.learning_rate, r.seed)),
         )
     return points
+
+
+def have_base_shape(points: Mapping[str, Point]) -> bool:
+    """True where all have the base shape, at which mup and completep are standard."""
+    return all(
+        (model.get("base_depth"), model.get("base_width")) == (len(point.layer_plan), model["width"])
+        and model["depth"] == len(point.layer_plan)
+        for point in points.values()
+        for model in [point.config["model"]]
+    )
 
 
 def pairs_of(records: Iterable[Record]) -> list[tuple[str, str]]:

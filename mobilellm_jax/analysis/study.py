@@ -5,7 +5,7 @@ import functools
 import re
 from collections.abc import Iterable, Sequence
 
-from mobilellm_jax.analysis import documents, regime, statistics, twins, verdicts, wording
+from mobilellm_jax.analysis import documents, regime, statistics, threats, twins, verdicts, wording
 from mobilellm_jax.analysis.comparable import check_comparable
 from mobilellm_jax.analysis.documents import TwoWay
 from mobilellm_jax.analysis.facts import Facts, Point, facts_of, points_of
@@ -146,7 +146,7 @@ def study_of(records: Sequence[Record]) -> Study:
             *regime.warnings(regimes),
             *regime.saturation(facts, points),
             *incomparable,
-            *wording.warnings(facts, points, comparisons, spread, unstable, tuning, unmatched),
+            *threats.threats(facts, points, comparisons, spread, unstable, tuning, unmatched),
             *documents.warnings(comparisons, over_documents),
         ],
         seeds_vary=seeds_vary,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy import special
@@ -29,10 +29,11 @@ class Tuning:
         diverged, None without neighbours.
       best: the rate tried with the lowest loss, of equal ones preferably `chosen`; None if none finished.
       fitted: the rate at the minimum of the point's parabola, see `fit_rates`. None where it has none within
-        the rates tried; the other fields then are None too. Older studies ran at `best` instead.
+        the rates tried; `se` and `curvature` then are None too. Older studies ran at `best` instead.
       se: standard error of log2(fitted) in octaves; None without degrees of freedom.
       excess: what that error is expected to cost, in the metric of the study: its curvature over the rates
-        tried, common to the arm, x se^2; None as `se`.
+        tried, common to the arm, x se^2; without `fitted`, x the square of the step to the next rate tried.
+        None where neither is known.
       curvature: of the parabolas of the arm, in loss per octave^2.
     """
 
@@ -78,6 +79,9 @@ def tuning_searches(points: Mapping[str, Point]) -> dict[str, Tuning]:
                     excess=None if optimum.se is None else cost * optimum.se**2,
                     curvature=fit.curvature,
                 )
+            else:  # the best rate may lie a step of the grid away
+                step = _step(of_arm[label], optimum.rate)
+                found[label] = dataclasses.replace(found[label], excess=step and cost * step**2)
     return found
 
 
@@ -243,6 +247,11 @@ def fit_rates(trials: Mapping[str, Mapping[float, Sequence[float]]], window: flo
             optima[point] = Optimum(best * 2**vertex, True, se)
     c_se, sd = (None, None) if covariance is None else (math.sqrt(covariance[-1, -1]), math.sqrt(spread / df))
     return RateFit(optima, c, c_se, sd, df)
+
+
+def _step(tried: Iterable[float], rate: float) -> float | None:
+    """Octaves from a rate to the nearest other one that was tried; None if there is no other."""
+    return min((abs(math.log2(other / rate)) for other in tried if other != rate), default=None)
 
 
 def _near_best(

@@ -56,6 +56,7 @@ class Family:
     Attributes:
       arm: None in a study without arms.
       planned: seeds planned before, if a point has more: intervals are a confidence sequence; else None.
+      power: planned probability that equal designs are shown so; None if not known.
       seeds: for equal designs to be shown so, with the ends of its range, see
         `statistics.seeds_for_equality`; None below five seeds.
     """
@@ -63,6 +64,7 @@ class Family:
     arm: str | None
     comparisons: list[Comparison]
     planned: int | None
+    power: float | None
     seeds: tuple[int, int, int] | None
 
 
@@ -107,7 +109,7 @@ def compare(
         ]
         most = max((c.difference.n for c in comparisons if c.difference), default=0)
         seeds = statistics.seeds_for_equality(noise, len(pairs), facts.margin) if most >= 5 else None
-        found.append(Family(arm, comparisons, planned, seeds))
+        found.append(Family(arm, comparisons, planned, _power(points, pairs), seeds))
     return found
 
 
@@ -124,6 +126,13 @@ def _planned(points: Mapping[str, Point], pairs: Sequence[tuple[str, str]]) -> i
         if plans and len({run.seed for run in runs}) > min(plans):
             exceeded.append(min(plans))
     return min(exceeded, default=None)
+
+
+def _power(points: Mapping[str, Point], pairs: Sequence[tuple[str, str]]) -> float | None:
+    """The smallest power in the plans of the points of the pairs; None if none is known."""
+    labels = dict.fromkeys(label for pair in pairs for label in pair if label in points)
+    plans = [run.plan for label in labels for run in points[label].comparison if run.plan]
+    return min((plan["power"] for plan in plans if plan["power"] is not None), default=None)
 
 
 def _compare(

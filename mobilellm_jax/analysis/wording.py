@@ -1,4 +1,4 @@
-"""Text for readers: formatted numbers, the finding in plain words, and warnings."""
+"""Text for readers: formatted numbers, and the finding in plain words."""
 
 import math
 from collections import Counter
@@ -6,16 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from mobilellm_jax.analysis import statistics, verdicts
-from mobilellm_jax.analysis.facts import Facts, Point
+from mobilellm_jax.analysis import statistics
+from mobilellm_jax.analysis.facts import Facts, Point, have_base_shape
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.noise import Noise
-from mobilellm_jax.analysis.records import budget_name
 from mobilellm_jax.analysis.statistics import Difference, Estimate
 from mobilellm_jax.analysis.tuning import Drift, Tuning
 from mobilellm_jax.analysis.verdicts import DEPENDS, Comparison, Family, Joint
 
-TOLERANCE = 0.02  # largest mismatch of the matched budget without a warning
 _MANY = 24  # pairs that a paragraph names
 _COUNTED = {
     "better": "differ",
@@ -71,7 +69,7 @@ def _parts(c: Comparison, metric: str) -> tuple[str, str]:
     """Splits the phrase of a pair into the finding, which several may share, and the pair's own reason."""
     if c.difference is None:
         return "cannot tell without finished runs", ""
-    seeds = _seeds(*c.difference.seeds)
+    seeds = count_seeds(*c.difference.seeds)
     if c.word == "cannot tell":
         reason = ""
         if c.diverged:
@@ -113,8 +111,8 @@ def sentence(
         findings = _joint_findings(joint, families, facts.metric)
         parts = [*_counted(joint, findings), *_grounds(families, noise, facts)]
     else:
-        alone, comparisons = _alone(points), families[0].comparisons
-        parts = [f"Under {alone} alone:"] if alone else []
+        arm, comparisons = sole_arm(points), families[0].comparisons
+        parts = [f"Under {arm} alone:"] if arm else []
         parts += [
             *_counted(comparisons, _findings(comparisons, facts.metric)),
             *_grounds(families, noise, facts),
@@ -134,8 +132,10 @@ def _drift(drift: Drift) -> str:
     )
 
 
-def _alone(points: Mapping[str, Point]) -> str:
-    """The parameterization of all points; "" if not recorded, or if they differ."""
+def sole_arm(points: Mapping[str, Point]) -> str:
+    """The one parameterization of all points; "" if not recorded, if they differ, or at the base shape."""
+    if have_base_shape(points):
+        return ""
     names = {point.arm or point.config["model"].get("parameterization") or "" for point in points.values()}
     return names.pop() if len(names) == 1 else ""
 
@@ -219,7 +219,16 @@ def _grounds(families: Sequence[Family], noise: Noise, facts: Facts) -> Iterator
                 f"There are more seeds than the {planned} planned: p and intervals are those of a confidence "
                 "sequence, which allows for looking after every seed."
             )
-    if noise.sd and any(c.word == "cannot tell" and not c.diverged for c in comparisons):
+    is_open = any(c.word == "cannot tell" and not c.diverged for c in comparisons)
+    powers = [family.power for family in families if family.power is not None]
+    if is_open and powers and min(powers) < statistics.POWER:
+        chance = f"{min(powers):.0%}" if min(powers) >= 0.005 else "less than 1%"
+        within = format_bound(facts.margin, facts.metric)
+        yield (
+            f"By the plan, equal designs are shown to be so within {within} with a probability of {chance}: "
+            "a pair that is not told apart may be equal."
+        )
+    if noise.sd and is_open:
         low, high = (format_score(sd, facts.metric) for sd in statistics.interval_of_sd(noise.sd, noise.df))
         for seeds in dict.fromkeys(family.seeds for family in families):
             if seeds is not None:
@@ -252,7 +261,7 @@ def join(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
-def _seeds(*counts: int) -> str:
+def count_seeds(*counts: int) -> str:
     """Formats "1 seed", "5 seeds", or of two points with different numbers "5 and 4 seeds"."""
     several = dict.fromkeys(counts)
     return " and ".join(map(str, several)) + (" seeds" if several != {1: None} else " seed")
@@ -283,108 +292,3 @@ def failures(points: Mapping[str, Point], phase: str) -> str:
     return " ".join(
         f"{len(n)} of {total} {phase} runs {word}: {', '.join(n)}." for word, n in names.items() if n
     )
-
-
-# --- warnings -------------------------------------------------------------------------------------------
-
-
-def warnings(
-    facts: Facts,
-    points: Mapping[str, Point],
-    comparisons: Sequence[Comparison],
-    noise: Noise,
-    unstable: Mapping[str, Sequence[int]],
-    tuning: Mapping[str, Tuning],
-    unmatched: float | None,
-) -> Iterator[str]:
-    """Yields threats to the validity of the verdict: seeds, divergence, tuning, unequal budgets."""
-    compared = {label: point for label, point in points.items() if point.comparison}
-    yield from _seed_warnings(facts, compared, comparisons, noise)
-    yield from filter(None, map(_survivors, compared.values()))
-    if unstable:
-        names = [
-            f"{len(seeds)} of {len(points[label].finished)} runs of {label!r} (seed {_numbers(seeds)})"
-            for label, seeds in unstable.items()
-        ]
-        yield (
-            f"Unstable: {join(names)} ended far above the median of their point, or above the lowest loss "
-            "of their own. They count in the comparison."
-        )
-    yield from _tuning_warnings(facts, list(compared), tuning)
-    if unmatched is not None and unmatched > TOLERANCE:
-        yield (
-            f"The points were to have equal {budget_name(facts.matched)}, but differ by up to "
-            f"{unmatched:.1%}: that may decide instead of what is compared."
-        )
-
-
-def _seed_warnings(
-    facts: Facts, compared: Mapping[str, Point], comparisons: Sequence[Comparison], noise: Noise
-) -> Iterator[str]:
-    scores = {label: point.scores for label, point in compared.items() if point.scores}
-    for count, why in ((1, "One seed proves nothing"), (2, "Intervals from two seeds are very wide")):
-        if few := [repr(point) for point, by_seed in scores.items() if len(by_seed) == count]:
-            yield f"{why}: {'all points' if len(few) == len(compared) else join(few)}."
-    points = dict.fromkeys(point for c in comparisons for point in (c.point, c.other))
-    seeds = set().union(*(scores.get(point, {}) for point in points))
-    if gone := [repr(point) for point in points if not scores.get(point)]:
-        has, they = ("has", "it is") if len(gone) == 1 else ("have", "they are")
-        yield f"{join(gone)} {has} no finished run: {they} not compared."
-    for point in points:
-        missing = seeds - scores.get(point, {}).keys()
-        if missing and missing != seeds:
-            only = ": all pairs are compared over the common seeds only" if noise.paired else ""
-            yield f"{point!r} has no finished run with seed {_numbers(missing)}, unlike other points{only}."
-    if same := [c for c in comparisons if c.difference and c.difference.n > 1 and c.difference.se == 0]:
-        is_share = MEASURES[facts.metric].is_share
-        why = f"the {MEASURES[facts.metric].what} is saturated" if is_share else "both are one computation"
-        yield (
-            f"The same difference in every seed: {'; '.join(f'{c.point!r} and {c.other!r}' for c in same)}. "
-            f"Either {why}, or the seeds have no effect."
-        )
-    if mixed := verdicts.mixed_orders(compared):
-        yield f"Runs with equal seed saw the data in different orders (seeds {_numbers(mixed)}): not paired."
-
-
-def _numbers(seeds: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(seeds))) or "none"
-
-
-def _survivors(point: Point) -> str:
-    total, count = len(point.comparison), sum(run.status == "diverged" for run in point.comparison)
-    if not count:
-        return ""
-    if count == total:
-        said = "with every seed: no comparison shows how bad it is at its learning rate."
-    else:
-        said = (
-            f"with {count} of {_seeds(total)}. The seeds that survived flatter it, so that nothing is "
-            "concluded in its favour."
-        )
-    return f"{point.label!r} diverged {said}"
-
-
-def _tuning_warnings(facts: Facts, points: Sequence[str], tuning: Mapping[str, Tuning]) -> Iterator[str]:
-    """Yields reasons why the learning rates of the comparison may be unfair to one of `points`."""
-    if facts.tuning == "none":
-        yield (
-            "The learning rate was not tuned: a point that looks better may only suit the given rate better."
-        )
-    if facts.tuning in ("grid", "fitted") and (untuned := [point for point in points if point not in tuning]):
-        names = " and ".join(map(repr, untuned))
-        yield f"No tuning run was made for {names}: the learning rate may not suit it."
-    if edges := [repr(point) for point, search in tuning.items() if search.at_edge]:
-        yield (
-            f"The best learning rate of {' and '.join(edges)} lies at the edge of those tried: a better one "
-            "may lie beyond, and the comparison is unfair to it."
-        )
-    bent = [repr(p) for p, t in tuning.items() if t.best and t.fitted is None and not t.at_edge]
-    if facts.tuning == "fitted" and bent:
-        names = " and ".join(bent)
-        yield f"No interior optimum was fitted to the learning rates of {names}: the best one tried is used."
-    for point, search in tuning.items() if facts.tuning == "grid" else ():
-        if search.best is not None and search.chosen != search.best:
-            yield (
-                f"{point!r} was compared at learning rate {search.chosen:.3g}, but {search.best:.3g} was "
-                "better in tuning."
-            )
