@@ -265,8 +265,6 @@ def test_the_error_of_a_rate_costs_in_the_measure_that_is_compared():
 def test_a_rate_that_is_not_fitted_is_unsure_by_a_step_of_the_grid():
     rng = np.random.default_rng(2)
     trials = parabolas((-7.3, -7.0), rng) | {"falling": {2.0**x: [4 - 0.3 * x] for x in range(-9, -4)}}
-        "flat": {2.0**x: [3 - 0.02 * (x + 7) ** 2] for x in (-8, -7, -6)}
-    }
     found, fit = tuning_searches(points_of(tuning_runs(trials, "completep"))), fit_rates(trials)
     assert (found["falling"].fitted, found["falling"].se) == (None, None)
     assert found["falling"].excess == pytest.approx(fit.curvature)  # the next rate is an octave away
