@@ -59,6 +59,17 @@ def test_answer_in_words_has_the_size_of_what_was_found():
     assert "cannot be judged" in answer.in_words(study({"a": 5.5, "b": 5.4}, [["b", "a"]]))  # above a trigram
 
 
+def test_answer_in_words_names_the_only_parameterization():
+    """At the base shape there is none to name, as all are one there."""
+    for base, said in (
+        ({}, "; under mup alone)."),
+        ({"base_depth": 4, "base_width": 128}, "in perplexity)."),
+    ):
+        model = {**make_record().config["model"], "parameterization": "mup", **base}
+        config = {**make_record().config, "model": model}
+        assert answer.in_words(study({"a": 3.5, "b": 3.4}, [["b", "a"]], config=config)).endswith(said)
+
+
 def test_labels_of_two_numbers_are_explained_only_where_the_configs_agree():
     heads = {"num_heads": 8, "num_kv_heads": 4}
     records = [make_record(depth=depth, pairs=[]) for depth in (2, 4)]

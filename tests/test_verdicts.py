@@ -393,6 +393,37 @@ def test_more_seeds_than_planned_are_judged_by_a_confidence_sequence():
     assert found[8].comparisons[0].difference.low < fixed.low
 
 
+@pytest.mark.parametrize(
+    ("power", "said"), [(0.29, "of 29%:"), (0.002, "of less than 1%:"), (0.9, ""), (None, "")]
+)
+def test_a_plan_that_could_not_show_equality_is_said(power, said):
+    plan = {"seeds": 5, "pairs": 1, "sd": 0.02, "power": power, "control": False}
+    found = verdict(study({2: 3.5, 4: 3.5}, pairs=[PAIRS[0]], margin=1e-4, plan=plan))
+    assert [c.word for c in found.comparisons] == ["cannot tell"]
+    assert ("By the plan" in found.sentence) == bool(said)
+    assert said in found.sentence
+
+
+def test_a_comparison_off_the_fitted_rate_is_said():
+    """A study that went on after its first comparisons fits the rates again, to more runs."""
+    rates = (0.0023, 0.0026)  # the parabola of `make_tuning` has its minimum at 0.002
+    for rate, octaves in zip(rates, ("+0.20", "+0.38"), strict=True):
+        records = [
+            dataclasses.replace(r, tuning="fitted", nuisance=["optimizer.learning_rate"])
+            for r in study({2: 3.6, 4: 3.5}, pairs=[PAIRS[0]])
+        ]
+        assert not any("another rate" in warning for warning in verdict(records).warnings)
+        records = [
+            r
+            if r.phase == "tuning"
+            else dataclasses.replace(
+                r, config=r.config | {"optimizer": {**r.config["optimizer"], "learning_rate": rate}}
+            )
+            for r in records
+        ]
+        assert any(f"by {octaves} octaves" in warning for warning in verdict(records).warnings)
+
+
 def test_unstable_runs_are_counted_and_stay():
     records = study({2: 3.6, 4: 3.5}, pairs=[PAIRS[0]])
     quiet = [
