@@ -201,3 +201,18 @@ def test_a_slope_of_what_bends_has_no_interval():
     page = str(shape_page.sections(dataclasses.replace(found, trends=[bent, straight]), []))
     assert "1 of 2 differences bend" in page
     assert "['+0.1234', '+0.1234 [+0.1134, +0.1334]']" in page
+    said = shape_page.answer(dataclasses.replace(found, trends=[bent, straight]))
+    assert said.startswith("On average over horizons that differ, ")
+
+
+def test_what_is_sure_is_listed_by_cell():
+    found = findings_of(records_of(study(grid(("33k",), (2, 8, 32), None))), resamples=4)
+    of = [d for d in found.differences if d.label == found.differences[0].label]
+    sure = [
+        dataclasses.replace(d, mean=mean, half_width=0.1)
+        for d, mean in zip(of, (-0.2, 0.2, 0.05), strict=True)
+    ]
+    label = f"{of[0].label} ({of[0].row})"
+    assert shape_page.signs(dataclasses.replace(found, differences=sure)) == [
+        (label, ["33k_2"], ["33k_8"], ["33k_32"])
+    ]

@@ -45,6 +45,7 @@ def sections(found: Findings, images: Sequence[Image]) -> list[Section]:
         ("", [answer(found)]),
         ("Read this first", [warnings(found)]),
         ("In short", [summary(found)]),
+        ("Cell by cell", _signs(found)),
         ("Against the horizon", [*shown("differences"), *_trends(found)]),
         ("Against the aspect ratio", shown("aspects")),
         ("What a repeat is worth", [*shown("repeats"), *_worth(found)]),
@@ -105,6 +106,8 @@ def answer(found: Findings) -> str:
             else "the best width over layers is not determined"
         )
     said = " and ".join(parts)
+    if parts and _bent(found):
+        said = f"on average over horizons that differ, {said}"
     return f"{said[:1].upper()}{said[1:]}." if parts else summary(found)[0]
 
 
@@ -124,6 +127,34 @@ def summary(found: Findings) -> list[str]:
             inside = f" [{low:.2f}, {high:.2f}]; {shape_figures.PUBLISHED} of arXiv 2604.21106 is {where}"
         said.append(f"A repeat, {name}: phi = {phi:.2f}{inside}.")
     return [*said, *_bends(found), best_form(found)]
+
+
+def signs(found: Findings) -> list[tuple[str, list[str], list[str], list[str]]]:
+    """For each design: where it is surely better than what it is compared with, surely worse, and neither.
+
+    Sure is a difference whose band, which holds for all differences of the study at once, excludes 0.
+    """
+    rows: dict[str, tuple[list[str], list[str], list[str]]] = {}
+    for d in found.differences:
+        if d.cell.arm == found.arms[0]:
+            better, worse, neither = rows.setdefault(f"{d.label} ({d.row})", ([], [], []))
+            is_sure = d.half_width is not None and abs(d.mean) > d.half_width
+            (neither if not is_sure else better if d.mean < 0 else worse).append(d.cell.preset)
+    return [(label, *of) for label, of in rows.items()]
+
+
+def _signs(found: Findings) -> list[Block]:
+    rows = signs(found)
+    if not rows:
+        return []
+    columns: Columns = {"design": [label for label, *_ in rows]}
+    for place, word in enumerate(("better at", "worse at", "neither at"), 1):
+        columns[word] = [", ".join(row[place]) for row in rows]
+    return [
+        "Where each design is surely better or worse than what it is compared with: where its band, which "
+        "holds for all differences of the study at once, excludes 0.",
+        columns,
+    ]
 
 
 def _bent(found: Findings) -> list[Trend]:
