@@ -151,6 +151,7 @@ def test_a_study_that_has_just_begun_is_reported_as_far_as_it_goes(cells, says):
         "The records do not allow a law yet",
         "The best width over layers",
         "A block used twice counts as",
+        "On average over horizons that differ, a block used twice counts as",
     )
     assert shape_page.answer(found).startswith(begins)
     assert (images[0] is None) == (len(cells) == 1)
