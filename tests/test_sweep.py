@@ -867,18 +867,35 @@ def test_paper_presets_have_the_papers_parameter_counts():
         assert round(accounting.parameters(config.model).as_printed / 1e6, 1) == expected
 
 
-def test_controls_of_equal_flops_cost_what_the_shared_designs_do():
-    for cell in shape_laws.CELLS:
-        rows = dict(zip(shape_laws.study(cell).labels, shape_laws.sweep(cell), strict=True))
-        for label in (label for label in rows if label.endswith(", equal FLOPs")):
-            long, shared = (rows[name] for name in (label, label.replace(", equal FLOPs", " immediate")))
-            cost = [
-                config.train.steps * accounting.train_flops_per_token(config.model, 256)
-                for row in (long, shared)
-                for config in [from_config_dict(base.update(shape_laws.get_config(cell), row))]
-            ]
-            steps = shared["train.steps"]
-            assert cost[0] / cost[1] == pytest.approx(1, abs=0.0005 + 0.5 / steps)
+@pytest.mark.parametrize(
+    ("config", "preset"),
+    [*((shape_laws, cell) for cell in shape_laws.CELLS), (layer_sharing, "tiny"), (layer_sharing, "small")],
+)
+def test_controls_of_equal_flops_cost_what_the_shared_designs_do(config, preset):
+    rows = dict(zip(config.study(preset).labels, config.sweep(preset), strict=True))
+    longer = [label for label in rows if label.endswith(", equal FLOPs")]
+    assert longer
+    for label in longer:
+        twice = label.replace(", equal FLOPs", " immediate").removeprefix("none ")
+        runs = [
+            from_config_dict(base.update(config.get_config(preset), rows[name])) for name in (label, twice)
+        ]
+        long, shared = (
+            of.train.steps * accounting.train_flops_per_token(of.model, of.data.sequence_length)
+            for of in runs
+        )
+        assert long / shared == pytest.approx(1, abs=0.0005 + 0.5 / runs[1].train.steps)
+
+
+def test_sharing_has_as_many_blocks_as_layers_beside_it():
+    for preset, label in (("tiny", "6 blocks"), ("small", "16 blocks")):
+        rows = dict(zip(layer_sharing.study(preset).labels, layer_sharing.sweep(preset), strict=True))
+        deep, shared = (
+            from_config_dict(base.update(layer_sharing.get_config(preset), rows[name])).model
+            for name in (label, "immediate")
+        )
+        assert deep.plan == tuple(range(shared.effective_depth))
+        assert ("immediate", label) in layer_sharing.study(preset).pairs
 
 
 def test_a_config_file_alone_says_how_to_run_it():
@@ -891,6 +908,7 @@ def test_points_start_in_the_order_of_their_seconds():
     """By FLOPs alone, eight thin blocks would be the cheapest, start last and leave a core idle."""
     studies = ("depth_vs_width", "layer_sharing")
     points = [p for s in studies for p in points_of(f"configs/{s}.py:tiny", {}, None, (), ["completep"])]
+    points = [point for point in points if not point.facts["plan"]["control"]]  # nobody timed these
     names = [point.name.split("/")[-1] for point in sorted(points, key=lambda point: -point.cost)]
     assert set(names[:3]) == {"immediate", "repeat_all", "reverse"}  # 120 to 135 s on a core
     assert names[3:] == ["8-x-32", "4-x-48", "none", "2-x-64", "1-x-96"]  # 83, 64, 68, 58 and 54 s
