@@ -1,9 +1,10 @@
 """The answer of a study in words, and the names of small twins of published models."""
 
 import dataclasses
+import re
 
 import pytest
-from test_results import make_record
+from test_results import make_record, make_tuning
 
 from mobilellm_jax.analysis import answer, twins
 from mobilellm_jax.analysis.study import study_of
@@ -68,6 +69,31 @@ def test_answer_in_words_names_the_only_parameterization():
         model = {**make_record().config["model"], "parameterization": "mup", **base}
         config = {**make_record().config, "model": model}
         assert answer.in_words(study({"a": 3.5, "b": 3.4}, [["b", "a"]], config=config)).endswith(said)
+
+
+def test_designs_of_different_size_are_not_ranked_where_rates_are_the_question():
+    """The answer is how the best rate moves; without a search, there is no such answer."""
+    changes = {"matched": "tokens", "tuning": "fitted", "pairs": [["8 x 128", "2 x 128"]]}
+    records = [
+        run
+        for depth, best in ((2, 4e-3), (4, 2.8e-3), (8, 2e-3))
+        for run in (
+            *make_tuning(depth=depth, best=best, score=4 - 0.1 * depth, **changes),
+            *(
+                make_record(
+                    depth=depth, seed=s, score=4 - 0.1 * depth + NOISE[(s + depth // 2) % 4], **changes
+                )
+                for s in range(4)
+            ),
+        )
+    ]
+    said = answer.in_words(study_of(records))
+    assert re.match(
+        r"The best learning rate moves by -0\.[45]\d \[.*\] octaves for each doubling of depth", said
+    )
+    assert "better" not in said
+    ranked = answer.in_words(study_of([run for run in records if run.phase == "comparison"]))
+    assert "better" in ranked
 
 
 def test_labels_of_two_numbers_are_explained_only_where_the_configs_agree():

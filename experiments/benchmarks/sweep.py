@@ -2,7 +2,8 @@
 
 The overhead is start-up, compilation, evaluation, checkpoints, records and figures; the compilation cache is
 empty at the start, but the data are prepared. Several points run at the same time, one for each core, so
-training time is summed over the processes and compared with wall time times processes.
+training time is summed over the processes and compared with wall time times processes. What the protocol
+costs, fits of rates and tests with their intervals, is the time to analyse the records once more.
 """
 
 import os
@@ -15,6 +16,7 @@ from experiments.runner.flags import DEFAULT_STUDY
 from experiments.runner.studies import points_of
 from mobilellm_jax import data
 from mobilellm_jax.analysis.records import read_records
+from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.training import signals
 
 
@@ -45,6 +47,10 @@ def measure(quick: bool) -> list[m.Line]:
             raise subprocess.CalledProcessError(status, process.args)
         wall_s = time.perf_counter() - start
         records = read_records(workdir / "results")
+    start = time.perf_counter()
+    for preset in {record.preset for record in records}:
+        study_of([record for record in records if record.preset == preset])
+    protocol_s = time.perf_counter() - start
     points = len({record.point for record in records})
     side_by_side = min(cores, points)
     train_s = sum(record.own_train_s for record in records)
@@ -59,4 +65,5 @@ def measure(quick: bool) -> list[m.Line]:
         m.Line("not training steps, share of wall time", "%", (100 * (1 - train_s / all_s),), at_most=15),
         m.Line("of it compilation", "%", (100 * compile_s / all_s,)),
         m.Line(f"of it outside of {evaluate}", "%", (100 * (1 - run_s / all_s),)),
+        m.Line("fits, tests and intervals, share of wall time", "%", (100 * protocol_s / wall_s,), at_most=5),
     ]

@@ -17,7 +17,7 @@ from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.records import span
 from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.verdicts import Comparison
-from mobilellm_jax.analysis.wording import format_bound, join
+from mobilellm_jax.analysis.wording import format_bound, join, sole_arm
 from mobilellm_jax.storage.files import AnyPath
 
 TITLE = "Which shape learns what: designs of equal size on generated data"
@@ -48,7 +48,7 @@ def write(
         texts = beside_text.lines(of_size, studies)
         links = Links([(ability, f"{quote(study.stem)}.md", "") for ability, study in of_size.items()])
         sections: list[Section] = [
-            ("", [f"{title}."]),
+            ("", [f"{title}.", *_arms(of_size.values())]),
             ("All abilities", [found, *images, _NOTE, columns, regimes]),
             ("Does it predict text?", [beside_text.NOTE, texts] if texts else []),
             ("The report of each ability", [links]),
@@ -57,6 +57,12 @@ def write(
         lines = [f"- {sentence}" for sentence in found]
         said.append("\n".join([TITLE, "", *lines, "", f"Report: {path}.html"]))
     return said
+
+
+def _arms(studies: Iterable[Study]) -> list[str]:
+    """Names the only parameterization of the studies; [] where there are several, or all are one."""
+    arms = {sole_arm(study.points) for study in studies}
+    return [f"Under {name} alone: another parameterization may say otherwise." for name in arms if name]
 
 
 def save(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.verdicts import Comparison
-from mobilellm_jax.analysis.wording import format_bound, format_score, join, sole_arm
+from mobilellm_jax.analysis.wording import format_bound, format_drift, format_score, join, sole_arm
 
 _MOST = 3  # names or findings in one sentence
 # Fields that labels of two numbers, "4 x 48", may stand for.
@@ -20,8 +20,11 @@ _READ = (
 def answer(study: Study) -> str:
     """The finding in one short sentence without a full stop.
 
-    Where there are several parameterizations, only what they agree on is a finding.
+    Where there are several parameterizations, only what they agree on is a finding. Designs that share no
+    budget are not to be ranked: their study is about how the best learning rate moves.
     """
+    if _is_of_rates(study):
+        return "; ".join(map(format_drift, study.verdict.drifts))
     found = _findings(study)
     if not found:
         return _without_pairs(study)
@@ -35,7 +38,8 @@ def in_words(study: Study) -> str:
     """The answer with its size, and whether it can be an answer at all: one paragraph."""
     said = answer(study)
     arm = sole_arm(study.points) if study.verdict.comparisons else ""
-    notes = "; ".join(filter(None, [_sizes(study), f"under {arm} alone" if arm else ""]))
+    sizes = "" if _is_of_rates(study) else _sizes(study)
+    notes = "; ".join(filter(None, [sizes, f"under {arm} alone" if arm else ""]))
     blind = any(of.above_trigram or of.is_flat for of in study.verdict.regimes.values())
     parts = [f"{said} ({notes})." if notes else f"{said}."]
     if blind:
@@ -63,6 +67,10 @@ def labels(study: Study) -> str:
         if pairs and known == pairs:
             return f"Read {next(iter(pairs))!r} as {meaning}."
     return ""
+
+
+def _is_of_rates(study: Study) -> bool:
+    return study.facts.matched == "tokens" and bool(study.verdict.drifts)
 
 
 def _findings(study: Study) -> list[tuple[str, str, str]]:

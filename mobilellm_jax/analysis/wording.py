@@ -117,18 +117,21 @@ def sentence(
             *_counted(comparisons, _findings(comparisons, facts.metric)),
             *_grounds(families, noise, facts),
         ]
-    parts += map(_drift, drifts)
+    parts += [f"{format_drift(drift)}." for drift in drifts]
     if scores and seeds_vary != "nothing":
         parts.append(f"Seeds change {seeds_vary}.")
     return " ".join([*parts, failures(points, "comparison")]).strip()
 
 
-def _drift(drift: Drift) -> str:
+def format_drift(drift: Drift) -> str:
+    """How the best learning rate moves along a line of the study's figure, without a full stop."""
     line = f" ({drift.series})" if drift.series else ""
-    low, high = (f"{x:.6g}" for x in drift.span)
+    start, end = (f"{x:.6g}" for x in drift.span)
+    octaves = (drift.octaves, drift.low, drift.high, drift.total)
+    by, low, high, total = (f"{round(x, 2) + 0.0:+.2f}" for x in octaves)  # no -0.00
     return (
-        f"The best learning rate{line} moves by {drift.octaves:+.2f} [{drift.low:+.2f}, {drift.high:+.2f}] "
-        f"octaves for each doubling of {drift.label}, {drift.total:+.2f} from {low} to {high}."
+        f"The best learning rate{line} moves by {by} [{low}, {high}] octaves for each doubling of "
+        f"{drift.label}, {total} from {start} to {end}"
     )
 
 
