@@ -194,6 +194,19 @@ def test_arms_have_to_agree(gaps, word):
     assert missing.word == ("disagree" if word == "disagree" else "cannot tell")  # x3 has no records
 
 
+def test_counted_shapes_that_the_paper_does_not_cover_are_named():
+    runs = [
+        make_record(depth=depth, point=label, seed=seed, pairs=[["x2", "x1"]], study="repeats")
+        for depth, label in ((16, "x1"), (32, "x2"))
+        for seed in range(3)
+    ]
+    again = section(
+        claims.page([study_of(runs)]),
+        "Applying every block two to four times in a row is better than once.",
+    )
+    assert "Width over layers outside of the paper's 6 to 320: x2 4." in again  # 128 / 32; x1 has 8
+
+
 def test_the_same_runs_are_not_counted_twice():
     """Nor are those whose rates differ because each study fitted its own."""
 

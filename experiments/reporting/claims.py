@@ -8,7 +8,15 @@ from math import hypot
 
 from experiments.reporting import judging, literature, paper_tables
 from experiments.reporting.judging import Claim, Judgement
-from experiments.reporting.tables import ASPECTS, Columns, markdown_table, plain, quantity
+from experiments.reporting.tables import (
+    ASPECTS,
+    Columns,
+    aspect_ratio,
+    is_outside,
+    markdown_table,
+    plain,
+    quantity,
+)
 from mobilellm_jax.analysis.facts import have_base_shape
 from mobilellm_jax.analysis.records import span
 from mobilellm_jax.analysis.study import Study
@@ -246,6 +254,11 @@ def _ours(found: Judgement, study: Study, again: list[str]) -> str:
     if found.outside:
         shapes = "; ".join(_finding(c, facts.metric) for c in found.outside)
         parts.append(plain(f"Not counted, of shapes that the paper does not cover: {shapes}."))
+    names = dict.fromkeys(name for c in found.counted for name in (c.point, c.other))
+    if far := [name for name in names if is_outside(study.points[name])]:
+        low, high = ASPECTS
+        ratios = ", ".join(f"{name} {aspect_ratio(study.points[name]):.3g}" for name in far)
+        parts.append(plain(f"Width over layers outside of the paper's {low} to {high}: {ratios}."))
     if again:
         parts.append(plain(f"The same design, data and seeds: {'; '.join(again)}."))
     return (
