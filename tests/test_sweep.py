@@ -129,6 +129,10 @@ def test_every_point_is_tuned_and_then_judged_on_other_seeds(tuned_study, tmp_pa
     assert seeds.isdisjoint({(0, 0), (1, 1)})
     assert {r.tuning for r in records} == {"fitted"}
     assert [r.config["train"]["eval_every"] for r in tuning] == [r.config["train"]["steps"] for r in tuning]
+    assert {(r.phase, r.setting("train.eval_split")) for r in records} == {
+        ("tuning", "tuning"),
+        ("comparison", "valid"),
+    }
     assert not [warning for warning in study_of(records).verdict.warnings if "eval_every" in warning]
 
 
