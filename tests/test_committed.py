@@ -8,6 +8,7 @@ import pytest
 
 from experiments.reporting import abilities, beside_paper, claims, figures, second_use, tables
 from mobilellm_jax.analysis.records import by_study, read_records
+from mobilellm_jax.analysis.statistics import decide
 from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.storage import sealed
 
@@ -20,6 +21,25 @@ def test_every_record_has_a_seal():
     paths = sorted(RESULTS.rglob("*.json"))
     assert len(paths) >= 3400
     assert not [path for path in paths if sealed.SEAL not in json.loads(path.read_bytes())]
+
+
+def test_under_completep_eight_thin_blocks_and_two_wide_ones_differ_by_less_than_the_noise():
+    """At 328 thousand parameters, each at its best rate. Two seeds show no more: +-0.057."""
+    scores: dict[str, dict[int, float]] = {}
+    ends = {}
+    for preset in ("depth_completep", "width_completep"):
+        for run in read_records(RESULTS / "lr_transfer" / preset):
+            if run.phase == "comparison":
+                scores.setdefault(f"{preset}: {run.point}", {})[run.seed] = run.loss
+                ends[f"{preset}: {run.point}"] = run
+    pair = ("depth_completep: 8 x 64", "width_completep: 2 x 128")
+    deep, wide = (ends[label] for label in pair)
+    assert deep.parameters["non_embedding"] == pytest.approx(wide.parameters["non_embedding"], rel=2e-3)
+    assert (deep.tokens_seen, deep.data["source_sha256"]) == (wide.tokens_seen, wide.data["source_sha256"])
+    difference = decide(scores, [pair], 0.05)[0].difference
+    assert difference.mean == pytest.approx(-0.005, abs=5e-4)
+    assert abs(difference.mean) < difference.se
+    assert (difference.low, difference.high) == pytest.approx((-0.062, 0.052), abs=1e-3)
 
 
 @pytest.fixture(scope="module")
