@@ -66,10 +66,11 @@ def protocol(
     fit = fit_rates(trials)
     rates = [float(f"{optimum.rate:.3g}") for optimum in fit.optima.values()]  # as `rates.fitted` rounds them
     picked = [best_learning_rate({rate: of[0] for rate, of in tried.items()}) for tried in trials.values()]
-    terms = {
-        label: fit.curvature * optimum.se**2
+    cost = max(fit.curvature or 0.0, 0.0)
+    terms = {  # as in `tuning_searches`; the rates tried are an octave apart
+        label: cost * (1.0 if optimum.se is None else optimum.se**2)
         for label, optimum in fit.optima.items()
-        if fit.curvature is not None and optimum.se is not None
+        if optimum.se is not None or not optimum.interior
     }
     own, common = rng.normal(size=(points, seeds)), rng.normal(size=seeds)
     noise = sd[:, np.newaxis] * (math.sqrt(1 - correlation) * own + math.sqrt(correlation) * common)
@@ -100,9 +101,9 @@ def paired_t(differences: np.ndarray) -> np.ndarray:
     return np.abs(differences.mean(axis=1)) / se
 
 
-# Of 1,500 A/A pairs, 5.9 % (3 seeds), 4.6 % (5) and 4.5 % (8) are called different. Picking the best rate
+# Of 1,500 A/A pairs, 5.9 % (3 seeds), 4.5 % (5) and 4.5 % (8) are called different. Picking the best rate
 # tried and pairing the seeds, as was done before, called 8.1 %, 15.1 % and 20.4 % different; of 500 families
-# of four, all pairs, 6.8 %, 17.4 % and 24.6 %, where now it is 5.2 %, 6.8 % and 4.6 %.
+# of four, all pairs, 6.8 %, 17.4 % and 24.6 %, where now it is 4.8 %, 6.0 % and 4.0 %.
 @pytest.mark.parametrize(("points", "seeds", "count"), [(2, 5, 500), (4, 5, 150)], ids=["pair", "family"])
 def test_equal_designs_with_tuned_rates_are_called_different_in_5_percent(points, seeds, count):
     rng, pairs = np.random.default_rng(2), all_pairs(points)
@@ -127,8 +128,8 @@ SIZES = {
     "14 x 3": (14, 3, pairs_of_shape_laws()),
 }
 WORLDS = {  # spread of the curvatures, correlation of the seeds, bounds of the share called different
-    "one curvature": (0.0, 0.0, 0.01, 0.07),
-    "curvatures as in the records": (CURVATURES_SD, 0.0, 0.02, 0.08),
+    "one curvature": (0.0, 0.0, 0.005, 0.07),
+    "curvatures as in the records": (CURVATURES_SD, 0.0, 0.02, 0.07),
     "curvatures twice as different": (2 * CURVATURES_SD, 0.0, 0.02, 0.25),  # one parabola does not fit them
     "seeds as in the records": (0.0, 0.19, 0.0, 0.07),  # they are not paired
 }
