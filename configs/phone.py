@@ -1,7 +1,7 @@
 """From a text to a model that calls APIs, in two runs: docs/tutorials/phone.md.
 
   python -m experiments.train --config=configs/phone.py:text --workdir=runs/text \
- --config.data.source=files:novels_train.jsonl
+ --config.data.source=files:novels_train.jsonl.xz
   python -m experiments.train --config=configs/phone.py:calls --workdir=runs/phone
 
 `text` trains a base model of 160 thousand parameters on any text; `calls` goes on from it, in runs/text, on

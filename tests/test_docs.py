@@ -1,6 +1,7 @@
 """The documentation: links lead somewhere, commands exist, numbers are those of records, tutorials run."""
 
 import json
+import lzma
 import math
 import os
 import re
@@ -341,7 +342,7 @@ def test_tutorials_run(page, tmp_path):
     python.write_text(SHORT.replace("FIELDS", fields).replace("PYTHON", sys.executable))
     python.chmod(0o755)
     texts = [json.dumps({"text": text}) for text in topics.values()]  # in place of a reader's own
-    (tmp_path / "novels_train.jsonl").write_text("\n".join(texts))
+    (tmp_path / "novels_train.jsonl.xz").write_bytes(lzma.compress("\n".join(texts).encode()))
     environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
     environment = {
         name: value for name, value in environment.items() if name not in ("PYTHONPATH", "XLA_FLAGS")
