@@ -37,8 +37,8 @@ class Study:
         purpose, and only the number of training tokens is equal.
       latency: table of `experiments.latency` that `decode_ms` and `prefill_ms` are predicted from, a file in
         this checkout, "<file>:<type of weights>" for another type than the compute dtype.
-      tolerance: largest difference in it, as a fraction.
-      controls: designs that lie outside that budget on purpose.
+      tolerance: largest difference in the budget of `matched`, as a fraction.
+      controls: designs that lie outside the budget of `matched` on purpose.
       arms: parameterizations (name -> overrides) that every design is run under; {}: the config's alone.
       makes: the commands that make the runs its points learn or start from, by directory; these have to be
         there first.
@@ -49,7 +49,7 @@ class Study:
         "error" (share of rows that are not all right), "wrong" (of answers, as a mean over levels),
         "wrong_calls" (share of API calls that are not right),
         "log_divergence" (structure) or "forgotten" (share of bits not stored: knowledge).
-      margin: the smallest difference in it that matters.
+      margin: the smallest difference in `metric` that matters.
       baseline: label of the point that the others are compared with; None compares all pairs.
       pairs: compares these pairs of labels only.
       x, x_label: field on the figure's x axis; None draws the points as categories.

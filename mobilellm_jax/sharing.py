@@ -138,6 +138,11 @@ def layer_plan(sharing: str, depth: int, num_repeats: int) -> LayerPlan:
             f"model.sharing: unknown strategy {sharing!r}; {did_you_mean(sharing, STRATEGIES)} "
             "(or an explicit plan of block indices, such as '0 1 2 1 2 3')"
         )
+    if len(words) > MAX_LAYERS:
+        raise UserError(
+            f"model.sharing: a plan of {len(words):,} layers is too long; "
+            f"at most {MAX_LAYERS:,} can be applied"
+        )
     plan = tuple(int(word) for word in words)
     if num_repeats != 1:
         raise UserError(

@@ -204,6 +204,12 @@ def no_training(monkeypatch):
             {"model.vocab_size": 272},
             r"vocab_size is 264 there and 272 .*train\.resize_embedding=true",
         ),
+        (
+            "first",
+            {"model.vocab_size": 272, "model.width": 32},
+            r"vocab_size is 264 there and 272 here; model\.width is 24 there and 32 here; use its values, "
+            r"which --config=configs/finetune\.py:.*first does$",
+        ),
         ("bpe", {}, r"another tokenizer than data\.tokenizer='bytes' .*:.*bpe/tokenizer/tokenizer\.json, or"),
         ("unknown", {}, r"unknown keeps no tokenizer to compare data\.tokenizer='bytes' with"),
         ("unknown", {"train.resume_optimizer": True}, r"unknown was imported, without an optimizer state"),

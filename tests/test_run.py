@@ -45,6 +45,7 @@ from mobilellm_jax.runs.run import (
 )
 from mobilellm_jax.storage.checkpoint import Checkpoints
 from mobilellm_jax.storage.sealed import seal
+from mobilellm_jax.training import loop
 from mobilellm_jax.training.loop import Outcome
 
 
@@ -276,6 +277,45 @@ def test_runs_judged_on_tuning_documents_have_no_floor(tmp_path):
     prepared = data.prepare(config.data, 258)
     assert _floor_fields(config, prepared) is not None
     assert _floor_fields(tiny_config(**fields, **{"train.eval_split": "tuning"}), prepared) is None
+
+
+def test_more_tokens_than_the_limit_have_no_floor_and_that_is_said(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some words, and some more of them; " * 60)
+    fields = {
+        "model.vocab_size": 258,
+        "data.source": f"files:{tmp_path}/a.txt",
+        "data.tokenizer": "bytes",
+        "data.cache_dir": str(tmp_path / "cache"),
+    }
+    config, said = tiny_config(**fields), []
+    prepared, t = data.prepare(config.data, 258), config.train
+    tokens = min(t.steps * t.batch_size, prepared.num_rows("train")) * LENGTH
+    monkeypatch.setattr("mobilellm_jax.data.ngrams.MOST_TOKENS", tokens)
+    assert _floor_fields(config, prepared, said.append) is not None
+    assert said == []
+    monkeypatch.setattr("mobilellm_jax.data.ngrams.MOST_TOKENS", tokens - 1)
+    assert _floor_fields(config, prepared, said.append) is None
+    assert said == [f"no n-gram floor: {tokens:,} tokens of training, counted are at most {tokens - 1:,}"]
+
+
+def test_what_was_opened_is_closed_where_a_run_cannot_start(tmp_path, monkeypatch):
+    closed = []
+
+    def fail(*_):
+        raise UserError("the log: no space left")
+
+    monkeypatch.setattr(loop, "Progress", fail)
+    monkeypatch.setattr(Checkpoints, "close", lambda self: closed.append(self))
+    (tmp_path / "a.txt").write_text("some words, and some more of them; " * 60)
+    fields = {
+        "model.vocab_size": 258,
+        "data.source": f"files:{tmp_path}/a.txt",
+        "data.tokenizer": "bytes",
+        "data.cache_dir": str(tmp_path / "cache"),
+    }
+    with pytest.raises(UserError, match="no space left"):
+        run(tiny_config(**fields, **{"mesh.data": 8}), tmp_path / "run", make_record)
+    assert len(closed) == 1
 
 
 def test_a_config_whose_digits_changed_is_refused_and_one_without_a_seal_is_read(tmp_path):

@@ -42,6 +42,7 @@ def test_plan(sharing, depth, num_repeats, plan):
         ("0, 1", 2, 1, "model.sharing", ["'0, 1'"]),
         ("0 1 3", 3, 1, "model.sharing", ["'0 1 3'", "from 0 to 2", "model.depth=3"]),
         ("0 2", 3, 1, "model.sharing", ["'0 2'", "from 0 to 2"]),
+        ("0 " * 10_001, 1, 1, "model.sharing", ["10,001 layers", "at most 10,000"]),
     ],
 )
 def test_refusal(sharing, depth, num_repeats, field, parts):

@@ -28,6 +28,7 @@ from mobilellm_jax.config import MeshConfig
 from mobilellm_jax.errors import Preempted, UserError
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.runs import run as runs
+from mobilellm_jax.runs.teacher import open_teacher
 from mobilellm_jax.storage.checkpoint import Checkpoints
 from mobilellm_jax.training import memory
 from mobilellm_jax.training.loop import Trial, train, train_together
@@ -157,7 +158,7 @@ def test_interrupted_or_killed_while_some_had_saved_all_resume_bit_for_bit(tmp_p
 
 
 @pytest.mark.slow
-def test_with_a_teacher_all_learn_from_one_copy(tmp_path):
+def test_with_a_teacher_all_learn_from_one_copy(tmp_path, monkeypatch):
     given = [
         tiny_config(**{**FIELDS, **own, "train.teacher": str(tmp_path / "teacher"), "mesh.data": 8})
         for own in OWN[:2]
@@ -174,6 +175,17 @@ def test_with_a_teacher_all_learn_from_one_copy(tmp_path):
     assert {path.name for path in (tmp_path / "1").iterdir()} == {
         p.name for p in (tmp_path / "alone").iterdir()
     }
+
+    def trained_further(config, workdir, mesh):
+        found = open_teacher(config, workdir, mesh)
+        return dataclasses.replace(found, lineage={**found.lineage, "step": 5000 + int(workdir.name)})
+
+    monkeypatch.setattr(runs, "open_teacher", trained_further)
+    later = {at: runs.Asked(config, tmp_path / str(at + 2), asked) for at, config in enumerate(given)}
+    with pytest.raises(
+        UserError, match=r"^train\.teacher: the 2 runs .* \(step 5,002, step 5,003\); train them"
+    ):
+        runs.run_together(later, 2)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ class Record:
       documents: final held-out sums by document: {"nats", "targets"}; neighbours are joined where there are
         more than 500.
       floor: held-out loss of n-grams counted on the rows that the run was trained on: {"tokens", "unigram",
-        "bigram", "trigram" (nats per token)}.
+        "bigram", "trigram" (nats per token)}; None where it was not counted, as of very many tokens.
       measures: of a task: {"floor" (by name of a measure, its value where nothing was learned), "ceiling"
         (its best value), "levels": {"name", "level", "accuracy", "floor", "ceiling", "answers"}, lists by
         level of difficulty, or None without levels}. The measures themselves are in `evaluations`.

@@ -6,6 +6,7 @@ Letters: R rows of S = T + 1 tokens, V vocabulary. Contexts are the tokens of th
 import numpy as np
 from jaxtyping import Float, Int
 
+MOST_TOKENS = 100_000_000  # a run of more has no floor; in proportion, so many take 100 s and 6 GB
 VERSION = 1  # raise it when the same rows would give other losses
 _BUCKETS = 64
 

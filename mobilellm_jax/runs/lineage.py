@@ -227,14 +227,15 @@ def _check_model(name: str, there: ModelConfig, config: Config) -> None:
         old, new = (" ".join(map(str, plan)) for plan in (there.plan, m.plan))
         differ.append(f"the layer plan is {old} there and {new} here (model.sharing, model.num_repeats)")
     if differ:
-        resize = "; another vocabulary alone: train.resize_embedding=true" * ("model.vocab" in differ[0])
+        resize = "; another vocabulary alone: train.resize_embedding=true"
+        hint = resize * (len(differ) == 1 and there.vocab_size != m.vocab_size)
         others = [
             field for field in fields if field not in _GROWN and getattr(there, field) != getattr(m, field)
         ]
-        resize += "; other blocks alone: train.grow" * (not others)
+        hint += "; other blocks alone: train.grow" * (not others)
         raise UserError(
             f"train.init_from: {name} has another model: {'; '.join(differ)}; use its values, which "
-            f"--config=configs/finetune.py:{name} does{resize}"
+            f"--config=configs/finetune.py:{name} does{hint}"
         )
 
 

@@ -6,7 +6,7 @@ import datetime
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,10 @@ def check(config: Config) -> Mesh:
         still "auto", or the devices lack the kernel of attention.
     """
     m = config.model
+    valid = "a dtype by now; see `dtypes.with_dtype`"
+    rules.check(m.compute_dtype != "auto", "model.compute_dtype", m.compute_dtype, valid)
     if lack := attention_kernels.missing(m.attention, m.compute_dtype, m.head_dim):
         raise UserError(f"model.attention: {m.attention!r} needs {lack}; use 'auto'")
-    is_known, valid = config.model.compute_dtype != "auto", "a dtype by now; see `dtypes.with_dtype`"
-    rules.check(is_known, "model.compute_dtype", config.model.compute_dtype, valid)
     mesh = partition.make_mesh(config.mesh)
     partition.check_divisible(config, mesh)
     trained_model(config)
@@ -137,13 +137,14 @@ def run_together(runs: Mapping[int, Asked], count: int) -> dict[int, Record]:
 
     Raises:
       UserError, Interrupted, Preempted: as in `run`; or several runs differ in a field that changes the
-        program, or several processes share them.
+        program or in the checkpoint of their teacher, or several processes share them.
     """
     check_same_program([asked.config for asked in runs.values()])
     if count > 1 and jax.process_count() > 1:
         raise UserError(f"{count} runs in one program: expected 1 process, found {jax.process_count()}")
     known: dict[tuple[DataConfig, int], data.Dataset] = {}
     opened = {place: _open(asked, known) for place, asked in runs.items()}
+    _check_same_teacher(list(opened.values()))
     for of_run in opened.values():
         of_run.asked.say(StepLine.at(0.0, "compiling"))
     first = next(iter(opened.values()))
@@ -171,7 +172,7 @@ class _Opened:
         config, parent, prepared = self.asked.config, self.parent, self.prepared
         # The first rows of the data are those of the parent, where it used some up.
         own_rows = outcome.status == "finished" and not (parent and parent.lineage["first_batch"])
-        floor = _floor_fields(config, prepared) if own_rows else None
+        floor = _floor_fields(config, prepared, self.asked.say) if own_rows else None
         taught_by = self.teacher and self.teacher.as_field(config)
         lineage = {"parent": parent and parent.lineage, "teacher": taught_by}
         return self.asked.describe(**measured_fields(config, prepared.card, outcome), floor=floor, **lineage)
@@ -205,13 +206,38 @@ def _open(asked: Asked, known: MutableMapping[tuple[DataConfig, int], data.Datas
     return _Opened(asked, mesh, prepared, parent, teacher)
 
 
-def _floor_fields(config: Config, prepared: data.Dataset) -> dict[str, int | float] | None:
-    """`Record.floor` of a run; None for tasks, conversations, "tuning", and on other processes than 0."""
+def _check_same_teacher(opened: Sequence[_Opened]) -> None:
+    """Checks that all runs began with one checkpoint of their teacher, of which the program has one copy.
+
+    Raises:
+      UserError: they began with several; a run that resumes keeps its own, a new one takes the newest.
+    """
+    lineages = [of_run.teacher and of_run.teacher.lineage for of_run in opened]
+    if any(lineage != lineages[0] for lineage in lineages):
+        steps = ", ".join(f"step {lineage['step']:,}" for lineage in lineages if lineage)
+        raise UserError(
+            f"train.teacher: the {len(opened)} runs of one program began with different checkpoints of "
+            f"{opened[0].asked.config.train.teacher} ({steps}); train them one by one "
+            "(--trials_per_program=1)"
+        )
+
+
+def _floor_fields(
+    config: Config, prepared: data.Dataset, say: Callable[[str], None] = print
+) -> dict[str, int | float] | None:
+    """`Record.floor` of a run.
+
+    None for tasks, conversations, "tuning", more than `ngrams.MOST_TOKENS`, which is said, and on other
+    processes than 0.
+    """
     t = config.train
     skipped = t.eval_split == "tuning" or config.data.is_conversations or jax.process_index() > 0
     if skipped or not isinstance(prepared, data.PreparedData):
         return None
     seen, rows = t.steps * t.batch_size, prepared.num_rows("train")
+    if (tokens := min(seen, rows) * config.data.sequence_length) > ngrams.MOST_TOKENS:
+        say(f"no n-gram floor: {tokens:,} tokens of training, counted are at most {ngrams.MOST_TOKENS:,}")
+        return None
     # A whole epoch has the same rows with every seed.
     seed = t.data_seed if seen < rows else 0
     return _floor(prepared.directory, seed, min(seen, rows), t.eval_rows, t.eval_split)

@@ -206,7 +206,10 @@ def evaluate_batches(
 
 
 def scores(sums: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
-    """Computes loss (nats per token) and share of wrong rows (None for text) from what `eval_step` gives."""
+    """Computes loss (nats per token) and share of wrong rows from what `eval_step` gives.
+
+    The share is None where `eval_step` compares no answers: for text without calls.
+    """
     total = {name: math.fsum(np.asarray(batch[name], np.float64).sum() for batch in sums) for name in sums[0]}
     error = total["wrong"] / total["rows"] if "rows" in total else None
     return total["nats"] / total["targets"], error

@@ -47,7 +47,8 @@ class Outcome:
       train_s: seconds in training steps, summed over all resumptions, without evaluations and checkpoints.
       by_position, documents: of the last evaluation, see `held_out.by_position` and `by_document`; None for
         tasks and where the run diverged.
-      measures: of the last evaluation of a task, `Record.measures`; None for text and where the run diverged.
+      measures: of the last evaluation of a task or of API calls, `Record.measures`; None for other text and
+        where the run diverged.
       compile_s, wall_s: seconds since the last start or resumption: in compilation (near 0 if an earlier run
         had the same shape), and in total.
       trials: number of runs in the program, whose times are those of all.
@@ -136,8 +137,10 @@ class _Runs:
 
     Attributes:
       by_place: the runs, see `trials.py`.
+      programs: those of all runs, compiled.
       share: selects the rows of this process in a batch, see `partition.process_share`.
       teacher: its parameters, see `Programs`.
+      stops: has all processes stop after the same step, see `processes.StopVote`.
     """
 
     by_place: Mapping[int, _Run]
@@ -288,31 +291,36 @@ def _start(
     trials: Mapping[int, Trial], programs: Programs, mesh: Mesh, teacher: Teacher | None
 ) -> tuple[_Runs, TrainState]:
     """Restores the newest intact checkpoints or initializes the states; opens data, logs and schedules."""
-    checkpoints = {at: Checkpoints(trial.workdir / "checkpoints") for at, trial in trials.items()}
-    starts: dict[int, int] = {}
+    checkpoints, starts, runs = dict[int, Checkpoints](), dict[int, int](), dict[int, _Run]()
 
     def states() -> Iterator[tuple[int, TrainState]]:
         for at, trial in trials.items():
             starts[at], state = _first_state(trial, programs, checkpoints[at], mesh)
             yield at, state
 
-    state, share = stack(programs, states()), partition.process_share(mesh)
-    placed, stops = place_teacher(programs, teacher, mesh), processes.StopVote(mesh)
-    runs = {}
-    for at, trial in trials.items():
-        t, start = trial.config.train, starts[at]
-        first = start + (trial.origin.first_batch if trial.origin else 0)
-        runs[at] = _Run(
-            trial=trial,
-            checkpoints=checkpoints[at],
-            batches=trial.prepared.train_batches(
-                batch_size=t.batch_size, seed=t.data_seed, start_step=first, **share
-            ),
-            learning_rates=_learning_rates(trial.config.optimizer, t.steps),
-            loops=loops_of_steps(trial.config),
-            step=start,
-            progress=Progress(trial.config, trial.workdir, start, trial.say, at),  # last: it starts the clock
-        )
+    with contextlib.ExitStack() as closed:  # where an error comes before the last is open
+        for at, trial in trials.items():
+            checkpoints[at] = Checkpoints(trial.workdir / "checkpoints")
+            closed.callback(checkpoints[at].close)
+        state, share = stack(programs, states()), partition.process_share(mesh)
+        placed, stops = place_teacher(programs, teacher, mesh), processes.StopVote(mesh)
+        for at, trial in trials.items():
+            t, start = trial.config.train, starts[at]
+            first = start + (trial.origin.first_batch if trial.origin else 0)
+            runs[at] = _Run(
+                trial=trial,
+                checkpoints=checkpoints[at],
+                batches=trial.prepared.train_batches(
+                    batch_size=t.batch_size, seed=t.data_seed, start_step=first, **share
+                ),
+                learning_rates=_learning_rates(trial.config.optimizer, t.steps),
+                loops=loops_of_steps(trial.config),
+                step=start,
+                # Last: it starts the clock.
+                progress=Progress(trial.config, trial.workdir, start, trial.say, at),
+            )
+            closed.callback(runs[at].progress.close)
+        closed.pop_all()  # from here on `train_together` closes them
     return _Runs(runs, programs, share, placed, stops), state
 
 
