@@ -26,7 +26,14 @@ from jax.sharding import AbstractMesh, AxisType
 
 from experiments import cli
 from experiments.runner import hosts
-from experiments.runner.flags import DEFAULT_STUDY, PASSED_ON, asked_points, asked_trials, define_sweep
+from experiments.runner.flags import (
+    DEFAULT_STUDY,
+    PASSED_ON,
+    asked_points,
+    asked_trials,
+    define_sweep,
+    refuse_listing,
+)
 from experiments.runner.studies import shard
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.errors import UserError
@@ -100,9 +107,9 @@ def hosts_of(tpu: str, topology: str, chips_per_host: int | None) -> tuple[int, 
 def _arguments(num_hosts: int, chips: int) -> list[str]:
     """The arguments of the command; checks that it can run on the slice."""
     passed_on = [*PASSED_ON, "shard", "devices_per_run"]
-    for name in ("jobs", "list"):
-        if FLAGS[name].present:
-            raise UserError(f"--{name}: leave it out; it does not apply to a TPU slice")
+    refuse_listing()
+    if FLAGS["jobs"].present:
+        raise UserError("--jobs: leave it out; it does not apply to a TPU slice")
     if hosts.asked():
         raise UserError("--distributed: leave it out; it is set where the slice has several hosts")
     if FLAGS.run == "train":

@@ -23,7 +23,8 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from experiments.runner import diagnosing, hosts, looping, quantizing, questions, samples
+from experiments.runner import after, hosts
+from experiments.runner.calling import asked_speaking
 from experiments.runner.flags import (
     DEFAULT_STUDY,
     PASSED_ON,
@@ -33,6 +34,7 @@ from experiments.runner.flags import (
     asked_schemes,
     asked_trials,
     define_sweep,
+    refuse_listing,
 )
 from experiments.runner.listing import said_to_compare, table
 from experiments.runner.progress import Progress
@@ -64,16 +66,17 @@ def define_flags() -> None:
 
 def main() -> int:
     """Submits what is missing, and returns the exit status."""
-    for name in ("jobs", "shard", "devices_per_run", "list"):
+    refuse_listing()
+    for name in ("jobs", "shard", "devices_per_run"):
         if FLAGS[name].present:
             raise UserError(f"--{name}: leave it out; on Slurm each point is a task of its own")
     if hosts.asked():
         raise UserError("--distributed: leave it out; on Slurm each point is a task of its own, on one node")
     extra = dict(_option(text) for text in FLAGS.sbatch)
-    asked, points = asked_questions(), asked_points()
-    known, schemes = questions.load(asked, points) if asked else {}, asked_schemes()
-    loops = asked_loops()
+    asked, points, schemes = asked_questions(), asked_points(), asked_schemes()
+    speaking, loops = asked_speaking(FLAGS.calls, FLAGS.instructions), asked_loops()
     asked_trials()  # so that a wrong value is refused here, not in every task
+    known = after.check(points, asked, schemes, FLAGS.sample, speaking)
     workdir = local_directory("workdir", FLAGS.workdir)  # submitit keeps its logs there
     executor = None if FLAGS.dry_run else _executor(workdir / "slurm", extra)
     if executor:
@@ -82,24 +85,22 @@ def main() -> int:
         print(said_to_compare(points))
     print(table(points))
     missing = Progress(points, workdir).missing()
+    tasks = after.tasks(asked, known, schemes, FLAGS.diagnose, loops, FLAGS.sample, speaking)
+    lacks = [lacking for _, lacking in tasks]
     todo = [
         index
         for index, point in enumerate(points)
-        if missing[point.name]
-        or (asked and questions.lacking(point, workdir, asked, known))
-        or (schemes and quantizing.lacking(point, workdir, schemes))
-        or (FLAGS.diagnose and diagnosing.lacking(point, workdir))
-        or looping.lacking(point, workdir, loops)
-        or samples.lacking(point, workdir, FLAGS.sample)
+        if missing[point.name] or any(lacking(point, workdir) for lacking in lacks)
     ]
     print(f"\n{len(points) - len(todo)} of {len(points)} points are complete", flush=True)
     command = [sys.executable, "-m", "experiments.sweep", *cli.given(*PASSED_ON)]
-    tasks = [[*command, f"--shard={index}/{len(points)}"] for index in todo]
+    commands = [[*command, f"--shard={index}/{len(points)}"] for index in todo]
     names = [points[index].name for index in todo]
     if not executor:
-        print("\n".join(_planned(names, tasks)))
+        print("\n".join(_planned(names, commands)))
         return 0
-    return _run_here(executor, names, tasks) if FLAGS.cluster == "local" else _submit(executor, names, tasks)
+    start = _run_here if FLAGS.cluster == "local" else _submit
+    return start(executor, names, commands)
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -208,6 +208,7 @@ def test_slices_that_are_not_there(tpu, topology, chips_per_host, message):
         (["--topology=4x4", "--workdir=gs://b/x"], "leave it out; --workdir is in a bucket"),
         (["--topology=4x4", "--name=My_Runs"], "--name=My_Runs: expected at most 40 lower-case letters"),
         (["--topology=4x4", "--config.mesh.tensor=3"], "mesh: data=-1, fsdp=1, tensor=3 does not fill 16"),
+        (["--topology=4x4", "--status"], "--status: leave it out; python -m experiments.sweep --status"),
         (["--topology=4x4", "--devices_per_run=1"], "--devices_per_run=1: needs a slice of one host"),
     ],
     ids=str,

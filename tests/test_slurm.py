@@ -202,6 +202,9 @@ def test_a_dry_run_needs_no_slurm_and_writes_nothing(study, tmp_path):
     [
         ([], "--cluster=slurm: srun was not found"),
         (["--jobs=2"], "--jobs: leave it out; on Slurm each point is a task of its own"),
+        (["--status"], "--status: leave it out; python -m experiments.sweep --status prints it"),
+        (["--quantize=w4:32"], "groups of 32 do not divide"),
+        (["--calls=combination:5"], "--calls: 'combination:5' is not valid; did you mean combinations?"),
         (["--distributed"], "--distributed: leave it out"),
         (["--sbatch=array=0-3"], "--sbatch=array=0-3: expected name=value; array and signal are set already"),
         (["--only=revers"], "--only=revers: no such point; did you mean 'reverse'?"),

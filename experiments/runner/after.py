@@ -14,6 +14,28 @@ from mobilellm_jax.storage.files import AnyPath
 Do = Callable[[Point, AnyPath, Tell], None]
 
 
+def check(
+    points: Sequence[Point],
+    asked: Questions | None,
+    quantized: Quantizing | None,
+    prompts: Sequence[str],
+    speaking: Speaking | None,
+) -> dict[str, str]:
+    """Checks that all of it can be asked of the points, before they train; returns `questions.load`.
+
+    Raises:
+      UserError: a point has no tokenizer or weights for it, or as in `questions.load`.
+    """
+    for point in points:
+        if quantized:
+            quantized.check(point.config)
+        if speaking:
+            speaking.check(point.config)
+    if prompts:
+        samples.check(points)
+    return questions.load(asked, points) if asked else {}
+
+
 def tasks(
     asked: Questions | None,
     known: Mapping[str, str],

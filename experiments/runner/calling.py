@@ -104,10 +104,17 @@ class Speaking:
             )
 
 
-def asked_speaking(of_calls: Sequence[str], of_instructions: Sequence[str]) -> Speaking:
-    """What --calls and --instructions ask every run of a sweep for; UserError if a name is unknown."""
+def asked_speaking(of_calls: Sequence[str], of_instructions: Sequence[str]) -> Speaking | None:
+    """What --calls and --instructions ask every run of a sweep for; None without both.
+
+    Raises:
+      UserError: a name is unknown.
+    """
+    if not (of_calls or of_instructions):
+        return None
     rules, prompts = instructions.parse(of_instructions) if of_instructions else ((), 0)
-    return Speaking(asked_calls(of_calls), rules, prompts)
+    by_name = {one.name: one for one in asked_calls(of_calls)}  # a record has one entry for each
+    return Speaking(tuple(by_name.values()), rules, prompts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,36 +226,40 @@ def score_instructions(
 
 def lacking(point: Point, workdir: AnyPath, asked: Speaking) -> int:
     """Number of finished comparison runs of a point whose record lacks some of it."""
-    return sum(map(bool, _lacking(point, workdir, asked).values()))
+    return sum(map(any, _lacking(point, workdir, asked).values()))
 
 
-def _lacking(point: Point, workdir: AnyPath, asked: Speaking) -> dict[str, Speaking | None]:
-    """What the record of each finished run lacks; None for nothing."""
-    found: dict[str, Speaking | None] = {}
+def _lacking(point: Point, workdir: AnyPath, asked: Speaking) -> dict[str, list[list[str]]]:
+    """Names of the calls, and of the rules, that the record of each finished run lacks, by the run's name.
+
+    An answer to another number of conversations or prompts is not the one asked for.
+    """
+    found = {}
     for name, record in finished_records(point, workdir).items():
-        todo = dataclasses.replace(
-            asked,
-            calls=tuple(one for one in asked.calls if one.name not in (record.calls or {})),
-            rules=tuple(rule for rule in asked.rules if rule not in (record.instructions or {})),
-        )
-        found[name] = todo if todo.calls or todo.rules else None
+        limits = {call: entry["limit"] for call, entry in (record.calls or {}).items()}
+        prompts = {rule: entry["prompts"] for rule, entry in (record.instructions or {}).items()}
+        found[name] = [
+            [one.name for one in asked.calls if limits.get(one.name, 0) != one.limit],  # 0: not asked
+            [rule for rule in asked.rules if prompts.get(rule) != asked.prompts],
+        ]
     return found
 
 
 def ask_point(point: Point, workdir: AnyPath, tell: Tell, asked: Speaking) -> None:
     """Asks every finished run of a point for what its record lacks."""
-    for name, todo in processes.of_first(lambda: _lacking(point, workdir, asked)).items():
-        if todo is None:
+    todo = processes.of_first(lambda: _lacking(point, workdir, asked))
+    for name, (names, rules) in todo.items():
+        if not (names or rules):
             continue
         directory = workdir / "runs" / name
         config, params = open_run(directory)
         tokenizer = open_tokenizer(directory)
         assert tokenizer is not None, directory  # `Speaking.check`
         of = _Run(directory, dataclasses.replace(config, mesh=point.config.mesh), params, tokenizer)
-        for one, found in _scored(of, todo.calls):
+        for one, found in _scored(of, [one for one in asked.calls if one.name in names]):
             shares = (f"{metric} {percent(*value)}" for metric, value in found.metrics.items())
             tell(Event(name, f"{one.name}: {', '.join(shares)}"))
-        kept = [f"{rule} {found['kept']:.0%}" for rule, found in _followed(of, todo.rules, todo.prompts)]
+        kept = [f"{rule} {found['kept']:.0%}" for rule, found in _followed(of, rules, asked.prompts)]
         if kept:
             tell(Event(name, f"instructions kept: {', '.join(kept)}"))
 

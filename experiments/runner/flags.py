@@ -117,6 +117,13 @@ def define_scoring() -> None:
     flags.DEFINE_integer("limit", None, "largest number of questions of each of --tasks; default: all", 1)
 
 
+def refuse_listing() -> None:
+    """UserError where --list or --status is given to a launcher, which starts what `sweep` would do."""
+    for name in ("list", "status"):
+        if FLAGS[name].present:
+            raise UserError(f"--{name}: leave it out; python -m experiments.sweep --{name} prints it")
+
+
 def asked_points() -> list[Point]:
     """The points that the flags choose, of all shards; errors as in `points_of`."""
     return points_of(cli.config_spec(), cli.overrides(), FLAGS.seeds, FLAGS.only, FLAGS.arms)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -108,23 +108,26 @@ def lacking(point: Point, workdir: AnyPath, asked: Quantizing) -> int:
     return sum(map(bool, _lacking_schemes(point, workdir, asked).values()))
 
 
-def _lacking_schemes(point: Point, workdir: AnyPath, asked: Quantizing) -> dict[str, list[Scheme]]:
+def _lacking_schemes(point: Point, workdir: AnyPath, asked: Quantizing) -> dict[str, list[str]]:
+    """Names of the schemes that the record of each finished run of a point lacks, by the run's name."""
+    names = [scheme.name for scheme in asked.schemes]
     return {
-        name: [scheme for scheme in asked.schemes if scheme.name not in (record.quantized or {})]
-        for name, record in finished_records(point, workdir).items()
+        run: [name for name in names if name not in (record.quantized or {})]
+        for run, record in finished_records(point, workdir).items()
     }
 
 
 def quantize_point(point: Point, workdir: AnyPath, tell: Tell, asked: Quantizing) -> None:
     """Quantizes every finished run of a point to the schemes that its record lacks."""
-    todo: Mapping[str, list[Scheme]] = processes.of_first(lambda: _lacking_schemes(point, workdir, asked))
-    for name, schemes in todo.items():
-        if not schemes:
+    todo = processes.of_first(lambda: _lacking_schemes(point, workdir, asked))
+    for name, lacks in todo.items():
+        if not lacks:
             continue
         directory = workdir / "runs" / name
         config, params = open_run(directory)
         config = dataclasses.replace(config, mesh=point.config.mesh)
-        these = dataclasses.replace(asked, schemes=tuple(schemes))
+        schemes = tuple(scheme for scheme in asked.schemes if scheme.name in lacks)
+        these = dataclasses.replace(asked, schemes=schemes)
         path = results_path(directory)
         done = quantize_run(these, path, directory, config, params, held_out_rows(config))
         gaps = ", ".join(f"{scheme.name} {entry['gap']:+.4f}" for scheme, entry in done)

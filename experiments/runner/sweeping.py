@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from experiments.runner import after, devices, looping, plans, questions, rates, samples
+from experiments.runner import after, devices, looping, plans, rates
 from experiments.runner.after import Do
 from experiments.runner.calling import Speaking
 from experiments.runner.costs import expected_seconds
@@ -93,15 +93,9 @@ def sweep(
     whole = points if whole is None else plans.with_power(whole)
     for point in whole:
         check(point.config)
-        if quantized:
-            quantized.check(point.config)
-        if speaking:
-            speaking.check(point.config)
         if not groups:  # whose processes see other devices
             trials_of(point, trials, jobs)
-    if prompts:
-        samples.check(points)
-    known = questions.load(asked, points) if asked else {}
+    known = after.check(whole, asked, quantized, prompts, speaking)
     processes.of_first(lambda: make_workdir(workdir))
     progress = Progress(points, workdir)
     missing = progress.missing()
