@@ -1,6 +1,7 @@
 """Cleaning: only what nobody needs goes, nothing before --yes, and nothing that somebody is working on."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -58,6 +59,11 @@ def listed(workdir, newest_too=False):
     return {str(item.path.relative_to(workdir / "runs/s/p")) for item in found}, busy
 
 
+def listed_paths(workdir):
+    found, busy = cleaning.in_workdir(workdir, newest_too=False)
+    return [item.path for item in found], busy
+
+
 def test_what_is_listed_in_a_sweep(sweep):
     Leases(sweep / IN_WORKDIR).take(["s/p/d tuning"])
     half = {"a-s0/checkpoints/8.orbax-checkpoint-tmp", "b-s0/checkpoints/6"}
@@ -100,6 +106,29 @@ def test_a_run_that_is_taken_meanwhile_is_left_alone(sweep):
     leases.release("s/p/a")
     assert cleaning.remove(item)
     assert not cleaning.remove(item)  # gone
+
+
+def test_what_is_deleted_while_it_lists_is_left_out(sweep, monkeypatch):
+    real, (gone, half) = cleaning.is_held, (sweep / "runs/s/p/b-s0", sweep / ".config.json.12.tmp")
+    half.write_text("x")
+    age(half, 2 * HOUR)
+
+    def is_held(run):
+        shutil.rmtree(gone, ignore_errors=True)
+        half.unlink(missing_ok=True)
+        return real(run)
+
+    monkeypatch.setattr(cleaning, "is_held", is_held)
+    found, _ = listed_paths(sweep)
+    assert {path.parts[len(sweep.parts) + 3] for path in found} == {"a-s0", "d-s0"}
+    size = cleaning._size
+
+    def shrinking(path):
+        shutil.rmtree(path)  # another `clean`
+        return size(path)
+
+    monkeypatch.setattr(cleaning, "_size", shrinking)
+    assert [item.size for item in cleaning.in_workdir(sweep, False)[0]] == [0] * len(found)
 
 
 def test_a_run_of_its_own(tmp_path):

@@ -66,6 +66,19 @@ def test_status_says_what_is_done_missing_and_at_work_and_changes_nothing(study,
         status(points(study, {"train.steps": 5}), workdir)
 
 
+def test_a_lease_whose_name_is_cut_is_found(study, tmp_path):
+    plan = " ".join(map(str, range(56)))
+    text = study.read_text().replace('"none", "reverse"', f'"none", "{plan}"').replace("(1, 2)", "(1, 1)")
+    text = text.replace('matched="non_embedding_parameters"', 'matched="tokens"')
+    study.write_text(text.replace('"model.depth": 2', '"model.depth": 56'))
+    point = max(points(study), key=lambda point: len(point.name))
+    other, name = leases.Leases(tmp_path / "w" / leases.IN_WORKDIR), f"{point.name} tuning"
+    assert other.take([name])
+    text = status([point], tmp_path / "w")
+    other.release(name)
+    assert f"tuning by {other._worker}" in text
+
+
 def test_a_workdir_that_is_not_there_is_named(study, tmp_path):
     result = command("experiments.sweep", f"--config={study}", f"--workdir={tmp_path}/no", "--status")
     assert (result.returncode, result.stdout) == (2, "")

@@ -34,12 +34,13 @@ from mobilellm_jax.analysis.study import study_of
 from mobilellm_jax.analysis.tuning import fit_rates
 from mobilellm_jax.config import from_config_dict
 from mobilellm_jax.costs import accounting
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import Preempted, UserError
 from mobilellm_jax.runs import run
 from mobilellm_jax.runs.directory import claim_data, claim_workdir
 from mobilellm_jax.runs.run import measured_fields
 from mobilellm_jax.storage.checkpoint import find_damage
 from mobilellm_jax.training.loop import Outcome
+from mobilellm_jax.training.signals import RESUME_ME
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,7 +160,7 @@ def test_the_mean_loss_of_several_seeds_chooses_the_rate(tuned_study, tmp_path, 
     assert {r.learning_rate for r in records if r.phase == "comparison"} == {float(f"{rate:.3g}")}
 
 
-def test_a_point_ends_with_the_first_run_that_fails(tuned_study, tmp_path, monkeypatch):
+def test_a_point_ends_with_the_first_run_that_fails(tuned_study, tmp_path, monkeypatch, capsys):
     def broken_run(*_):
         raise RuntimeError("out of memory")
 
@@ -168,6 +169,8 @@ def test_a_point_ends_with_the_first_run_that_fails(tuned_study, tmp_path, monke
     (record,) = read_records(tmp_path / "results")
     assert (record.phase, record.status, record.steps, record.final) == ("tuning", "failed", 0, None)
     assert record.error == "RuntimeError: out of memory"
+    said = "mini/tiny/none  not compared, as its search is not over; run the same command again"
+    assert said in capsys.readouterr().out
 
 
 def test_fewer_seeds_than_there_are_leave_nothing_to_do(study, tmp_path, monkeypatch, capsys):
@@ -445,6 +448,24 @@ def test_every_record_is_read_once_before_a_sweep_starts(study, tmp_path, monkey
     assert sorted(seen) == [f"{name}-s{seed}.json" for name in ("none", "reverse") for seed in range(3)]
 
 
+def test_memory_is_shared_by_as_many_processes_as_there_are_points(study, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sweeping, "trials_of", lambda point, trials, jobs: asked.append(jobs) or 1)
+    monkeypatch.setattr(sweeping, "run", losses(lambda _: 3.0))
+    monkeypatch.setattr(sweeping, "_report", lambda *_: 0)
+    sweeping.sweep(points(study, only=["none"]), tmp_path / "w", jobs=8, trials=2)
+    assert set(asked) == {1}
+
+
+def test_kernels_are_those_of_the_devices_of_the_groups(study, tmp_path, monkeypatch):
+    chosen = points(study, {"model.attention": "splash"})
+    monkeypatch.setattr(sweeping, "do_all", lambda *_: [])
+    monkeypatch.setattr(sweeping, "_report", lambda *_: 0)
+    with pytest.raises(UserError, match=r"^model\.attention: 'splash' needs a TPU"):
+        sweeping.sweep(chosen, tmp_path / "w", jobs=1)
+    assert sweeping.sweep(chosen, tmp_path / "w", groups=[{"TPU_VISIBLE_CHIPS": "0"}]) == 0
+
+
 def test_progress_counts_what_is_done_and_left(tuned_study, tmp_path, monkeypatch):
     """Failed runs count as left; of a complete point nothing is left, whatever its tuning took."""
     point = points(tuned_study, only=["none"])[0]
@@ -537,7 +558,7 @@ def processes_end(monkeypatch):
 
 
 def test_a_process_that_a_signal_ended_has_a_second_try_and_no_third(study, tmp_path, processes_end, capsys):
-    statuses = {"mini/tiny/none": [-9, 0], "mini/tiny/reverse": [-9, -11]}
+    statuses = {"mini/tiny/none": [RESUME_ME, 0], "mini/tiny/reverse": [-9, -11]}
     processes_end(statuses)
     broken = workers.in_processes(points(study), tmp_path / "w", [{}, {}], ANYTHING, view.View(TALLY, 0))
     assert [said.partition(" ended")[0] for said in broken] == [
@@ -545,7 +566,9 @@ def test_a_process_that_a_signal_ended_has_a_second_try_and_no_third(study, tmp_
     ]
     assert statuses == {"mini/tiny/none": [], "mini/tiny/reverse": []}
     out = capsys.readouterr().out
-    assert out.count("ended by signal 9; trying once more") == 2
+    assert "mini/tiny/none  its process was stopped by a signal; trying once more" in out
+    assert "mini/tiny/reverse  its process was ended by signal 9; trying once more" in out
+    assert "run fewer points side by side (--jobs=1)" in broken[0]
     assert "2 of 2 points done" in out
 
 
@@ -553,7 +576,18 @@ def test_a_process_that_fails_by_itself_has_no_second_try(study, tmp_path, proce
     begun = processes_end({name: [1] for name in NAMES})
     broken = workers.in_processes(points(study), tmp_path / "w", [{}], ANYTHING, view.View(TALLY, 0))
     assert [said.count("(status 1)") for said in broken] == [2]
+    assert broken[0].endswith(" ended early; its output is above")
     assert sorted(begun) == [[name] for name in NAMES], "a process of its own for each"
+
+
+def test_a_point_that_a_signal_stops_ends_its_process_with_the_status_to_start_it_again(study, tmp_path):
+    def stop(*_):
+        raise Preempted("stopped by SIGTERM after step 3; a checkpoint was saved")
+
+    said, task = [], workers.Task(stop, one_is_missing)
+    with pytest.raises(SystemExit) as end:
+        workers._do(task, points(study)[0], tmp_path, said.append)
+    assert (end.value.code, [event.error for event in said]) == (RESUME_ME, [True])
 
 
 def test_one_process_does_several_points(study, tmp_path, processes_end):

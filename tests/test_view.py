@@ -54,6 +54,19 @@ def test_a_search_has_as_many_runs_as_it_took(clock, tally):
     assert tally.total == 9
 
 
+def test_workers_may_tell_of_steps_while_the_time_is_drawn(clock):
+    class Costs(dict):
+        def __getitem__(self, point):
+            tally.at_work(f"{point} again", 0.1)
+            return 1.0
+
+    tally = Tally(done=0, left={"a": 4}, compared={"a": 2}, costs=Costs(), expected_s=None)
+    clock[0] += 10
+    tally.run_over("a")
+    tally.at_work("a", 0.5)
+    assert tally.seconds_left() == pytest.approx((3 - 0.6) * 10 / 1.6)  # "a again" was at work before
+
+
 def test_time_that_is_unknown_is_not_shown():
     assert str(Tally(0, {"a": 3}, {"a": 3}, {"a": 1.0}, None)) == "0 of about 3 runs"
 

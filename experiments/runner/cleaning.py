@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -52,18 +52,17 @@ def in_workdir(workdir: Path, newest_too: bool) -> tuple[list[Item], list[Path]]
     Args:
       newest_too: list the newest checkpoint of a finished run as well.
     """
-    found, busy = list[Item](), list[Path]()
-    for checkpoints in sorted(path for path in workdir.rglob("checkpoints") if path.is_dir()):
+    found, busy, below = list[Item](), list[Path](), _below(workdir)
+    for checkpoints in (path for path in below if path.name == "checkpoints" and path.is_dir()):
         run = checkpoints.parent
         if is_held(run):
             busy.append(run)
         else:
             found += _of_run(run, newest_too)
-    for folder in sorted(workdir.rglob(".leases")):
+    for folder in (path for path in below if path.name == ".leases"):
         found += [Item("lease of a dead worker", path, _size(path)) for path in leases.left(folder, STALE_S)]
-    for path in sorted(workdir.rglob(".*.tmp")):
-        is_old = time.time() - path.stat().st_mtime > STALE_S
-        if _TEMPORARY.fullmatch(path.name) and path.is_file() and is_old:
+    for path in (path for path in below if _TEMPORARY.fullmatch(path.name) and path.is_file()):
+        if _unwritten(path) > STALE_S:
             found.append(Item("half-written file", path, _size(path)))
     return found, busy
 
@@ -71,10 +70,11 @@ def in_workdir(workdir: Path, newest_too: bool) -> tuple[list[Item], list[Path]]
 def _of_run(run: Path, newest_too: bool) -> Iterator[Item]:
     """Half-written saves and, of a finished run, complete checkpoints but the newest, if that is intact."""
     steps = {}
-    for path in (run / "checkpoints").iterdir():
+    _, names, _ = next(os.walk(run / "checkpoints"), ("", [], []))  # none where it is gone by now
+    for path in (run / "checkpoints" / name for name in names):
         if ".orbax-checkpoint-tmp" in path.name:
             yield Item("half-written save", path, _size(path), run)
-        elif path.name.isdecimal() and path.is_dir():
+        elif path.name.isdecimal():
             steps[int(path.name)] = path
     complete = {step: path for step, path in steps.items() if (path / MANIFEST).exists()}
     for step in sorted(steps.keys() - complete.keys()):
@@ -166,16 +166,35 @@ def _holding(lock: Path | None) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if lock is None else FileLock(lock).acquire(timeout=0)
 
 
-def _files(path: Path) -> list[Path]:
-    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+def _below(folder: Path) -> list[Path]:
+    """All directories and files in a directory and below, sorted; what is deleted meanwhile is left out."""
+    walk = os.walk(folder)  # without an error where a directory is gone
+    return sorted(Path(root, name) for root, names, files in walk for name in (*names, *files))
+
+
+def _stats(path: Path, look: Callable[[Path], os.stat_result] = Path.stat) -> list[os.stat_result]:
+    """Those of a file, or of all files in a directory; of files deleted meanwhile there are none."""
+    found = []
+    for file in _below(path) if path.is_dir() else [path]:
+        with contextlib.suppress(FileNotFoundError):
+            if file.is_file():
+                found.append(look(file))
+    return found
 
 
 def _size(path: Path) -> int:
-    return sum(file.lstat().st_size for file in _files(path))
+    return sum(stat.st_size for stat in _stats(path, Path.lstat))
+
+
+def _unwritten(path: Path) -> float:
+    """Seconds since a file of it, or the directory itself, was written; 0 where it is gone."""
+    times = [stat.st_mtime for stat in _stats(path)]
+    with contextlib.suppress(FileNotFoundError):
+        times.append(path.stat().st_mtime)
+    return time.time() - max(times, default=time.time())
 
 
 def _unused(path: Path) -> float:
     """Seconds since a file of it was read or written; disks note a reading once a day at the latest."""
-    read = max((file.stat().st_atime for file in _files(path)), default=0.0)  # to list a directory reads it
-    written = max(file.stat().st_mtime for file in (path, *_files(path)))
-    return time.time() - max(read, written)
+    read = max((stat.st_atime for stat in _stats(path)), default=0.0)  # to list a directory reads it
+    return min(_unwritten(path), time.time() - read)

@@ -153,6 +153,11 @@ class Leases:
         return _has_died(content) or time.monotonic() - since > LIFE_S
 
 
+def shown(name: str) -> str:
+    """The name of a lease as `seen` and `holders` give it: a very long one is cut."""
+    return unquote(escaped(name))
+
+
 def seen(directory: AnyPath) -> dict[str, tuple[str, float]]:
     """All leases but those of processes of this machine that have died: {name: (worker, age)}.
 

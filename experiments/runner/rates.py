@@ -70,9 +70,7 @@ def fitted(
             rates[name] = begun[name]
             continue
         if name not in optima:
-            lines.append(
-                f"{name}  not compared, as a run of its search failed; the same command tries it again"
-            )
+            lines.append(f"{name}  not compared, as its search is not over; run the same command again")
             continue
         found, count = optima[name], len(trials[name])
         if found.interior:

@@ -57,7 +57,7 @@ def _row(
     workers = [
         f"{phase.strip() or 'comparison'} by {worker}, {age:.0f} s ago"
         for phase in (" tuning", "")
-        if (lease := held.get(f"{point.name}{phase}"))
+        if (lease := held.get(leases.shown(f"{point.name}{phase}")))
         for worker, age in [lease]
     ]
     left = progress(point, records)[1]

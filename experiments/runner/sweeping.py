@@ -1,5 +1,6 @@
 """The engine of a sweep: which runs are missing, their order, and what happens when one fails."""
 
+import dataclasses
 import functools
 import os
 import time
@@ -24,6 +25,7 @@ from experiments.runner.workers import TUNING, Task, do_all, leases_of
 from mobilellm_jax import data
 from mobilellm_jax.analysis.records import Record, read_records, write_record
 from mobilellm_jax.analysis.tuning import losses_of, next_trials
+from mobilellm_jax.config import Config
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs.run import (
@@ -91,10 +93,13 @@ def sweep(
     enable_compilation_cache()
     points = plans.with_power(points)
     whole = points if whole is None else plans.with_power(whole)
+    environments = groups or [{}] * jobs
+    beside = min(len(environments), len(whole))  # processes at most, which share the memory of a CPU
     for point in whole:
-        check(point.config)
-        if not groups:  # whose processes see other devices
-            trials_of(point, trials, jobs)
+        # The processes of groups see other devices than this one, and check kernels and memory themselves.
+        check(_with_any_kernel(point.config) if groups else point.config)
+        if not groups:
+            trials_of(point, trials, beside)
     known = after.check(whole, asked, quantized, prompts, speaking)
     processes.of_first(lambda: make_workdir(workdir))
     progress = Progress(points, workdir)
@@ -120,14 +125,13 @@ def sweep(
             rest = f"the rest will take about {duration(expected_s)} (m:ss)"
         # In one piece, as a signal may come while the time is measured, and has a line of its own.
         print(f"\n{total - left} of about {total} runs are done already; {rest}", flush=True)
-    environments = groups or [{}] * jobs
     size = jax.device_count() if groups else None
     untuned = processes.of_first(lambda: rates.unfinished(in_arms, workdir)) if in_arms else {}
     tally = _tally(points, missing, [point for point in in_arms if untuned[point.name]], expected_s)
     with view_of(tally, lines_every) as view:
         broken = []
         if in_arms:
-            do = functools.partial(tune_point, trials=trials, jobs=jobs)
+            do = functools.partial(tune_point, trials=trials, jobs=beside)
             tune = Task(_on_devices(size, do), rates.untuned, TUNING)
             mine = {point.name for point in points}
             own_first = sorted(in_arms, key=lambda point: point.name not in mine)
@@ -142,7 +146,7 @@ def sweep(
             for point in todo
             if point.name in rate_of or not point.learning_rates
         ]
-        do = functools.partial(compare_point, trials=trials, jobs=jobs)
+        do = functools.partial(compare_point, trials=trials, jobs=beside)
         compare = Task(_on_devices(size, do), missing_of)
         broken += do_all(todo, workdir, environments, compare, view)
         for do, lacking in after.tasks(asked, known, quantized, diagnosed, loops, prompts, speaking):
@@ -158,6 +162,10 @@ def sweep(
     if broken:
         raise UserError("\n".join(broken))
     return status
+
+
+def _with_any_kernel(config: Config) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
 
 
 def default_jobs() -> int:

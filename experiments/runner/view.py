@@ -93,7 +93,8 @@ class Tally:
         passed = time.monotonic() - self._start
         if not self._worked:
             return None if self._expected_s is None else max(self._expected_s - passed, 0.0)
-        under_way = sum(share * self._costs[point] for point, share in self._shares.items())
+        shares = dict(self._shares)  # a copy: the thread that draws reads this while workers tell
+        under_way = sum(share * self._costs[point] for point, share in shares.items())
         left = sum(count * self._costs[point] for point, count in self._left.items())
         return max(left - under_way, 0.0) * passed / (self._worked + under_way)
 

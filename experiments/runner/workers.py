@@ -168,7 +168,7 @@ def in_processes(
       Interrupted, Preempted: on SIGINT, on SIGTERM or SIGHUP; the runs at work have saved.
     """
     free, leases, wait = _slots(environments), leases_of(workdir), Wait()
-    waiting, workers, broken, over = list(points), list[Worker](), list[str](), 0
+    waiting, workers, broken, over = list(points), list[Worker](), dict[str, int](), 0
     died: set[str] = set()  # points whose process a signal ended once, as where others took the memory
     with signals.noted_signals() as received, _ended(workers, view):
         while over < len(points) and not received:
@@ -197,22 +197,28 @@ def in_processes(
                     free.append(worker.slot)
                 if point is None:
                     continue
-                if _is_to_be_repeated(point, status, died):
+                if not received and _is_to_be_repeated(point, status, died):
                     waiting.append(point)
                     continue
                 if status != _DONE:
-                    broken.append(f"{point.name} (status {status})")
+                    broken[point.name] = status
                 view.tally.settle(point.name, task.phase == TUNING)
                 over += 1
                 view.ended(point.name, task.ended(over, len(points)))
     if received:
         raise signals.stopped(received, "with the runs at work, which saved what there was")
-    if not broken:
-        return []
-    return [
-        f"the process of {', '.join(broken)} ended early; its output is above. A negative status is the "
-        "signal that ended it: -9 where memory ran out; run fewer points side by side (--jobs=1)"
-    ]
+    return [_ended_early(broken)] if broken else []
+
+
+def _ended_early(broken: Mapping[str, int]) -> str:
+    """The error message for points whose processes ended with these statuses."""
+    names = ", ".join(f"{name} (status {status})" for name, status in broken.items())
+    advice = (
+        ". A negative status is the signal that ended it: -9 where memory ran out; run fewer points side by "
+        "side (--jobs=1)"
+    )
+    killed = any(status < 0 for status in broken.values())
+    return f"the process of {names} ended early; its output is above{advice if killed else ''}"
 
 
 def _slots(environments: Sequence[Mapping[str, str]]) -> list[Slot]:
@@ -254,15 +260,19 @@ def _is_to_be_repeated(point: Point, status: int, died: set[str]) -> bool:
     """Whether another sweep took the point, or a signal ended its process for the first time (see `died`)."""
     if status == _TAKEN:
         return True
-    if status >= 0 or point.name in died:
+    if not (status < 0 or status == signals.RESUME_ME) or point.name in died:
         return False
     died.add(point.name)
-    say(point.name, f"its process was ended by signal {-status}; trying once more")
+    how = f"ended by signal {-status}" if status < 0 else "stopped by a signal"
+    say(point.name, f"its process was {how}; trying once more")
     return True
 
 
 def _child(workdir: AnyPath, cores: Sequence[int], channel: Connection) -> None:
-    """Does the points that come through the channel; ends with status 1 where one goes wrong."""
+    """Does the points that come through the channel.
+
+    Ends with status 1 where one goes wrong, and with `RESUME_ME` on a signal other than the sweep's SIGINT.
+    """
 
     def tell(what: Event | int) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more: the sweep was killed
@@ -296,7 +306,7 @@ def _do(task: Task, point: Point, workdir: AnyPath, tell: Tell) -> int:
         sys.exit(1)
     except Interrupted as stop:
         tell(Event(point.name, str(stop), error=True))
-        sys.exit(1)
+        sys.exit(signals.exit_status(stop))
     finally:
         leases.release(lease)
     return _DONE
