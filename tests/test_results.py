@@ -7,10 +7,13 @@ import math
 import os
 import random
 import subprocess
+import threading
+import time
 
 import pytest
 from conftest import flipped
 
+from mobilellm_jax.analysis import records
 from mobilellm_jax.analysis.facts import facts_of, pairs_of, points_of
 from mobilellm_jax.analysis.records import (
     Record,
@@ -174,6 +177,29 @@ def test_accuracies_are_added_to_a_record(tmp_path):
     path.write_text(json.dumps({**fields, "zero_shot": {"piqa": 0.4}}))
     with pytest.raises(UserError, match=r"zero_shot\.piqa: 0\.4 is of type float"):
         read_record(path)
+
+
+def test_entries_that_are_added_at_once_are_all_kept(tmp_path, monkeypatch):
+    path, read = tmp_path / "a-s0.json", records.read_record
+    write_record(make_record(), path)
+
+    def read_slowly(path):
+        record = read(path)
+        time.sleep(0.1)
+        return record
+
+    monkeypatch.setattr(records, "read_record", read_slowly)
+    entries = {f"w{bits}:32": {"gap": 0.1} for bits in range(2, 6)}
+    adding = [
+        threading.Thread(target=records.add_entry, args=(path, "quantized", name, entry))
+        for name, entry in entries.items()
+    ]
+    for thread in adding:
+        thread.start()
+    for thread in adding:
+        thread.join()
+    assert read(path).quantized == entries
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):

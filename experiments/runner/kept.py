@@ -11,7 +11,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import processes
 from mobilellm_jax.runs import provenance
 from mobilellm_jax.storage.checkpoint import newest_intact
-from mobilellm_jax.storage.files import AnyPath, write_atomically
+from mobilellm_jax.storage.files import AnyPath, locked, write_atomically
 
 
 def record_of(workdir: AnyPath) -> AnyPath | None:
@@ -81,11 +81,12 @@ class Kept:
         processes.of_first(lambda: self.read(path) and None)
 
     def add(self, path: AnyPath, name: str, entry: dict[str, Any]) -> None:
-        """Adds one result, atomically."""
+        """Adds one result, atomically; none is lost where several processes add some."""
         if not self._is_beside(path):
             return add_entry(path, self.field, name, entry)
-        text = json.dumps({**self.read(path), name: entry}, indent=1) + "\n"
-        return write_atomically(path, text.encode())
+        with locked(path):
+            text = json.dumps({**self.read(path), name: entry}, indent=1) + "\n"
+            write_atomically(path, text.encode())
 
     def _is_beside(self, path: AnyPath) -> bool:
         return path.name == f"{self.field}.json"

@@ -12,7 +12,7 @@ from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.config import SHOWN, flatten
 from mobilellm_jax.costs.latency import TIMES
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage.files import files_below, path_of, write_atomically
+from mobilellm_jax.storage.files import files_below, locked, path_of, write_atomically
 from mobilellm_jax.storage.sealed import parse, seal, unseal_if_sealed
 from mobilellm_jax.validation import from_mapping
 
@@ -269,11 +269,13 @@ def read_record(path: str | os.PathLike[str]) -> Record:
 def add_entry(path: str | os.PathLike[str], field: str, name: str, entry: dict[str, Any]) -> None:
     """Adds an entry to a field of the record at `path`: "zero_shot" (by task), "quantized" (by scheme), ...
 
-    Atomically; errors as in `read_record`, `write_record`.
+    Atomically, and where several processes add entries, none is lost; errors as in `read_record`,
+    `write_record`.
     """
-    record = read_record(path)
-    entries = {**(getattr(record, field) or {}), name: entry}
-    write_record(dataclasses.replace(record, **{field: entries}), path)
+    with locked(path):
+        record = read_record(path)
+        entries = {**(getattr(record, field) or {}), name: entry}
+        write_record(dataclasses.replace(record, **{field: entries}), path)
 
 
 def read_records(directory: str | os.PathLike[str]) -> list[Record]:

@@ -5,6 +5,7 @@ objects cannot be renamed or appended to, and are replaced in one step. This fil
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -65,6 +66,23 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Excludes others that read the file at `path`, change it and write it back; they wait.
+
+    The lock is that of the directory, so that no file is left. Nothing is locked in a bucket, or where the
+    file system has no locks.
+    """
+    path = path_of(path)
+    with contextlib.ExitStack() as closed:
+        if isinstance(path, Path):
+            with contextlib.suppress(OSError):
+                folder = os.open(path.parent, os.O_RDONLY)
+                closed.callback(os.close, folder)  # which unlocks it
+                fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
