@@ -35,7 +35,6 @@ last with :<number> for so many prompts of each. Printed are the shares of repli
 of a reply, empty replies and repeated words; kept in the same way, or in instructions.json.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -53,6 +52,7 @@ from experiments.runner.flags import (
     define_scoring,
     define_speaking,
 )
+from experiments.runner.rows import on_this_machine
 from experiments.runner.scoring import score_tasks
 from mobilellm_jax import data
 from mobilellm_jax.analysis.statistics import interval_of_share
@@ -63,7 +63,6 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference import instructions
 from mobilellm_jax.inference.strings import count_parsed, draw_strings
 from mobilellm_jax.model.stack import Params
-from mobilellm_jax.parallel import partition
 from mobilellm_jax.runs.directory import begins_with_bos, open_tokenizer
 from mobilellm_jax.runs.opening import open_run
 from mobilellm_jax.runs.run import check, enable_compilation_cache
@@ -113,7 +112,7 @@ def main() -> int:
     config, params = open_run(workdir)
     if FLAGS.strings:
         _score_strings(config, params, FLAGS.strings)
-    config = _on_this_machine(config)
+    config = on_this_machine(config, _asked_mesh(), FLAGS.batch_size)
     enable_compilation_cache()
     if counts and not FLAGS.text:
         _score_loops(counts, workdir, config, params)
@@ -136,22 +135,14 @@ def main() -> int:
     return 0
 
 
-def _on_this_machine(config: Config) -> Config:
-    """The config with the mesh and batch size of this command, and the attention of these devices."""
+def _asked_mesh() -> MeshConfig:
+    """The mesh that --mesh gives; UserError if it is none."""
     try:
-        mesh = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), map(int, FLAGS.mesh), strict=True)))
+        return MeshConfig(**dict(zip(("data", "fsdp", "tensor"), map(int, FLAGS.mesh), strict=True)))
     except (TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"--mesh={','.join(FLAGS.mesh)}: expected three sizes, such as -1,1,1") from None
-    size = FLAGS.batch_size
-    if size is None:
-        data_size, fsdp_size, _ = partition.mesh_shape(mesh, jax.device_count())
-        ways = data_size * fsdp_size
-        size = -(-config.train.eval_batch_size // ways) * ways
-    sizes = {"batch_size": size, "accumulation_steps": 1, "eval_batch_size": size}
-    m = dataclasses.replace(config.model, attention="auto")
-    return dataclasses.replace(config, model=m, mesh=mesh, train=dataclasses.replace(config.train, **sizes))
 
 
 def _score_text(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ import jax
 from experiments.runner.kept import Kept, made_with
 from experiments.runner.points import Point
 from experiments.runner.progress import finished_records
+from experiments.runner.questions import has_tokenizer
 from experiments.runner.score_table import percent
 from experiments.runner.view import Event, Tell
 from mobilellm_jax import data
@@ -98,7 +100,7 @@ class Speaking:
 
     def check(self, config: Config) -> None:
         """Checks that runs of a config have a tokenizer; UserError if they have none."""
-        if config.data.is_task or config.data.source.startswith("tokens:"):
+        if not has_tokenizer(config):
             raise UserError(
                 f"--calls, --instructions: runs on {config.data.source!r} have no tokenizer, which both need"
             )
@@ -127,6 +129,10 @@ class _Run:
     tokenizer: data.Tokenizer
     batch_size: int = 64
 
+    @functools.cached_property
+    def _made_with(self) -> dict[str, Any]:
+        return made_with(self.workdir, self.config)  # once, as it hashes the checkpoint
+
     def __post_init__(self) -> None:
         if self.tokenizer.eos_id is None:
             raise UserError(f"{self.workdir}: the tokenizer of this run has no EOS, with which replies end")
@@ -139,7 +145,7 @@ class _Run:
         return {
             "bos": self.bos,
             "context": self.config.data.sequence_length,
-            **made_with(self.workdir, self.config),
+            **self._made_with,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
 

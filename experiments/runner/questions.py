@@ -6,6 +6,7 @@ from pathlib import Path
 
 from experiments.runner.points import Point
 from experiments.runner.progress import finished_records
+from mobilellm_jax.config import Config
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.files import AnyPath
 
@@ -27,6 +28,11 @@ class Questions:
     bos: bool | None = None
 
 
+def has_tokenizer(config: Config) -> bool:
+    """Whether runs of a config have a tokenizer: not those on synthetic tasks or token ids."""
+    return not (config.data.is_task or config.data.source.startswith("tokens:"))
+
+
 def left_out_line(questions: Questions, left_out: Sequence[str]) -> str:
     return f"left out, as {questions.data_dir} has no file for them: {', '.join(left_out)}"
 
@@ -38,11 +44,10 @@ def load(questions: Questions, points: Sequence[Point]) -> dict[str, str]:
       UserError: as `scoring.score_tasks`, or a point has no text.
     """
     for point in points:
-        source = point.config.data
-        if source.is_task or source.source.startswith("tokens:"):
+        if not has_tokenizer(point.config):
             raise UserError(
-                f"--tasks: {point.name} trains on {source.source!r}, which has no tokenizer; choose points "
-                "that train on text with --only"
+                f"--tasks: {point.name} trains on {point.config.data.source!r}, which has no tokenizer; "
+                "choose points that train on text with --only"
             )
     from mobilellm_jax.inference import harness  # here: it needs the extra `eval`
 

@@ -83,11 +83,19 @@ def _token_rows(spec: str, length: int, vocab_size: int) -> np.ndarray:
     return np.stack(rows)
 
 
-def on_this_machine(config: Config) -> Config:
-    """The config with all devices along `data`, evaluation batches for all, and the attention they have."""
-    ways = jax.device_count()
-    size = -(-config.train.eval_batch_size // ways) * ways
+def on_this_machine(config: Config, mesh: MeshConfig | None = None, size: int | None = None) -> Config:
+    """The config with a mesh of this machine, batches that it divides, and the attention its devices have.
+
+    Args:
+      config: of a run, perhaps trained elsewhere.
+      mesh: without one, all devices are along `data`.
+      size: rows of a batch; else as in training, rounded up.
+    """
+    mesh = mesh or MeshConfig(data=-1, fsdp=1, tensor=1)
+    if size is None:
+        data_size, fsdp_size, _ = partition.mesh_shape(mesh, jax.device_count())
+        ways = data_size * fsdp_size
+        size = -(-config.train.eval_batch_size // ways) * ways
     sizes = {"batch_size": size, "accumulation_steps": 1, "eval_batch_size": size}
-    mesh = MeshConfig(data=-1, fsdp=1, tensor=1)
     m = dataclasses.replace(config.model, attention="auto")
     return dataclasses.replace(config, model=m, mesh=mesh, train=dataclasses.replace(config.train, **sizes))

@@ -8,6 +8,7 @@ import jax
 from experiments.runner.kept import Kept, made_with
 from experiments.runner.points import Point
 from experiments.runner.progress import finished_records
+from experiments.runner.questions import has_tokenizer
 from experiments.runner.view import Event, Tell
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.inference.generate import Generator, Sampling
@@ -24,8 +25,8 @@ _TEMPERATURE, _SEED, _MOST = 0.8, 0, 60  # the last in tokens
 def check(points: Sequence[Point]) -> None:
     """Raises UserError where a point is not trained on text."""
     for point in points:
-        source = point.config.data.source
-        if point.config.data.is_task or source.startswith("tokens:"):
+        if not has_tokenizer(point.config):
+            source = point.config.data.source
             raise UserError(f"--sample: {source} is no text that a model could continue; leave the flag out")
 
 
@@ -52,12 +53,13 @@ def sample_run(prompts: Sequence[str], path: AnyPath, workdir: AnyPath) -> list[
     )
     columns = zip(*steps, strict=True)
     texts = [tokenizer.decode([token for token in column if token is not None]) for column in columns]
+    of_run = made_with(workdir, config)  # once, as it hashes the checkpoint
     for prompt, text in zip(prompts, texts, strict=True):
         entry = {
             "text": text,
             "temperature": _TEMPERATURE,
             "seed": _SEED,
-            **made_with(workdir, config),
+            **of_run,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         if jax.process_index() == 0:

@@ -19,13 +19,12 @@ from experiments.runner.latencies import NamedTable, of_study
 from experiments.runner.needed import teacher_of
 from experiments.runner.points import Point
 from mobilellm_jax.analysis.records import budget_name
-from mobilellm_jax.config import Config, from_config_dict, to_dict
+from mobilellm_jax.config import Config, flatten, from_config_dict, to_dict
 from mobilellm_jax.costs import accounting
 from mobilellm_jax.costs.shapes import shown
 from mobilellm_jax.dtypes import with_dtype
 from mobilellm_jax.errors import UserError, did_you_mean
 from mobilellm_jax.runs import provenance
-from mobilellm_jax.runs.directory import flatten
 
 Pairs = list[list[str]]  # of labels
 
