@@ -20,11 +20,11 @@ _REPEATS = (1, 2, 4)
 
 def measure(quick: bool) -> list[m.Line]:
     """Measures seconds to compile a training step, memory, and the ratio of the deepest to the shallowest."""
-    depths = _DEPTHS[:2] if quick else _DEPTHS
+    depths, repeats = (_DEPTHS[:2], _REPEATS[:2]) if quick else (_DEPTHS, _REPEATS)
     plans: dict[str, dict[str, object]] = {f"{depth} blocks": {"depth": depth} for depth in depths}
     plans |= {
         f"12 blocks, each applied {times} times": {"depth": 12, "sharing": "immediate", "num_repeats": times}
-        for times in _REPEATS[1:]
+        for times in repeats[1:]
     }
     memory: dict[str, float] = {}
 
@@ -40,7 +40,7 @@ def measure(quick: bool) -> list[m.Line]:
         return call
 
     seconds = m.alternate(
-        {name: compile_step(name, fields) for name, fields in plans.items()}, 2 if quick else 5
+        {name: compile_step(name, fields) for name, fields in plans.items()}, 1 if quick else 5
     )
     lines = [m.Line(f"{name}: compile", "s", tuple(times)) for name, times in seconds.items()]
     few, many = f"{depths[0]} blocks", f"{depths[-1]} blocks"

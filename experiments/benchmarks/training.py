@@ -49,20 +49,20 @@ def _measure(name: str, labels: list[str], quick: bool) -> Iterator[m.Line]:
     if not configs:
         return
     dtype = next(iter(configs.values())).model.compute_dtype
+    steps = 1 if quick else _steps(name)
     product, flops = matrix_product(64 if quick else 2048 if on_cpu else 8192, dtype)
     sides: dict[str, Callable[[], object]] = {"product": product}
     for label, config in configs.items():
         trainer = Trainer(config)
         batches = trainer.random_batches()
-        steps = _steps(name)
-        sides[label] = lambda trainer=trainer, batches=batches, steps=steps: trainer.train(batches, steps)
+        sides[label] = lambda trainer=trainer, batches=batches: trainer.train(batches, steps)
     seconds = m.alternate(sides, 2 if quick else 5 if on_cpu else 3)
     peak = m.rates(flops, seconds["product"])
     yield m.Line(f"{name}: rate of matrix products", "GFLOP/s", tuple(rate / 1e9 for rate in peak))
     kind = jax.devices()[0].device_kind
     datasheet = next((rate for key, rate in PEAK_FLOPS.items() if key in kind), None)
     for label, config in configs.items():
-        tokens = m.rates(_steps(name) * rows * length, seconds[label])
+        tokens = m.rates(steps * rows * length, seconds[label])
         size = f"{label}, {rows} x {length} tokens, {config.model.compute_dtype}"
         yield m.Line(f"{size}: tokens per second", "tokens/s", tokens)
         per_token = accounting.train_flops_per_token(config.model, length)
