@@ -1,4 +1,8 @@
-"""Every config and every point of every study lowers for TPU and CUDA from a CPU, on up to 256 devices."""
+"""Points of all studies lower for TPU and CUDA from a CPU, on up to 256 devices: one of each kind of program.
+
+Programs of one kind differ in sizes alone, of which only divisibility matters to lowering: it is tested for
+every point.
+"""
 
 import importlib
 import math
@@ -11,6 +15,7 @@ from conftest import tiny_config
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import base, mobilellm
+from mobilellm_jax.chunks import chunks
 from mobilellm_jax.config import Config, from_config_dict
 from mobilellm_jax.dtypes import with_dtype
 from mobilellm_jax.parallel import partition
@@ -21,8 +26,15 @@ DEVICES = 256
 MODULES = [
     importlib.import_module(f"configs.{path.stem}") for path in sorted(Path("configs").glob("[!_]*.py"))
 ]
-# The others are slow.
-_FAST = ("base", "mobilellm", "layer_sharing", "loops:text")
+# The first of their kinds; the others are slow.
+_FAST = (
+    "base",
+    "mobilellm:tiny",
+    "mobilellm:125m",
+    "layer_sharing:tiny",
+    "layer_sharing:paper",
+    "loops:text_laptop 1 immediate 4 False 0  False False 1..4",
+)
 STUDIES = [module for module in MODULES if hasattr(module, "sweep")]
 
 
@@ -53,37 +65,48 @@ def largest_mesh(config: Config) -> AbstractMesh:
     return AbstractMesh((rows // fsdp, fsdp, tensor), partition.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def kind(config: Config) -> str:
+def kind(config: Config) -> tuple[Any, ...]:
     """Settings that change the structure of a program, not only its sizes."""
-    if field := config.model.differing_uses:
-        return field  # on one mesh
-    words = [value for value in compile_key(config).values if isinstance(value, str | bool)]
-    words = [
-        "plan" if value == config.model.sharing and " " in config.model.sharing else value for value in words
-    ]
-    axes = [size > 1 for size in largest_mesh(config).axis_sizes]
-    return f"{words} {axes} {config.model.num_kv_heads < config.model.num_heads}"
+    m, length = config.model, config.data.sequence_length
+    words = (value for value in compile_key(config).values if isinstance(value, str | bool))
+    return (
+        *("plan" if value == m.sharing and " " in m.sharing else value for value in words),
+        *(size > 1 for size in largest_mesh(config).axis_sizes),
+        m.num_kv_heads < m.num_heads,
+        m.loop_rank > 0,
+        config.train.lora_rank > 0,
+        config.train.accumulation_steps > 1,
+        m.scan_unroll >= m.effective_depth,
+        len(list(chunks(length))),  # of attention, one after the other
+        length > m.loss_chunk,
+        length % m.loss_chunk > 0,
+    )
 
 
-def programs() -> list[Any]:
-    """Returns a case for every config, slow but for the first of each kind in `_FAST`."""
-    every = list(all_configs())
-    firsts = {kind(config): name for name, config in reversed(every)}.values()
-    fast = {name for name in firsts if name.startswith(_FAST)}
-    return [
-        pytest.param(config, id=name, marks=[] if name in fast else [pytest.mark.slow])
-        for name, config in every
-    ]
+EVERY = list(all_configs())
+FIRSTS = list({kind(config): (name, config) for name, config in reversed(EVERY)}.values())
 
 
-@pytest.mark.parametrize("config", programs())
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=[] if name.startswith(_FAST) else [pytest.mark.slow])
+        for name, config in reversed(FIRSTS)
+    ],
+)
 def test_the_train_step_lowers(config):
     mesh = largest_mesh(config)
-    partition.check_divisible(config, mesh)
     traced = make_programs(config, mesh).trace_step()
     lowered = traced.lower(lowering_platforms=("tpu", "cuda")).as_text()
     assert "stablehlo.while" in lowered  # one loop over the layer plan, whatever its length
     assert "sharding" in lowered
+
+
+def test_every_point_can_be_split_over_devices():
+    for name, config in EVERY:
+        mesh = largest_mesh(config)
+        partition.check_divisible(config, mesh)
+        assert mesh.size > 1, name
 
 
 @pytest.mark.slow
