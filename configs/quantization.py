@@ -7,9 +7,8 @@ cannot tell designs apart, as its gap is next to nothing: w4:32 and w3:32 stand 
 
 `tiny` has the orders of layer sharing at equal blocks, every block applied twice, and a deep and a shallow
 design of the size of the baseline. All widths are multiples of 32, so that groups divide them. The six points
-apply 32 layers in all, as those of `layer_sharing:tiny` do under each of two parameterizations: it should take
-about half as long (not measured). It cannot show the outliers in
-activations that large, long-trained models have, for which W8A8 is hard.
+apply 34 layers in all, those of `layer_sharing:tiny` 60: it should take about half as long (not measured). It
+cannot show the outliers in activations that large, long-trained models have, for which W8A8 is hard.
 
 `paper_125m` and `paper_350m` are the rows of table 15: the models of table 9 with and without layer sharing,
 0.25T tokens; gaps of 0.2 and 0.3, and of 0.0 and 0.4 points of accuracy (--tasks=mobilellm).
