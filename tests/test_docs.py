@@ -307,7 +307,7 @@ def test_the_python_api_trains_as_written(tmp_path):
 
 # Tutorials.
 
-# Steps so few that a run takes seconds; the last flag of a name counts.
+# Steps and rows so few that a run takes seconds; the last flag of a name counts.
 SHORT = """#!/bin/sh
 case "$*" in
 *--list*) ;;
@@ -317,7 +317,13 @@ case "$*" in
 esac
 exec PYTHON "$@"
 """
-FIELDS = {"train.steps": 6, "train.eval_every": 3, "train.log_every": 3, "optimizer.warmup_steps": 2}
+FIELDS = {
+    "train.steps": 6,
+    "train.eval_every": 3,
+    "train.eval_rows": 64,
+    "train.log_every": 3,
+    "optimizer.warmup_steps": 2,
+}
 
 
 def masked(line: str) -> str:
