@@ -597,7 +597,7 @@ def test_one_process_does_several_points(study, tmp_path, processes_end):
 
 
 ONLY_TOO = (
-    ("4 x 48,8 x 32", [["8 x 32", "4 x 48"]], "compares '8 x 32' with '4 x 48'"),
+    ("4 x 48,8 x 32", [["8 x 32", "1 x 96"], ["8 x 32", "4 x 48"]], "compares '8 x 32' with '4 x 48'"),
     ("1 x 96,8 x 32", [["8 x 32", "1 x 96"]], "compares '8 x 32' with '1 x 96'"),
     ("8 x 32", [["8 x 32", "1 x 96"]], "one point, so there is nothing to compare"),
 )
@@ -605,7 +605,7 @@ ONLY_TOO = (
 
 @pytest.mark.parametrize(("only", "pairs", "said"), ONLY_TOO)
 def test_points_chosen_are_compared_with_each_other(only, pairs, said):
-    """As the study asks, or, without its baseline, all of them."""
+    """As the study asks, or, without its baseline, all of them; what it asks for stays on record."""
     chosen = points_of("configs/depth_vs_width.py:tiny", {}, None, only.split(","))
     assert said_to_compare(chosen) == f"depth_vs_width: {said}"
     assert chosen[-1].facts["pairs"] == pairs

@@ -258,11 +258,18 @@ def pairs_among(points: Sequence[Point]) -> Pairs:
 
 
 def _compared(points: list[Point]) -> list[Point]:
-    """Points chosen of a study, all compared with each other where it asks for no pair of them."""
+    """Points chosen of a study, all compared with each other too where it asks for no pair of them.
+
+    The pairs that it asks for stay: what they need besides may be run by another command.
+    """
     if pairs_among(points) or len(points) < 2:  # of one, the records are to fit those of the others
         return points
     own = _own_pairs(_later_first([point.facts["point"] for point in points]))
-    return [replace(point, facts={**point.facts, "pairs": own[point.facts["point"]]}) for point in points]
+    return [
+        replace(point, facts={**facts, "pairs": [*facts["pairs"], *own[facts["point"]]]})
+        for point in points
+        for facts in [point.facts]
+    ]
 
 
 def _pairs(study: Study, labels: Sequence[str]) -> Pairs:
