@@ -333,7 +333,7 @@ def test_the_protocol_quotes_the_correlation_of_the_seeds(runs):
             found.append(noise.correlation)
             paired += ["{}:{}".format(*name)] * noise.paired
     page = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
-    said = re.search(r"over (\d+)\s+studies it is (-?[\d.]+) on average, and two are paired \((.*?)\)", page)
+    said = re.search(r"over (\d+)\s+studies it is (-?[\d.]+) on average, and four are paired \((.*?)\)", page)
     assert said is not None
     assert int(said[1]) <= len(found)
     assert float(said[2]) == pytest.approx(np.mean(found), abs=0.02)
