@@ -10,7 +10,7 @@ from mobilellm_jax.analysis.comparable import data_hashes
 from mobilellm_jax.analysis.facts import Point, have_base_shape
 from mobilellm_jax.analysis.study import Study
 from mobilellm_jax.analysis.verdicts import Comparison
-from mobilellm_jax.config import IDLE, SEEDS, flatten
+from mobilellm_jax.config import BEFORE, IDLE, SEEDS, flatten
 
 Pairs = Sequence[tuple[str, str]]  # labels of (point, other)
 Side = Literal["for", "against", "open"]
@@ -125,7 +125,8 @@ def identity(point: Point) -> Hashable:
     run = point.finished[0]
     named = {"model.sharing", "model.num_repeats", "data.source"}  # the plan and the hashes say what they do
     free = IDLE | SEEDS | named | {"optimizer.learning_rate"}
-    settings = tuple(sorted((k, str(v)) for k, v in flatten(run.config).items() if k not in free))
+    of_run = BEFORE | flatten(run.config)  # older configs lack fields
+    settings = tuple(sorted((k, str(v)) for k, v in of_run.items() if k not in free))
     hashes = tuple(sorted(data_hashes(run.data).items()))
     return settings, hashes, tuple(point.layer_plan), tuple(run.seed for run in point.finished)
 
