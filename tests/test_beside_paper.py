@@ -166,6 +166,8 @@ def test_missing_records_are_told_and_the_rest_is_drawn():
         "none",
         "repeat_all",
         "reverse",
+        "6 blocks",
+        "none, equal FLOPs",
     ]
     caption = figure.texts[0].get_text().replace("\n", " ")
     warnings = study_of(records).verdict.warnings
