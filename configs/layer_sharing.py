@@ -25,6 +25,7 @@ _SHAPES = {
     "paper_350m": (15, 16, 1280, None),  # the same: head size 80
 }
 PRESETS = tuple(_SHAPES)
+_ONCE = {"model.sharing": "none", "model.num_repeats": 1}
 _ORDERS = ("immediate", "repeat_all", "reverse")
 _FLOPS = {"tiny": 1.8086, "small": 1.8007}  # training FLOPs of every block applied twice, over those of once
 
@@ -58,7 +59,7 @@ def study(preset: str) -> base.Study:
 
 def sweep(preset: str) -> Iterator[base.Overrides]:
     """Yields the overrides of each point."""
-    yield {"model.sharing": "none", "model.num_repeats": 1}
+    yield _ONCE
     yield from base.zipped(model__sharing=_ORDERS, model__num_repeats=(2, 2, 2))
     yield from _controls(preset).values()
 
@@ -67,9 +68,9 @@ def _controls(preset: str) -> dict[str, base.Overrides]:
     """By label: as many blocks as layers, and as many FLOPs of training, both without sharing."""
     if preset not in _FLOPS:
         return {}
-    once, config = {"model.sharing": "none", "model.num_repeats": 1}, get_config(preset)
+    config = get_config(preset)
     blocks, steps = 2 * config.model.depth, round(_FLOPS[preset] * config.train.steps)
     return {
-        f"{blocks} blocks": {**once, "model.depth": blocks},
-        "none, equal FLOPs": {**once, "train.steps": steps},
+        f"{blocks} blocks": {**_ONCE, "model.depth": blocks},
+        "none, equal FLOPs": {**_ONCE, "train.steps": steps},
     }

@@ -235,14 +235,19 @@ def test_the_floor_is_that_of_the_rows_of_the_run(tmp_path):
     assert len(kept) == 2  # of 24 rows, and of all
 
 
+def byte_fields(path):
+    """Overrides of a run on the bytes of one file."""
+    return {
+        "model.vocab_size": 258,
+        "data.source": f"files:{path}",
+        "data.tokenizer": "bytes",
+        "data.cache_dir": str(path.parent / "cache"),
+    }
+
+
 def test_a_floor_is_counted_once_and_anew_where_its_file_is_corrupt(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("some words, and some more of them; " * 60)
-    fields = {
-        "model.vocab_size": 258,
-        "data.source": f"files:{tmp_path}/a.txt",
-        "data.tokenizer": "bytes",
-        "data.cache_dir": str(tmp_path / "cache"),
-    }
+    fields = byte_fields(tmp_path / "a.txt")
     config = tiny_config(**fields)
     prepared = data.prepare(config.data, 258)
     counted = []
@@ -267,12 +272,7 @@ def test_a_floor_is_counted_once_and_anew_where_its_file_is_corrupt(tmp_path, mo
 
 def test_runs_judged_on_tuning_documents_have_no_floor(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "number {i} " }}\n' * 5 for i in range(30)))
-    fields = {
-        "model.vocab_size": 258,
-        "data.source": f"files:{tmp_path}/a.jsonl",
-        "data.tokenizer": "bytes",
-        "data.cache_dir": str(tmp_path / "cache"),
-    }
+    fields = byte_fields(tmp_path / "a.jsonl")
     config = tiny_config(**fields)
     prepared = data.prepare(config.data, 258)
     assert _floor_fields(config, prepared) is not None
@@ -281,12 +281,7 @@ def test_runs_judged_on_tuning_documents_have_no_floor(tmp_path):
 
 def test_more_tokens_than_the_limit_have_no_floor_and_that_is_said(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("some words, and some more of them; " * 60)
-    fields = {
-        "model.vocab_size": 258,
-        "data.source": f"files:{tmp_path}/a.txt",
-        "data.tokenizer": "bytes",
-        "data.cache_dir": str(tmp_path / "cache"),
-    }
+    fields = byte_fields(tmp_path / "a.txt")
     config, said = tiny_config(**fields), []
     prepared, t = data.prepare(config.data, 258), config.train
     tokens = min(t.steps * t.batch_size, prepared.num_rows("train")) * LENGTH
@@ -307,12 +302,7 @@ def test_what_was_opened_is_closed_where_a_run_cannot_start(tmp_path, monkeypatc
     monkeypatch.setattr(loop, "Progress", fail)
     monkeypatch.setattr(Checkpoints, "close", lambda self: closed.append(self))
     (tmp_path / "a.txt").write_text("some words, and some more of them; " * 60)
-    fields = {
-        "model.vocab_size": 258,
-        "data.source": f"files:{tmp_path}/a.txt",
-        "data.tokenizer": "bytes",
-        "data.cache_dir": str(tmp_path / "cache"),
-    }
+    fields = byte_fields(tmp_path / "a.txt")
     with pytest.raises(UserError, match="no space left"):
         run(tiny_config(**fields, **{"mesh.data": 8}), tmp_path / "run", make_record)
     assert len(closed) == 1
