@@ -204,6 +204,9 @@ def test_a_slope_of_what_bends_has_no_interval():
     assert "['+0.1234', '+0.1234 [+0.1134, +0.1334]']" in page
     said = shape_page.answer(dataclasses.replace(found, trends=[bent, straight]))
     assert said.startswith("On average over horizons that differ, ")
+    for_more_tokens = dataclasses.replace(bent, equal_tokens=False)  # the law bends too
+    said = shape_page.answer(dataclasses.replace(found, trends=[for_more_tokens, straight]))
+    assert said.startswith("A block used twice counts as ")
 
 
 def test_what_is_sure_is_listed_by_cell():

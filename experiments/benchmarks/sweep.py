@@ -25,7 +25,7 @@ def measure(quick: bool) -> list[m.Line]:
     cores = len(os.sched_getaffinity(0))
     study, flags = DEFAULT_STUDY, list[str]()
     if quick:  # another study, as the default one varies train.steps
-        study, flags = "configs/layer_sharing.py:tiny", ["--only=none", "--arms=completep", "--seeds=1"]
+        study, flags = "configs/depth_vs_width.py:tiny", ["--only=4 x 48", "--arms=completep", "--seeds=1"]
         flags += ["--config.train.steps=8", "--config.optimizer.warmup_steps=2"]
     with signals.scratch_directory("bench-") as workdir:
         command = [

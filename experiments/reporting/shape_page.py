@@ -106,7 +106,7 @@ def answer(found: Findings) -> str:
             else "the best width over layers is not determined"
         )
     said = " and ".join(parts)
-    if parts and _bent(found):
+    if parts and _unexplained(found):
         said = f"on average over horizons that differ, {said}"
     return f"{said[:1].upper()}{said[1:]}." if parts else summary(found)[0]
 
@@ -163,9 +163,14 @@ def _bent(found: Findings) -> list[Trend]:
     return [trend for trend, p in tested if p < 0.05 / len(tested)]
 
 
+def _unexplained(found: Findings) -> list[Trend]:
+    """Those of them between designs trained on as many tokens, which the law takes for lines."""
+    return [trend for trend in _bent(found) if trend.equal_tokens]
+
+
 def _bends(found: Findings) -> list[str]:
-    """Says which differences bend; [] where none is known to."""
-    bent, tested = _bent(found), sum(trend.p_line is not None for trend in found.trends)
+    """Says which differences bend though the law has them as lines; [] where none is known to."""
+    bent, tested = _unexplained(found), sum(trend.p_line is not None for trend in found.trends)
     if not bent:
         return []
     return [

@@ -80,7 +80,7 @@ def commands(straight: SoakRun, number: int, start_s: float, rng: random.Random)
     }
     study = {name: value for name, value in tiny.items() if not name.startswith("model.")}
     study |= {"model.vocab_size": 264, "train.steps": 5000}
-    config = "--config=configs/layer_sharing.py:tiny"  # the default one varies train.steps
+    config = "--config=configs/depth_vs_width.py:tiny"  # the default one varies train.steps
     # With them, the longest wait over `start_s`: plan takes about twice that, and its last moments are as any
     # program's.
     kinds = [("plan", {}, ("--mesh=data:8",), SIGNALS, 1)]

@@ -100,6 +100,7 @@ class Trend:
 
     `sizes` are those with several horizons; the slope is their mean, weighted by precision. `p_line` is that
     of differences so far from lines of their own in each size (chi-square); None without three horizons.
+    Not `equal_tokens`: the design trains on more tokens than the other, so a law of tokens bends too.
     """
 
     arm: str
@@ -109,6 +110,7 @@ class Trend:
     slope: float
     half_width: float
     p_line: float | None = None
+    equal_tokens: bool = True
 
 
 def cells_of(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
@@ -325,7 +327,8 @@ def trends(found: Sequence[Difference]) -> list[Trend]:
             total = sum(precision for _, precision in slopes.values())
             mean = sum(slope * precision for slope, precision in slopes.values()) / total
             p_line = float(stats.chi2.sf(misfit, free)) if free else None
-            result.append(Trend(*key, tuple(slopes), mean, 1.96 / math.sqrt(total), p_line))
+            equal = all(one.cell.tokens == one.other.tokens for of_size in sizes.values() for one in of_size)
+            result.append(Trend(*key, tuple(slopes), mean, 1.96 / math.sqrt(total), p_line, equal))
     return result
 
 
