@@ -729,3 +729,48 @@ def test_what_a_study_varies_is_neither_refused_nor_warned_of():
 
 def test_settings_of_the_fixture_are_compared():
     assert set(make_record().config) == {"model", *SETTINGS}
+
+
+def used(label, *, depth=2, uses=1, steps=500, arm=None, seed=0):
+    """A record of `depth` blocks that are each used `uses` times; FLOPs grow with the layers."""
+    record = make_record(
+        depth=depth,
+        seed=seed,
+        score=3.5 + 0.01 * seed,
+        point=label + f" ({arm})" * (arm == "standard"),
+        design=label if arm else None,
+        arm=arm,
+        pairs=[["twice", "once"]] if arm != "standard" else [["twice (standard)", "once (standard)"]],
+        scientific=["model.depth", "model.sharing", "train.steps"],
+        layer_plan=list(range(depth)) * uses,
+    )
+    model = {"sharing": "none" if uses == 1 else "repeat_all", "num_repeats": uses}
+    config = {**record.config, "model": {**record.config["model"], **model}}
+    config["train"] = {**config["train"], "steps": steps}
+    budgets = {**record.budgets, "train_flops_per_token": 1e6 * depth * uses}
+    return dataclasses.replace(record, config=config, budgets=budgets)
+
+
+def test_sharing_without_its_controls_is_warned_of():
+    """Blocks used twice beside those used once: the stack as deep, and the training as long, are missing."""
+
+    def said(*more, arms=(None,)):
+        runs = [used("once", arm=arm, seed=s) for arm in arms for s in range(3)]
+        runs += [used("twice", uses=2, arm=arm, seed=s) for arm in arms for s in range(3)]
+        return [w for w in verdict([*runs, *more]).warnings if "without sharing" in w]
+
+    no_deep = (
+        "No point without sharing has as many layers as 'twice': how near a repeat comes to a block of its "
+        "own is not known."
+    )
+    no_long = (
+        "No point without sharing has as many training FLOPs as 'twice': longer training may bring as much "
+        "as a repeat."
+    )
+    deep, long = used("deep", depth=4), used("long", steps=1000)
+    assert said() == [no_deep, no_long]
+    assert said(arms=("completep", "standard")) == [no_deep, no_long]
+    assert said(deep) == [no_long]
+    assert said(long) == [no_deep]
+    assert said(used("deeper", depth=6), used("longer", steps=1100)) == [no_deep, no_long]
+    assert said(deep, long) == []

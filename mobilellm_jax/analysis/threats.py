@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from mobilellm_jax.analysis import verdicts
 from mobilellm_jax.analysis.facts import Facts, Point
@@ -38,6 +39,7 @@ def threats(
             "of their own. They count in the comparison."
         )
     yield from _tuning_warnings(facts, list(compared), tuning)
+    yield from _control_warnings(compared, comparisons)
     if unmatched is not None and unmatched > TOLERANCE:
         yield (
             f"The points were to have equal {budget_name(facts.matched)}, but differ by up to "
@@ -120,6 +122,50 @@ def _tuning_warnings(facts: Facts, points: Sequence[str], tuning: Mapping[str, T
                 f"{point!r} was compared at learning rate {search.chosen:.3g}, but {search.best:.3g} was "
                 "better in tuning."
             )
+
+
+def _control_warnings(points: Mapping[str, Point], comparisons: Sequence[Comparison]) -> Iterator[str]:
+    """Yields which points use the blocks of another one more often, without the two controls of sharing.
+
+    More uses are more layers and more FLOPs. What these bring alone shows an unshared stack of as many
+    layers, and the blocks used once that are trained for as many FLOPs.
+    """
+    no_deep, no_long = list[str](), list[str]()
+    for c in comparisons:
+        if c.point not in points or c.other not in points:
+            continue
+        point, other = points[c.point], points[c.other]
+        if _blocks(point) != _blocks(other) or _uses(point) <= _uses(other):
+            continue
+        unshared = [p for p in points.values() if p.arm == point.arm and _uses(p) == 1]
+        deep = {**_blocks(point), "depth": len(point.layer_plan)}
+        if deep not in map(_blocks, unshared):
+            no_deep.append(repr(point.design or point.label))
+        long = [_flops(p) for p in unshared if _blocks(p) == _blocks(point)]
+        if not any(abs(flops / _flops(point) - 1) < TOLERANCE for flops in long):
+            no_long.append(repr(point.design or point.label))
+    for labels, what, unknown in (
+        (no_deep, "layers", "how near a repeat comes to a block of its own is not known"),
+        (no_long, "training FLOPs", "longer training may bring as much as a repeat"),
+    ):
+        if labels:
+            each = " or ".join(dict.fromkeys(labels))
+            yield f"No point without sharing has as many {what} as {each}: {unknown}."
+
+
+def _blocks(point: Point) -> dict[str, Any]:
+    """The model without how often, and in which order, its blocks are used."""
+    return {k: v for k, v in point.config["model"].items() if k not in ("sharing", "num_repeats")}
+
+
+def _uses(point: Point) -> float:
+    """How often a block is used, on average."""
+    return len(point.layer_plan) / point.config["model"]["depth"]
+
+
+def _flops(point: Point) -> float:
+    """Training FLOPs for each row of a batch."""
+    return point.config["train"]["steps"] * point.budgets["train_flops_per_token"]
 
 
 def _off(point: str, search: Tuning) -> str:
