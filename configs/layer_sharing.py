@@ -27,7 +27,7 @@ _SHAPES = {
 PRESETS = tuple(_SHAPES)
 _ONCE = {"model.sharing": "none", "model.num_repeats": 1}
 _ORDERS = ("immediate", "repeat_all", "reverse")
-_FLOPS = {"tiny": 1.8086, "small": 1.8007}  # training FLOPs of every block applied twice, over those of once
+_AGAIN = {"tiny": 0.8086, "small": 0.8007}  # training FLOPs of a second use of every block, over the first
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
@@ -44,13 +44,13 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 
 def study(preset: str) -> base.Study:
-    controls = _controls(preset)
+    more = controls(preset)
     return base.Study(
         question="Does applying every block twice help, and in which order?",
-        scientific=("model.sharing", "model.depth", "train.steps") if controls else ("model.sharing",),
-        labels=["none", *_ORDERS, *controls],
-        pairs=[(order, "none") for order in _ORDERS] + [("immediate", control) for control in controls],
-        controls=list(controls),
+        scientific=("model.sharing", "model.depth", "train.steps") if more else ("model.sharing",),
+        labels=["none", *_ORDERS, *more],
+        pairs=[(order, "none") for order in _ORDERS] + [("immediate", control) for control in more],
+        controls=list(more),
         matched="non_embedding_parameters",
         tolerance=0.0,
         **base.protocol(preset),
@@ -61,16 +61,19 @@ def sweep(preset: str) -> Iterator[base.Overrides]:
     """Yields the overrides of each point."""
     yield _ONCE
     yield from base.zipped(model__sharing=_ORDERS, model__num_repeats=(2, 2, 2))
-    yield from _controls(preset).values()
+    yield from controls(preset).values()
 
 
-def _controls(preset: str) -> dict[str, base.Overrides]:
-    """By label: as many blocks as layers, and as many FLOPs of training, both without sharing."""
-    if preset not in _FLOPS:
+def controls(preset: str, times: int = 2, longer: str = "none, equal FLOPs") -> dict[str, base.Overrides]:
+    """What `times` uses of every block are up against, both without sharing; {} at the paper's sizes.
+
+    By label: as many blocks as layers, and, with the label `longer`, training for as many FLOPs.
+    """
+    if preset not in _AGAIN:
         return {}
     config = get_config(preset)
-    blocks, steps = 2 * config.model.depth, round(_FLOPS[preset] * config.train.steps)
+    blocks, flops = times * config.model.depth, 1 + (times - 1) * _AGAIN[preset]
     return {
         f"{blocks} blocks": {**_ONCE, "model.depth": blocks},
-        "none, equal FLOPs": {**_ONCE, "train.steps": steps},
+        longer: {**_ONCE, "train.steps": round(flops * config.train.steps)},
     }

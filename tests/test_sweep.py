@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 from test_lowering import STUDIES
 
-from configs import base, depth_vs_width, layer_sharing, shape_laws
+from configs import base, depth_vs_width, layer_sharing, repeats, shape_laws
 from experiments import cli
 from experiments.runner import progress, sweeping, view, workers
 from experiments.runner.leases import Leases
@@ -905,35 +905,48 @@ def test_paper_presets_have_the_papers_parameter_counts():
         assert round(accounting.parameters(config.model).as_printed / 1e6, 1) == expected
 
 
-@pytest.mark.parametrize(
-    ("config", "preset"),
-    [*((shape_laws, cell) for cell in shape_laws.CELLS), (layer_sharing, "tiny"), (layer_sharing, "small")],
-)
-def test_controls_of_equal_flops_cost_what_the_shared_designs_do(config, preset):
-    rows = dict(zip(config.study(preset).labels, config.sweep(preset), strict=True))
-    longer = [label for label in rows if label.endswith(", equal FLOPs")]
-    assert longer
+@pytest.mark.parametrize("preset", shape_laws.CELLS)
+def test_controls_of_equal_flops_cost_what_the_shared_designs_do(preset):
+    runs = designs(shape_laws, preset)
+    longer = [label for label in runs if label.endswith(", equal FLOPs")]
+    assert len(longer) == 2
     for label in longer:
-        twice = label.replace(", equal FLOPs", " immediate").removeprefix("none ")
-        runs = [
-            from_config_dict(base.update(config.get_config(preset), rows[name])) for name in (label, twice)
-        ]
-        long, shared = (
-            of.train.steps * accounting.train_flops_per_token(of.model, of.data.sequence_length)
-            for of in runs
-        )
-        assert long / shared == pytest.approx(1, abs=0.0005 + 0.5 / runs[1].train.steps)
+        assert_equal_flops(runs[label], runs[label.replace(", equal FLOPs", " immediate")])
 
 
-def test_sharing_has_as_many_blocks_as_layers_beside_it():
-    for preset, label in (("tiny", "6 blocks"), ("small", "16 blocks")):
-        rows = dict(zip(layer_sharing.study(preset).labels, layer_sharing.sweep(preset), strict=True))
-        deep, shared = (
-            from_config_dict(base.update(layer_sharing.get_config(preset), rows[name])).model
-            for name in (label, "immediate")
-        )
-        assert deep.plan == tuple(range(shared.effective_depth))
-        assert ("immediate", label) in layer_sharing.study(preset).pairs
+def designs(config, preset):
+    """Configs by label."""
+    rows = zip(config.study(preset).labels, config.sweep(preset), strict=True)
+    return {label: from_config_dict(base.update(config.get_config(preset), row)) for label, row in rows}
+
+
+def assert_equal_flops(long, shared):
+    """In training, within what whole steps allow."""
+    of_long, of_shared = (
+        of.train.steps * accounting.train_flops_per_token(of.model, of.data.sequence_length)
+        for of in (long, shared)
+    )
+    assert of_long / of_shared == pytest.approx(1, abs=0.0005 + 0.5 / shared.train.steps)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+@pytest.mark.parametrize(
+    ("config", "shared", "long"),
+    [
+        (layer_sharing, "immediate", "none, equal FLOPs"),
+        *((repeats, f"x{times}", f"x1, FLOPs of x{times}") for times in (2, 3, 4)),
+    ],
+)
+def test_sharing_has_its_two_controls_beside_it(config, shared, long, preset):
+    """As many blocks as layers, and as many training FLOPs, both compared with the shared design."""
+    study, runs = config.study(preset), designs(config, preset)
+    layers = runs[shared].model.effective_depth
+    deep = f"{layers} blocks"
+    assert runs[deep].model.plan == tuple(range(layers))
+    assert runs[deep].train == runs[shared].train
+    assert_equal_flops(runs[long], runs[shared])
+    assert {(shared, deep), (shared, long)} <= set(study.pairs)
+    assert {deep, long} <= set(study.controls)
 
 
 def test_a_config_file_alone_says_how_to_run_it():
