@@ -59,8 +59,7 @@ def adapted(config: Config) -> ModelConfig:
         )
     targets = _matrices("train.lora_rank", t.lora_rank, "train.lora_targets", t.lora_targets, m)
     by = Adapters(t.lora_rank, t.lora_alpha, tuple(of.path for of in targets))
-    fields = m.plain_fields()
-    return AdaptedModel(**fields, of=m, adapted_by=by)
+    return AdaptedModel(**m.plain_fields(), of=m, adapted_by=by)
 
 
 def _matrices(field: str, rank: int, pattern_field: str, pattern: str, m: ModelConfig) -> list[Parameter]:

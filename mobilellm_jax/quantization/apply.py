@@ -65,8 +65,7 @@ def quantize(
 def quantized_config(config: ModelConfig, scheme: Scheme) -> ModelConfig:
     if not scheme.activation_bits:
         return config
-    fields = config.plain_fields()
-    return QuantizedModel(**fields, of=config, rounded_to=scheme.activation_bits)
+    return QuantizedModel(**config.plain_fields(), of=config, rounded_to=scheme.activation_bits)
 
 
 def round_weights(of: Parameter, w: Any, scheme: Scheme) -> Float[Array, "..."]:

@@ -42,8 +42,7 @@ def trained_model(config: Config) -> ModelConfig:
         return adapted(config)
     scheme, m = parse(config.train.quantize), config.model
     check_groups(m, scheme)
-    fields = m.plain_fields()
-    return AwareModel(**fields, of=m, scheme=scheme)
+    return AwareModel(**m.plain_fields(), of=m, scheme=scheme)
 
 
 def straight_through(params: Params, config: ModelConfig) -> Params:
