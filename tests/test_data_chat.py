@@ -18,6 +18,7 @@ from mobilellm_jax.data.tokenizers import BytesTokenizer, open_tokenizer, train_
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel import partition
 from mobilellm_jax.runs.directory import data_notes
+from mobilellm_jax.runs.run import _floor_fields
 from mobilellm_jax.training.held_out import by_document, by_position, evaluate_held_out
 from mobilellm_jax.training.programs import make_programs
 
@@ -209,6 +210,15 @@ def test_held_out_sums_are_those_of_a_loop(prepared):
     expected = [int(there[:, a:b].sum()) for a, b in zip([0, *ends], ends, strict=False)]
     assert scores.by_position["targets"] == expected
     assert scores.by_position["loss"][0] is None
+
+
+def test_the_floor_is_counted_on_replies(prepared):
+    overrides = {"model.vocab_size": 258, "data.sequence_length": 59, "train.eval_rows": 0}
+    run = tiny_config(**overrides, **{"data.source": "conversations:x", "train.steps": 900})
+    floor = _floor_fields(run, prepared)
+    assert floor.pop("tokens") == prepared.card["splits"]["train"]["targets"]
+    # Replies are few words, so that two letters nearly give the third; the first row begins with a prompt.
+    assert 0 < floor["trigram"] < floor["bigram"] < floor["unigram"] < np.log(258)
 
 
 def test_sums_without_targets_are_left_out():

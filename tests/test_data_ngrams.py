@@ -23,32 +23,35 @@ def chain(rows, seed):
 
 
 def reference(train, tuning, rows):
-    """The same with dictionaries: probabilities one by one, shares by 30 rounds of EM."""
+    """The same with dictionaries: probabilities one by one, 30 rounds of EM; ~id is context only."""
     if not len(tuning):
         cut = max(1, len(train) * 9 // 10)
         counted, tuning = train[:cut], train[cut:]
     else:
         counted = train
 
+    def read(part):
+        return [([max(i, ~i) for i in row], [i >= 0 for i in row]) for row in part.tolist()]
+
     def counts(part, order):
         grams = Counter()
-        for row in part.tolist():
+        for row, is_target in read(part):
             for t in range(max(1, order - 1), len(row)):
-                grams[tuple(row[t - order + 1 : t + 1])] += 1
+                grams[tuple(row[t - order + 1 : t + 1])] += is_target[t]
         contexts = Counter()
         for gram, count in grams.items():
             contexts[gram[:-1]] += count
         return grams, contexts
 
     def terms(part, grams, contexts, order):
-        for row in part.tolist():
-            for t in range(1, len(row)):
+        for row, is_target in read(part):
+            for t in filter(is_target.__getitem__, range(1, len(row))):
                 gram = tuple(row[t - order + 1 : t + 1]) if t >= order - 1 else ()
                 seen = contexts[gram[:-1]] if gram else 0
                 yield (grams[gram] / seen if seen else 0.0), seen.bit_length()
 
     losses = []
-    p_fit, p = ([1 / V] * (len(part) * 8) for part in (tuning, rows))
+    p_fit, p = ([1 / V] * int((part[:, 1:] >= 0).sum()) for part in (tuning, rows))
     for order in (1, 2, 3):
         fit = list(terms(tuning, *counts(counted, order), order))
         share = dict.fromkeys({bucket for _, bucket in fit}, 0.5)
@@ -71,10 +74,15 @@ def reference(train, tuning, rows):
 
 @pytest.mark.parametrize("tuned", [0, 20])
 @pytest.mark.parametrize("trained", [1, 15, 60])
-def test_losses_are_those_of_dictionaries(trained, tuned):
+@pytest.mark.parametrize("prompts", [False, True])
+def test_losses_are_those_of_dictionaries(trained, tuned, prompts):
     train, tuning, rows = chain(trained, 0), chain(tuned, 1), chain(30, 2)
+    if prompts:  # of other tokens, as long as two in three rows
+        for part in (train, tuning, rows):
+            part[1::3, :4] = ~(part[1::3, :4] // 2)
+            part[2::3, 2:6] = ~(part[2::3, 2:6] // 2)
     found = ngram_losses(train, tuning, rows, V)
-    assert found.pop("tokens") == trained * 8
+    assert found.pop("tokens") == np.sum(train[:, 1:] >= 0)
     assert list(found) == ["unigram", "bigram", "trigram"]
     np.testing.assert_allclose(list(found.values()), reference(train, tuning, rows), rtol=1e-12)
 

@@ -1,10 +1,13 @@
 """Losses of n-grams: what counting gives on the rows that a model is trained on, a floor for its own loss.
 
-Letters: R rows of S = T + 1 tokens, V vocabulary. Contexts are the tokens of the row alone.
+Letters: R rows of S = T + 1 tokens, V vocabulary. Contexts are the tokens of the row alone. Ids that are
+input only, see `rows.py`, are context and no targets: of conversations, replies are counted.
 """
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+
+from mobilellm_jax.data.rows import is_target
 
 MOST_TOKENS = 100_000_000  # a run of more has no floor; in proportion, so many take 100 s and 6 GB
 VERSION = 1  # raise it when the same rows would give other losses
@@ -12,7 +15,10 @@ _BUCKETS = 64
 
 
 def ngram_losses(
-    train: np.ndarray, tuning: np.ndarray, rows: np.ndarray, vocab_size: int
+    train: Int[np.ndarray, "R S"],
+    tuning: Int[np.ndarray, "Q S"],
+    rows: Int[np.ndarray, "P S"],
+    vocab_size: int,
 ) -> dict[str, int | float]:
     """Counts n-grams in rows [R, S] of `train` and evaluates them on `rows`, in nats per token.
 
@@ -25,18 +31,18 @@ def ngram_losses(
     """
     cut = max(1, len(train) * 9 // 10)
     counted, tuning = (train, tuning) if len(tuning) else (train[:cut], train[cut:])
-    length = rows.shape[1] - 1
-    losses: dict[str, int | float] = {"tokens": len(train) * length}
-    p_fit, p = (np.full((len(part), length), 1 / vocab_size) for part in (tuning, rows))
+    losses: dict[str, int | float] = {"tokens": int(np.sum(is_target(train[:, 1:])))}
+    is_fit, is_scored = is_target(tuning[:, 1:]), is_target(rows[:, 1:])
+    p_fit, p = (np.full(part.shape, 1 / vocab_size) for part in (is_fit, is_scored))
     for order, name in enumerate(("unigram", "bigram", "trigram"), start=1):
         counts = _Counts(train, order, vocab_size)
         fit_counts = counts if counted is train else _Counts(counted, order, vocab_size)
         higher_fit, bucket_fit = fit_counts.conditional(tuning)
-        share = _shares(higher_fit, p_fit, bucket_fit)
+        share = _shares(higher_fit[is_fit], p_fit[is_fit], bucket_fit[is_fit])
         p_fit += share[bucket_fit] * (higher_fit - p_fit)
         higher, bucket = counts.conditional(rows)
         p += share[bucket] * (higher - p)
-        losses[name] = float(-np.mean(np.log(p)))
+        losses[name] = float(-np.mean(np.log(p[is_scored])))
     return losses
 
 
@@ -45,24 +51,25 @@ class _Counts:
 
     def __init__(self, rows: np.ndarray, order: int, vocab_size: int) -> None:
         self._order, self._vocab_size = order, vocab_size
-        self._keys, self._counts = np.unique(self._keys_of(rows), return_counts=True)
+        keys, is_counted = self._keys_of(rows)
+        self._keys, self._counts = np.unique(keys[is_counted], return_counts=True)
         self._contexts, first = np.unique(self._keys // vocab_size, return_index=True)
         self._context_counts = np.add.reduceat(self._counts, first) if len(first) else first
 
-    def _keys_of(self, rows: np.ndarray) -> np.ndarray:
-        """Every n-gram as one number, int64 [R, targets that have one]."""
-        ends = range(max(self._order, 2), rows.shape[1] + 1)
-        keys = np.zeros((len(rows), len(ends)), np.int64)
+    def _keys_of(self, rows: np.ndarray) -> tuple[Int[np.ndarray, "R E"], Bool[np.ndarray, "R E"]]:
+        """Every n-gram as one number, at the E places that have one, and whether it ends in a target."""
+        tokens, first = np.where(is_target(rows), rows, ~rows), max(self._order, 2)
+        keys = np.zeros((len(rows), rows.shape[1] + 1 - first), np.int64)
         for back in range(self._order, 0, -1):
             keys *= self._vocab_size
-            keys += rows[:, ends.start - back : rows.shape[1] + 1 - back]
-        return keys
+            keys += tokens[:, first - back : rows.shape[1] + 1 - back]
+        return keys, is_target(rows[:, first - 1 :])
 
     def conditional(
         self, rows: Int[np.ndarray, "R S"]
     ) -> tuple[Float[np.ndarray, "R T"], Int[np.ndarray, "R T"]]:
-        """Relative frequency of each target after its context, and the bucket of the context's count."""
-        keys = self._keys_of(rows)
+        """Relative frequency of each token after its context, and the bucket of the context's count."""
+        keys, _ = self._keys_of(rows)
         seen = _look_up(self._contexts, self._context_counts, keys // self._vocab_size)
         p = _look_up(self._keys, self._counts, keys) / np.maximum(seen, 1)
         without = (
@@ -80,7 +87,6 @@ def _look_up(keys: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.nda
 
 def _shares(higher: np.ndarray, lower: np.ndarray, bucket: np.ndarray) -> np.ndarray:
     """The share of `higher` in the mixture with `lower`, for each bucket; 0 for contexts never seen."""
-    higher, lower, bucket = higher.ravel(), lower.ravel(), bucket.ravel()
     total, share = np.bincount(bucket, minlength=_BUCKETS), np.full(_BUCKETS, 0.5)
     share[0] = 0
     for _ in range(30):

@@ -227,11 +227,11 @@ def _floor_fields(
 ) -> dict[str, int | float] | None:
     """`Record.floor` of a run.
 
-    None for tasks, conversations, "tuning", more than `ngrams.MOST_TOKENS`, which is said, and on other
+    None for tasks, "tuning", more than `ngrams.MOST_TOKENS`, which is said, and on other
     processes than 0.
     """
     t = config.train
-    skipped = t.eval_split == "tuning" or config.data.is_conversations or jax.process_index() > 0
+    skipped = t.eval_split == "tuning" or jax.process_index() > 0
     if skipped or not isinstance(prepared, data.PreparedData):
         return None
     seen, rows = t.steps * t.batch_size, prepared.num_rows("train")
@@ -265,7 +265,9 @@ def _counted_floor(
     if count := prepared.num_rows("tuning"):
         tuning = np.concatenate(list(prepared.eval_batches(batch_size=1024, split="tuning")))[:count]
     rows = np.concatenate(list(prepared.eval_batches(batch_size=1024, rows=eval_rows, split=split)))
-    return ngrams.ngram_losses(train, tuning, rows[is_target(rows[:, 1])], prepared.card["vocab_size"])
+    return ngrams.ngram_losses(
+        train, tuning, rows[is_target(rows[:, 1:]).any(1)], prepared.card["vocab_size"]
+    )
 
 
 def planned_fields(config: Config) -> dict[str, Any]:
