@@ -905,7 +905,7 @@ def test_paper_presets_have_the_papers_parameter_counts():
         assert round(accounting.parameters(config.model).as_printed / 1e6, 1) == expected
 
 
-@pytest.mark.parametrize("preset", shape_laws.CELLS)
+@pytest.mark.parametrize("preset", [cell for cell in shape_laws.CELLS if cell[:3] != "1m_"])
 def test_controls_of_equal_flops_cost_what_the_shared_designs_do(preset):
     runs = designs(shape_laws, preset)
     longer = [label for label in runs if label.endswith(", equal FLOPs")]
