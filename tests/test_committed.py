@@ -1,12 +1,17 @@
 """The committed records are sealed, reports say what they show, and figures leave no seed out."""
 
+import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
+from configs import shape_laws
 from experiments.reporting import abilities, beside_paper, claims, figures, second_use, tables
+from mobilellm_jax.analysis import rate_line
+from mobilellm_jax.analysis.cells import cells_of
 from mobilellm_jax.analysis.records import by_study, read_records
 from mobilellm_jax.analysis.statistics import decide
 from mobilellm_jax.analysis.study import study_of
@@ -40,6 +45,20 @@ def test_under_completep_eight_thin_blocks_and_two_wide_ones_differ_by_less_than
     assert difference.mean == pytest.approx(-0.005, abs=5e-4)
     assert abs(difference.mean) < difference.se
     assert (difference.low, difference.high) == pytest.approx((-0.062, 0.052), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_rates_of_costly_cells_are_on_the_line_through_the_optima_of_tuned_ones():
+    cells, _ = cells_of(read_records(RESULTS / "shape_laws"))
+    line = rate_line.fit([cell for cell in cells if cell.arm == "completep"])
+    untuned = [name for name in shape_laws.CELLS if not shape_laws.study(name).learning_rates]
+    assert untuned == ["100k_32", "300k_8", "300k_32", "1m_2", "1m_8"]
+    for name in untuned:
+        size, horizon = name.split("_")
+        parameters = {"100k": 100_000, "300k": 300_000, "1m": 1_000_000}[size]
+        one = dataclasses.replace(cells[0], parameters=parameters, tokens=parameters * int(horizon))
+        rate = shape_laws.get_config(name).optimizer.learning_rate
+        assert math.log2(rate) == pytest.approx(line.octaves(one), abs=0.01)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from test_results import make_record
 from test_shape_law import PHI, grid, simulated, truth
 
 from experiments.reporting import shape_figures, shape_page
+from mobilellm_jax.analysis import rate_line
 from mobilellm_jax.analysis.cells import Trend, cells_of
 from mobilellm_jax.analysis.records import read_record, write_record
 from mobilellm_jax.analysis.shape_findings import findings_of
@@ -207,6 +208,31 @@ def test_a_slope_of_what_bends_has_no_interval():
     for_more_tokens = dataclasses.replace(bent, equal_tokens=False)  # the law bends too
     said = shape_page.answer(dataclasses.replace(found, trends=[for_more_tokens, straight]))
     assert said.startswith("A block used twice counts as ")
+
+
+def test_what_a_rate_costs_that_was_not_tuned_is_said():
+    """Where the optima of other cells predict it; where they are too few, that is said."""
+    found = findings_of(records_of(study(grid(("33k", "100k"), (2, 8, 32), None))), resamples=2)
+    assert {cell.untuned_rate for cell in found.cells} == {2e-3}
+    said = "\n".join(shape_page.warnings(found))
+    assert "Learning rates were not tuned at 33k_2, 33k_8, 33k_32, 100k_2, 100k_8, 100k_32; too few" in said
+    cells = [
+        cell
+        if cell.preset == "100k_32"
+        else dataclasses.replace(cell, optimum=-6 - 0.1 * (place % 3), curvature=0.06, untuned_rate=None)
+        for place, cell in enumerate(found.cells)
+    ]
+    line = rate_line.fit(cells)
+    found = dataclasses.replace(found, rates=line, cells=cells, fitted=cells)
+    said = "\n".join(shape_page.warnings(found))
+    assert "not tuned at 100k_32: they are what the optima of other cells predict" in said
+    cost = max(line.excess(cell) for cell in cells if cell.untuned_rate)
+    assert (
+        f"to {line.error:.2f} octaves (root mean square), which is expected to cost up to {cost:.3f}" in said
+    )
+    page = str(shape_page.sections(found, []))
+    assert "'not tuned': ['100k_32'], 'log2 of the rate': ['-8.97']" in page
+    assert f"log2 of the best learning rate is {line.at:.3f}" in shape_page.text(found)
 
 
 def test_what_is_sure_is_listed_by_cell():

@@ -18,6 +18,10 @@ from mobilellm_jax.errors import UserError
 
 NOISE = np.random.default_rng(3).normal(0, 0.01, (8, 8))  # [point, seed]
 LOSSES = {2: 3.6, 4: 3.5, 8: 3.501}
+TRANSFERRED = (
+    "The learning rate was not tuned, but comes from other shapes, sizes or horizons: what its error costs "
+    "is not in the intervals."
+)
 PAIRS = [["4 x 128", "2 x 128"], ["8 x 128", "2 x 128"], ["8 x 128", "4 x 128"]]
 
 
@@ -138,7 +142,7 @@ def test_error_is_counted_in_points_of_exact_match():
         f"Seeds correlate by {found.spread.correlation:.2f} over points: not paired. "
         "Seeds change initialisation and data order."
     )
-    assert found.warnings == []
+    assert found.warnings == [TRANSFERRED]
 
 
 def test_task_that_all_points_solve():
@@ -530,7 +534,7 @@ def test_rates_that_were_not_tuned_are_flagged():
     assert verdict(partly).warnings == [
         "No tuning run was made for '4 x 128' and '8 x 128': the learning rate may not suit it."
     ]
-    assert verdict(only(study(tuning="transferred"), "comparison")).warnings == []
+    assert verdict(only(study(tuning="transferred"), "comparison")).warnings == [TRANSFERRED]
 
 
 # --- budgets --------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from experiments.reporting import shape_figures
+from experiments.reporting import shape_figures, shape_rates
 from experiments.reporting.figures import Image
 from experiments.reporting.pages import Block, Section
 from experiments.reporting.tables import Columns, quantity
@@ -51,6 +51,7 @@ def sections(found: Findings, images: Sequence[Image]) -> list[Section]:
         ("What a repeat is worth", [*shown("repeats"), *_worth(found)]),
         ("The law", [_FORMULA, *_constants(found)]),
         ("Predicting a size from the others", _predictions(found)),
+        ("Learning rates", shape_rates.section(found)),
         ("Cells", [_CELLS, cells(found)]),
         ("Where this holds", [limits(found)]),
     ]
@@ -72,6 +73,7 @@ def warnings(found: Findings) -> list[str]:
             f"The law is fitted to {found.arms[0]} alone; {', '.join(others)} "
             f"({sum(cell.arm in others for cell in found.cells)} cells) is in figures and tables."
         )
+    said += shape_rates.untuned(found)
     said += [
         f"{cell.name}: {cell.diverged} runs diverged; the cell is left out of the law."
         for cell in found.cells
@@ -382,4 +384,5 @@ def limits(found: Findings) -> list[str]:
 
 def text(found: Findings) -> str:
     """What the command prints."""
-    return "\n".join([*(f"Warning: {line}" for line in warnings(found)), *summary(found)])
+    said = [*(f"Warning: {line}" for line in warnings(found)), *summary(found), shape_rates.line(found)]
+    return "\n".join(filter(None, said))

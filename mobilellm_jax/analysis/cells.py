@@ -13,6 +13,7 @@ from mobilellm_jax.analysis.noise import Noise, noise_of
 from mobilellm_jax.analysis.records import Record, by_study
 from mobilellm_jax.analysis.statistics import decide
 from mobilellm_jax.analysis.study import study_of
+from mobilellm_jax.analysis.tuning import Tuning
 from mobilellm_jax.errors import UserError
 
 REFERENCE = 32  # width over layers of the design that other aspect ratios are compared with
@@ -36,8 +37,10 @@ class Cell:
       losses: nats per token by seed, of finished runs.
       diverged: runs that did.
       trigram: loss of the trigram counted on the same tokens; None where not recorded.
-      rate_excess: loss that the error of the fitted learning rate is expected to cost; 0 if the rate was
-        not fitted.
+      rate_excess: loss that the error of the learning rate is expected to cost; 0 if that is not known.
+      optimum, curvature: log2 of the fitted rate, and that of the loss there (nats per octave^2); None where
+        no optimum was fitted.
+      untuned_rate: the rate of the seeds, where none was tuned; else None.
     """
 
     preset: str
@@ -57,6 +60,9 @@ class Cell:
     diverged: int
     trigram: float | None
     rate_excess: float = 0.0
+    optimum: float | None = None
+    curvature: float | None = None
+    untuned_rate: float | None = None
 
     @property
     def aspect(self) -> float:
@@ -145,8 +151,7 @@ def cells_of(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
                 missing.append(f"{preset}: {label} has {len(found)} of {planned} seeds.")
             diverged = sum(run.status == "diverged" for run in done[label].comparison)
             search = study.verdict.tuning.get(label)
-            excess = search.excess if search and search.excess else 0.0
-            cells.append(_cell(preset, found, smallest, shortest, diverged, excess))
+            cells.append(_cell(preset, found, smallest, shortest, diverged, search))
     for name, presets in hashes.items():
         if len(presets) > 1:
             (one, first), (two, second) = list(presets.items())[:2]
@@ -169,7 +174,7 @@ def _suffix(preset: str) -> str:
 
 
 def _cell(
-    preset: str, runs: Sequence[Record], smallest: int, shortest: int, diverged: int, excess: float
+    preset: str, runs: Sequence[Record], smallest: int, shortest: int, diverged: int, search: Tuning | None
 ) -> Cell:
     run = runs[0]
     counts = Counter(run.layer_plan)
@@ -192,7 +197,10 @@ def _cell(
         losses=tuple(run.loss for run in sorted(runs, key=lambda run: run.seed)),
         diverged=diverged,
         trigram=run.floor["trigram"] if run.floor else None,
-        rate_excess=excess,
+        rate_excess=(search and search.excess) or 0.0,
+        optimum=math.log2(search.fitted) if search and search.fitted else None,
+        curvature=search and search.curvature,
+        untuned_rate=None if search else run.learning_rate,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mobilellm_jax.analysis import shape_law
+from mobilellm_jax.analysis import rate_line, shape_law
 from mobilellm_jax.analysis.cells import (
     Cell,
     Difference,
@@ -16,6 +16,7 @@ from mobilellm_jax.analysis.cells import (
     size_of,
     trends,
 )
+from mobilellm_jax.analysis.rate_line import RateLine
 from mobilellm_jax.analysis.records import Record
 from mobilellm_jax.analysis.shape_law import COMMON, DRIFTS, FORMS, LAW, Fit
 from mobilellm_jax.errors import UserError
@@ -73,6 +74,8 @@ class Findings:
       margin: the smallest difference that matters.
       cells: all, of all arms.
       fitted: those that the law is fitted to: of the arm with the most cells, without diverged runs.
+      rates: the line through the optima of that arm, which says what rates not tuned may cost; None if there
+        are too few.
       differences, trends: see `cells.differences` and `cells.trends`.
       law, common, drifting: with bootstrap samples; None where it could not be fitted.
       refused: why there is no law; "" if there is one.
@@ -84,6 +87,7 @@ class Findings:
     margin: float
     cells: list[Cell]
     fitted: list[Cell]
+    rates: RateLine | None
     differences: list[Difference]
     trends: list[Trend]
     law: Fit | None
@@ -141,6 +145,8 @@ def findings_of(
         raise UserError(f"{study}: no finished comparison run yet; wait for the sweep to finish a point")
     arms = [cell.arm for cell in cells]
     arm = max(dict.fromkeys(arms), key=arms.count)
+    rates = rate_line.fit([cell for cell in cells if cell.arm == arm])
+    cells = rate_line.carried(cells, arm, rates) if rates else cells
     fitted = [cell for cell in cells if cell.arm == arm and not cell.diverged]
     fits, refused = _fits(fitted)
     sizes = dict.fromkeys(cell.size for cell in fitted)
@@ -155,6 +161,7 @@ def findings_of(
         max(record.margin for record in records),
         cells,
         fitted,
+        rates,
         compared,
         trends(compared),
         law,

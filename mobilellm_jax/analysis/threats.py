@@ -99,6 +99,11 @@ def _tuning_warnings(facts: Facts, points: Sequence[str], tuning: Mapping[str, T
         yield (
             "The learning rate was not tuned: a point that looks better may only suit the given rate better."
         )
+    if facts.tuning == "transferred":
+        yield (
+            "The learning rate was not tuned, but comes from other shapes, sizes or horizons: what its error "
+            "costs is not in the intervals."
+        )
     if facts.tuning in ("grid", "fitted") and (untuned := [point for point in points if point not in tuning]):
         names = " and ".join(map(repr, untuned))
         yield f"No tuning run was made for {names}: the learning rate may not suit it."
