@@ -33,7 +33,7 @@ def main() -> int:
             f"python -m experiments.sweep --config=configs/{study}.py{preset} --workdir={workdir}"
         )
     taken = [record for record in found if not wanted or record.preset in wanted]
-    findings = findings_of(taken, resamples=flags.FLAGS.resamples)
+    findings = findings_of(taken, resamples=flags.FLAGS.resamples, planned=wanted or _cells(study))
     stem = file_stem(study)
     images = [
         figures.save(f"{stem}-{suffix}", alt, figure, workdir)
@@ -45,6 +45,12 @@ def main() -> int:
     print(shape_page.text(findings))
     print(f"Report: {path}.md")
     return 0
+
+
+def _cells(study: str) -> list[str]:
+    """The presets that the study's config lists as CELLS; [] where it lists none, or has no file."""
+    path = f"configs/{study}.py"
+    return list(getattr(cli.load_config(path)[0], "CELLS", [])) if (cli.ROOT / path).is_file() else []
 
 
 def _define_flags() -> None:

@@ -126,7 +126,7 @@ def test_command_reports_the_law(tmp_path):
     for name in ("differences", "aspects", "repeats"):
         assert f"../figures/shape_laws-{name}.png" in page
         assert 10_000 < (tmp_path / "figures" / f"shape_laws-{name}.png").stat().st_size < 300_000
-    assert "No finished run at 1m_2, 1m_32" in page
+    assert "No finished run at 1m_2." in page  # unlike 1m_32, it is a preset
     assert (tmp_path / "reports" / "shape_laws.html").stat().st_size > 100_000
 
 
@@ -177,6 +177,14 @@ def test_no_records_of_the_study_or_preset(tmp_path):
     assert done.returncode == 2
     assert "no records of shape_laws:100k_2; make them with" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_presets_that_were_asked_for_are_not_missed(tmp_path):
+    written(tmp_path, records_of(study(grid(("33k", "100k"), (2, 8), None))))
+    assert "No finished run at 33k_32, 100k_32, 300k_2" in command(*flags(tmp_path, "--resamples=2")).stdout
+    asked = command(*flags(tmp_path, "--resamples=2", "--presets=33k_2,33k_8,100k_2"))
+    assert asked.returncode == 0, asked.stderr
+    assert "No finished run" not in asked.stdout
 
 
 def test_no_finished_run():

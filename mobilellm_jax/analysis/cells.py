@@ -119,8 +119,12 @@ class Trend:
     equal_tokens: bool = True
 
 
-def cells_of(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
+def cells_of(records: Sequence[Record], planned: Sequence[str] = ()) -> tuple[list[Cell], list[str]]:
     """Collects the cells of all presets of one study from finished comparison runs, smallest size first.
+
+    Args:
+      records: of all its presets.
+      planned: its presets; if none are given, all sizes at all horizons that there are.
 
     Returns:
       The cells, and what is missing from the study so far, one sentence each.
@@ -146,9 +150,9 @@ def cells_of(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
             for run in found:
                 for name in ("source_sha256", "tokenizer_sha256"):
                     hashes.setdefault(name, {}).setdefault(run.data[name], preset)
-            planned = max((run.plan["seeds"] for run in found if run.plan), default=0)
-            if len(found) < planned:
-                missing.append(f"{preset}: {label} has {len(found)} of {planned} seeds.")
+            seeds = max((run.plan["seeds"] for run in found if run.plan), default=0)
+            if len(found) < seeds:
+                missing.append(f"{preset}: {label} has {len(found)} of {seeds} seeds.")
             diverged = sum(run.status == "diverged" for run in done[label].comparison)
             search = study.verdict.tuning.get(label)
             cells.append(_cell(preset, found, smallest, shortest, diverged, search))
@@ -163,7 +167,7 @@ def cells_of(records: Sequence[Record]) -> tuple[list[Cell], list[str]]:
     there = {cell.preset for cell in cells}
     horizons = sorted({(round(cell.horizon), _suffix(cell.preset)) for cell in cells})
     sizes = dict.fromkeys(cell.size for cell in cells)
-    grid = [f"{size}_{horizon}" for size in sizes for _, horizon in horizons if horizon]
+    grid = planned or [f"{size}_{horizon}" for size in sizes for _, horizon in horizons if horizon]
     if absent := [preset for preset in dict.fromkeys(grid) if preset not in there]:
         missing.append(f"No finished run at {', '.join(absent)}.")
     return cells, missing

@@ -129,17 +129,19 @@ class Findings:
 def findings_of(
     records: Sequence[Record],
     resamples: int = shape_law.RESAMPLES,
+    planned: Sequence[str] = (),
 ) -> Findings:
     """Analyses the records of one study, at whatever presets have any.
 
     Args:
       records: of all its presets.
       resamples: of each bootstrap.
+      planned: the presets that the study is to have, as in `cells_of`.
 
     Raises:
       UserError: runs cannot be compared, or there is no finished comparison run.
     """
-    cells, missing = cells_of(records)
+    cells, missing = cells_of(records, planned)
     study = records[0].study
     if not cells:
         raise UserError(f"{study}: no finished comparison run yet; wait for the sweep to finish a point")
