@@ -158,6 +158,16 @@ def test_caption_says_what_both_sides_are():
     assert "after 1T training tokens" in draw(twins("mobilellm")).texts[0].get_text().replace("\n", " ")
 
 
+def test_our_points_are_categories_where_the_paper_s_are():
+    """Also of records that had places on an x axis."""
+    x = {"label": "times", "log": True}
+    records = [
+        dataclasses.replace(r, x={**x, "value": r.point_index + 1}) for r in twins("repeats", seeds=3)[:12]
+    ]
+    labels = [tick.get_text() for tick in draw(records).axes[-1].get_yticklabels()]
+    assert labels == ["x1", "x2", "x3", "x4"]
+
+
 def test_missing_records_are_told_and_the_rest_is_drawn():
     records = [r for r in twins("layer_sharing", seeds=3) if r.point != "immediate"]
     records = [r for r in records if (r.point, r.seed) != ("reverse", 2)]

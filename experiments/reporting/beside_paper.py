@@ -35,14 +35,14 @@ def draw(study: Study) -> Figure | None:
     if not groups:
         return None
     title = "\n".join(": ".join(of) for of in judged(study)) or answer(study)
-    arm, study = _first_arm(study)
+    source = paper_tables.SOURCES[study.facts.study]
+    is_across = source.x is None
+    arm, study = _first_arm(study, is_across)
     facts = study.facts
-    source = paper_tables.SOURCES[facts.study]
     first = (
         f"The paper ({source.what}): average zero-shot accuracy on eight tasks after {source.tokens} "
         f"training tokens, one run of each model at one learning rate."
     )
-    is_across = source.x is None
     labels = [[row.label for row in rows] for rows in groups.values()]
     heights = [drawing.categories_height(of) + 0.2 if is_across else 2.1 for of in labels]
     heights.append(drawing.categories_height(list(study.points)) + 0.5 if is_across else 2.9)
@@ -75,13 +75,19 @@ def judged(study: Study) -> list[tuple[str, str]]:
     ]
 
 
-def _first_arm(study: Study) -> tuple[str | None, Study]:
-    """The study's first arm, and its records alone, analysed without the other arms."""
+def _first_arm(study: Study, is_across: bool) -> tuple[str | None, Study]:
+    """The study's first arm, and its records alone, analysed without the other arms.
+
+    Without places on an x axis, if the paper's points `is_across` as categories.
+    """
     arm = next(iter(study.points.values())).arm
-    if arm is None:
+    if arm is None and not (is_across and study.facts.x):
         return None, study
     runs = [run for point in study.points.values() if point.arm == arm for run in point.runs]
-    return arm, study_of([dataclasses.replace(run, arm=None, x=_without(arm, run.x)) for run in runs])
+    places = [None if is_across else _without(arm or "", run.x) for run in runs]
+    return arm, study_of(
+        [dataclasses.replace(run, arm=None, x=x) for run, x in zip(runs, places, strict=True)]
+    )
 
 
 def _without(arm: str, x: dict[str, Any] | None) -> dict[str, Any] | None:
