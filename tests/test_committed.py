@@ -29,7 +29,7 @@ def test_every_record_has_a_seal():
 
 
 def test_under_completep_eight_thin_blocks_and_two_wide_ones_differ_by_less_than_the_noise():
-    """At 328 thousand parameters, each at its best rate. Two seeds show no more: +-0.057."""
+    """At 328 thousand parameters, each at its best rate. Two seeds show no more: +-0.07."""
     scores: dict[str, dict[int, float]] = {}
     ends = {}
     for preset in ("depth_completep", "width_completep"):
@@ -42,9 +42,9 @@ def test_under_completep_eight_thin_blocks_and_two_wide_ones_differ_by_less_than
     assert deep.parameters["non_embedding"] == pytest.approx(wide.parameters["non_embedding"], rel=2e-3)
     assert (deep.tokens_seen, deep.data["source_sha256"]) == (wide.tokens_seen, wide.data["source_sha256"])
     difference = decide(scores, [pair], 0.05)[0].difference
-    assert difference.mean == pytest.approx(-0.005, abs=5e-4)
+    assert difference.mean == pytest.approx(0.011, abs=5e-4)
     assert abs(difference.mean) < difference.se
-    assert (difference.low, difference.high) == pytest.approx((-0.062, 0.052), abs=1e-3)
+    assert (difference.low, difference.high) == pytest.approx((-0.058, 0.079), abs=1e-3)
 
 
 @pytest.mark.slow
