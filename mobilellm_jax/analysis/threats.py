@@ -169,8 +169,8 @@ def _uses(point: Point) -> float:
 
 
 def _flops(point: Point) -> float:
-    """Training FLOPs for each row of a batch."""
-    return point.config["train"]["steps"] * point.budgets["train_flops_per_token"]
+    """FLOPs of training for each token of a batch, those of a teacher included."""
+    return point.config["train"]["steps"] * point.comparison[0].train_flops_per_token
 
 
 def _off(point: str, search: Tuning) -> str:

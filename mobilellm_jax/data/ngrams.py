@@ -5,7 +5,7 @@ input only, see `rows.py`, are context and no targets: of conversations, replies
 """
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from mobilellm_jax.data.rows import is_target
 
@@ -51,25 +51,26 @@ class _Counts:
 
     def __init__(self, rows: np.ndarray, order: int, vocab_size: int) -> None:
         self._order, self._vocab_size = order, vocab_size
-        keys, is_counted = self._keys_of(rows)
-        self._keys, self._counts = np.unique(keys[is_counted], return_counts=True)
+        keys = self._keys_of(rows)
+        keys = keys[is_target(rows[:, rows.shape[1] - keys.shape[1] :])]  # one name, as they are large
+        self._keys, self._counts = np.unique(keys, return_counts=True)
         self._contexts, first = np.unique(self._keys // vocab_size, return_index=True)
         self._context_counts = np.add.reduceat(self._counts, first) if len(first) else first
 
-    def _keys_of(self, rows: np.ndarray) -> tuple[Int[np.ndarray, "R E"], Bool[np.ndarray, "R E"]]:
-        """Every n-gram as one number, at the E places that have one, and whether it ends in a target."""
+    def _keys_of(self, rows: np.ndarray) -> Int[np.ndarray, "R E"]:
+        """Every n-gram as one number, int64, at the last E places of a row, which have one."""
         tokens, first = np.where(is_target(rows), rows, ~rows), max(self._order, 2)
         keys = np.zeros((len(rows), rows.shape[1] + 1 - first), np.int64)
         for back in range(self._order, 0, -1):
             keys *= self._vocab_size
             keys += tokens[:, first - back : rows.shape[1] + 1 - back]
-        return keys, is_target(rows[:, first - 1 :])
+        return keys
 
     def conditional(
         self, rows: Int[np.ndarray, "R S"]
     ) -> tuple[Float[np.ndarray, "R T"], Int[np.ndarray, "R T"]]:
         """Relative frequency of each token after its context, and the bucket of the context's count."""
-        keys, _ = self._keys_of(rows)
+        keys = self._keys_of(rows)
         seen = _look_up(self._contexts, self._context_counts, keys // self._vocab_size)
         p = _look_up(self._keys, self._counts, keys) / np.maximum(seen, 1)
         without = (

@@ -227,8 +227,7 @@ def _floor_fields(
 ) -> dict[str, int | float] | None:
     """`Record.floor` of a run.
 
-    None for tasks, "tuning", more than `ngrams.MOST_TOKENS`, which is said, and on other
-    processes than 0.
+    None for tasks, "tuning", more than `ngrams.MOST_TOKENS`, which is said, and on other processes than 0.
     """
     t = config.train
     skipped = t.eval_split == "tuning" or jax.process_index() > 0
