@@ -247,7 +247,7 @@ def test_a_run_records_calls_and_keeps_the_template(trained):
     assert record.measures == {"floor": {"wrong_calls": 1.0}, "ceiling": {"wrong_calls": 0.0}, "levels": None}
     assert (folder / TOKENIZER / "chat_template.jinja").read_text() == chat.TEMPLATE
     assert record.data["template"] == chat.TEMPLATE
-    assert record.floor["trigram"] < record.floor["bigram"] < record.floor["unigram"]  # counted on replies alone
+    assert record.floor["trigram"] < record.floor["bigram"] < record.floor["unigram"]  # of replies
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from mobilellm_jax.analysis.records import Record, Scalar
 
+_PLAN = {"depth", "sharing", "num_repeats"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
@@ -108,6 +110,21 @@ def points_of(records: Iterable[Record]) -> dict[str, Point]:
             tuning=sorted((r for r in runs if r.phase == "tuning"), key=lambda r: (r.learning_rate, r.seed)),
         )
     return points
+
+
+def used_once(point: Point, points: Iterable[Point]) -> list[Point]:
+    """Those that apply blocks like the point's once each: any number of blocks, trained in any way."""
+    return [
+        other
+        for other in points
+        if other.layer_plan == list(range(len(other.layer_plan))) and _block(other) == _block(point)
+    ]
+
+
+def _block(point: Point) -> dict[str, str]:
+    """What one block is: not the plan, nor what each use has of its own."""
+    model = point.config["model"].items()
+    return {k: repr(v) for k, v in model if k not in _PLAN and not k.startswith("loop_")}
 
 
 def have_base_shape(points: Mapping[str, Point]) -> bool:

@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from mobilellm_jax.analysis.facts import Point
+from mobilellm_jax.analysis.facts import Point, used_once
 from mobilellm_jax.analysis.noise import Spread
 from mobilellm_jax.analysis.study import Study
-
-_PLAN = {"depth", "sharing", "num_repeats"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,20 +118,16 @@ def part_closed(
 
 def _applied_once(point: Point, points: Mapping[str, Point]) -> dict[int, str]:
     """Labels of designs of the same blocks, each applied once and trained alike, by number of blocks."""
-    found = {}
-    for label, other in points.items():
-        plain = other.layer_plan == list(range(len(other.layer_plan)))
-        if plain and other.scores and other.arm == point.arm and _fixed(other) == _fixed(point):
-            found.setdefault(len(other.layer_plan), label)
+    found = dict[int, str]()
+    for other in used_once(point, points.values()):
+        if other.scores and _training(other) == _training(point):
+            found.setdefault(len(other.layer_plan), other.label)
     return found
 
 
-def _fixed(point: Point) -> tuple[Any, ...]:
-    """What has to be the same; not the plan, what uses have of their own, and the learning rate."""
-    c = point.config
-    model = {k: v for k, v in c["model"].items() if k not in _PLAN and not k.startswith("loop_")}
-    train = [c["train"][name] for name in ("steps", "batch_size")]
-    return (*sorted((k, repr(v)) for k, v in model.items()), *train, c["data"]["source"])
+def _training(point: Point) -> tuple[Any, ...]:
+    train = point.config["train"]
+    return train["steps"], train["batch_size"], point.config["data"]["source"]
 
 
 def _as_good_as(score: float, line: Mapping[int, Point]) -> tuple[float | None, bool]:

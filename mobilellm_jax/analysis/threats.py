@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mobilellm_jax.analysis import verdicts
-from mobilellm_jax.analysis.facts import Facts, Point
+from mobilellm_jax.analysis.facts import Facts, Point, used_once
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.noise import Noise
 from mobilellm_jax.analysis.records import budget_name
@@ -142,11 +142,10 @@ def _control_warnings(points: Mapping[str, Point], comparisons: Sequence[Compari
         point, other = points[c.point], points[c.other]
         if _blocks(point) != _blocks(other) or _uses(point) <= _uses(other):
             continue
-        unshared = [p for p in points.values() if p.arm == point.arm and _uses(p) == 1]
-        deep = {**_blocks(point), "depth": len(point.layer_plan)}
-        if deep not in map(_blocks, unshared):
+        once = used_once(point, points.values())
+        if not any(len(p.layer_plan) == len(point.layer_plan) for p in once):
             no_deep.append(repr(point.design or point.label))
-        long = [_flops(p) for p in unshared if _blocks(p) == _blocks(point)]
+        long = [_flops(p) for p in once if len(p.layer_plan) == point.config["model"]["depth"]]
         if not any(abs(flops / _flops(point) - 1) < TOLERANCE for flops in long):
             no_long.append(repr(point.design or point.label))
     for labels, what, unknown in (
