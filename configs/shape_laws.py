@@ -11,9 +11,10 @@ the unshared stack of the same depth (twice the blocks), and the unshared stack 
 to 1.8 times the steps). `laptop` is the cells of 33k, and of 100k up to 8 tokens per parameter; `full` all,
 with the aspect ratios at one million parameters, `1m_2` and `1m_8`, to check the law on.
 
-The cells of `laptop` and `300k_2` tune the rate of each design. In the others, which would take days so, all
-designs have the rate that a line through those optima predicts, over tokens and parameters: under `completep`
-it hardly depends on the shape. `python -m experiments.scaling` prints the line, and what its error costs.
+The cells of `laptop` and `300k_2` tune the rate of each design. Searching rates for the others would take
+days, so all their designs use one rate, which a line through those optima predicts from tokens and
+parameters. That serves `completep` alone, where optima of one cell differ by little more than their fits can
+tell. `python -m experiments.scaling` prints the line, and what its error costs.
 
 Any long text serves; ours is the English part of ELTeC, 80 novels, see docs/data.md. `100k_32` takes 3.2
 million tokens, `1m_8` 8 million and `300k_32` 9.6 million: the text should have as many, since a second
@@ -31,7 +32,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-# depth, num_heads, width, ffn_width: equal non-embedding parameters within 1 %, head size 16
+# depth, num_heads, width, ffn_width: equal non-embedding parameters within 2 %, head size 16
 _SHAPES = {
     "33k": ((1, 3, 52, 146), (2, 2, 38, 100), (3, 2, 30, 78), (6, 1, 22, 60)),
     "100k": ((1, 6, 90, 242), (2, 4, 64, 174), (4, 3, 46, 116), (8, 2, 32, 86)),
@@ -46,10 +47,11 @@ _FLOPS = {"33k": (1.3862, 1.4824), "100k": (1.5027, 1.6122), "300k": (1.6697, 1.
 _ORDERS = ("immediate", "repeat_all", "reverse")
 _BATCH = 4
 _LENGTH = 256
-_CHECKS = ("1m_2", "1m_8")  # for the error of the law at a size that it was not fitted to
+_CHECKS = ("1m_2", "1m_8")  # the largest size, which is left out once to test the law
 CELLS = (*(f"{size}_{horizon}" for size in ("33k", "100k", "300k") for horizon in _HORIZONS), *_CHECKS)
 _UNTUNED = ("100k_32", "300k_8", "300k_32", *_CHECKS)
-# log2 of the best rate at 100k parameters and a million tokens, and its change for each doubling of either.
+# log2 of the best rate at 100k parameters and a million tokens, and its change for each doubling of either,
+# from experiments/reports/shape_laws.md.
 _RATE = (-6.17, -0.0699, -0.182)
 COLLECTIONS = {"laptop": CELLS[:5], "full": CELLS}
 PRESETS = base.presets_of(COLLECTIONS)

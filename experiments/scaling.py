@@ -14,7 +14,7 @@ from experiments.reporting import figures, index, shape_figures, shape_page
 from experiments.reporting.pages import write_page
 from mobilellm_jax.analysis.records import read_records
 from mobilellm_jax.analysis.shape_findings import findings_of
-from mobilellm_jax.analysis.shape_law import RESAMPLES
+from mobilellm_jax.analysis.shape_fit import RESAMPLES
 from mobilellm_jax.analysis.study import file_stem
 from mobilellm_jax.errors import UserError
 

@@ -6,12 +6,14 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs import shape_laws
 from experiments.reporting import abilities, beside_paper, claims, figures, second_use, tables
 from mobilellm_jax.analysis import rate_line
 from mobilellm_jax.analysis.cells import cells_of
+from mobilellm_jax.analysis.facts import points_of
 from mobilellm_jax.analysis.records import by_study, read_records
 from mobilellm_jax.analysis.statistics import decide
 from mobilellm_jax.analysis.study import study_of
@@ -59,6 +61,18 @@ def test_rates_of_costly_cells_are_on_the_line_through_the_optima_of_tuned_ones(
         one = dataclasses.replace(cells[0], parameters=parameters, tokens=parameters * int(horizon))
         rate = shape_laws.get_config(name).optimizer.learning_rate
         assert math.log2(rate) == pytest.approx(line.octaves(one), abs=0.01)
+
+
+@pytest.mark.slow
+def test_an_end_at_zero_leaves_the_spread_as_it_is():
+    """As docs/protocol.md says, of the same seeds."""
+    points = points_of(read_records(RESULTS / "noise" / "schedule"))
+    scores = [points[label].scores for label in ("cosine to a tenth", "linear to zero")]
+    assert scores[0].keys() == scores[1].keys() == set(range(8))
+    cosine, line = (np.array(list(of.values())) for of in scores)
+    said = f"{np.std(cosine, ddof=1):.4f} and {np.std(line, ddof=1):.4f} nats with the"
+    page = " ".join((EXPERIMENTS.parent / "docs/protocol.md").read_text(encoding="utf-8").split())
+    assert f"{said} same 8 seeds, and is worse by {np.mean(line - cosine):.3f}," in page
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from commands import command, real
 from test_results import make_record
 from test_shape_law import PHI, grid, simulated, truth
 
-from experiments.reporting import shape_figures, shape_page
+from experiments.reporting import shape_figures, shape_page, shape_tables
 from mobilellm_jax.analysis import rate_line
 from mobilellm_jax.analysis.cells import Trend, cells_of
 from mobilellm_jax.analysis.records import read_record, write_record
@@ -164,8 +164,9 @@ def test_another_form_that_predicts_better_is_named():
     cells = grid()
     cells = simulated(cells, truth(cells, plus=True), sd=0.003)
     found = findings_of(records_of(cells), resamples=2)
-    assert 'another form predicts better: "shape as a term of its own"' in shape_page.best_form(found)
-    assert found.score("the law") > 2 * found.score("shape as a term of its own")
+    assert 'predicts sizes left out best, "shape as a term of its own"' in shape_page.best_form(found)
+    assert found.law.form.shape == "plus"
+    assert found.score("one best D/L") > 2 * found.score("shape as a term of its own")
 
 
 def test_no_records_of_the_study_or_preset(tmp_path):
@@ -206,14 +207,17 @@ def test_presets_on_other_data_are_refused(tmp_path):
 def test_a_slope_of_what_bends_has_no_interval():
     found = findings_of(records_of(study(grid(("33k", "100k"), (2, 8, 32), None))), resamples=4)
     bent, straight = (
-        Trend("completep", "depth", p, ("33k",), 0.1234, 0.01, float(p)) for p in ("1e-9", "0.9")
+        Trend("completep", "depth", p, "D/L 32", ("33k",), 0.1234, 0.01, float(p), float(p))
+        for p in ("1e-9", "0.9")
     )
     page = str(shape_page.sections(dataclasses.replace(found, trends=[bent, straight]), []))
-    assert "1 of 2 differences bend" in page
+    assert "1 of 2 differences between designs trained on as many tokens change with the horizon" in page
     assert "['+0.1234', '+0.1234 [+0.1134, +0.1334]']" in page
     said = shape_page.answer(dataclasses.replace(found, trends=[bent, straight]))
     assert said.startswith("On average over horizons that differ, ")
-    for_more_tokens = dataclasses.replace(bent, equal_tokens=False)  # the law bends too
+    both = dataclasses.replace(found, trends=[bent, dataclasses.replace(bent, label="other"), straight])
+    assert "All are from the unshared design of D/L 32: that one" in "\n".join(shape_page.summary(both))
+    for_more_tokens = dataclasses.replace(bent, equal_tokens=False)  # the law changes too
     said = shape_page.answer(dataclasses.replace(found, trends=[for_more_tokens, straight]))
     assert said.startswith("A block used twice counts as ")
 
@@ -251,6 +255,6 @@ def test_what_is_sure_is_listed_by_cell():
         for d, mean in zip(of, (-0.2, 0.2, 0.05), strict=True)
     ]
     label = f"{of[0].label} ({of[0].row})"
-    assert shape_page.signs(dataclasses.replace(found, differences=sure)) == [
+    assert shape_tables.signs(dataclasses.replace(found, differences=sure)) == [
         (label, ["33k_2"], ["33k_8"], ["33k_32"])
     ]

@@ -43,7 +43,7 @@ def study(loop=3.5, seeds=4, depths=(2, 4, 8), **changes):
 
 def test_a_loop_lies_between_its_blocks_once_and_as_many():
     (gap,) = gaps(study())
-    assert (gap.loop, gap.once, gap.distinct) == ("loop", "2 x 128", "4 x 128")
+    assert (gap.loop, gap.once, gap.deep) == ("loop", "2 x 128", "4 x 128")
     assert gap.means == pytest.approx((4.0, 3.5, 3.0), abs=0.05)
     assert gap.closed == pytest.approx(0.5, abs=0.05)
     assert gap.interval[0] < 0.5 < gap.interval[1]
@@ -57,7 +57,7 @@ def test_a_loop_lies_between_its_blocks_once_and_as_many():
 
 def test_without_the_designs_beside_it_little_is_known():
     (gap,) = gaps(study(depths=(2, 8)))
-    assert (gap.distinct, gap.closed, gap.blocks) == (None, None, None)
+    assert (gap.deep, gap.closed, gap.blocks) == (None, None, None)
     assert gaps(study(depths=(4, 8))) == []
     assert second_use.write([study(depths=(2, 8))], "nowhere") == ""
     (one,) = gaps(study(seeds=1))
@@ -75,14 +75,14 @@ def test_blocks_of_another_training_are_not_beside_it(other):
     else:
         config["model"]["ffn_width"] = 300
     (gap,) = gaps(found)
-    assert gap.distinct is None
+    assert gap.deep is None
 
 
 def part_of(*scores, prior_df=0.0):
     """`part_closed` of the first three scores over seeds: by default each design's variance alone (Welch)."""
     of = noise_of({str(i): dict(enumerate(values)) for i, values in enumerate(scores)}, False, prior_df)
-    once, loop, distinct, *_ = of.points.values()
-    return part_closed(once, loop, distinct, of.df)
+    once, loop, deep, *_ = of.points.values()
+    return part_closed(once, loop, deep, of.df)
 
 
 def test_a_gap_that_is_not_sure_is_not_divided_by():

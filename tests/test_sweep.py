@@ -611,6 +611,44 @@ def test_points_chosen_are_compared_with_each_other(only, pairs, said):
     assert chosen[-1].facts["pairs"] == pairs
 
 
+def test_points_that_run_one_by_one_plan_all_pairs_of_their_study():
+    """Which are judged together at the end; a plan of its own would promise narrower intervals."""
+    spec = "configs/shape_laws.py:300k_2"
+    whole = points_of(spec, {}, None, [])[0].facts["plan"]
+    assert whole["pairs"] == 13
+    assert points_of(spec, {}, None, ["3 x 90 reverse"])[0].facts["plan"] == whole
+    added = points_of("configs/depth_vs_width.py:tiny", {}, None, ["4 x 48", "8 x 32"])[0].facts["plan"]
+    assert added["pairs"] == 3 + 1  # three against the baseline, and the one that was chosen
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+@pytest.mark.parametrize(
+    "name", ["roadmap", "depth_vs_width", "layer_sharing", "repeats", "embedding_sharing"]
+)
+def test_studies_of_the_paper_run_under_both_parameterizations(name, preset):
+    """With one initialisation in both: 1 / sqrt(width) at the base shape."""
+    planned = points_of(f"configs/{name}.py:{preset}", {}, None, [])
+    assert {point.facts["arm"] for point in planned} == {*base.BOTH}
+    models = [point.config.model for point in planned]
+    assert [model.init_std for model in models] == pytest.approx([m.base_width**-0.5 for m in models])
+    tied = {model.share_embedding for model in models}
+    is_varied = name in ("roadmap", "embedding_sharing")
+    assert tied == ({True, False} if is_varied else {False})  # untied, as in tables 2, 11 and 14
+
+
+@pytest.mark.parametrize("cell", shape_laws.CELLS)
+def test_cells_of_the_law_have_one_protocol(cell):
+    """Untied, from one base shape; tuned under both parameterizations at 100k, else under CompleteP."""
+    study, shared = shape_laws.study(cell), shape_laws.get_config(cell)
+    assert (study.seeds, study.margin, study.transferred) == (3, 0.02, not study.learning_rates)
+    both = cell.startswith("100k") and not study.transferred
+    assert study.arms == (base.BOTH if both else base.COMPLETEP)
+    model = shared.model
+    assert (model.base_depth, model.base_width, model.share_embedding) == (2, 64, False)
+    assert model.init_std == pytest.approx(64**-0.5)
+    assert (shared.optimizer.schedule, shared.optimizer.final_fraction) == ("linear", 0.0)
+
+
 def test_a_chosen_point_of_each_study_has_a_line_each():
     chosen = points_of("configs/playground.py:tiny", {}, None, ["4 x 26", "2 x 38", "1 x 28"])
     assert said_to_compare(chosen).splitlines() == [

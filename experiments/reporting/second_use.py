@@ -15,20 +15,21 @@ NAME, TITLE = "second_use", "What is a second use of a layer worth?"
 NOTE = (
     "A design that applies its blocks several times lies between the same blocks applied once and as "
     "many blocks as it applies layers, which cost the same FLOPs for each token. What it closes of the "
-    "gap between them is (once - loop) / (once - distinct) of the final metric: at 0 % a further use is "
+    "gap between them is (once - loop) / (once - deep) of the final metric: at 0 % a further use is "
     "worth nothing, at 100 % as much as new blocks. Brackets: 95 % by Fieller's theorem, of each loop alone, "
     "over seeds, with the moderated variance of each design; the error of the fitted learning rates is not "
     "counted. A gap is sure where its one-sided test says so at 5 %. Models trained longer, for as many "
     "FLOPs as the loop takes, are in the reports of the playground."
 )
 SHORT = (
-    "What further uses close of the gap to as many blocks, from the least to the most; how many of the loops "
-    "of a study have a sure gap; and of how many of these the interval lies above 0 % (some is closed), and "
-    "below 100 % (not all)."
+    "What further uses close of the gap to as many blocks, from the least to the most of the loops of a "
+    "study that have a sure gap; how many have one; and of how many of these the interval, of each loop "
+    "alone, lies above 0 %, and below 100 %. Above a trigram: designs with a loss above that of counted "
+    "triples of tokens. Where these are all, architecture cannot be judged."
 )
 WORTH = (
     "Blocks: applied once, how many have the score of the loop, by interpolation over log(blocks); phi: "
-    "they are distinct blocks x uses^phi. Without an interval."
+    "they are blocks of the loop x uses^phi. Without an interval."
 )
 LITERATURE = (
     "phi = 0.46 in the loss on text, fitted to models of 1, 2, 4 and 8 recurrences; at 4, a looped model of "
@@ -62,7 +63,7 @@ def write(studies: Iterable[Study], workdir: str | AnyPath) -> str:
         ("How it is measured", [NOTE]),
         *((_heading(of.study), [_caption(of.study), _table(of), *_worth(of)]) for of in found),
         ("What others found", [list(LITERATURE)]),
-        ("The reports", [[f"{of.study.facts.preset}: reports/{of.study.stem}.md" for of in found]]),
+        ("The reports", [[f"{_heading(of.study)}: {of.study.stem}.md" for of in found]]),
     ]
     path = write_page(NAME, TITLE, sections, workdir)
     return "\n".join([TITLE, "", plain_table(short), "", f"Report: {path}.html"])
@@ -70,7 +71,7 @@ def write(studies: Iterable[Study], workdir: str | AnyPath) -> str:
 
 def _judged(study: Study) -> list[Gap]:
     """The designs that have as many blocks beside them."""
-    return [gap for gap in gaps(study) if gap.distinct is not None]
+    return [gap for gap in gaps(study) if gap.deep is not None]
 
 
 def _heading(study: Study) -> str:
@@ -98,7 +99,7 @@ def _table(of: _Answers) -> Columns:
         "loop": [_named(gap) for gap in of.gaps],
         "once": [f"{shown(gap.means[0])} ({gap.once})" for gap in of.gaps],
         measure.column: [shown(gap.means[1]) for gap in of.gaps],
-        "as many blocks": [f"{shown(gap.means[2])} ({gap.distinct})" for gap in of.gaps],
+        "as many blocks": [f"{shown(gap.means[2])} ({gap.deep})" for gap in of.gaps],
         "closed": [closed(gap) for gap in of.gaps],
     }
 
@@ -137,10 +138,17 @@ def _short(found: list[_Answers]) -> Columns:
         "measured": [MEASURES[of.study.facts.metric].column for of in found],
         "study": [_heading(of.study) for of in found],
         "closed": [closed for closed, *_ in rows],
-        "loops": [count for _, count, *_ in rows],
-        "some": [some for *_, some, _ in rows],
-        "not all": [less for *_, less in rows],
+        "sure gaps": [count for _, count, *_ in rows],
+        "surely > 0 %": [some for *_, some, _ in rows],
+        "surely < 100 %": [less for *_, less in rows],
+        "above a trigram": [_above(of.study) for of in found],
     }
+
+
+def _above(study: Study) -> str:
+    """How many designs are above the loss of a trigram; "" where it was not counted."""
+    known = [regime for regime in study.verdict.regimes.values() if regime.floor]
+    return f"{sum(regime.above_trigram for regime in known)} of {len(known)}" if known else ""
 
 
 def _summary(of: list[Gap]) -> tuple[str, str, str, str]:

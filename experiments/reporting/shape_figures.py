@@ -11,26 +11,13 @@ from matplotlib.ticker import NullLocator
 from scipy import stats
 
 from experiments.reporting import drawing, tables
-from mobilellm_jax.analysis.cells import Cell, is_plain, meant_aspects, moderated, size_of
+from mobilellm_jax.analysis.cells import Cell, aspect_names, is_plain, moderated, size_of
 from mobilellm_jax.analysis.measures import MEASURES
 from mobilellm_jax.analysis.shape_findings import Findings
-from mobilellm_jax.analysis.shape_law import Fit
+from mobilellm_jax.analysis.shape_fit import Fit
 
 PUBLISHED = 0.46  # exponent of a repeat, arXiv 2604.21106
-_LABELS = (
-    "D/L about 96",
-    "D/L about 32",
-    "D/L about 12",
-    "D/L about 4",
-    "immediate",
-    "repeat_all",
-    "reverse",
-    "equal depth, unshared",
-    "equal FLOPs, unshared",
-)
-_LOOKS = {name: drawing.look(place) for place, name in enumerate(_LABELS[:4])} | {
-    name: drawing.look(place) for place, name in enumerate(_LABELS[4:])
-}
+_ORDERS = ("immediate", "repeat_all", "reverse", "equal depth, unshared", "equal FLOPs, unshared")
 
 
 @drawing.styled
@@ -42,9 +29,9 @@ def differences(found: Findings) -> Figure | None:
         return None
     caption = (
         f"Below 0: the design is better. Grey: the margin, ±{found.margin:g} nats. Bars: 95 % for all "
-        f"{len(found.differences)} differences at once (moderated t). Aspect ratios are compared with the "
-        "design of D/L about 32, shared designs and their two controls with the unshared design of their "
-        f"width, which has half the layers. D/L is {_ratios(found)}."
+        f"{len(found.differences)} differences at once (moderated t). D/L: width over layers, a range over "
+        f"sizes; compared with {found.differences[0].against}. Shared designs and their two controls are "
+        "compared with the unshared design of their width, which has half the layers. Long bars are cut."
     )
     figure = drawing.framed(
         _differ(found),
@@ -54,6 +41,7 @@ def differences(found: Findings) -> Figure | None:
         _width(len(found.sizes)),
     )
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    looks_of = _looks(found)
     for (arm, row), part in zip(rows, parts, strict=True):
         of_row = part.subplots(1, len(found.sizes), sharey=True, squeeze=False)[0]
         for size, axes in zip(found.sizes, of_row, strict=True):
@@ -61,7 +49,9 @@ def differences(found: Findings) -> Figure | None:
             axes.set_title(f"{tables.quantity(size_of(found.cells, size))} parameters", fontsize=9)
         used = {d.label for d in found.differences if (d.cell.arm, d.row) == (arm, row)}
         handles = [
-            Line2D([], [], **_LOOKS[name], ms=5, lw=1.2, label=name) for name in _LABELS if name in used
+            Line2D([], [], **look, ms=5, lw=1.2, label=name)
+            for name, look in looks_of.items()
+            if name in used
         ]
         looks: dict[str, Any] = {"fontsize": 8, "title_fontsize": 9, "frameon": False, "alignment": "left"}
         title = f"{arm}: {row}".removeprefix(": ")
@@ -73,7 +63,7 @@ def differences(found: Findings) -> Figure | None:
 
 def _differ(found: Findings) -> str:
     """How many differences are sure and matter, without a full stop."""
-    sure = [d for d in found.differences if d.half_width is not None and abs(d.mean) > d.half_width]
+    sure = [d for d in found.differences if d.is_sure]
     better = sum(d.mean < 0 for d in sure)
     return (
         f"{len(sure)} of {len(found.differences)} differences are sure: {better} for the design, "
@@ -81,31 +71,28 @@ def _differ(found: Findings) -> str:
     )
 
 
-def _ratios(found: Findings) -> str:
-    """The aspect ratios of each size, as "52, 19 at 33k; 90, 32 at 100k"."""
-    sizes: dict[str, list[float]] = {}
-    for size, aspect in meant_aspects(found.cells):
-        sizes.setdefault(size, []).append(aspect)
-    return "; ".join(
-        f"{', '.join(f'{a:.3g}' for a in sorted(ratios, reverse=True))} at {size}"
-        for size, ratios in sizes.items()
-    )
+def _looks(found: Findings) -> dict[str, dict[str, Any]]:
+    """Colour and marker by label: of the aspect ratios, widest first, and of the shared and controls."""
+    ratios = dict.fromkeys(aspect_names(found.cells).values())
+    return {name: drawing.look(place) for names in (ratios, _ORDERS) for place, name in enumerate(names)}
 
 
 def _draw_differences(axes: Axes, found: Findings, arm: str, row: str, size: str) -> None:
     here = [d for d in found.differences if (d.cell.arm, d.row, d.cell.size) == (arm, row, size)]
     axes.axhspan(-found.margin, found.margin, color="0.9", zorder=0)
     axes.axhline(0, color="0.4", lw=0.8)
-    names = [name for name in _LABELS if any(d.label == name for d in here)]
-    for place, name in enumerate(names):
+    looks = {name: look for name, look in _looks(found).items() if any(d.label == name for d in here)}
+    for place, (name, look) in enumerate(looks.items()):
         line = sorted((d for d in here if d.label == name), key=lambda d: d.cell.horizon)
-        at = [d.cell.horizon * 1.09 ** (place - (len(names) - 1) / 2) for d in line]  # side by side
+        at = [d.cell.horizon * 1.09 ** (place - (len(looks) - 1) / 2) for d in line]  # side by side
         bars = [d.half_width or 0.0 for d in line]
-        axes.errorbar(
-            at, [d.mean for d in line], bars, **_LOOKS[name], ms=4, lw=1.2, capsize=2, elinewidth=0.9
-        )
+        axes.errorbar(at, [d.mean for d in line], bars, **look, ms=4, lw=1.2, capsize=2, elinewidth=0.9)
     horizons = sorted({round(cell.horizon, 1) for cell in found.cells})
     axes.set_xlim(horizons[0] / 1.5, horizons[-1] * 1.5)  # the same for all sizes
+    of_row = [d for d in found.differences if (d.cell.arm, d.row) == (arm, row)]
+    room = 3 * float(np.median([d.half_width or 0.0 for d in of_row]))  # or one long bar sets the scale
+    ends = [d.mean + sign * min(d.half_width or 0.0, room) for d in of_row for sign in (-1, 1)]
+    axes.set_ylim(min(*ends, -found.margin) - 0.02, max(*ends, found.margin) + 0.02)
     drawing.log_axis(axes, horizons)
     axes.tick_params(labelsize=8)
     if not here:
@@ -119,23 +106,18 @@ def aspects(found: Findings) -> Figure | None:
     if not cells:
         return None
     law = found.law if found.law is not None and "log_a" in found.law.free else None
-    drifting = (
-        found.drifting if law is not None and found.drifting and "drift" in found.drifting.free else law
-    )
-    caption = (
-        "Dots: means over seeds with 95 % intervals (moderated t). Lines: the law. Dotted: its optimum, one "
-        "for all sizes. Grey line: the optimum at this size, if it may drift with log N, with its 95 % "
+    caption = "Dots: means over seeds with 95 % intervals (moderated t). "
+    caption += (
+        "Lines: the law. Grey line: its optimum at this size and its longest horizon, with its 95 % "
         "bootstrap interval."
         if law
-        else "Dots: means over seeds with 95 % intervals (moderated t). No law is drawn: see the report."
+        else "No law is drawn: see the report."
     )
-    sizes = list(dict.fromkeys(cell.size for cell in cells))
-    ends = law.optimum_interval(float(size_of(found.fitted, sizes[0]))) if law is not None else None
+    sizes, best = list(dict.fromkeys(cell.size for cell in cells)), found.best_aspect
     title = "No best aspect ratio can be named from these cells"
-    if law is not None and ends is not None:
-        best = law.optimum(float(size_of(found.fitted, sizes[0])))
-        known = "is about" if is_inside(ends, cells) else "is not determined:"
-        title = f"The best width over layers {known} {best:.3g} [{ends[0]:.3g}, {ends[1]:.3g}]"
+    if best is not None:
+        known = "is about" if best.is_inside else "is not determined:"
+        title = f"The best width over layers{best.where} {known} {best.text}"
     subtitle = "Held-out loss (nats per token) against width / layers"
     figure = drawing.framed(title, subtitle, caption, 3.4, _width(len(sizes)))
     *row, beside = figure.subplots(1, len(sizes) + 1, squeeze=False, width_ratios=[1] * len(sizes) + [0.6])[0]
@@ -151,8 +133,8 @@ def aspects(found: Findings) -> Figure | None:
             axes.errorbar([c.aspect for c in line], [c.loss for c in line], bars, **looks, ms=5, capsize=3)
             if law is not None:
                 _draw_law(axes, law, line[0], looks["color"])
-        if law is not None and drifting is not None:
-            _draw_optimum(axes, law, drifting, float(size_of(found.fitted, size)))
+        if law is not None:
+            _draw_optimum(axes, law, max(here, key=lambda cell: cell.tokens))
         axes.set_xlim(2.5, 250)
         drawing.log_axis(axes, [4, 12, 32, 96])
         axes.set_title(f"{tables.quantity(size_of(found.cells, size))} parameters", fontsize=10)
@@ -166,12 +148,6 @@ def aspects(found: Findings) -> Figure | None:
     beside.legend(handles=handles, fontsize=8, loc="center left", frameon=False, borderaxespad=0)
     row[0].set_ylabel(MEASURES["loss"].axis)
     return figure
-
-
-def is_inside(ends: tuple[float, float], cells: Sequence[Cell]) -> bool:
-    """True for an interval of D/L within the ratios that were tried."""
-    tried = [cell.aspect for cell in cells]
-    return min(tried) <= ends[0] and ends[1] <= max(tried)
 
 
 def _width(sizes: int) -> float:
@@ -189,12 +165,12 @@ def _draw_law(axes: Axes, law: Fit, cell: Cell, color: Any) -> None:
     axes.plot(x, curve, color=color, lw=1.2)
 
 
-def _draw_optimum(axes: Axes, law: Fit, drifting: Fit, parameters: float) -> None:
-    axes.axvline(law.optimum(parameters), color="0.3", ls=":", lw=1)
-    ends = drifting.optimum_interval(parameters)
+def _draw_optimum(axes: Axes, law: Fit, cell: Cell) -> None:
+    at = float(cell.parameters), float(cell.tokens)
+    ends = law.optimum_interval(*at)
     if ends is not None:
         axes.axvspan(*np.clip(ends, 2.5, 250), color="0.88", zorder=0)
-        axes.axvline(drifting.optimum(parameters), color="0.45", lw=1)
+        axes.axvline(law.optimum(*at), color="0.45", lw=1)
 
 
 def _half(cell: Cell, sd: float, df: float) -> float:
@@ -204,7 +180,7 @@ def _half(cell: Cell, sd: float, df: float) -> float:
 @drawing.styled
 def repeats(found: Findings) -> Figure | None:
     """Draws the exponent of a repeat for each order, and common, beside the published one. None without."""
-    rows = worth(found)
+    rows = found.worth
     if not rows:
         return None
     caption = (
@@ -212,8 +188,7 @@ def repeats(found: Findings) -> Figure | None:
         f"as much as another block. Lines: 95 % bootstrap intervals. Dashed: {PUBLISHED}, arXiv 2604.21106, "
         "of much larger looped models with 1 to 8 repeats."
     )
-    name, phi, ends = rows[-1]
-    title = f"A block used twice counts as {in_blocks(phi, ends)} blocks: {name}"
+    title = f"A block used twice counts as {rows[-1].blocks} blocks: {rows[-1].name}"
     subtitle = "Exponent phi of the number of repeats, with 95 % bootstrap intervals"
     figure = drawing.framed(title, subtitle, caption, 0.9 + 0.6 * len(rows))
     axes = figure.subplots()
@@ -242,24 +217,6 @@ def repeats(found: Findings) -> Figure | None:
     axes.set_xlim(low - 0.1, high + 0.1)
     axes.set_xlabel("exponent phi")
     return figure
-
-
-def in_blocks(phi: float, ends: tuple[float, float] | None) -> str:
-    """How many blocks one used twice counts as, with the interval, if there is one."""
-    return f"{2**phi:.2f}" + ("" if ends is None else f" [{2 ** ends[0]:.2f}, {2 ** ends[1]:.2f}]")
-
-
-def worth(found: Findings) -> list[tuple[str, float, tuple[float, float] | None]]:
-    """Order, exponent and its interval, for each order and then common."""
-    rows = []
-    if found.law is not None:
-        rows = [
-            (order, found.law.values[f"phi {order}"], found.law.interval(f"phi {order}"))
-            for order in found.law.orders
-        ]
-    if rows and found.common is not None:
-        rows.append(("all orders alike", found.common.values["phi"], found.common.interval("phi")))
-    return rows
 
 
 def images(found: Findings) -> Sequence[tuple[str, str, Figure | None]]:

@@ -51,6 +51,7 @@ def section(found: Findings) -> list[Block]:
             "mean log2 of the best rate": [f"{one.optimum:.2f}" for one in rates.missed],
             "left out, predicted": [f"{one.predicted:.2f}" for one in rates.missed],
             "error (octaves)": [f"{one.error:.2f}" for one in rates.missed],
+            "sd over its designs, with that of fits": [f"{one.spread:.2f}" for one in rates.missed],
         },
     ]
     given = {c.preset: (c, c.untuned_rate) for c in found.fitted if c.untuned_rate is not None and c.within}

@@ -51,10 +51,13 @@ def points_of(
             meant = " or ".join(repr(written[label]) for label in near)
             hint = f"did you mean {meant}?" if near else f"valid: {', '.join(written.values())}"
             raise UserError(f"--only={label}: no such point; {hint}")
-    if only:
-        chosen = [point for point in points if point.facts["point"] in only]
-        points = [point for arm in by_arm(chosen).values() for point in _compared(arm)]
-    return [point for arm in by_arm(points).values() for point in _planned(arm)]
+    every = by_arm(points)
+    chosen = by_arm([point for point in points if not only or point.facts["point"] in only])
+    return [
+        point
+        for key, arm in chosen.items()
+        for point in _planned(_compared(arm) if only else arm, of=every[key])
+    ]
 
 
 def points_of_module(
@@ -62,7 +65,7 @@ def points_of_module(
 ) -> list[Point]:
     """As `points_of`, of a loaded module of one study at one preset; `spec` names it in messages."""
     points = _study_points(module, spec, preset, {}, seeds, arms)
-    return [point for arm in by_arm(points).values() for point in _planned(arm)]
+    return [point for arm in by_arm(points).values() for point in _planned(arm, of=arm)]
 
 
 def shard(points: Sequence[Point], text: str) -> list[Point]:
@@ -208,9 +211,12 @@ def _label(design: str, arm: str | None, study: Study) -> str:
     return design if arm is None or arm == next(iter(study.arms)) else f"{design} ({arm})"
 
 
-def _planned(points: Sequence[Point]) -> list[Point]:
-    """The points of one arm with what is planned for them; `plans.with_power` adds the power."""
-    pairs = {tuple(pair) for point in points for pair in point.facts["pairs"]}
+def _planned(points: Sequence[Point], of: Sequence[Point]) -> list[Point]:
+    """The points of one arm with what is planned for them; `plans.with_power` adds the power.
+
+    `of` are all points of the arm: its pairs are judged together, also where its points run one by one.
+    """
+    pairs = {tuple(pair) for point in (*points, *of) for pair in point.facts["pairs"]}
     same = {"pairs": len(pairs), "power": None}
     plans = [{"seeds": p.seeds, "sd": p.sd, "control": p.control, **same} for p in points]
     return [

@@ -30,7 +30,7 @@ class Cell:
       design, arm: as in `Record`; arm is "" where the study has none.
       order: "none" (every block once) or the sharing strategy.
       within: False for controls, which have more parameters or more tokens than the size and horizon say.
-      parameters: outside the embeddings.
+      parameters, total: outside the embeddings, and all.
       uses: times that each block is applied.
       width, layers: of the residual stream; applied.
       tokens, flops: of training.
@@ -51,6 +51,7 @@ class Cell:
     order: str
     within: bool
     parameters: int
+    total: int
     uses: tuple[int, ...]
     width: int
     layers: int
@@ -85,6 +86,7 @@ class Difference:
     Attributes:
       row: what is compared: "depth" (aspect ratios), or sharing and its controls at one aspect ratio.
       label: the design, in words that are the same at all sizes.
+      against: what it is compared with, in such words; it is unshared.
       mean, error: nats per token; standard error.
       half_width: of a band that holds for all differences of the study at once in 95 % of studies.
 
@@ -95,26 +97,35 @@ class Difference:
     other: Cell
     row: str
     label: str
+    against: str
     mean: float
     error: float | None
     half_width: float | None
+
+    @property
+    def is_sure(self) -> bool:
+        """True where the band excludes 0."""
+        return self.half_width is not None and abs(self.mean) > self.half_width
 
 
 @dataclasses.dataclass(frozen=True)
 class Trend:
     """Change of a difference with the horizon: nats for each doubling of tokens, with a 95 % interval.
 
-    `sizes` are those with several horizons; the slope is their mean, weighted by precision. `p_line` is that
-    of differences so far from lines of their own in each size (chi-square); None without three horizons.
-    Not `equal_tokens`: the design trains on more tokens than the other, so a law of tokens bends too.
+    `sizes` are those with several horizons; the slope is their mean, weighted by precision. `p_constant` and
+    `p_line` are those of differences so far from one value, or from a line, in each size (chi-square);
+    `p_line` is None without three horizons. At `equal_tokens` the law of shape says that a difference is
+    constant in the horizon, as its term of tokens is the same for both.
     """
 
     arm: str
     row: str
     label: str
+    against: str
     sizes: tuple[str, ...]
     slope: float
     half_width: float
+    p_constant: float
     p_line: float | None = None
     equal_tokens: bool = True
 
@@ -193,6 +204,7 @@ def _cell(
         order=str(run.config["model"].get("sharing", "explicit plan")) if repeated else "none",
         within=parameters < 1.1 * smallest and tokens < 1.1 * shortest,
         parameters=parameters,
+        total=run.parameters["total"],
         uses=tuple(counts.values()),
         width=run.config["model"]["width"],
         layers=len(run.layer_plan),
@@ -252,7 +264,7 @@ def differences(cells: Sequence[Cell]) -> list[Difference]:
     are the intervals of `statistics.decide`, for all differences at once.
     """
     pairs: list[tuple[Cell, Cell]] = []
-    meant = meant_aspects(cells)
+    meant, names = meant_aspects(cells), aspect_names(cells)
     for here in _panels(cells):
         unshared = [cell for cell in here if is_plain(cell)]
         if not unshared:
@@ -273,11 +285,12 @@ def differences(cells: Sequence[Cell]) -> list[Difference]:
     )
     found = []
     for (cell, other), decision in zip(pairs, decisions, strict=True):
-        row, label = _named(cell, other, meant)
+        row, label = _named(cell, other, names)
         d = decision.difference
         band = (d.high - d.low) / 2 if d and d.high is not None and d.low is not None else None
-        mean = cell.loss - other.loss
-        found.append(Difference(cell, other, row, label, mean, (d.se if d else 0.0) or None, band))
+        against, mean = names[other.size, other.aspect], cell.loss - other.loss
+        error = (d.se if d else 0.0) or None
+        found.append(Difference(cell, other, row, label, against, mean, error, band))
     return found
 
 
@@ -303,26 +316,41 @@ def meant_aspects(cells: Sequence[Cell]) -> dict[tuple[str, float], int]:
     return found
 
 
-def _named(cell: Cell, other: Cell, meant: Mapping[tuple[str, float], int]) -> tuple[str, str]:
+def aspect_names(cells: Sequence[Cell]) -> dict[tuple[str, float], str]:
+    """Name of an aspect ratio of a size, "D/L 52 to 158": the ratios that stand for the same of `ASPECTS`.
+
+    The widest come first.
+    """
+    meant = meant_aspects(cells)
+    names = {}
+    for one in ASPECTS:
+        keys = [key for key, of in meant.items() if of == one]
+        ratios = sorted(aspect for _, aspect in keys)
+        ends = dict.fromkeys(f"{ratio:.3g}" for ratio in (*ratios[:1], *ratios[-1:]))
+        names |= dict.fromkeys(keys, f"D/L {' to '.join(ends)}")
+    return names
+
+
+def _named(cell: Cell, other: Cell, names: Mapping[tuple[str, float], str]) -> tuple[str, str]:
     """Row and label of a difference."""
     if is_plain(cell):
-        return "depth", f"D/L about {meant[cell.size, cell.aspect]}"
+        return "depth", names[cell.size, cell.aspect]
     label = cell.order
     if label == "none":
         label = "equal depth, unshared" if cell.layers > other.layers else "equal FLOPs, unshared"
-    return f"sharing at D/L about {meant[other.size, other.aspect]}", label
+    return f"sharing at {names[other.size, other.aspect]}", label
 
 
 def trends(found: Sequence[Difference]) -> list[Trend]:
     """Fits a line in log2 horizon to the differences of each design, by weighted least squares."""
-    groups: dict[tuple[str, str, str], dict[str, list[Difference]]] = {}
+    groups: dict[tuple[str, str, str, str], dict[str, list[Difference]]] = {}
     for one in found:
         if one.error:
-            key = one.cell.arm, one.row, one.label
+            key = one.cell.arm, one.row, one.label, one.against
             groups.setdefault(key, {}).setdefault(one.cell.size, []).append(one)
     result = []
     for key, sizes in groups.items():
-        slopes, misfit, free = {}, 0.0, 0
+        slopes, from_mean, from_line = {}, np.zeros(2), np.zeros(2)  # chi-square, degrees of freedom
         for size, of_size in sizes.items():
             x = np.log2([one.cell.horizon for one in of_size])
             weights = np.array([1 / one.error**2 for one in of_size if one.error])
@@ -333,14 +361,23 @@ def trends(found: Sequence[Difference]) -> list[Trend]:
                 y = y - np.average(y, weights=weights)
                 slope = float(np.sum(weights * x * y)) / precision
                 slopes[size] = slope, precision
-                misfit += float(np.sum(weights * (y - slope * x) ** 2))
-                free += len(of_size) - 2
+                from_mean += np.sum(weights * y**2), len(y) - 1
+                from_line += np.sum(weights * (y - slope * x) ** 2), len(y) - 2
         if slopes:
             total = sum(precision for _, precision in slopes.values())
-            mean = sum(slope * precision for slope, precision in slopes.values()) / total
-            p_line = float(stats.chi2.sf(misfit, free)) if free else None
-            equal = all(one.cell.tokens == one.other.tokens for of_size in sizes.values() for one in of_size)
-            result.append(Trend(*key, tuple(slopes), mean, 1.96 / math.sqrt(total), p_line, equal))
+            result.append(
+                Trend(
+                    *key,
+                    sizes=tuple(slopes),
+                    slope=sum(slope * precision for slope, precision in slopes.values()) / total,
+                    half_width=1.96 / math.sqrt(total),
+                    p_constant=float(stats.chi2.sf(*from_mean)),
+                    p_line=float(stats.chi2.sf(*from_line)) if from_line[1] else None,
+                    equal_tokens=all(
+                        one.cell.tokens == one.other.tokens for of_size in sizes.values() for one in of_size
+                    ),
+                )
+            )
     return result
 
 

@@ -1,7 +1,8 @@
 """The best learning rate over size and horizon: a line through the fitted optima, for cells that have none.
 
-Under CompleteP the best rate hardly depends on the shape, but it falls with the number of tokens. So cells
-that are too costly to tune take a rate that the others predict, and what its error costs counts in theirs.
+Under CompleteP the best rate depends on the shape by less than a fit of it can tell, but it falls with the
+number of tokens. So cells that are too costly to tune take a rate that the others predict, and what its error
+costs counts in theirs.
 """
 
 import dataclasses
@@ -21,12 +22,14 @@ class Missed:
     Attributes:
       optimum, predicted: means of log2(rate) over its designs.
       error: root mean square over its designs, octaves.
+      spread: standard deviation of the optima of its designs, that of their fits included, octaves.
     """
 
     preset: str
     optimum: float
     predicted: float
     error: float
+    spread: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,8 @@ def fit(cells: Sequence[Cell]) -> RateLine | None:
             return None
         predicted, optima = _design(held) @ solution, _optima(held)
         error = float(np.sqrt(np.mean((optima - predicted) ** 2)))
-        missed.append(Missed(preset, float(np.mean(optima)), float(np.mean(predicted)), error))
+        spread = float(np.std(optima, ddof=1)) if len(held) > 1 else 0.0
+        missed.append(Missed(preset, float(np.mean(optima)), float(np.mean(predicted)), error, spread))
     solution = _solve(tuned)
     if solution is None:
         return None

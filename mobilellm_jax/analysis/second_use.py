@@ -1,7 +1,7 @@
 """What a further use of blocks is worth: the part of the gap to as many blocks that it closes.
 
 A design that applies blocks several times lies between two others of the same blocks: the same number of them
-applied once, and as many as it applies layers. With means o, l and d of the metric (once, loop, distinct), it
+applied once, and as many as it applies layers. With means o, l and d of the metric (once, loop, deep), it
 closes (o - l) / (o - d) of the gap.
 """
 
@@ -25,21 +25,21 @@ class Gap:
     """One design with repeats, and what it closes.
 
     Attributes:
-      loop, once, distinct: labels of the points; `distinct` is None where the study has no such design.
-      means: of the metric, in this order; NaN without `distinct`.
+      loop, once, deep: labels of the points; `deep` is None where the study has no such design.
+      means: of the metric, in this order; NaN without `deep`.
       closed: the part of the gap; None where there is none to close, see `part_closed`.
       interval: 95 %, of `closed`; None where it is not bounded, or there are too few seeds.
       blocks: of how many blocks applied once it has the score, by interpolation over log(blocks); None where
         the study has too few of these designs, or they do not improve in order.
       is_beyond: the score is better or worse than that of all of them; `blocks` is then the nearest.
-      exponent: phi where `blocks` = distinct blocks x uses^phi; None without `blocks`, or where some blocks
-        have more uses than others.
+      exponent: phi where `blocks` = blocks of the loop x uses^phi; None without `blocks`, or where some
+        blocks have more uses than others.
     """
 
     arm: str | None
     loop: str
     once: str
-    distinct: str | None
+    deep: str | None
     means: tuple[float, float, float]
     closed: float | None
     interval: tuple[float, float] | None
@@ -56,20 +56,20 @@ def gaps(study: Study) -> list[Gap]:
         line = _applied_once(point, study.points)
         if layers == depth or depth not in line or not point.scores:
             continue
-        once, distinct = line[depth], line.get(layers)
+        once, deep = line[depth], line.get(layers)
         uses, uneven = layers / depth, len(set(collections.Counter(point.layer_plan).values())) > 1
         noise = study.verdict.spread
-        of = [noise.points[name] for name in (once, label, distinct) if name]
+        of = [noise.points[name] for name in (once, label, deep) if name]
         means = [one.mean for one in of]
-        closed, interval = part_closed(*of, most_df=noise.df) if distinct else (None, None)
+        closed, interval = part_closed(*of, most_df=noise.df) if deep else (None, None)
         blocks, is_beyond = _as_good_as(means[1], {u: study.points[p] for u, p in line.items()})
         found.append(
             Gap(
                 arm=point.arm,
                 loop=label,
                 once=once,
-                distinct=distinct,
-                means=(means[0], means[1], means[2] if distinct else math.nan),
+                deep=deep,
+                means=(means[0], means[1], means[2] if deep else math.nan),
                 closed=closed,
                 interval=interval,
                 blocks=blocks,
@@ -81,7 +81,7 @@ def gaps(study: Study) -> list[Gap]:
 
 
 def part_closed(
-    once: Spread, loop: Spread, distinct: Spread, most_df: float
+    once: Spread, loop: Spread, deep: Spread, most_df: float
 ) -> tuple[float | None, tuple[float, float] | None]:
     """(o - l) / (o - d) of the means, and its 95 % interval by Fieller's theorem (1954).
 
@@ -90,7 +90,7 @@ def part_closed(
     at 5 %: with seeds too few to say so, or no gap, nothing says what is divided by. The interval is None
     where it is not bounded.
     """
-    three = (once, loop, distinct)
+    three = (once, loop, deep)
     if min(point.n for point in three) < 2:
         return None, None
     over_n = [point.variance / point.n for point in three]
@@ -101,7 +101,7 @@ def part_closed(
         below = sum(part**2 / point.df for part, point in zip(parts, three, strict=True))
         return min(sum(parts) ** 2 / below if below else math.inf, most_df)
 
-    top, gap = once.mean - loop.mean, once.mean - distinct.mean
+    top, gap = once.mean - loop.mean, once.mean - deep.mean
     if gap <= special.stdtrit(df(1.0, 0.0, 1.0), 0.95) * math.sqrt(over_n[0] + over_n[2]):
         return None, None
     # (top - x gap)^2 = t^2 Var(top - x gap), a quadratic in the part x; t is that at the part found.
