@@ -1,6 +1,7 @@
 """What a further use of blocks is worth, from made-up records and against simulations."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -78,11 +79,11 @@ def test_blocks_of_another_training_are_not_beside_it(other):
     assert gap.deep is None
 
 
-def part_of(*scores, prior_df=0.0):
+def part_of(*scores, prior_df=0.0, rates=(0.0, 0.0, 0.0)):
     """`part_closed` of the first three scores over seeds: by default each design's variance alone (Welch)."""
     of = noise_of({str(i): dict(enumerate(values)) for i, values in enumerate(scores)}, False, prior_df)
     once, loop, deep, *_ = of.points.values()
-    return part_closed(once, loop, deep, of.df)
+    return part_closed(once, loop, deep, of.df, rates)
 
 
 def test_a_gap_that_is_not_sure_is_not_divided_by():
@@ -103,6 +104,19 @@ def test_the_interval_holds_the_part_in_95_of_100_experiments(part):
         assert closed is not None
         held.append(interval is not None and interval[0] <= part <= interval[1])
     assert np.mean(held) == pytest.approx(0.95, abs=0.02)
+
+
+def test_errors_of_fitted_rates_count():
+    """Each run pays c e^2 for the error e of the fit of its design, beside the noise of its seeds."""
+    rng, held, narrow = np.random.default_rng(2), [], []
+    for _ in range(1500):
+        costs = rng.normal(0.0, 1.0, 3) ** 2
+        three = [rng.normal(m + cost, 0.5, 4) for m, cost in zip((10.0, 7.6, 4.0), costs, strict=True)]
+        for found, rates in ((held, (1.0, 1.0, 1.0)), (narrow, (0.0, 0.0, 0.0))):
+            _, ends = part_of(*three, rates=rates)
+            found.append(ends is None or ends[0] <= 0.4 <= ends[1])
+    assert np.mean(held) > 0.93
+    assert np.mean(narrow) < 0.8
 
 
 @pytest.mark.parametrize("part", [0.0, 0.4, 1.3])
@@ -133,8 +147,8 @@ def test_a_plan_with_blocks_of_unequal_use_has_no_exponent():
 def test_the_page_says_what_is_closed(tmp_path):
     said = second_use.write([study(), study(depths=(2, 8))], tmp_path)
     page = (tmp_path / "reports/second_use.md").read_text()
-    assert "loss (nats/token)  shape: tiny    49 %  1 of 1     1        1" in said
-    assert "| loss (nats/token) | shape: tiny | 49 % | 1 of 1 | 1 | 1 |" in page
+    assert re.search(r"loss \(nats/token\)  shape: tiny +49 % +1 of 1 +1 +1 +0 of 4", said)
+    assert "| loss (nats/token) | shape: tiny | 49 % | 1 of 1 | 1 | 1 | 0 of 4 |" in page
     assert "(2 x 128) | 3.50" in page
     assert "| 49 % [48, 50] |" in page
     assert "| loop | 2.8 | 0.49 |" in page

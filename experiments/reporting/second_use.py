@@ -17,7 +17,7 @@ NOTE = (
     "many blocks as it applies layers, which cost the same FLOPs for each token. What it closes of the "
     "gap between them is (once - loop) / (once - deep) of the final metric: at 0 % a further use is "
     "worth nothing, at 100 % as much as new blocks. Brackets: 95 % by Fieller's theorem, of each loop alone, "
-    "over seeds, with the moderated variance of each design; the error of the fitted learning rates is not "
+    "over seeds, with the moderated variance of each design; the error of the fitted learning rates is "
     "counted. A gap is sure where its one-sided test says so at 5 %. Models trained longer, for as many "
     "FLOPs as the loop takes, are in the reports of the playground."
 )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+from experiments.reporting import tables
 from experiments.reporting.pages import Block
 from experiments.reporting.tables import Columns, quantity
 from mobilellm_jax.analysis.cells import aspect_names, is_plain
@@ -163,7 +164,9 @@ def worth(found: Findings) -> list[Block]:
 
 CELLS = (
     "Mean final loss over the seeds, nats per token; residual: loss minus the law. A star marks controls, "
-    "which have more parameters or more tokens than their cell. Parameters: outside the embeddings, and all."
+    "which have more parameters or more tokens than their cell. Parameters: outside the embeddings, and all. "
+    "D/L outside: of the 6 to 320 that the paper covers. The command at the top of configs/shape_laws.py "
+    "runs a cell anew, with its name instead of `laptop`."
 )
 
 
@@ -192,7 +195,7 @@ def cells(found: Findings) -> Columns:
         row = [
             cell.preset + f" ({cell.arm})" * bool(cell.arm),
             cell.design + " *" * (not cell.within),
-            f"{cell.aspect:.3g}",
+            f"{cell.aspect:.3g}" + " (outside)" * (not tables.ASPECTS[0] <= cell.aspect <= tables.ASPECTS[1]),
             quantity(cell.parameters),
             quantity(cell.total),
             quantity(cell.tokens),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize, special, stats
 
-from mobilellm_jax.analysis.noise import Noise, noise_of
+from mobilellm_jax.analysis.noise import Noise, inverse_trigamma, noise_of
 from mobilellm_jax.analysis.records import Record, by_study
 from mobilellm_jax.analysis.statistics import decide
 from mobilellm_jax.analysis.study import study_of
@@ -242,7 +242,7 @@ def moderated(cells: Sequence[Cell]) -> tuple[np.ndarray, np.ndarray]:
     excess = float(np.var(logs, ddof=1) - np.mean(special.polygamma(1, d))) if len(logs) > 1 else 0.0
     prior_df, prior = math.inf, pooled
     if excess > special.polygamma(1, 1e6):
-        half = optimize.root_scalar(lambda x: special.polygamma(1, x) - excess, bracket=(1e-3, 2e6)).root
+        half = inverse_trigamma(excess)
         prior_df = 2 * half
         prior = float(np.exp(np.mean(logs) + special.digamma(half) - np.log(half)))
     if math.isinf(prior_df):

@@ -70,12 +70,12 @@ def variance_prior(variances: Sequence[float], dfs: Sequence[float]) -> tuple[fl
     kurtosis = float(np.mean(special.polygamma(3, d / 2)))
     spread = np.var(np.log(v) - special.digamma(d / 2) + np.log(d / 2), ddof=1)
     error = math.sqrt(2 * chance**2 / (count - 1) + kurtosis / count)
-    d0 = 2 * _inverse_trigamma(max(float(spread) - chance, 0.0) + error)
+    d0 = 2 * inverse_trigamma(max(float(spread) - chance, 0.0) + error)
     return float(np.average(v, weights=d)), d0
 
 
-def _inverse_trigamma(value: float) -> float:
-    """By Newton's method on 1 / trigamma, which is nearly linear (Smyth 2004, appendix)."""
+def inverse_trigamma(value: float) -> float:
+    """Solves trigamma(x) = value by Newton's method on 1 / trigamma, which is nearly linear (Smyth 2004)."""
     x = 0.5 + 1 / value
     for _ in range(50):
         here = float(special.polygamma(1, x))

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,8 @@ def gaps(study: Study) -> list[Gap]:
         noise = study.verdict.spread
         of = [noise.points[name] for name in (once, label, deep) if name]
         means = [one.mean for one in of]
-        closed, interval = part_closed(*of, most_df=noise.df) if deep else (None, None)
+        rates = [study.verdict.rate_excess.get(name, 0.0) for name in (once, label, deep) if name]
+        closed, interval = part_closed(*of, most_df=noise.df, rate_excess=rates) if deep else (None, None)
         blocks, is_beyond = _as_good_as(means[1], {u: study.points[p] for u, p in line.items()})
         found.append(
             Gap(
@@ -81,23 +82,25 @@ def gaps(study: Study) -> list[Gap]:
 
 
 def part_closed(
-    once: Spread, loop: Spread, deep: Spread, most_df: float
+    once: Spread, loop: Spread, deep: Spread, most_df: float, rate_excess: Sequence[float] = (0.0, 0.0, 0.0)
 ) -> tuple[float | None, tuple[float, float] | None]:
     """(o - l) / (o - d) of the means, and its 95 % interval by Fieller's theorem (1954).
 
-    Runs of the designs are independent, each design with its own, moderated, variance; degrees of freedom are
-    Satterthwaite's, but no more than `most_df`. The part is None unless o - d is above 0 by a one-sided test
-    at 5 %: with seeds too few to say so, or no gap, nothing says what is divided by. The interval is None
-    where it is not bounded.
+    Runs of the designs are independent, each design with its own, moderated, variance; degrees of freedom
+    are Satterthwaite's, but no more than `most_df`. `rate_excess` is what the error of each fitted rate is
+    expected to cost, as in `statistics.decide`; the mean square of that cost is added. The part is None
+    unless o - d is above 0 by a one-sided test at 5 %: with seeds too few to say so, or no gap, nothing says
+    what is divided by. The interval is None where it is not bounded.
     """
     three = (once, loop, deep)
     if min(point.n for point in three) < 2:
         return None, None
-    over_n = [point.variance / point.n for point in three]
+    seeds = [point.variance / point.n for point in three]
+    over_n = [v + 3 * excess**2 for v, excess in zip(seeds, rate_excess, strict=True)]
 
     def df(*weights: float) -> float:
-        """Of the sum of the means, each times its weight."""
-        parts = [w**2 * v for w, v in zip(weights, over_n, strict=True)]
+        """Of the sum of the means, each times its weight; rates add variance, but no knowledge of it."""
+        parts = [w**2 * v for w, v in zip(weights, seeds, strict=True)]
         below = sum(part**2 / point.df for part, point in zip(parts, three, strict=True))
         return min(sum(parts) ** 2 / below if below else math.inf, most_df)
 

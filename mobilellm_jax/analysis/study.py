@@ -31,6 +31,7 @@ class Verdict:
       drifts: how its optimum moves along the lines of the study's figure.
       noise: standard deviation of the metric over seeds by point; None with one seed.
       spread: what the comparisons take for the noise of each point.
+      rate_excess: by point, what the error of its fitted learning rate is expected to cost in the metric.
       unstable: seeds of runs that finished, but far above the others, by point; see `verdicts.unstable`.
       mismatch: by budget: max / min - 1 over the points; infinite where min is 0.
       unmatched: that of the matched budget, without the controls; None if it is no budget of the shape.
@@ -53,6 +54,7 @@ class Verdict:
     drifts: list[Drift]
     noise: dict[str, float | None]
     spread: Noise
+    rate_excess: dict[str, float]
     unstable: dict[str, list[int]]
     mismatch: dict[str, float]
     unmatched: float | None
@@ -138,6 +140,7 @@ def study_of(records: Sequence[Record]) -> Study:
         drifts=moves,
         noise={label: statistics.standard_deviation(values) for label, values in scores.items()},
         spread=spread,
+        rate_excess=rate_excess,
         unstable=unstable,
         mismatch=mismatch,
         unmatched=unmatched,
