@@ -13,6 +13,7 @@ from mobilellm_jax.analysis import rate_line
 from mobilellm_jax.analysis.cells import Trend, cells_of
 from mobilellm_jax.analysis.records import read_record, write_record
 from mobilellm_jax.analysis.shape_findings import findings_of
+from mobilellm_jax.analysis.shape_law import Form
 from mobilellm_jax.errors import UserError
 
 SCIENTIFIC = ["model.depth", "model.width", "model.sharing", "model.num_repeats", "train.steps"]
@@ -217,6 +218,8 @@ def test_a_slope_of_what_bends_has_no_interval():
     assert said.startswith("On average over horizons that differ, ")
     both = dataclasses.replace(found, trends=[bent, dataclasses.replace(bent, label="other"), straight])
     assert "All are from the unshared design of D/L 32: that one" in "\n".join(shape_page.summary(both))
+    law = dataclasses.replace(found.law, form=Form("", shape="tokens"))
+    assert dataclasses.replace(both, law=law).changing == ([], 0)
     for_more_tokens = dataclasses.replace(bent, equal_tokens=False)  # the law changes too
     said = shape_page.answer(dataclasses.replace(found, trends=[for_more_tokens, straight]))
     assert said.startswith("A block used twice counts as ")

@@ -185,8 +185,11 @@ class Findings:
     def changing(self) -> tuple[list[Trend], int]:
         """Differences that change with the horizon though the law has them constant, and how many could.
 
-        Of the arm that is fitted, between designs of as many tokens; Bonferroni at 5 %.
+        Of the arm that is fitted, between designs of as many tokens; Bonferroni at 5 %. A law in which the
+        best ratio drifts with tokens has none of them constant.
         """
+        if self.law is not None and self.law.form.shape == "tokens":
+            return [], 0
         tested = [trend for trend in self.trends if trend.arm == self.arms[0] and trend.equal_tokens]
         return [trend for trend in tested if trend.p_constant < 0.05 / len(tested)], len(tested)
 
