@@ -25,11 +25,13 @@ from absl import flags
 from jax.sharding import AbstractMesh, AxisType
 
 from experiments import cli
-from experiments.runner import hosts
+from experiments.runner import after, hosts
 from experiments.runner.flags import (
     DEFAULT_STUDY,
     PASSED_ON,
+    asked_loops,
     asked_points,
+    asked_schemes,
     asked_trials,
     define_sweep,
     refuse_listing,
@@ -118,8 +120,12 @@ def _arguments(num_hosts: int, chips: int) -> list[str]:
                 raise UserError(f"--{name}: applies to --run=sweep only")
         configs = [from_config_dict(FLAGS.config)]
     else:
-        asked_trials()  # so that a wrong value is refused here, not on the slice
-        configs = [point.config for point in shard(asked_points(), FLAGS.shard)]
+        points = shard(asked_points(), FLAGS.shard)
+        # So that a wrong value is refused here, not on the slice; files of tasks and calls may be there only.
+        asked_trials()
+        asked_loops()
+        after.check(points, None, asked_schemes(), FLAGS.sample, None)
+        configs = [point.config for point in points]
     size = FLAGS.devices_per_run
     if size and (num_hosts > 1 or chips % size):
         raise UserError(f"--devices_per_run={size}: needs a slice of one host whose chips it divides")

@@ -210,6 +210,9 @@ def test_slices_that_are_not_there(tpu, topology, chips_per_host, message):
         (["--topology=4x4", "--config.mesh.tensor=3"], "mesh: data=-1, fsdp=1, tensor=3 does not fill 16"),
         (["--topology=4x4", "--status"], "--status: leave it out; python -m experiments.sweep --status"),
         (["--topology=4x4", "--devices_per_run=1"], "--devices_per_run=1: needs a slice of one host"),
+        (["--topology=4x4", "--quantize=w5:7"], "scheme 'w5:7': groups of 7 do not divide"),
+        (["--topology=4x4", "--num_repeats=two"], "--num_repeats=two: 'two' is not valid"),
+        (["--topology=4x4", "--trials_per_program=0"], "--trials_per_program=0: expected auto"),
     ],
     ids=str,
 )
