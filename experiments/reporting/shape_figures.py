@@ -1,6 +1,6 @@
 """The figures of a study of shape: differences by horizon, loss by aspect ratio, the worth of a repeat."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ def differences(found: Findings) -> Figure | None:
     for (arm, row), part in zip(rows, parts, strict=True):
         of_row = part.subplots(1, len(found.sizes), sharey=True, squeeze=False)[0]
         for size, axes in zip(found.sizes, of_row, strict=True):
-            _draw_differences(axes, found, arm, row, size)
+            _draw_differences(axes, found, arm, row, size, looks_of)
             axes.set_title(f"{tables.quantity(size_of(found.cells, size))} parameters", fontsize=9)
         used = {d.label for d in found.differences if (d.cell.arm, d.row) == (arm, row)}
         handles = [
@@ -77,11 +77,13 @@ def _looks(found: Findings) -> dict[str, dict[str, Any]]:
     return {name: drawing.look(place) for names in (ratios, _ORDERS) for place, name in enumerate(names)}
 
 
-def _draw_differences(axes: Axes, found: Findings, arm: str, row: str, size: str) -> None:
+def _draw_differences(
+    axes: Axes, found: Findings, arm: str, row: str, size: str, looks_of: Mapping[str, dict[str, Any]]
+) -> None:
     here = [d for d in found.differences if (d.cell.arm, d.row, d.cell.size) == (arm, row, size)]
     axes.axhspan(-found.margin, found.margin, color="0.9", zorder=0)
     axes.axhline(0, color="0.4", lw=0.8)
-    looks = {name: look for name, look in _looks(found).items() if any(d.label == name for d in here)}
+    looks = {name: look for name, look in looks_of.items() if any(d.label == name for d in here)}
     for place, (name, look) in enumerate(looks.items()):
         line = sorted((d for d in here if d.label == name), key=lambda d: d.cell.horizon)
         at = [d.cell.horizon * 1.09 ** (place - (len(looks) - 1) / 2) for d in line]  # side by side

@@ -13,7 +13,7 @@ from experiments.reporting.shape_tables import NAMES
 from experiments.reporting.tables import quantity
 from mobilellm_jax.analysis.cells import Cell, size_of
 from mobilellm_jax.analysis.shape_findings import Findings
-from mobilellm_jax.analysis.shape_fit import Fit
+from mobilellm_jax.analysis.shape_fit import LEVEL, Fit
 from mobilellm_jax.analysis.shape_law import FORMS, LAW, N0, NO_SHAPE, SHAPES, T0
 
 TITLE = "The shape of small language models: size, aspect ratio, repeats and horizon in one law"
@@ -171,7 +171,6 @@ def _drifts(law: Fit) -> list[str]:
 
 def _cost(law: Fit) -> list[str]:
     """What a ratio off the best costs, in nats."""
-    values = {name: law.samples.get(name, np.array([law.values[name]])) for name in ("kappa", "log_A")}
     is_factor = law.form.shape != "plus"
 
     def cost(kappa: Any, log_a: Any) -> Any:
@@ -181,7 +180,8 @@ def _cost(law: Fit) -> list[str]:
     value = float(cost(law.values["kappa"], law.values["log_A"]))
     interval = ""
     if "kappa" in law.samples:
-        low, high = np.quantile(cost(values["kappa"], values["log_A"]), [0.025, 0.975])
+        costs = cost(law.samples["kappa"], law.samples["log_A"])
+        low, high = np.quantile(costs, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         interval = f" [{low:.3f}, {high:.3f}]"
     return [
         f"A design of {quantity(N0)} parameters four times as wide or as narrow for its depth as the best "
