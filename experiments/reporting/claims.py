@@ -255,7 +255,7 @@ def _ours(found: Judgement, study: Study, again: list[str]) -> str:
         shapes = "; ".join(_finding(c, facts.metric) for c in found.outside)
         parts.append(plain(f"Not counted, of shapes that the paper does not cover: {shapes}."))
     names = dict.fromkeys(name for c in found.counted for name in (c.point, c.other))
-    if far := [name for name in names if is_outside(study.points[name])]:
+    if far := [name for name in names if is_outside(aspect_ratio(study.points[name]))]:
         low, high = ASPECTS
         ratios = ", ".join(f"{name} {aspect_ratio(study.points[name]):.3g}" for name in far)
         parts.append(plain(f"Width over layers outside of the paper's {low} to {high}: {ratios}."))

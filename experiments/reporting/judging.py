@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from experiments.reporting.tables import is_outside
+from experiments.reporting.tables import aspect_ratio, is_outside
 from mobilellm_jax.analysis.comparable import data_hashes
 from mobilellm_jax.analysis.facts import Point, have_base_shape
 from mobilellm_jax.analysis.study import Study
@@ -166,4 +166,4 @@ def _is(c: Comparison, pair: tuple[str, str], study: Study) -> bool:
 
 
 def _is_outside(c: Comparison, study: Study) -> bool:
-    return any(is_outside(study.points[name]) for name in (c.point, c.other))
+    return any(is_outside(aspect_ratio(study.points[name])) for name in (c.point, c.other))

@@ -3,9 +3,8 @@
 import math
 from collections.abc import Callable
 
-from experiments.reporting import tables
 from experiments.reporting.pages import Block
-from experiments.reporting.tables import Columns, quantity
+from experiments.reporting.tables import Columns, is_outside, quantity
 from mobilellm_jax.analysis.cells import aspect_names, is_plain
 from mobilellm_jax.analysis.shape_findings import Findings
 from mobilellm_jax.analysis.shape_fit import Fit
@@ -195,7 +194,7 @@ def cells(found: Findings) -> Columns:
         row = [
             cell.preset + f" ({cell.arm})" * bool(cell.arm),
             cell.design + " *" * (not cell.within),
-            f"{cell.aspect:.3g}" + " (outside)" * (not tables.ASPECTS[0] <= cell.aspect <= tables.ASPECTS[1]),
+            f"{cell.aspect:.3g}" + " (outside)" * is_outside(cell.aspect),
             quantity(cell.parameters),
             quantity(cell.total),
             quantity(cell.tokens),

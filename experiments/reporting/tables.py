@@ -333,9 +333,9 @@ def aspect_ratio(point: Point) -> float:
     return point.config["model"]["width"] / len(point.layer_plan)
 
 
-def is_outside(point: Point) -> bool:
-    """True if the aspect ratio is none that the paper covers."""
-    return not ASPECTS[0] <= aspect_ratio(point) <= ASPECTS[1]
+def is_outside(aspect: float) -> bool:
+    """True if D/L is none that the paper covers."""
+    return not ASPECTS[0] <= aspect <= ASPECTS[1]
 
 
 def _shapes(study: Study) -> Columns:
@@ -346,7 +346,7 @@ def _shapes(study: Study) -> Columns:
         "blocks": [str(point.config["model"]["depth"]) for point in points],
         "layers": [str(len(point.layer_plan)) for point in points],
         **{name: [str(p.config["model"][field]) for p in points] for name, field in settings.items()},
-        "D/L": [f"{aspect_ratio(p):.3g}{' (outside)' * is_outside(p)}" for p in points],
+        "D/L": [f"{aspect_ratio(p):.3g}{' (outside)' * is_outside(aspect_ratio(p))}" for p in points],
         "tokens": [quantity(max(run.tokens_seen for run in point.runs)) for point in points],
     }
 
